@@ -1,0 +1,319 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from networks.dense_unet import DenseUNet
+
+TINY = {"base_channels": 4, "growth_rate": 4, "num_dense_layers": 2, "seed": 0}
+ANISOTROPIC = [[2, 2, 1], [2, 2, 2]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On volumes this small, threads of a busy machine mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(**kwargs):
+    return DenseUNet(**{**TINY, **kwargs})
+
+
+def image(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def interpolation_matrix(n_out, n_in):
+    """(n_out, n_in) linear interpolation between voxel centres, edges repeated."""
+    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
+    return torch.tensor(
+        np.stack([np.interp(centres, np.arange(n_in), basis) for basis in np.eye(n_in)], axis=1)
+    )
+
+
+def reference_upsample(x, size):
+    for axis, n_out in enumerate(size, start=2):
+        matrix = interpolation_matrix(n_out, x.shape[axis])
+        x = torch.movedim(torch.tensordot(x, matrix, dims=([axis], [1])), -1, axis)
+    return x
+
+
+def reference_norm(x, weights, name, *, running):
+    axes = (0, 2, 3, 4) if f"{name}.running_mean" in weights else (2, 3, 4)
+    mean, var = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
+    if running and f"{name}.running_mean" in weights:
+        mean = weights[f"{name}.running_mean"].view(1, -1, 1, 1, 1)
+        var = weights[f"{name}.running_var"].view(1, -1, 1, 1, 1)
+    scale, shift = (weights[f"{name}.{key}"].view(1, -1, 1, 1, 1) for key in ("weight", "bias"))
+    return (x - mean) / torch.sqrt(var + 1e-5) * scale + shift
+
+
+def reference_forward(x, weights, strides, *, training):
+    """The architecture as a plain function of the weights: logits of all levels, finest first."""
+
+    def norm_relu(x, name):
+        return reference_norm(x, weights, name, running=not training).clamp(min=0)
+
+    def block(x, name):
+        for i in (1, 2):
+            x = F.conv3d(x, weights[f"{name}.conv{i}.weight"], padding=1)
+            x = norm_relu(x, f"{name}.norm{i}")
+        return x
+
+    def head(x, name):
+        return F.conv3d(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    skips = []
+    for i, stride in enumerate(strides):
+        skips.append(block(x, f"encoders.{i}"))
+        x = F.max_pool3d(skips[-1], stride)
+    x = block(x, "deepest")
+    for i in range(TINY["num_dense_layers"]):
+        new = F.conv3d(
+            norm_relu(x, f"bottleneck.{i}.norm1"), weights[f"bottleneck.{i}.conv1.weight"]
+        )
+        new = norm_relu(new, f"bottleneck.{i}.norm2")
+        new = F.conv3d(new, weights[f"bottleneck.{i}.conv2.weight"], padding=1)
+        x = torch.cat([x, new], dim=1)
+    outputs = []
+    for i, skip in enumerate(reversed(skips)):
+        x = torch.cat([reference_upsample(x, skip.shape[2:]), skip], dim=1)
+        x = block(x, f"decoders.{i}")
+        last = i == len(skips) - 1
+        if last or f"deep_heads.{i}.weight" in weights:
+            outputs.insert(0, head(x, "head" if last else f"deep_heads.{i}"))
+    return outputs
+
+
+def test_default_network_has_6_88_million_parameters():
+    network = DenseUNet(out_channels=14, seed=0)
+    assert sum(p.numel() for p in network.parameters()) == 6_881_710
+
+
+def test_bottleneck_appends_128_channels_at_an_eighth_of_the_resolution():
+    network = DenseUNet(seed=0).eval()
+    shapes = []
+    network.bottleneck.register_forward_hook(
+        lambda _, inputs, output: shapes.extend([inputs[0].shape, output.shape])
+    )
+    with torch.no_grad():
+        network(image(1, 1, 16, 24, 8))
+    assert shapes == [(1, 256, 2, 3, 1), (1, 384, 2, 3, 1)]
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("strides", "size"), [(ANISOTROPIC, (9, 11, 5)), ([[2, 2, 2], [1, 3, 2]], (7, 13, 10))]
+)
+def test_forward_agrees_with_a_plain_function_of_the_weights(norm, training, strides, size):
+    network = tiny(norm=norm, strides=strides, in_channels=2, out_channels=3, deep_supervision=True)
+    network = network.double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # initial shifts and running means of 0 would hide mistakes
+        for tensor in network.state_dict().values():
+            if tensor.ndim == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    x = image(2, 2, *size).double()
+    outputs = network.train(training)(x)
+    expected = reference_forward(x, weights, strides, training=training)
+    outputs = outputs if training else [outputs]
+    assert len(outputs) == (len(expected) if training else 1)
+    for output, reference in zip(outputs, expected, strict=False):
+        torch.testing.assert_close(output, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("strides", "size"),
+    [
+        ([2], (2, 3, 2)),
+        ([2, 2, 2], (8, 8, 16)),
+        ([2, 2, 2], (15, 17, 23)),
+        (((2, 2, 2),) * 4, (16, 31, 33)),
+        ([[2, 2, 1], [2, 2, 2], [2, 2, 2]], (13, 9, 5)),
+        ([[1, 3, 2], 1, 2], (5, 7, 9)),
+    ],
+)
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (4, 5)])
+def test_logits_have_the_size_of_the_image(strides, size, in_channels, out_channels):
+    network = tiny(strides=strides, in_channels=in_channels, out_channels=out_channels)
+    with torch.no_grad():
+        assert network(image(2, in_channels, *size)).shape == (2, out_channels, *size)
+        assert network.eval()(image(1, in_channels, *size)).shape == (1, out_channels, *size)
+
+
+@pytest.mark.parametrize("strides", [[2, 2], ANISOTROPIC])
+@pytest.mark.parametrize(
+    ("norm", "training", "batch_size", "voxels"),
+    [
+        ("batch", True, 2, 1),
+        ("batch", True, 1, 2),
+        ("batch", False, 1, 1),
+        ("instance", True, 2, 2),
+        ("instance", False, 1, 2),
+    ],
+)
+def test_minimum_size_is_named_and_works(strides, norm, training, batch_size, voxels):
+    network = tiny(strides=strides, norm=norm).train(training)
+    size = network.minimum_size(batch_size)
+    assert math.prod(size) == voxels * math.prod(network.reduction)
+    assert network(image(batch_size, 1, *size)).shape == (batch_size, 2, *size)
+    named = "x".join(map(str, size))
+    for axis in range(3):
+        smaller = list(size)
+        smaller[axis] -= 1
+        got = "x".join(map(str, smaller))
+        with pytest.raises(ValueError, match=f"^DenseUNet: expected .* {named} voxels, got {got}"):
+            network(image(batch_size, 1, *smaller))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8, 8), (1, 8, 8, 8)])
+def test_image_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected an image of shape \(B, 1, H, W, D\), got \("):
+        tiny()(image(*shape))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("norm", "group", "batch, instance"),
+        ("norm", ["batch"], "batch, instance"),
+        ("in_channels", 0, "positive integer"),
+        ("out_channels", -1, "positive integer"),
+        ("base_channels", 32.0, "positive integer"),
+        ("growth_rate", "32", "positive integer"),
+        ("num_dense_layers", True, "positive integer"),
+        ("strides", [], "positive ints or triples"),
+        ("strides", 2, "positive ints or triples"),
+        ("strides", [[2, 2]], "positive ints or triples"),
+        ("strides", [[2, 2, 0]], "positive ints or triples"),
+        ("strides", [2, None], "positive ints or triples"),
+        ("dropout", 1.0, r"number in \[0, 1\)"),
+        ("dropout", "0.1", r"number in \[0, 1\)"),
+        ("deep_supervision", "yes", "true or false"),
+        ("seed", -1, "integer from 0 up"),
+    ],
+)
+def test_wrong_argument_is_refused_in_one_line(argument, value, expected):
+    match = rf"^DenseUNet: expected {argument} to be .*{expected}, got [^\n]*$"
+    with pytest.raises(ValueError, match=match):
+        tiny(**{argument: value})
+
+
+def test_strides_may_be_ints_or_triples():
+    assert tiny(strides=[2, [2, 2, 1]]).strides == ((2, 2, 2), (2, 2, 1))
+
+
+def test_deep_supervision_returns_every_decoder_level_only_in_training():
+    network = tiny(deep_supervision="true", strides=[[2, 2, 1], 2, 2])
+    shapes = [tuple(logits.shape) for logits in network(image(2, 1, 19, 16, 9))]
+    assert shapes == [(2, 2, 19, 16, 9), (2, 2, 9, 8, 9), (2, 2, 4, 4, 4)]
+    assert network.eval()(image(2, 1, 19, 16, 9)).shape == (2, 2, 19, 16, 9)
+
+
+def test_deep_heads_leave_the_rest_of_the_network_as_it_is():
+    plain, deep = tiny().eval(), tiny(deep_supervision=True).eval()
+    extra = deep.state_dict().keys() - plain.state_dict().keys()
+    assert extra == {f"deep_heads.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    x = image(1, 1, 8, 8, 8)
+    torch.testing.assert_close(deep(x), plain(x), rtol=0, atol=0)
+
+
+def test_instance_norm_treats_images_apart_and_batch_norm_does_not_in_training():
+    x = image(2, 1, 8, 8, 8)
+    alone = {norm: tiny(norm=norm, strides=[2])(x[:1]) for norm in ("batch", "instance")}
+    together = {norm: tiny(norm=norm, strides=[2])(x)[:1] for norm in ("batch", "instance")}
+    torch.testing.assert_close(together["instance"], alone["instance"])
+    assert (together["batch"] - alone["batch"]).abs().max() > 1e-2
+    assert not any("running" in name for name in tiny(norm="instance").state_dict())
+
+
+def test_eval_is_deterministic_and_treats_images_apart():
+    network = tiny(dropout=0.5, strides=[2]).eval()
+    x = image(2, 1, 4, 4, 4)
+    first, again = network(x), network(x)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    torch.testing.assert_close(network(x[1:]), first[1:])
+
+
+def test_dropout_zeroes_appended_channels_in_training():
+    network = tiny(dropout=0.5, growth_rate=64, strides=[2, 2])
+    outputs = []
+    network.bottleneck.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network(image(2, 1, 8, 8, 8))
+    zeroed = (outputs[0][:, 16:] == 0).all(dim=(2, 3, 4)).float().mean()
+    assert 0.35 < zeroed < 0.65
+
+
+def test_seed_fixes_the_weights_and_leaves_the_global_state_alone():
+    state = torch.get_rng_state()
+    first = tiny(seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    second, other = tiny(seed=5), tiny(seed=6)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_without_a_seed_weights_come_from_the_global_state():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        first, different = tiny(seed=None), tiny(seed=None)
+        torch.manual_seed(3)
+        again = tiny(seed=None)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, different.head.weight)
+
+
+def test_weights_are_kaiming_normal_by_fan_in():
+    network = DenseUNet(seed=0)
+    for name, weight in network.named_parameters():
+        if weight.ndim == 5 and weight.numel() > 10_000:
+            expected = math.sqrt(2 / weight[0].numel())
+            assert weight.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_gradients_reach_every_parameter(norm):
+    network = tiny(norm=norm, deep_supervision=True, strides=[2, 2])
+    outputs = network(image(2, 1, 8, 8, 8))
+    sum(logits.square().mean() for logits in outputs).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_convolutions_before_a_norm_have_no_bias():
+    biases = [n for n, _ in DenseUNet(seed=0).named_parameters() if "conv" in n and "bias" in n]
+    assert biases == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_script_trace_and_compile_agree_with_eager():
+    network = tiny(deep_supervision=True, strides=[[2, 2, 1]], num_dense_layers=1).eval()
+    x = image(1, 1, 5, 4, 3)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), network(x))
+    torch.testing.assert_close(torch.jit.script(network)(x), network(x))
+    torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))
+
+
+def test_channels_last_and_autocast_give_the_same_logits():
+    network = tiny(strides=[2, 2]).eval()
+    x = image(1, 1, 8, 8, 8)
+    expected = network(x)
+    last = network.to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last_3d)), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = last(x)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
