@@ -1,0 +1,378 @@
+"""Augmentation on the training device: one resampling, then intensity, a pure function of a seed.
+
+Workers deliver crops with a margin (`input_size` voxels, about the chosen centre); here each is
+rotated, scaled, flipped and cut to `roi_size` by one affine, then changed in intensity. Samples
+are worked on one by one, so that a result depends on the sample's seed and nothing else: not on
+its batch, the workers, the ranks or a global random state. All parameters are Python numbers, so
+that the host never waits for the device.
+
+The operations, their order and defaults are nnU-Net's (Isensee et al., Nature Methods 18, 2021;
+batchgeneratorsv2), but: space is physical, a scale above 1 magnifies, the channels of a sample
+share their parameters, and low resolution is not simulated.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
+
+Size = tuple[int, ...]
+Settings = Mapping[str, Any]
+
+SPATIAL: Settings = {
+    "rotation": {"prob": 0.2, "degrees": [-30, 30]},  # about each axis
+    "scale": {"prob": 0.2, "range": [0.7, 1.4]},
+    "flip": {"prob": 0.5},  # for each axis of flip_axes
+}
+INTENSITY: Settings = {  # in order of application, for images normalised to mean 0 and std 1
+    "noise": {"prob": 0.1, "std": [0.0, 0.1]},
+    "blur": {"prob": 0.2, "sigma": [0.5, 1.0]},  # voxels
+    "brightness": {"prob": 0.15, "range": [0.75, 1.25]},
+    "contrast": {"prob": 0.15, "range": [0.75, 1.25]},
+    "gamma_inverted": {"prob": 0.1, "range": [0.7, 1.5]},
+    "gamma": {"prob": 0.3, "range": [0.7, 1.5]},
+}
+WORDS = re.compile(r"[A-Za-z]\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # L1 is one, LKidney two
+SIDES = re.compile(r"(left|right|sinist|dext).*|[lr][th]?")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one seed stands for: the parameters of one sample."""
+
+    matrix: np.ndarray | None  # (3, 3), output to input offsets from the centre, in voxels
+    flips: tuple[int, ...]  # spatial axes
+    intensity: dict[str, float]  # operation -> value, in order of application
+    noise_seed: int
+
+
+class Augment:
+    """Rotate, scale, flip, crop and change the intensity of a batch: MONAI's `prepare_batch`.
+
+    Args:
+        roi_size: Size of what is returned, in voxels.
+        spacing: Voxel size in mm, in array-axis order.
+        flip_axes: Spatial axes that may be flipped, or `"auto"` (see `resolve_flip_axes`).
+        class_names: Names of the classes, for `flip_axes="auto"`.
+        spatial: Changes to `SPATIAL`, key by key: `{"rotation": {"prob": 0}}` turns rotation off.
+        intensity: Changes to `INTENSITY`, likewise.
+        enabled: If false, batches are cropped at their centre and nothing else.
+
+    Attributes:
+        input_size: The crop that workers deliver, in voxels (see `margin_size`).
+        flip_axes: The resolved axes, a tuple.
+
+    Raises:
+        ValueError: For names that do not exist and values out of range, a line for each.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        *,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        flip_axes: str | Sequence[int] = "auto",
+        class_names: Sequence[str] = (),
+        spatial: Settings | None = None,
+        intensity: Settings | None = None,
+        enabled: bool = True,
+    ) -> None:
+        given = {"roi_size": roi_size, "spacing": spacing}
+        faults = [_fault(k, RULES[k][0], v) for k, v in given.items() if not _is_valid(k, v)]
+        if not isinstance(enabled, bool):  # "false" is true
+            faults.append(_fault("enabled", "true or false", enabled))
+        self.spatial = _merge("spatial", spatial, SPATIAL, faults)
+        self.intensity = _merge("intensity", intensity, INTENSITY, faults)
+        if faults:
+            raise ValueError("\n".join(faults))
+        self.roi_size: Size = tuple(int(n) for n in roi_size)
+        self.spacing = np.asarray(spacing, float)
+        self.flip_axes = resolve_flip_axes(flip_axes, class_names)
+        self.enabled = enabled
+        rotation, scale = self.spatial["rotation"], self.spatial["scale"]
+        degrees = _degrees(rotation["degrees"]) if enabled and rotation["prob"] else _degrees(0)
+        lowest = min(1.0, scale["range"][0]) if enabled and scale["prob"] else 1.0
+        self.input_size = margin_size(self.roi_size, self.spacing, degrees, lowest)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment one batch on `device`.
+
+        Args:
+            batch: `image` (B, C, *input_size); `label` (B, 1, *input_size), integers below 2**24;
+                `seed` (B,) int64 on the CPU, which is not read if `enabled` is false.
+            device: Where to work; by default where `image` is.
+            non_blocking: Whether to copy without waiting, from pinned memory.
+            kwargs: For `Tensor.to` of the returned image, such as `memory_format`.
+
+        Returns:
+            `image` (B, C, *roi_size) float32, contiguous, and `label` (B, 1, *roi_size) in its own
+            dtype.
+
+        Raises:
+            ValueError: If a size is not `input_size`, or `seed` is missing or not on the CPU.
+        """
+        self._check(batch)
+        images, labels = (batch[key].as_subclass(torch.Tensor) for key in ("image", "label"))
+        device = images.device if device is None else device
+        images = images.to(device, torch.float32, non_blocking=non_blocking)
+        labels = labels.to(device, non_blocking=non_blocking)
+        draws = [Draw(None, (), {}, 0)] * len(images)
+        if self.enabled:
+            draws = [self.draw(seed) for seed in batch["seed"].tolist()]
+        samples = [self._apply(*sample) for sample in zip(images, labels, draws, strict=True)]
+        image, label = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+        return (image.to(**kwargs) if kwargs else image), label
+
+    def _check(self, batch: Mapping[str, torch.Tensor]) -> None:
+        for key in ("image", "label"):
+            if batch[key].shape[2:] != self.input_size:
+                expected = f"a spatial size of {self.input_size}"
+                remedy = "Let the sampler crop Augment.input_size voxels."
+                raise ValueError(_fault(key, expected, tuple(batch[key].shape[2:]), remedy))
+        seed, shape = batch.get("seed"), batch["image"].shape[:1]
+        if self.enabled and (seed is None or seed.is_cuda or seed.shape != shape):
+            got = None if seed is None else (*seed.shape, str(seed.device))
+            raise ValueError(_fault("seed", "an int64 for each sample, on the CPU", got))
+
+    def draw(self, seed: int) -> Draw:
+        """Draw a sample's parameters; turning one operation off does not move the others."""
+        random = np.random.default_rng(seed % 2**64)
+        rotation = self.spatial["rotation"]
+        low, high = _degrees(rotation["degrees"]).T
+        rotated, angles = random.random() < rotation["prob"], low + random.random(3) * (high - low)
+        scale = _draw_value(random, self.spatial["scale"])
+        flipped = random.random(3) < self.spatial["flip"]["prob"]
+        matrix = None
+        if rotated or scale is not None:
+            # from voxels to mm, turned, and back: entry (i, j) gains spacing_j / spacing_i
+            matrix = _rotation(angles * rotated) * self.spacing / self.spacing[:, None]
+            matrix = matrix / (1.0 if scale is None else scale)
+        values = {name: _draw_value(random, known) for name, known in self.intensity.items()}
+        intensity = {name: value for name, value in values.items() if value is not None}
+        flips = tuple(axis for axis in self.flip_axes if flipped[axis])
+        return Draw(matrix, flips, intensity, int(random.integers(2**63)))
+
+    def _apply(
+        self, image: torch.Tensor, label: torch.Tensor, draw: Draw
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One sample, (C, *input_size) and (1, *input_size), to `roi_size`."""
+        if draw.matrix is None:  # no interpolation: voxels keep their exact values
+            image, label = (crop_and_flip(x, self.roi_size, draw.flips) for x in (image, label))
+        else:
+            matrix = draw.matrix * [-1 if axis in draw.flips else 1 for axis in range(3)]
+            grid = sampling_grid(matrix, self.roi_size, self.input_size, image.device)
+            label = _sample(label.float(), grid, "nearest").to(label.dtype)
+            image = _sample(image, grid, "bilinear")
+        for name, value in draw.intensity.items():
+            if name == "noise":
+                generator = torch.Generator(image.device).manual_seed(draw.noise_seed)
+                noise = torch.randn(image.shape, generator=generator, device=image.device)
+                image = image + value * noise
+            else:
+                image = CHANGES[name](image, value)
+        return image, label
+
+
+def resolve_flip_axes(
+    flip_axes: str | Sequence[int], class_names: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Spatial axes that may be flipped, in volumes whose axis 0 is the patient's left-right (RAS).
+
+    `"auto"` is all three, or (1, 2) if a class name has a word for a side: left, right, l, r, lt,
+    rt, lh, rh, sinister, dexter and their forms, set apart by punctuation or case ("kidney_r",
+    "LKidney"). L1 is a vertebra and no side; the ventricles LV and RV differ in shape.
+
+    Raises:
+        ValueError: If `flip_axes` is neither `"auto"` nor a list of axes.
+    """
+    if flip_axes == "auto":
+        words = (word.lower() for name in class_names for word in WORDS.findall(name))
+        return (1, 2) if any(SIDES.fullmatch(word) for word in words) else (0, 1, 2)
+    if not isinstance(flip_axes, list | tuple) or not {*flip_axes} <= {0, 1, 2}:
+        raise ValueError(_fault("flip_axes", '"auto" or a list of axes 0, 1 and 2', flip_axes))
+    return tuple(sorted({*flip_axes}))
+
+
+def margin_size(
+    roi_size: Size, spacing: np.ndarray, degrees: np.ndarray, lowest_scale: float
+) -> Size:
+    """Size of the crop that no rotation and scale in range leaves.
+
+    The farthest sample on axis i is the largest `sum_j |R_ij| half_j` over the rotations R,
+    searched on a grid of angles with the ends of the ranges. Second derivatives are at most
+    `norm(half)`, which bounds what the grid misses: at the maximum, an angle either is an end of
+    its range or has a first derivative of zero.
+
+    Args:
+        roi_size: Size of the result, in voxels.
+        spacing: Voxel size in mm, in array-axis order.
+        degrees: (3, 2), lowest and highest angle about each axis.
+        lowest_scale: Smallest magnification, at most 1.
+
+    Returns:
+        Size in voxels, of `roi_size`'s parity on each axis so that the centres coincide.
+    """
+    half = (np.asarray(roi_size) - 1) / 2 * spacing  # mm, from the centre to the last voxel's
+    angles = [np.unique(np.linspace(low, high, 41)) for low, high in degrees]
+    turns = _rotation(np.stack(np.meshgrid(*angles), -1).reshape(-1, 3))  # (N, 3, 3)
+    missed = np.deg2rad(np.ptp(degrees, axis=1) / 80).sum() ** 2 / 2 * np.linalg.norm(half)
+    reach = np.minimum((np.abs(turns) @ half).max(0) + missed, np.linalg.norm(half))
+    reach = np.maximum(reach, half) / lowest_scale  # at least half: rotation may not be drawn
+    margin = np.ceil((reach - half) / spacing - 1e-6)
+    return tuple(n + 2 * int(m) for n, m in zip(roi_size, margin, strict=True))
+
+
+def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Tensor:
+    """The central `size` voxels of `x` (C, H, W, D), flipped along the spatial axes `flips`."""
+    for axis, length in enumerate(size, start=1):
+        x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
+    return x.flip([axis + 1 for axis in flips])
+
+
+def sampling_grid(
+    matrix: np.ndarray, roi_size: Size, input_size: Size, device: torch.device
+) -> torch.Tensor:
+    """Grid for `grid_sample` with `align_corners=False`, (1, *roi_size, 3) float32.
+
+    Not `F.affine_grid`: its matrix product may run in TF32, which is off by a tenth of a voxel,
+    and its matrix is a tensor, for whose copy to the device the host would wait.
+    """
+    ramps = [torch.arange(n, device=device) - (n - 1) / 2 for n in roi_size]  # voxels
+    columns = []
+    for row, length in zip(matrix.tolist(), input_size, strict=True):
+        h, w, d = (ramp * (2 * entry / length) for ramp, entry in zip(ramps, row, strict=True))
+        columns.append(h[:, None, None] + w[:, None] + d)
+    return torch.stack(columns[::-1], -1)[None]  # grid_sample wants the last axis first
+
+
+def _sample(x: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+    return F.grid_sample(x[None], grid, mode, padding_mode="zeros", align_corners=False)[0]
+
+
+def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur (C, H, W, D) by `sigma` voxels, cut at 4 sigma, the border voxels repeated.
+
+    A sum of shifted images, since a convolution would run in TF32 on a GPU.
+    """
+    radius = int(4 * sigma + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    for axis in (1, 2, 3):
+        pad = [0] * 6
+        pad[6 - 2 * axis : 8 - 2 * axis] = [radius, radius]  # F.pad wants the last axis first
+        padded = F.pad(image, pad, mode="replicate")
+        length, image = image.shape[axis], torch.zeros_like(image)
+        for start, weight in enumerate((weights / weights.sum()).tolist()):
+            image.add_(padded.narrow(axis, start, length), alpha=weight)
+    return image
+
+
+def adjust_contrast(image: torch.Tensor, factor: float) -> torch.Tensor:
+    """Scale (C, H, W, D) about each channel's mean, cut to the channel's range."""
+    low, high, mean = (f(image, (1, 2, 3), True) for f in (torch.amin, torch.amax, torch.mean))
+    return ((image - mean) * factor + mean).clamp(low, high)
+
+
+def adjust_gamma(image: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Raise (C, H, W, D) to `gamma` within each channel's range, its mean and std kept."""
+    low, high = (f(image, (1, 2, 3), True) for f in (torch.amin, torch.amax))
+    raised = ((image - low) / (high - low).clamp(min=1e-7)) ** gamma
+    std, mean = torch.std_mean(image, (1, 2, 3), keepdim=True)
+    raised_std, raised_mean = torch.std_mean(raised, (1, 2, 3), keepdim=True)
+    return (raised - raised_mean) * (std / raised_std.clamp(min=1e-7)) + mean
+
+
+CHANGES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "blur": gaussian_blur,
+    "brightness": torch.mul,
+    "contrast": adjust_contrast,
+    "gamma_inverted": lambda image, gamma: -adjust_gamma(-image, gamma),
+    "gamma": adjust_gamma,
+}
+
+
+def _draw_value(random: np.random.Generator, settings: Settings) -> float | None:
+    """An operation's value, or None; half of the factors are below 1, as in nnU-Net."""
+    (_, prob), (key, (low, high)) = settings.items()
+    coin, u = random.random(2)
+    middle = 1 if key == "range" and low < 1 < high else (low + high) / 2
+    return float(np.interp(u, [0, 0.5, 1], [low, middle, high])) if coin < prob else None
+
+
+def _rotation(degrees: np.ndarray) -> np.ndarray:
+    """Matrices (…, 3, 3) of turns (…, 3) about the fixed axes 0, 1 and 2, in that order."""
+    return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+
+
+def _degrees(value: Any) -> np.ndarray:
+    """Lowest and highest angle about each axis, (3, 2), from one number, a pair or three pairs."""
+    array = np.asarray(value, float)
+    return np.broadcast_to(array if array.ndim else [-abs(array), abs(array)], (3, 2))
+
+
+RULES: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
+    "roi_size": (
+        "three whole numbers above 0",
+        lambda a: a.shape == (3,) and a.dtype.kind == "i" and a.min() > 0,
+    ),
+    "spacing": ("three sizes in mm above 0", lambda a: a.shape == (3,) and a.min() > 0),
+    "prob": ("a probability from 0 to 1", lambda a: a.ndim == 0 and 0 <= a <= 1),
+    "degrees": (
+        "a number, a pair [lo, hi] or a pair for each axis, within -180..180 and lo <= hi",
+        lambda a: (
+            a.shape in {(), (2,), (3, 2)}
+            and abs(a).max() <= 180
+            and np.diff(_degrees(a)).min() >= 0
+        ),
+    ),
+    "range": ("a pair [lo, hi] with 0 < lo <= hi", lambda a: a.shape == (2,) and 0 < a[0] <= a[1]),
+    "std": ("a pair [lo, hi] with 0 <= lo <= hi", lambda a: a.shape == (2,) and 0 <= a[0] <= a[1]),
+}
+RULES["sigma"] = RULES["range"]
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    """Whether `value` is finite numbers and as `RULES[key]` says."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        return False
+    is_number = array.dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
+    return bool(is_number and RULES[key][1](array))
+
+
+def _merge(where: str, given: Any, defaults: Settings, faults: list[str]) -> dict[str, Any]:
+    """The defaults with what is given in their place; what is wrong is added to `faults`."""
+    merged, given = dict(defaults), {} if given is None else given
+    if not isinstance(given, Mapping):
+        faults.append(_fault(where, f"a mapping with keys of {', '.join(defaults)}", given))
+        given = {}
+    for name, value in given.items():
+        if name not in defaults:
+            nearest = difflib.get_close_matches(str(name), defaults, 1, 0)[0]
+            remedy = f"Use {nearest!r} if that was meant."
+            faults.append(_fault(where, f"one of {', '.join(defaults)}", name, remedy))
+        elif isinstance(defaults[name], Mapping):
+            merged[name] = _merge(f"{where}#{name}", value, defaults[name], faults)
+        elif _is_valid(name, value):
+            merged[name] = value
+        else:
+            remedy = f"Correct it, or leave it out for {defaults[name]}."
+            faults.append(_fault(f"{where}#{name}", RULES[name][0], value, remedy))
+    return merged
+
+
+def _fault(where: str, expected: str, got: Any, remedy: str = "Correct it.") -> str:
+    return f"augment#{where}: expected {expected}, got {got!r}. {remedy}"
