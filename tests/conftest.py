@@ -1,0 +1,99 @@
+"""Fixtures: tiny volumes, a tiny run, and the command line as a function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "spacing": [1, 1, 1],
+    "roi_size": [16, 16, 8],
+    "base_channels": 2,
+    "network_def#num_dense_layers": 1,
+    "network_def#growth_rate": 4,
+    "network_def#strides": [[2, 2, 1], [2, 2, 2]],
+    "num_folds": 3,
+    "steps_per_epoch": 2,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "warmup_steps": 1,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are several times slower on two busy threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_case(root: Path, case_id: str, seed: int, size=(20, 18, 12), affine=None) -> None:
+    """One image and label pair: two bright blobs of different brightness in noise."""
+    rng = np.random.default_rng(seed)
+    blobs = gaussian_filter(rng.normal(size=size), 2)
+    label = np.digitize(blobs, np.quantile(blobs, [0.7, 0.9])).astype(np.uint8)
+    image = (label * 40 + rng.normal(0, 5, size)).astype(np.float32)
+    affine = np.diag([1.0, 1.0, 1.5, 1.0]) if affine is None else affine
+    for folder, voxels in (("imagesTr", image), ("labelsTr", label)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(voxels, affine), root / folder / f"{case_id}.nii.gz")
+
+
+def write_dataset_json(root: Path, case_ids: list[str], **changes: Any) -> None:
+    """`dataset.json` over the cases, some of its keys replaced."""
+    source = {
+        "name": "tiny",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "dim", "2": "bright"},
+        "training": [
+            {"image": f"./imagesTr/{c}.nii.gz", "label": f"./labelsTr/{c}.nii.gz"} for c in case_ids
+        ],
+    }
+    (root / "dataset.json").write_text(json.dumps({**source, **changes}))
+
+
+def make_dataset(root: Path, num_cases: int = 6) -> Path:
+    """A Medical Segmentation Decathlon folder of tiny cases."""
+    case_ids = [f"tiny_{n:03d}" for n in range(1, num_cases + 1)]
+    for n, case_id in enumerate(case_ids):
+        write_case(root, case_id, seed=n)
+    write_dataset_json(root, case_ids)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset that no test changes."""
+    return make_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`pipeline.run` on the tiny dataset: `run(output_dir, key=value, ...)` → exit status."""
+    from pipeline.run import main
+
+    monkeypatch.chdir(REPOSITORY)
+
+    def run(output_dir: Path, *files: str, **changes: Any) -> int:
+        values = {"dataset_dir": str(dataset), "output_dir": str(output_dir), **TINY, **changes}
+        words = [
+            word
+            for key, value in values.items()
+            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
+        return main(["configs/amp.json", *files, *words])
+
+    return run
