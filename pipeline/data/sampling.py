@@ -1,0 +1,180 @@
+"""Which patch of which case is training sample number n: a pure function of (seed, n).
+
+Samples are numbered through the whole run; sample n is sample n mod N of epoch n // N, where N
+is the number of samples in an epoch. Nothing depends on how many processes do the work, and a
+run that continues needs to know one number only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import ClassesToIndices
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.data.datasets import Case
+
+MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """Random generator that is a function of `key` alone, the same on every platform."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+class PatchDataset(Dataset):
+    """Random patches of cached cases.
+
+    A share `foreground_ratio` of the patches is centred on a voxel of a class drawn from those
+    present in the case; the others on any voxel. The centre is then moved so that the patch of
+    `roi_size` lies inside the volume where it fits. `patch_size` is what is cut out around it:
+    larger than `roi_size` by the margin that the augmentation's resampling needs.
+
+    Args:
+        data: Cases to load, as dictionaries with `case_id`, `image` and `label`.
+        transform: Deterministic preprocessing, applied once per case.
+        roi_size: Network input in voxels.
+        patch_size: Size cut out in voxels, at least `roi_size`.
+        num_classes: Classes, background included.
+        seed: Of the run.
+        samples_per_epoch: N above.
+        foreground_ratio: Share of patches centred on foreground, 0 to 1.
+
+    Raises:
+        ValueError: If there is no case, or a size or ratio is out of range.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Case],
+        transform: Callable,
+        roi_size: Sequence[int],
+        patch_size: Sequence[int],
+        num_classes: int,
+        seed: int,
+        samples_per_epoch: int,
+        foreground_ratio: float = 0.67,
+    ) -> None:
+        if not data:
+            raise ValueError("training cases: expected at least one, got none.")
+        if not 0 <= foreground_ratio <= 1:
+            raise ValueError(f"foreground_ratio: expected 0 to 1, got {foreground_ratio}.")
+        if min(roi_size) < 1 or any(p < r for p, r in zip(patch_size, roi_size, strict=True)):
+            raise ValueError(f"roi_size: expected 1 to {tuple(patch_size)}, got {roi_size}.")
+        self.data, self.transform = data, transform
+        self.roi_size = np.asarray(roi_size)
+        self.patch_size = np.asarray(patch_size)
+        self.seed, self.samples_per_epoch = seed, samples_per_epoch
+        self.foreground_ratio = foreground_ratio
+        self._positions = ClassesToIndices(
+            num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS
+        )
+        with ThreadPoolExecutor() as pool:
+            self.cases = list(pool.map(self._load, data))
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Training sample `number` of the run.
+
+        Returns:
+            `image` `(C, *patch_size)` float32, `label` `(1, *patch_size)` uint8, `seed` (int,
+            for everything else that is random about this sample), `case_id`, and `origin`, the
+            patch's first voxel in the preprocessed volume (negative in the padding).
+        """
+        epoch, index = divmod(number, self.samples_per_epoch)
+        rng = generator(self.seed, epoch, index)
+        case = self.cases[self._case_index(number)]
+        origin = self._centre(case, rng) - self.patch_size // 2
+        return {
+            "image": _cut(case["image"], origin, self.patch_size),
+            "label": _cut(case["label"], origin, self.patch_size),
+            "seed": int(rng.integers(2**63)),
+            "case_id": case["case_id"],
+            "origin": torch.as_tensor(origin),
+        }
+
+    def _load(self, case: Case) -> dict[str, Any]:
+        loaded = self.transform(case)
+        image, label = (loaded[key].as_tensor().contiguous() for key in ("image", "label"))
+        positions = [np.asarray(p, dtype=np.int64) for p in self._positions(label)]
+        return {
+            "case_id": case["case_id"],
+            "image": image,
+            "label": label,
+            "foreground": [p for p in positions[1:] if len(p)],
+        }
+
+    def _case_index(self, number: int) -> int:
+        """Cases come in rounds: every case once per round, each round in an order of its own."""
+        round_number, place = divmod(number, len(self.data))
+        return int(generator(self.seed, "order", round_number).permutation(len(self.data))[place])
+
+    def _centre(self, case: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+        size = np.asarray(case["label"].shape[1:])
+        on_foreground = rng.random() < self.foreground_ratio and case["foreground"]
+        if on_foreground:
+            positions = case["foreground"][rng.integers(len(case["foreground"]))]
+            centre = np.array(np.unravel_index(positions[rng.integers(len(positions))], size))
+        else:
+            centre = rng.integers(size)
+        low = self.roi_size // 2
+        high = size - (self.roi_size - low)
+        return np.where(high > low, np.clip(centre, low, np.maximum(high, low)), size // 2)
+
+
+def _cut(volume: torch.Tensor, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:
+    """Copy `(C, *size)` from `volume` `(C, H, W, D)`, zero outside it."""
+    patch = torch.zeros((volume.shape[0], *size.tolist()), dtype=volume.dtype)
+    shape = np.asarray(volume.shape[1:])
+    first, last = np.maximum(origin, 0), np.minimum(origin + size, shape)
+    source = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+    target = tuple(slice(a, b) for a, b in zip(first - origin, last - origin, strict=True))
+    patch[(slice(None), *target)] = volume[(slice(None), *source)]
+    return patch
+
+
+class EpochSampler(Sampler[int]):
+    """Numbers of the samples from `start` to the end of its epoch.
+
+    Args:
+        batch_size: Samples in a micro-batch.
+        accumulation_steps: Micro-batches in an optimizer step.
+        steps_per_epoch: Optimizer steps in an epoch; it holds whole batches only.
+
+    Attributes:
+        samples_per_epoch: Their product.
+        start: Number of the next sample of the run; the trainer sets it before each epoch.
+    """
+
+    def __init__(self, batch_size: int, accumulation_steps: int, steps_per_epoch: int) -> None:
+        self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        end = (self.start // self.samples_per_epoch + 1) * self.samples_per_epoch
+        return iter(range(self.start, end))
+
+    def __len__(self) -> int:
+        return self.samples_per_epoch - self.start % self.samples_per_epoch
+
+
+def patch_loader(
+    dataset: PatchDataset, sampler: EpochSampler, batch_size: int, num_workers: int = 0
+) -> DataLoader:
+    """Loader of micro-batches in the order of their samples' numbers."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
