@@ -1,0 +1,194 @@
+"""The one owner of numerical precision: device, autocast, loss scaling, clipping, finite check.
+
+Trainer and evaluator receive a `Precision`; nobody else opens an autocast region, makes a scaler
+or decides whether a step is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from pipeline.errors import InputError, as_bool, nearest
+
+# device type -> requested dtype -> (effective dtype, loss scaling)
+MODES: dict[str, dict[str, tuple[torch.dtype, bool]]] = {
+    "cuda": {
+        "auto": (torch.float16, True),
+        "float16": (torch.float16, True),
+        "bfloat16": (torch.bfloat16, False),
+    },
+    "cpu": {
+        "auto": (torch.float32, False),  # float16 is some 40 times slower than float32 there
+        "float16": (torch.float16, True),
+        "bfloat16": (torch.bfloat16, False),
+    },
+}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did, on the host.
+
+    Attributes:
+        applied: Whether the weights were changed; `False` if a gradient was not finite.
+        loss: Mean loss of the accumulation group.
+        grad_norm: Global 2-norm of the unscaled gradients, before clipping.
+        loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
+    """
+
+    applied: bool
+    loss: float
+    grad_norm: float
+    loss_scale: float
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that `auto`, a name or a device object stands for.
+
+    Raises:
+        InputError: If the name is unknown or the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu or cuda[:N], got {device!r}.") from None
+    if resolved.type not in MODES:
+        raise InputError(f"device: expected auto, cpu or cuda[:N], got '{resolved}'.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(
+            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. Use auto."
+        )
+    return resolved
+
+
+class Precision:
+    """Resolves device and dtype, and carries out backward and optimizer step in that precision.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        amp: Whether mixed precision is asked for; `False` is plain float32 with no scaler.
+        amp_dtype: `auto`, `float16` or `bfloat16`; see `MODES` for what each resolves to.
+        tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
+        init_scale: Loss scale at the start.
+        growth_interval: Finite steps in a row after which the loss scale doubles.
+
+    Attributes:
+        device: The device in force.
+        dtype: The dtype of autocast in force; `torch.float32` means no autocast at all.
+        scaler: The `torch.amp.GradScaler`, or `None` where none is used.
+
+    Raises:
+        InputError: If a value is not one of those named above.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "auto",
+        amp: bool | str = True,
+        amp_dtype: str = "auto",
+        tf32: bool | str = False,
+        init_scale: float = 65536.0,
+        growth_interval: int = 2000,
+    ) -> None:
+        self.requested_device = device
+        self.device = resolve_device(device)
+        self.amp = as_bool(amp, "amp")
+        self.amp_dtype = amp_dtype
+        modes = MODES[self.device.type]
+        if amp_dtype not in modes:
+            raise InputError(
+                f"amp_dtype: expected one of {', '.join(modes)}, got {amp_dtype!r}. "
+                + nearest(str(amp_dtype), modes)
+            )
+        self.dtype, scaled = modes[amp_dtype] if self.amp else (torch.float32, False)
+        self.scaler = (
+            torch.amp.GradScaler(
+                self.device.type, init_scale=init_scale, growth_interval=growth_interval
+            )
+            if scaled
+            else None
+        )
+        self.tf32 = as_bool(tf32, "tf32")
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+            torch.backends.cudnn.allow_tf32 = self.tf32
+
+    @property
+    def mode(self) -> str:
+        """The effective dtype's name: `float32`, `float16` or `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout that convolutions are fastest in: channels last, but for float32 on CUDA."""
+        contiguous = self.device.type == "cuda" and self.dtype == torch.float32
+        return torch.contiguous_format if contiguous else torch.channels_last_3d
+
+    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Move `network` to the device, its weights in `memory_format`."""
+        # the stubs of Module.to do not know that device and memory_format go together
+        return network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What was asked for and what is in force."""
+        requested = {
+            "device": str(self.requested_device),
+            "amp": self.amp,
+            "amp_dtype": self.amp_dtype,
+            "tf32": self.tf32,
+        }
+        effective = {
+            "device": str(self.device),
+            "dtype": self.mode,
+            "loss_scaling": self.scaler is not None,
+            "tf32": self.tf32 and self.device.type == "cuda",
+            "memory_format": str(self.memory_format).removeprefix("torch."),
+        }
+        return {"requested": requested, "effective": effective}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context for forward pass and loss; does nothing where float32 is in force."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backpropagate `loss` (scalar, float32), multiplied by the loss scale if there is one."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self, optimizer: Optimizer, loss: torch.Tensor, *, grad_clip: float) -> StepStats:
+        """Unscale, clip and step, unless a gradient is not finite; then update the loss scale.
+
+        The decision is made on the host from the gradients' norm, which is wanted for the log
+        anyway: loss, norm and scale come over in one transfer, the only synchronisation of a step.
+
+        Args:
+            optimizer: Holds the parameters with their scaled, accumulated gradients.
+            loss: Mean loss of the accumulation group, scalar on the device, for the log.
+            grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
+        """
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        one = torch.ones((), device=self.device)
+        scale = self.scaler.scale(one) if self.scaler else one
+        grad_norm, mean_loss, loss_scale = torch.stack([norm, loss.float(), scale]).tolist()
+        applied = math.isfinite(grad_norm)
+        if applied:
+            if grad_clip > 0:
+                clip_grads_with_norm_(parameters, grad_clip, norm)
+            optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        return StepStats(applied, mean_loss, grad_norm, loss_scale)

@@ -1,0 +1,85 @@
+"""How far a run has come: the record that is saved, and from which all counters are derived."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+STEPPING = "stepping"  # inside an epoch, or between two
+EPOCH_END_PENDING = "epoch_end_pending"  # all steps of the epoch done, its validation not yet
+FINALIZING = "finalizing"  # the last epoch is complete, the summary is not written
+DONE = "done"
+
+
+@dataclass
+class Progress:
+    """Progress of a run. A step is one optimizer step, applied or skipped.
+
+    Attributes:
+        phase: `stepping`, `epoch_end_pending`, `finalizing` or `done`.
+        step: Optimizer steps taken, skipped ones included.
+        epoch: Epochs whose steps are all taken.
+        samples: Samples consumed.
+        skipped_steps: Steps whose gradients were not finite.
+        consecutive_skips: Of these, the ones since the last applied step.
+        best_metric: Highest finite validation metric; `None` before the first.
+        best_epoch: Its epoch.
+        last_metric: Validation metric of the latest validation; `None` before the first.
+        wall_time_s: Seconds spent in training and validation, over all sessions of the run.
+        mode: Effective dtype of training: `float32`, `float16` or `bfloat16`.
+        schema_version: Version of this record and of the checkpoint around it.
+    """
+
+    phase: str = STEPPING
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+    best_metric: float | None = None
+    best_epoch: int | None = None
+    last_metric: float | None = None
+    wall_time_s: float = 0.0
+    mode: str = "float32"
+    schema_version: int = SCHEMA_VERSION
+
+    def record_step(self, applied: bool, *, samples: int, steps_per_epoch: int) -> None:
+        """Count one optimizer step over `samples` samples."""
+        self.step += 1
+        self.samples += samples
+        self.skipped_steps += not applied
+        self.consecutive_skips = 0 if applied else self.consecutive_skips + 1
+        if self.step % steps_per_epoch == 0:
+            self.epoch = self.step // steps_per_epoch
+            self.phase = EPOCH_END_PENDING
+
+    def record_metric(self, metric: float) -> bool:
+        """Take over a validation metric; returns whether it is the best. NaN never is."""
+        self.last_metric = metric
+        if not math.isfinite(metric):
+            return False
+        if self.best_metric is not None and metric <= self.best_metric:
+            return False
+        self.best_metric, self.best_epoch = metric, self.epoch
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values, safe to load with `weights_only=True`."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved record.
+
+        Raises:
+            ValueError: If the record was written by another version of the schema.
+        """
+        if state.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"progress: expected schema version {SCHEMA_VERSION}, "
+                f"got {state.get('schema_version')}. Continue with the version that wrote it."
+            )
+        for key, value in state.items():
+            setattr(self, key, value)

@@ -1,0 +1,352 @@
+"""Mixed precision: the policy's table, and every link of the chain from loss to weights.
+
+The scaler's behaviour is tested on the CPU in real float16, and again on CUDA where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.precision import MODES, Precision
+from pipeline.training.losses import SegmentationLoss
+from pipeline.training.optimization import warmup_cosine
+from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return request.param
+
+
+class Samples:
+    """A loader of given batches; `start` is what the trainer tells the sampler."""
+
+    def __init__(self, batches: list[dict]) -> None:
+        self.batches, self.start, self.sampler = batches, 0, self
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def batch(seed: int, size: int = 2, value: float | None = None) -> dict:
+    rng = torch.Generator().manual_seed(seed)
+    image = torch.randn(size, 1, 8, 8, 8, generator=rng)
+    label = (image > 0.5).to(torch.uint8)
+    if value is not None:
+        image[0, 0, 0, 0, 0] = value
+    return {"image": image, "label": label, "seed": torch.full((size,), seed)}
+
+
+def make_trainer(
+    precision: Precision, batches: list[dict], *, accumulation: int = 1, epochs: int = 1, **kwargs
+) -> MixedPrecisionTrainer:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1)
+    ).to(precision.device)
+    steps = len(batches) // accumulation
+    optimizer = kwargs.pop("optimizer", torch.optim.SGD)(network.parameters(), lr=0.1)
+    scheduler = warmup_cosine(optimizer, warmup_steps=2, max_epochs=epochs, steps_per_epoch=steps)
+    return MixedPrecisionTrainer(
+        precision,
+        max_epochs=epochs,
+        train_data_loader=Samples(batches),
+        network=network,
+        optimizer=optimizer,
+        loss_function=SegmentationLoss(),
+        lr_scheduler=scheduler,
+        steps_per_epoch=steps,
+        accumulation_steps=accumulation,
+        inferer=SimpleInferer(),
+        **kwargs,
+    )
+
+
+def weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(((a[name] - b[name]) ** 2).sum().item() for name in a))
+
+
+def half(device: str, **kwargs) -> Precision:
+    return Precision(device, amp=True, amp_dtype="float16", **kwargs)
+
+
+# --- the policy
+
+
+def test_config_has_amp_on_by_default():
+    source = json.loads(Path("configs/amp.json").read_text())
+    assert source["amp"] is True
+    assert source["amp_dtype"] == "auto"
+    assert MODES["cuda"]["auto"] == (torch.float16, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "amp", "requested", "dtype", "scaled"),
+    [
+        ("cpu", True, "auto", "float32", False),
+        ("cpu", True, "float16", "float16", True),
+        ("cpu", True, "bfloat16", "bfloat16", False),
+        ("cpu", False, "float16", "float32", False),
+        pytest.param("cuda", True, "auto", "float16", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, "float16", "float16", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, "bfloat16", "bfloat16", False, marks=pytest.mark.gpu),
+        pytest.param("cuda", False, "auto", "float32", False, marks=pytest.mark.gpu),
+    ],
+)
+def test_precision_resolves_to(kind, amp, requested, dtype, scaled):
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    precision = Precision(kind, amp=amp, amp_dtype=requested)
+    assert precision.mode == dtype
+    assert (precision.scaler is not None) is scaled
+    assert precision.describe()["requested"]["amp_dtype"] == requested
+    assert precision.describe()["effective"]["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"amp_dtype": "float61"}, "amp_dtype: expected one of auto.*Did you mean 'float16'"),
+        ({"amp": "maybe"}, "amp: expected true or false, got 'maybe'"),
+        ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
+        ({"device": "cuda:99"}, "device: expected one of the"),
+    ],
+)
+def test_precision_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Precision(**{"device": "cpu", **arguments})
+
+
+def test_precision_takes_booleans_as_words_like_monai_bundle_passes_them():
+    assert Precision("cpu", amp="false").amp is False
+    assert Precision("cpu", amp="true").amp is True
+
+
+def test_trainer_refuses_half_network():
+    precision = Precision("cpu")
+    network = nn.Conv3d(1, 2, 1).half()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"expected float32 weights, got.*float16.*half"):
+        MixedPrecisionTrainer(
+            precision, 1, Samples([]), network, optimizer, SegmentationLoss(), None, 1
+        )
+
+
+# --- the chain
+
+
+def test_forward_is_float16_and_loss_float32_under_autocast(device):
+    trainer = make_trainer(half(device), [batch(0)])
+    seen = {}
+
+    def look(engine):
+        seen["logits"] = engine.state.output["pred"].dtype
+        seen["autocast"] = torch.is_autocast_enabled(device)
+
+    trainer.add_event_handler(IterationEvents.FORWARD_COMPLETED, look)
+    trainer.run()
+    assert seen == {"logits": torch.float16, "autocast": True}
+    assert trainer.state.output["loss"].dtype == torch.float32
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+    assert trainer.amp is True
+
+
+def test_amp_false_is_float32_without_scaler(device):
+    trainer = make_trainer(Precision(device, amp=False), [batch(0)])
+    trainer.run()
+    assert trainer.scaler is None
+    assert trainer.precision.scaler is None
+    assert trainer.amp is False
+    assert trainer.state.output["pred"].dtype == torch.float32
+    assert trainer.last_step.loss_scale == 1
+
+
+def test_run_keeps_the_policys_scaler(device):
+    precision = half(device)
+    trainer = make_trainer(precision, [batch(0)])
+    trainer.run()
+    assert trainer.scaler is precision.scaler
+
+
+def test_backward_is_scaled_and_step_is_unscaled_and_clipped(device):
+    scale = 1024.0
+    trainer = make_trainer(half(device, init_scale=scale), [batch(0)], grad_clip=0.01)
+    reference = make_trainer(Precision(device, amp=False), [batch(0)], grad_clip=0)
+    grads = {}
+
+    def keep(name):
+        return lambda engine: grads.update(
+            {name: torch.cat([p.grad.flatten() for p in engine.network.parameters()]).cpu()}
+        )
+
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, keep("scaled"))
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, keep("clipped"))
+    reference.add_event_handler(IterationEvents.BACKWARD_COMPLETED, keep("true"))
+    before = weights(trainer.network)
+    trainer.run()
+    reference.run()
+    norm = grads["true"].norm().item()
+    assert norm > 0.01  # else nothing would be clipped
+    assert (grads["scaled"] / scale - grads["true"]).norm().item() < 0.02 * norm
+    assert trainer.last_step.grad_norm == pytest.approx(norm, rel=0.02)
+    assert grads["clipped"].norm().item() == pytest.approx(0.01, rel=1e-3)
+    # the first step of the warm-up has half the peak learning rate of 0.1
+    assert distance(weights(trainer.network), before) == pytest.approx(0.05 * 0.01, rel=1e-3)
+
+
+def test_grad_clip_zero_leaves_gradients_alone():
+    trainer = make_trainer(Precision("cpu", amp=False), [batch(0)], grad_clip=0)
+    before = weights(trainer.network)
+    trainer.run()
+    moved = distance(weights(trainer.network), before)
+    assert moved == pytest.approx(0.05 * trainer.last_step.grad_norm, rel=1e-4)
+
+
+def test_scale_doubles_after_growth_interval(device):
+    batches = [batch(n) for n in range(4)]
+    precision = half(device, init_scale=64.0, growth_interval=2)
+    make_trainer(precision, batches).run()
+    assert precision.scaler.get_scale() == 256.0
+
+
+def test_overflow_skips_step_and_halves_scale(device):
+    """2^40 times the loss overflows float16 in the backward pass: a real overflow."""
+    precision = half(device, init_scale=2.0**40)
+    trainer = make_trainer(precision, [batch(0)], optimizer=torch.optim.AdamW)
+    before, lr = weights(trainer.network), trainer.lr_scheduler.get_last_lr()
+    trainer.run()
+    assert distance(weights(trainer.network), before) == 0
+    assert precision.scaler.get_scale() == 2.0**39
+    assert not trainer.optimizer.state
+    assert trainer.lr_scheduler.get_last_lr() == lr
+    assert not trainer.last_step.applied
+    assert not math.isfinite(trainer.last_step.grad_norm)
+    assert (trainer.progress.step, trainer.progress.skipped_steps) == (1, 1)
+    assert trainer.progress.consecutive_skips == 1
+
+
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_nonfinite_input_never_reaches_the_weights(device, mode, value):
+    precision = Precision(
+        device, amp=mode != "float32", amp_dtype="auto" if mode == "float32" else mode
+    )
+    trainer = make_trainer(precision, [batch(0, value=value), batch(1)])
+    trainer.run()
+    assert trainer.progress.skipped_steps == 1
+    assert trainer.progress.consecutive_skips == 0
+    assert all(tensor.isfinite().all() for tensor in weights(trainer.network).values())
+    assert trainer.last_step.applied
+
+
+def test_training_recovers_from_too_high_a_scale(device):
+    precision = half(device, init_scale=2.0**30)
+    trainer = make_trainer(precision, [batch(n) for n in range(20)])
+    before = weights(trainer.network)
+    trainer.run()
+    assert 0 < trainer.progress.skipped_steps < 20
+    assert trainer.last_step.applied
+    assert distance(weights(trainer.network), before) > 0
+
+
+# --- accumulation and counters
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    """Instance norm and per-sample means: two batches of one are a batch of two."""
+    whole = batch(0, size=2)
+    parts = [{key: value[n : n + 1] for key, value in whole.items()} for n in range(2)]
+    one = make_trainer(Precision("cpu", amp=False), [whole])
+    two = make_trainer(Precision("cpu", amp=False), parts, accumulation=2)
+    one.run()
+    two.run()
+    assert distance(weights(one.network), weights(two.network)) < 1e-6
+    assert two.last_step.loss == pytest.approx(one.last_step.loss, rel=1e-5)
+    assert two.progress.step == 1
+    assert two.progress.samples == 2
+
+
+def test_counters_count_steps_not_micro_batches(device):
+    trainer = make_trainer(half(device), [batch(n) for n in range(6)], accumulation=3, epochs=2)
+    steps = []
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, lambda e: steps.append(e.progress.step))
+    trainer.run()
+    assert steps == [1, 2, 3, 4]
+    assert trainer.state.iteration == 12
+    assert trainer.progress.samples == 24
+    assert trainer.progress.epoch == 2
+    assert trainer.lr_scheduler.last_epoch == 4 - trainer.progress.skipped_steps
+
+
+def test_scaler_unscales_once_per_accumulation_group(device, monkeypatch):
+    precision = half(device)
+    calls = []
+    unscale = precision.scaler.unscale_
+    monkeypatch.setattr(
+        precision.scaler, "unscale_", lambda optimizer: (calls.append(1), unscale(optimizer))
+    )
+    make_trainer(precision, [batch(n) for n in range(4)], accumulation=2).run()
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+def test_step_waits_for_the_device_once(mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    precision = Precision(
+        "cuda", amp=mode != "float32", amp_dtype="auto" if mode == "float32" else mode
+    )
+    batches = [
+        {key: v if key == "seed" else v.cuda() for key, v in batch(n).items()} for n in range(4)
+    ]
+    trainer = make_trainer(precision, batches)
+    trainer.run()  # the first steps may wait for libraries to load
+    import warnings
+
+    repeat = make_trainer(precision, batches)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            repeat.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
+    assert len(waits) <= len(batches), [str(w.message) for w in waits]
+
+
+# --- learning rate
+
+
+def test_learning_rate_warms_up_then_follows_cosine_by_step():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=4, max_epochs=2, steps_per_epoch=7)
+    rates = []
+    for _ in range(14):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    expected = [0.5, 1.0, 1.5, 2.0] + [1 + math.cos(math.pi * n / 10) for n in range(10)]
+    assert rates == pytest.approx(expected)
+    assert scheduler.get_last_lr()[0] == pytest.approx(0)

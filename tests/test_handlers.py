@@ -1,0 +1,370 @@
+import io
+import json
+import logging
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.precision import StepStats
+from pipeline.training.handlers import ConsoleHandler, TensorBoardHandler, outline_slice
+from pipeline.training.progress import Progress
+from pipeline.training.trainer import StepEvents
+
+TRAINING_TAGS = {"train/loss", "LR", "AMP/loss_scale", "AMP/skipped_steps", "AMP/grad_norm"}
+VALIDATION_TAGS = {"val/mean_dice", "val/dice_dim", "val/dice_bright"}
+
+
+def read(run_dir):
+    """What TensorBoard shows, with nothing thinned out."""
+    everything = dict.fromkeys(("scalars", "images"), 0)
+    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance=everything).Reload()
+
+
+def curve(events, tag):
+    """Pairs of step and value, as they were written."""
+    return [(point.step, point.value) for point in events.Scalars(tag)]
+
+
+def steps_of(events, tag):
+    return [step for step, _ in curve(events, tag)]
+
+
+def picture_of(point):
+    return np.asarray(Image.open(io.BytesIO(point.encoded_image_string)))
+
+
+# ---- in a run
+
+
+def test_tensorboard_shows_training_and_validation_of_a_run(run, tmp_path):
+    changes = {"steps_per_epoch": 4, "warmup_steps": 3, "learning_rate": 0.01}
+    assert run(tmp_path / "run", **changes) == 0
+    events = read(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(events.Tags()["scalars"]) == TRAINING_TAGS | VALIDATION_TAGS
+    for tag in TRAINING_TAGS:
+        assert steps_of(events, tag) == list(range(1, 9)), tag
+    for tag in VALIDATION_TAGS:
+        assert steps_of(events, tag) == [4, 8], tag
+
+    # eight steps: three of warm-up to the peak, then half a cosine
+    expected = [0.01 * n / 3 for n in (1, 2, 3)]
+    expected += [0.01 * math.cos(math.pi / 2 * n / 5) ** 2 for n in range(5)]
+    np.testing.assert_allclose([lr for _, lr in curve(events, "LR")], expected, rtol=1e-5)
+    assert {value for _, value in curve(events, "AMP/loss_scale")} == {1}  # float32
+    assert {value for _, value in curve(events, "AMP/skipped_steps")} == {0}
+    assert all(0 < value < math.inf for _, value in curve(events, "AMP/grad_norm"))
+    assert all(0 < value < 5 for _, value in curve(events, "train/loss"))
+
+    dice = [value for _, value in curve(events, "val/mean_dice")]
+    assert dice[-1] == pytest.approx(summary["last_mean_dice"], abs=1e-7)
+    assert max(dice) == pytest.approx(summary["best_mean_dice"], abs=1e-7)
+    # both classes are in every case, so that the mean over classes is the mean
+    classes = [[value for _, value in curve(events, f"val/dice_{n}")] for n in ("dim", "bright")]
+    np.testing.assert_allclose(np.mean(classes, axis=0), dice, atol=1e-6)
+
+    images = events.Images("val/first_case")
+    assert [image.step for image in images] == [4, 8]
+    assert picture_of(images[0]).shape == (4 * 18, 4 * 20, 3)
+
+
+def test_tensorboard_goes_on_where_a_continued_run_does(run, tmp_path):
+    assert run(tmp_path / "run", max_epochs=1) == 0
+    set_aside(tmp_path / "run")
+    assert run(tmp_path / "run", max_epochs=3) == 0
+    events = read(tmp_path / "run")
+    for tag in TRAINING_TAGS:
+        assert steps_of(events, tag) == [1, 2, 3, 4, 5, 6], tag
+    for tag in VALIDATION_TAGS:
+        assert steps_of(events, tag) == [2, 4, 6], tag
+    assert [image.step for image in events.Images("val/first_case")] == [2, 4, 6]
+
+
+def set_aside(run_dir):
+    """Give the event file a name that sorts before those written within the same second."""
+    for number, path in enumerate(sorted((run_dir / "tensorboard").glob("events*"))):
+        path.rename(path.with_name(f"events.out.tfevents.1.{number}"))
+
+
+# ---- with engines that only count
+
+
+class StubTrainer(Engine):
+    """Counts steps as the trainer does; step n takes `results[n]`, or has a loss of n."""
+
+    def __init__(self, handlers, *, step=0, steps_per_epoch=4, max_epochs=2, results=None):
+        super().__init__(self.take_step)
+        self.register_events(*StepEvents)
+        self.progress = Progress(step=step, epoch=step // steps_per_epoch)
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+        self.steps_per_epoch = steps_per_epoch
+        self.results = results or {}
+        self.elapsed_s = 20.0
+        self.last_step = None
+        self.state.max_epochs, self.state.epoch_length = max_epochs, steps_per_epoch
+        self.state.epoch, self.state.iteration = self.progress.epoch, step
+        for handler in handlers:
+            handler.attach(self)
+
+    def take_step(self, engine, batch):
+        number = self.progress.step + 1
+        default = StepStats(applied=True, loss=number, grad_norm=2, loss_scale=1)
+        self.last_step = self.results.get(number, default)
+        self.optimizer.param_groups[0]["lr"] += 1  # as the scheduler, before the event
+        self.progress.record_step(
+            self.last_step.applied, samples=1, steps_per_epoch=self.steps_per_epoch
+        )
+        self.fire_event(StepEvents.STEP_COMPLETED)
+
+
+def make_validator(dice=None, epoch=1, case=None):
+    """An evaluator that has scored `dice` in `epoch`, and whose every output is `case`."""
+    validator = Engine(lambda engine, batch: [case])
+    metrics = {} if dice is None else {"mean_dice": dice}
+    details = {"mean_dice": {"classes": {"dim": dice, "bright": 1.0}}}
+    validator.state = SimpleNamespace(
+        key_metric_name="mean_dice", metrics=metrics, metric_details=details, epoch=epoch
+    )
+    return validator
+
+
+def record(run_dir, steps, *, start=0, log_every=1, results=None):
+    """One session of training, of `steps` steps from `start`."""
+    handler = TensorBoardHandler(run_dir, make_validator(), log_every=log_every)
+    length = start + steps
+    trainer = StubTrainer([handler], step=start, steps_per_epoch=length, results=results)
+    trainer.run([0] * steps, max_epochs=1)
+
+
+def test_tensorboard_writes_every_nth_step_and_every_skipped_one(tmp_path):
+    skipped = StepStats(applied=False, loss=9.0, grad_norm=math.inf, loss_scale=1024)
+    record(tmp_path, 10, log_every=4, results={5: skipped, 8: skipped})
+    events = read(tmp_path)
+    assert curve(events, "train/loss") == [(4, 4), (5, 9), (8, 9)]
+    assert curve(events, "AMP/skipped_steps") == [(4, 0), (5, 1), (8, 2)]
+    assert curve(events, "AMP/loss_scale") == [(4, 1), (5, 1024), (8, 1024)]
+    assert curve(events, "AMP/grad_norm") == [(4, 2), (5, math.inf), (8, math.inf)]
+    assert curve(events, "LR") == [(4, 3), (5, 4), (8, 7)]  # what step n used
+
+
+LOST = StepStats(applied=True, loss=-1.0, grad_norm=2, loss_scale=1)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path, start):
+    record(tmp_path, 6, results={n: LOST for n in range(start + 1, 7)})
+    set_aside(tmp_path)
+    record(tmp_path, 8 - start, start=start)
+    assert curve(read(tmp_path), "train/loss") == [(n, n) for n in range(1, 9)]
+
+
+def test_tensorboard_hides_lost_steps_before_the_first_new_point(tmp_path):
+    skipped = StepStats(applied=False, loss=-1.0, grad_norm=math.inf, loss_scale=1)
+    record(tmp_path, 7, log_every=4, results={6: skipped})
+    set_aside(tmp_path)
+    record(tmp_path, 4, start=4, log_every=4)  # step 6 is not skipped this time
+    assert curve(read(tmp_path), "train/loss") == [(4, 4), (8, 8)]
+
+
+def test_tensorboard_keeps_the_epochs_last_step_when_its_validation_is_made_up_for(tmp_path):
+    record(tmp_path, 4)
+    set_aside(tmp_path)
+    handler = TensorBoardHandler(tmp_path, make_validator(dice=0.5))
+    trainer = StubTrainer([handler], step=4)
+    trainer.fire_event(Events.EPOCH_COMPLETED)  # before the trainer's first step
+    events = read(tmp_path)
+    assert curve(events, "train/loss") == [(n, n) for n in range(1, 5)]
+    assert curve(events, "val/mean_dice") == [(4, 0.5)]
+
+
+def test_tensorboard_closes_its_file_when_training_is_complete(tmp_path):
+    handler = TensorBoardHandler(tmp_path, make_validator(), log_every=1)
+    trainer = StubTrainer([handler])
+    writer = handler.writer
+    trainer.run([0] * 4, max_epochs=1)
+    assert writer.all_writers is None  # closed
+    trainer.run([0] * 4, max_epochs=2)  # and goes on in another file
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+
+
+def test_tensorboard_writes_no_score_when_the_epoch_was_not_validated(tmp_path):
+    handler = TensorBoardHandler(tmp_path, make_validator(dice=0.5, epoch=1), log_every=1)
+    StubTrainer([handler]).run([0] * 4, max_epochs=2)
+    assert curve(read(tmp_path), "val/mean_dice") == [(4, 0.5)]
+    assert curve(read(tmp_path), "val/dice_dim") == [(4, 0.5)]
+
+
+# ---- pictures
+
+GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
+
+
+def cube(shape, i, j, k, value=1):
+    volume = np.zeros(shape, np.uint8)
+    volume[slice(*i), slice(*j), slice(*k)] = value
+    return volume
+
+
+def where(picture, colour):
+    return (picture == colour).all(-1)
+
+
+def border(box):
+    """Outermost pixels of a solid box in a mask, by comparing each pixel with its neighbours."""
+    padded = np.pad(box, 1, mode="edge")
+    height, width = box.shape
+    shifts = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return box & ~np.logical_and.reduce(shifts)
+
+
+def drawn(volume, k):
+    """Slice k as a picture: rows from anterior to posterior, columns from left to right."""
+    return np.kron(volume[:, ::-1, k].T, np.ones((4, 4), int)).astype(bool)
+
+
+def test_outline_slice_draws_label_green_and_prediction_red():
+    shape = (10, 12, 5)
+    label = cube(shape, (1, 5), (2, 6), (2, 4))
+    pred = cube(shape, (3, 8), (2, 9), (2, 4))
+    image = np.random.default_rng(0).normal(size=shape)
+    picture = outline_slice(image, label, pred)
+    assert (picture.shape, picture.dtype) == ((48, 40, 3), np.uint8)
+    green, red = border(drawn(label, 2)), border(drawn(pred, 2))
+    np.testing.assert_array_equal(where(picture, GREEN), green & ~red)
+    np.testing.assert_array_equal(where(picture, RED), red & ~green)
+    np.testing.assert_array_equal(where(picture, YELLOW), red & green)
+    assert (red & green).any()
+    rest = picture[~(red | green)]
+    assert (rest == rest[:, :1]).all()  # grey
+
+
+def test_outline_slice_is_yellow_when_label_and_prediction_agree():
+    label = cube((8, 8, 3), (2, 6), (2, 6), (1, 2))
+    picture = outline_slice(np.zeros((8, 8, 3)), label, label)
+    assert set(map(tuple, picture.reshape(-1, 3))) == {(0, 0, 0), YELLOW}
+
+
+def test_outline_slice_draws_borders_between_classes():
+    label = cube((8, 8, 1), (1, 7), (1, 7), (0, 1))
+    label[4:7, 1:7] = 2
+    picture = outline_slice(np.zeros((8, 8, 1)), label, np.zeros_like(label))
+    assert where(picture, GREEN)[16, 15:17].all()
+
+
+def test_outline_slice_shows_the_slice_with_most_foreground():
+    shape = (9, 7, 6)
+    # 16 voxels whose values sum to more than those of the 20
+    label = cube(shape, (0, 4), (1, 5), (1, 2), value=2) | cube(shape, (4, 8), (1, 6), (4, 5))
+    image = np.broadcast_to(np.arange(6.0), shape).copy()
+    image[:4, :, 4] = 10  # the left half of slice 4 alone is uneven
+    picture = outline_slice(image, label, np.zeros_like(label))
+    np.testing.assert_array_equal(where(picture, GREEN), border(drawn(label, 4)))
+    assert picture[0, 0].tolist() == [255] * 3
+    assert picture[0, -1].tolist() == [0] * 3
+
+
+def test_outline_slice_draws_anterior_up_and_left_on_the_left():
+    image = np.zeros((10, 12, 1))
+    image[:3, :, 0] += 1  # the patient's left
+    image[:, -4:, 0] += 2  # anterior
+    picture = outline_slice(image, np.zeros((10, 12, 1), np.uint8), np.zeros((10, 12, 1), np.uint8))
+    grey = picture[..., 0].astype(int)
+    assert grey[0, 0] > grey[0, -1] > grey[-1, 0] > grey[-1, -1] == 0
+
+
+def test_outline_slice_does_not_let_one_bright_voxel_darken_the_rest():
+    image = np.random.default_rng(0).uniform(0, 1, (30, 30, 1))
+    image[3, 3, 0] = 1e6
+    empty = np.zeros((30, 30, 1), np.uint8)
+    assert 100 < outline_slice(image, empty, empty).mean() < 155
+
+
+def test_tensorboard_picture_is_axial_and_upright_whatever_the_files_orientation(tmp_path):
+    ras = {
+        "image": np.random.default_rng(0).normal(size=(10, 12, 5)),
+        "label": cube((10, 12, 5), (1, 5), (2, 6), (1, 3)),
+        "pred": cube((10, 12, 5), (3, 8), (2, 9), (1, 3)),
+    }
+    expected = outline_slice(*ras.values())
+
+    def flipped_and_permuted(volume):
+        """The same volume with axes S, L, A."""
+        affine = np.array([[0, -1, 0, 9], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+        return MetaTensor(volume.transpose(2, 0, 1)[None, :, ::-1].copy(), affine=affine)
+
+    for name, store in (("ras", lambda v: MetaTensor(v[None])), ("sla", flipped_and_permuted)):
+        validator = make_validator(case={key: store(volume) for key, volume in ras.items()})
+        handler = TensorBoardHandler(tmp_path / name, validator)
+        handler.attach(StubTrainer([]))
+        validator.state = Engine(lambda *_: None).state
+        validator.run([0, 1])
+        handler.writer.flush()
+        (point,) = read(tmp_path / name).Images("val/first_case")
+        np.testing.assert_array_equal(picture_of(point), expected)
+
+
+# ---- the console
+
+
+def messages(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "pipeline.training.handlers"]
+
+
+def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(caplog, capfd):
+    caplog.set_level(logging.INFO)
+    handler = ConsoleHandler(make_validator(dice=0.25, epoch=1))
+    trainer = StubTrainer([handler], results={6: StepStats(False, 6.0, math.inf, 1)})
+    trainer.run([0] * 4, max_epochs=2)
+    assert handler.bar is None
+    assert messages(caplog) == [
+        "epoch 1/2, step 4, loss 2.5000, mean Dice 0.2500, 20 s, about 20 s left",
+        "epoch 2/2, step 8, loss 6.5000, skipped steps 1, 20 s, about 0 s left",
+    ]
+    assert "\r" not in capfd.readouterr().err
+
+
+def test_console_shows_no_loss_when_only_validation_is_made_up_for(caplog):
+    caplog.set_level(logging.INFO)
+    trainer = StubTrainer([ConsoleHandler(make_validator(dice=0.5, epoch=1))], step=4)
+    trainer.fire_event(Events.EPOCH_COMPLETED)
+    assert messages(caplog) == ["epoch 1/2, step 4, mean Dice 0.5000, 20 s, about 20 s left"]
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_console_shows_a_bar_on_a_terminal(capsys, monkeypatch, start):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    handler = ConsoleHandler(make_validator())
+    trainer = StubTrainer([handler], step=start)
+    bars = []
+
+    @trainer.on(StepEvents.STEP_COMPLETED)
+    def look(_):
+        bars.append((handler.bar, handler.bar.n, handler.bar.total))
+
+    trainer.run([0] * 4)
+    assert [n for _, n, _ in bars] == list(range(start + 1, 9))
+    assert {total for *_, total in bars} == {8}
+    assert len({id(bar) for bar, *_ in bars}) == 1
+    assert bars[0][0].disable  # closed: tqdm disables what it closes
+    assert handler.bar is None
+    shown = capsys.readouterr().err
+    assert "\r" in shown
+    assert "8/8" in shown
+    assert "loss=8.000" in shown
+
+
+def test_console_prints_plain_lines_in_a_run(run, tmp_path, capfd):
+    assert run(tmp_path / "run") == 0
+    shown = capfd.readouterr()
+    lines = [line for line in shown.out.splitlines() if line.startswith("epoch")]
+    assert [line.split(",")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert f"mean Dice {summary['last_mean_dice']:.4f}" in lines[-1]
+    assert "\r" not in shown.out + shown.err
