@@ -1,0 +1,286 @@
+"""Configs: the table of keys, composition of files and overrides, and what a change means.
+
+A config is one JSON object as MONAI's ConfigParser reads it. Its top-level keys stand in `KEYS`
+with their type, their class and what they mean. The class says what a change does to a run that
+is continued:
+
+    identity     another run: refused, the keys named
+    continuable  logged and taken
+    free         taken silently; it changes where things are, not what they are
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
+
+from pipeline.errors import InputError, nearest
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One top-level key: what it may hold, its class, its meaning."""
+
+    types: str
+    kind: str
+    meaning: str
+    choices: tuple = ()
+
+
+IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
+
+KEYS: dict[str, Key] = {
+    "bundle_root": Key("str", FREE, "folder that relative paths start from"),
+    "dataset_dir": Key("str", FREE, "folder with dataset.json; data/phantom makes itself"),
+    "output_dir": Key("str null", FREE, "run directory; null: runs/<name of dataset_dir>"),
+    "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
+    "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
+    "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
+    "amp": Key("bool", CONTINUABLE, "mixed precision; false: plain float32, no scaler"),
+    "amp_dtype": Key(
+        "str",
+        CONTINUABLE,
+        "dtype of autocast; auto: float16 on CUDA, float32 on CPU",
+        ("auto", "float16", "bfloat16"),
+    ),
+    "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
+    "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none"),
+    "fold": Key("int", IDENTITY, "which of the folds is the validation fold"),
+    "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
+    "split_seed": Key("int", IDENTITY, "which division into folds"),
+    "group_pattern": Key(
+        "str object null",
+        IDENTITY,
+        "person of a case id: regular expression, or pairs (2k-1 and 2k are one person)",
+    ),
+    "spacing": Key("list", IDENTITY, "voxel size in mm that volumes are resampled to"),
+    "normalization": Key("str", IDENTITY, "zscore, percentile_zscore; by default by modality"),
+    "transforms_before": Key("list", IDENTITY, "your MONAI transforms after loading"),
+    "transforms_after": Key("list", IDENTITY, "your MONAI transforms after normalisation"),
+    "roi_size": Key("list", IDENTITY, "network input in voxels"),
+    "foreground_ratio": Key("float", IDENTITY, "share of patches centred on foreground"),
+    "flip_axes": Key("str list", IDENTITY, "axes that may be mirrored; auto spares left-right"),
+    "augmentation": Key("object", IDENTITY, "probability and range of each augmentation"),
+    "in_channels": Key("int", IDENTITY, "image channels; by default those of the dataset"),
+    "num_classes": Key("int", IDENTITY, "classes, background included; by default the dataset's"),
+    "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work"),
+    "batch_size": Key("int", IDENTITY, "patches in a micro-batch"),
+    "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step"),
+    "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch"),
+    "max_epochs": Key("int", CONTINUABLE, "epochs to train"),
+    "learning_rate": Key("float", CONTINUABLE, "peak of the learning rate"),
+    "weight_decay": Key("float", CONTINUABLE, "of AdamW"),
+    "warmup_steps": Key("int", CONTINUABLE, "steps of linear warm-up before the cosine"),
+    "grad_clip": Key("float", CONTINUABLE, "largest 2-norm of the gradients; 0: no clipping"),
+    "val_interval": Key("int", CONTINUABLE, "epochs between validations"),
+    "overlap": Key("float", CONTINUABLE, "of sliding windows in validation, 0 to 1"),
+    "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once"),
+    "log_every": Key("int", FREE, "steps between two points in TensorBoard"),
+    "lifecycle": Key("object", FREE, "the run from lock to last word"),
+    "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
+    "precision": Key("object", CONTINUABLE, "owner of autocast and gradient scaler"),
+    "network_def": Key("object", IDENTITY, "the network"),
+    "network": Key("object str", IDENTITY, "the network on its device"),
+    "loss_function": Key("object", IDENTITY, "Dice + cross-entropy, reduced in float32"),
+    "optimizer": Key("object", IDENTITY, "of the network's parameters"),
+    "lr_scheduler": Key("object", IDENTITY, "learning rate by step"),
+    "preprocessing": Key("object", IDENTITY, "from files to regular volumes"),
+    "train": Key("object", IDENTITY, "dataset, augmentation, handlers, trainer"),
+    "validate": Key("object", CONTINUABLE, "dataset, inferer, metric, evaluator"),
+    "initialize": Key("list", FREE, "what happens first"),
+    "run": Key("list", FREE, "what happens then"),
+    "finalize": Key("list", FREE, "what happens last"),
+}
+
+# where the class of a nested key differs from that of its top-level key
+NESTED = {
+    "train::trainer::max_epochs": CONTINUABLE,
+    "train::trainer::grad_clip": CONTINUABLE,
+    "train::handlers": FREE,
+    "train::dataloader::num_workers": CONTINUABLE,
+}
+
+_TYPES = {
+    "str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
+
+
+def parse_overrides(words: Sequence[str]) -> Config:
+    """`--key value` pairs; values are JSON and, failing that, plain strings.
+
+    Raises:
+        InputError: If a key or value is missing, or a value is an expression or reference.
+    """
+    overrides: Config = {}
+    pairs = iter(words)
+    for word in pairs:
+        if not word.startswith("--"):
+            raise InputError(f"{word}: expected --key value, got a word without key.")
+        key, given, value = word[2:].partition("=")
+        text = value if given else next(pairs, None)
+        if text is None:
+            raise InputError(f"--{key}: expected a value after it, got none.")
+        if text[:1] in ("$", "@", "%") or "_target_" in text:
+            raise InputError(
+                f"--{key}: expected a JSON value or a plain string, got {text!r}. "
+                "Expressions and references belong into a file."
+            )
+        try:
+            overrides[key] = json.loads(text)
+        except ValueError:
+            overrides[key] = text
+    return overrides
+
+
+def compose(files: Sequence[str], overrides: Config) -> Config:
+    """Merge config files in order, then overrides, as MONAI's ConfigParser does.
+
+    Raises:
+        InputError: If a file is missing or is not a JSON object, or a key has no place.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            known = [str(path) for path in Path(file).parent.glob("*.json")]
+            hint = nearest(file, known) if known else "Check the path."
+            raise InputError(f"{file}: expected a config file, found none. {hint}")
+        try:
+            content = ConfigParser.load_config_file(file)
+        except ValueError as error:
+            raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
+    parser = ConfigParser(ConfigParser.load_config_files(list(files)))
+    for key, value in overrides.items():
+        _check_place(parser, key)
+        parser[key] = value
+    return parser.get()
+
+
+def _check_place(parser: ConfigParser, key: str) -> None:
+    """Refuse an override whose key neither exists nor is an argument of its component."""
+    parts = ReferenceResolver.split_id(key)
+    node: Any = parser.get()
+    for depth, part in enumerate(parts):
+        valid = list(KEYS) if depth == 0 else _children(node)
+        if part not in valid:
+            raise InputError(f"--{key}: expected a known key, got '{part}'. {nearest(part, valid)}")
+        missing = isinstance(node, dict) and part not in node
+        if missing and depth < len(parts) - 1:
+            raise InputError(f"--{key}: expected '{part}' to be set before its parts.")
+        node = None if missing else node[part] if isinstance(node, dict) else node[int(part)]
+
+
+def _children(node: Any) -> list[str]:
+    """Keys that may stand below `node`: those there, and the arguments of its `_target_`."""
+    if isinstance(node, list):
+        return [str(n) for n in range(len(node))]
+    if not isinstance(node, dict):
+        return []
+    keys = list(node)
+    if isinstance(node.get("_target_"), str):
+        component = ConfigComponent({"_target_": node["_target_"], "_mode_": "callable"})
+        target: Any = component.instantiate()
+        parameters = inspect.signature(target).parameters.values()
+        keys += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return keys
+
+
+def check(source: Config) -> None:
+    """Compare the top-level keys with the table.
+
+    Raises:
+        InputError: One line for each key that is unknown, missing, or of another type.
+    """
+    faults = [
+        f"{key}: expected a known key, got '{key}'. {nearest(key, KEYS)}"
+        for key in source
+        if key not in KEYS and key != "_meta_"
+    ]
+    for key, spec in KEYS.items():
+        if key not in source:
+            faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
+            continue
+        value = source[key]
+        if isinstance(value, str) and value[:1] in ("$", "@"):
+            continue
+        if spec.types == "bool" and value in ("true", "false"):
+            continue  # as monai.bundle passes them; see errors.as_bool
+        if spec.choices and value not in spec.choices:
+            shown = ", ".join(json.dumps(choice) for choice in spec.choices)
+            faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
+        elif not any(_is_a(value, name) for name in spec.types.split()):
+            expected = spec.types.replace(" ", " or ")
+            faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
+    if faults:
+        raise InputError(*faults)
+
+
+def _is_a(value: Any, name: str) -> bool:
+    if isinstance(value, bool) and name != "bool":
+        return False  # Python counts booleans among the integers
+    return isinstance(value, _TYPES[name])  # type: ignore[arg-type]
+
+
+def source_being_resolved() -> Config:
+    """The config that a component is being built from, merged with its overrides, unevaluated.
+
+    MONAI hands a component its arguments only, and a reference to everything would be circular.
+    The resolver that builds the component is on the call stack, whichever entry (`pipeline.run`,
+    `monai.bundle run`, a federated client) made it; its root item is the source.
+
+    Raises:
+        RuntimeError: If no config is being resolved.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        resolver = frame.f_locals.get("self")
+        if isinstance(resolver, ReferenceResolver):
+            return deepcopy(resolver.items[""].get_config())
+        frame = frame.f_back
+    raise RuntimeError("lifecycle: expected to be built from a config, got a direct call.")
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in children:
+        below = f"{path}::{key}" if path else str(key)
+        if isinstance(child, (dict, list)) and child:
+            yield from _leaves(child, below)
+        else:
+            yield below, child
+
+
+def kind_of(path: str) -> str:
+    """Class of a possibly nested key such as `train::trainer::max_epochs`."""
+    inside = [nested for nested in NESTED if (path + "::").startswith(nested + "::")]
+    if inside:
+        return NESTED[max(inside, key=len)]
+    top = path.split("::")[0]
+    return KEYS[top].kind if top in KEYS else FREE
+
+
+def changes(old: Config, new: Config) -> dict[str, list[str]]:
+    """Keys whose values differ, by class: `{"identity": [...], "continuable": [...], ...}`."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    found: dict[str, list[str]] = {IDENTITY: [], CONTINUABLE: [], FREE: []}
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            found[kind_of(path)].append(path.replace("::", "#"))
+    return found
+
+
+def identity_hash(source: Config) -> str:
+    """SHA-256 over all identity values: equal for runs that would train the same model."""
+    values = {path: value for path, value in _leaves(source) if kind_of(path) == IDENTITY}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,300 @@
+"""A run from lock to last word, the same whichever command drives the config.
+
+The config enters it from `initialize` and leaves it from `finalize`. In between, other objects
+of the config ask it for the run directory and the cases.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+from pipeline import config
+from pipeline.bundle.metadata import run_inference_config, run_metadata
+from pipeline.data.datasets import Cases, load_cases
+from pipeline.data.integrity import preflight
+from pipeline.data.phantom import make_phantom
+from pipeline.errors import InputError
+from pipeline.training.checkpoint import checkpoints
+from pipeline.training.trainer import MixedPrecisionTrainer
+
+log = logging.getLogger(__name__)
+
+PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
+
+
+class _Hold:
+    """A run directory in this process's hands: the kernel's lock on it, and its `log.txt`.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            holder = self.lock.read() or "an unknown process"
+            self.lock.close()
+            raise InputError(
+                f"output_dir: expected no other run in {run_dir}, got one by {holder}. "
+                "Wait for it or choose another output_dir."
+            ) from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+        self.log_file = logging.FileHandler(run_dir / "log.txt")
+        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        self.log_file.setFormatter(logging.Formatter(form))
+        logging.getLogger().addHandler(self.log_file)
+
+    def close(self) -> None:
+        """Release the lock, which would else end with the process, and close the log."""
+        logging.getLogger().removeHandler(self.log_file)
+        self.log_file.close()
+        self.lock.close()
+
+
+_HELD: dict[Path, _Hold] = {}
+
+
+class Lifecycle:
+    """One run: its directory, its data, its beginning and its end.
+
+    Args:
+        bundle_root: Folder that relative paths start from.
+        dataset_dir: Folder with `dataset.json`; `data/phantom` is made if it is not there.
+        output_dir: The run directory; `None` stands for `runs/<name of dataset_dir>`.
+        resume: `auto` (continue what is there), `true` (there must be something) or `false`
+            (there must be nothing).
+        max_epochs: Epochs of the whole run; a run that has them all is finished.
+        split: Arguments of `load_cases` that say how the cases are split.
+
+    Attributes:
+        run_dir: Absolute path of the run directory.
+        cases: The dataset's `Cases`; there after `enter`.
+        resuming: Whether the run continues; there after `enter`.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        dataset_dir: str,
+        output_dir: str | None,
+        resume: str | bool,
+        max_epochs: int,
+        split: dict[str, Any],
+    ) -> None:
+        self.source = config.source_being_resolved()
+        self.bundle_root = Path(bundle_root).resolve()
+        self.dataset_dir = (self.bundle_root / dataset_dir).resolve()
+        name = self.dataset_dir.name
+        self.run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
+        self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
+        self.max_epochs = max_epochs
+        self.split = split
+        self.resuming = False
+        self._cases: Cases | None = None
+
+    @property
+    def cases(self) -> Cases:
+        """The dataset's cases, read by `enter`."""
+        if self._cases is None:
+            raise RuntimeError("lifecycle: expected enter() before cases, got it after.")
+        return self._cases
+
+    def enter(self) -> None:
+        """Check config and data, then take the run directory.
+
+        Nothing is written into an existing run before everything has been found right. A second
+        call does nothing; a second object of the same process, as clients make by initializing
+        twice, goes on with the directory it already holds.
+
+        Raises:
+            SystemExit: With status 2 and a line per fault for a user's mistake, with status 0
+                if the run is finished.
+        """
+        if self._cases is not None:
+            return
+        try:
+            config.check(self.source)
+            if self.dataset_dir == self.bundle_root / PHANTOM:
+                make_phantom(self.dataset_dir)
+            self._cases = load_cases(self.dataset_dir, **self.split)
+            preflight(self._cases)
+            if self.run_dir not in _HELD:
+                self._take_run_dir()
+        except InputError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        self.resuming = bool(checkpoints(self.run_dir / "checkpoints"))
+        self._write_configs()
+        self._log_start()
+
+    def leave(self, trainer: MixedPrecisionTrainer) -> None:
+        """Write `summary.json`, release the lock and say where everything is."""
+        if self.run_dir not in _HELD:
+            return
+        trainer.finish()
+        summary = self._summary(trainer)
+        _write_json(self.run_dir / "summary.json", summary)
+        self._say_where(summary)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the run directory; for a run that fails as well."""
+        if self.run_dir in _HELD:
+            _HELD.pop(self.run_dir).close()
+
+    def _take_run_dir(self) -> None:
+        """Decide whether the run starts, continues or is refused, and lock its directory."""
+        stored = self.run_dir / "configs" / "train.json"
+        occupied = self.run_dir.exists() and any(self.run_dir.iterdir())
+        if occupied and self.resume is False:
+            raise InputError(
+                f"output_dir: expected an empty directory with resume=false, got {self.run_dir}. "
+                "Choose another output_dir."
+            )
+        if occupied and not stored.is_file():
+            raise InputError(
+                f"output_dir: expected a run directory or an empty one, got {self.run_dir} with "
+                "other files. Choose another output_dir."
+            )
+        if self.resume is True and not checkpoints(self.run_dir / "checkpoints"):
+            raise InputError(
+                f"resume: expected a run with a checkpoint in {self.run_dir}, found none. "
+                "Use resume=auto to start one."
+            )
+        if occupied:
+            self._compare_with(json.loads(stored.read_text()))
+            self._stop_if_finished()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _HELD[self.run_dir] = _Hold(self.run_dir)
+
+    def _compare_with(self, stored: config.Config) -> None:
+        """Refuse to continue another run; log what may change and did."""
+        changed = config.changes(stored, self._portable_source())
+        recorded = json.loads((self.run_dir / "run.json").read_text())
+        if recorded["fingerprint"] != self.cases.fingerprint:
+            changed[config.IDENTITY].append("dataset_dir (other cases)")
+        if changed[config.IDENTITY]:
+            raise InputError(
+                f"{self.run_dir}: expected the config of the run there, got other values of "
+                f"{', '.join(changed[config.IDENTITY])}. "
+                "Choose another output_dir, or leave them as they were."
+            )
+        for key in changed[config.CONTINUABLE]:
+            log.info("Continuing with a changed %s", key)
+
+    def _stop_if_finished(self) -> None:
+        path = self.run_dir / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else None
+        if summary and summary["progress"]["epoch"] >= self.max_epochs:
+            log.info("This run is finished; nothing to do.")
+            self._say_where(summary)
+            raise SystemExit(0)
+
+    def _portable_source(self) -> config.Config:
+        """The source as a bundle in the run directory states it: paths relative to that root."""
+        source = {key: value for key, value in self.source.items() if key != "_meta_"}
+        source["bundle_root"] = "."
+        source["dataset_dir"] = os.path.relpath(self.dataset_dir, self.run_dir)
+        source["output_dir"] = f"../{self.run_dir.name}_again"
+        return source
+
+    def _write_configs(self) -> None:
+        """Make the run directory a bundle."""
+        target, source = self.run_dir / "configs", self._portable_source()
+        repository = self.bundle_root / "configs"
+        target.mkdir(exist_ok=True)
+        _write_json(self.run_dir / "run.json", {"fingerprint": self.cases.fingerprint})
+        _write_json(target / "train.json", source)
+        if (repository / "logging.conf").is_file():
+            shutil.copyfile(repository / "logging.conf", target / "logging.conf")
+        for name, make in (("inference", run_inference_config), ("metadata", run_metadata)):
+            template = repository / f"{name}.json"
+            if template.is_file():
+                made = make(json.loads(template.read_text()), source, self.cases)
+                _write_json(target / f"{name}.json", made)
+            else:
+                log.warning("%s is not there: the run directory gets no %s", template, name)
+
+    def _log_start(self) -> None:
+        cases = self.cases
+        log.info(
+            "Dataset %s: %d training and %d validation cases, classes %s",
+            cases.name, len(cases.train), len(cases.validation), ", ".join(cases.class_names),
+        )  # fmt: skip
+        log.info("Run directory %s", self.run_dir)
+
+    def _summary(self, trainer: MixedPrecisionTrainer) -> dict[str, Any]:
+        progress = trainer.progress
+        precision = trainer.precision.describe()
+        return {
+            "best_mean_dice": progress.best_metric,
+            "best_epoch": progress.best_epoch,
+            "last_mean_dice": progress.last_metric,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "skipped_steps": progress.skipped_steps,
+            "wall_time_s": round(progress.wall_time_s, 1),
+            **precision,
+            "device_name": device_name(trainer.precision.device),
+            "peak_memory_bytes": peak_memory_bytes(trainer.precision.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "monai": monai.__version__,
+            },
+            "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+            "dataset_hash": self.cases.fingerprint,
+            "config_hash": config.identity_hash(self._portable_source()),
+            "progress": progress.state_dict(),
+        }
+
+    def _say_where(self, summary: dict[str, Any]) -> None:
+        here, python = _shown(self.run_dir), _shown(Path(sys.executable))
+        if summary["best_epoch"] is not None:
+            log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
+        log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
+        log.info("  summary      %s/summary.json", here)
+        log.info("  best model   %s/models/model.pt", here)
+        log.info("  log          %s/log.txt", here)
+        log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
+
+
+def _shown(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Largest CUDA memory that tensors took so far; `None` on other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write the whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

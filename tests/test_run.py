@@ -1,0 +1,343 @@
+"""The main job on the command line: what it makes, and what it answers to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_dataset, write_dataset_json
+
+from pipeline import config
+from pipeline.run import main
+
+CONFIG = "configs/amp.json"
+AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- what a run makes
+
+
+def test_run_makes_the_run_directory(run, tmp_path):
+    out = tmp_path / "r"
+    assert run(out) == 0
+    for name in (
+        "configs/train.json", "configs/inference.json", "configs/metadata.json",
+        "models/model.pt", "models/last.pt", "summary.json", "log.txt",
+    ):  # fmt: skip
+        assert (out / name).is_file(), name
+    assert list((out / "tensorboard").iterdir())
+    assert list((out / "checkpoints").iterdir())
+    assert not list(out.rglob("*.tmp"))
+    assert all("." in name for name in torch.load(out / "models/model.pt", weights_only=True))
+
+
+def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
+    assert run(tmp_path / "r", amp_dtype="bfloat16") == 0
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["requested"] == {
+        "device": "auto", "amp": True, "amp_dtype": "bfloat16", "tf32": False
+    }  # fmt: skip
+    assert summary["effective"]["dtype"] == "bfloat16"
+    assert summary["effective"]["loss_scaling"] is False
+    assert (summary["epochs"], summary["steps"], summary["skipped_steps"]) == (2, 4, 0)
+    assert 0 <= summary["last_mean_dice"] <= summary["best_mean_dice"] <= 1
+    assert summary["best_epoch"] in (1, 2)
+    assert summary["wall_time_s"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert len(summary["dataset_hash"]) == len(summary["config_hash"]) == 64
+
+
+def test_saved_config_is_the_merged_source(run, tmp_path, dataset):
+    assert run(tmp_path / "r", **{"train#trainer#max_epochs": 1}) == 0
+    saved = json.loads((tmp_path / "r/configs/train.json").read_text())
+    assert saved["train"]["trainer"]["max_epochs"] == 1
+    assert saved["roi_size"] == [16, 16, 8]
+    assert saved["num_classes"] == "$@cases.num_classes"  # unevaluated
+    assert (tmp_path / "r" / saved["dataset_dir"]).resolve() == dataset
+    assert saved["bundle_root"] == "."
+
+
+def test_last_lines_tell_where_everything_is(run, tmp_path, capfd):
+    assert run(tmp_path / "r") == 0
+    out = capfd.readouterr().out
+    assert f"{tmp_path}/r/summary.json" in out
+    assert f"-m tensorboard.main --logdir {tmp_path}/r/tensorboard" in out
+    assert out.count("epoch ") >= 2
+
+
+def test_overlay_files_are_merged_in_order(run, tmp_path):
+    (tmp_path / "a.json").write_text('{"max_epochs": 7, "train#trainer#grad_clip": 3.0}')
+    (tmp_path / "b.json").write_text('{"seed": 5}')
+    source = config.compose(
+        ["configs/amp.json", str(tmp_path / "a.json"), str(tmp_path / "b.json")],
+        {"max_epochs": 2, "augmentation#spatial#flip#prob": 0.25},
+    )
+    assert (source["max_epochs"], source["seed"]) == (2, 5)
+    assert source["train"]["trainer"]["grad_clip"] == 3.0
+    assert source["augmentation"]["spatial"]["flip"]["prob"] == 0.25
+    assert source["augmentation"]["spatial"]["scale"] == AMP["augmentation"]["spatial"]["scale"]
+
+
+def test_two_channels_and_deep_supervision_train(run, tmp_path):
+    root = make_dataset(tmp_path / "data")
+    for path in (root / "imagesTr").iterdir():
+        image = nib.load(path)
+        voxels = np.stack([image.get_fdata()] * 2, axis=-1).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    ids = sorted(path.name.split(".")[0] for path in (root / "imagesTr").iterdir())
+    write_dataset_json(root, ids, modality={"0": "MRI", "1": "MRI"})
+    changes = {"dataset_dir": str(root), "network_def#deep_supervision": True}
+    assert run(tmp_path / "r", **changes) == 0
+    metadata = json.loads((tmp_path / "r/configs/metadata.json").read_text())
+    assert metadata["network_data_format"]["inputs"]["image"]["num_channels"] == 2
+
+
+def test_accumulation_trains(run, tmp_path):
+    assert run(tmp_path / "r", accumulation_steps=2, batch_size=1) == 0
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert (summary["steps"], summary["progress"]["samples"]) == (4, 8)
+
+
+def test_weights_do_not_depend_on_workers(run, tmp_path):
+    assert run(tmp_path / "a") == 0
+    assert run(tmp_path / "b", num_workers=2) == 0
+    a, b = (torch.load(tmp_path / x / "models/last.pt", weights_only=True) for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_weights_depend_on_seed(run, tmp_path):
+    assert run(tmp_path / "a", max_epochs=1) == 0
+    assert run(tmp_path / "b", max_epochs=1, seed=1) == 0
+    a, b = (torch.load(tmp_path / x / "models/last.pt", weights_only=True) for x in "ab")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the same command again
+
+
+def test_finished_run_says_so_and_trains_no_more(run, tmp_path, capfd):
+    assert run(tmp_path / "r") == 0
+    before = snapshot(tmp_path / "r/checkpoints")
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r")
+    assert exit.value.code == 0
+    assert "This run is finished" in capfd.readouterr().out
+    assert snapshot(tmp_path / "r/checkpoints") == before
+
+
+def test_finished_run_goes_on_with_more_epochs(run, tmp_path):
+    assert run(tmp_path / "r") == 0
+    assert run(tmp_path / "r", max_epochs=3) == 0
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1, "learning_rate": 0.1}, "got other values of seed. Choose"),
+        ({"network_def#dropout": 0.5}, "got other values of network_def#dropout"),
+        ({"resume": False}, "expected an empty directory with resume=false"),
+    ],
+)
+def test_continuing_another_run_is_refused_and_nothing_lost(run, tmp_path, capfd, changes, message):
+    assert run(tmp_path / "r") == 0
+    before = snapshot(tmp_path / "r")
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r", **{"max_epochs": 3, **changes})
+    assert exit.value.code == 2
+    assert message in capfd.readouterr().err
+    assert snapshot(tmp_path / "r") == before
+
+
+def test_other_cases_in_the_dataset_are_another_run(run, tmp_path, capfd):
+    root = make_dataset(tmp_path / "data")
+    assert run(tmp_path / "r", dataset_dir=str(root)) == 0
+    write_dataset_json(root, [f"tiny_{n:03d}" for n in range(1, 6)])
+    with pytest.raises(SystemExit):
+        run(tmp_path / "r", dataset_dir=str(root), max_epochs=3)
+    assert "dataset_dir (other cases)" in capfd.readouterr().err
+
+
+def test_resume_true_needs_a_checkpoint(run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r", resume=True)
+    assert exit.value.code == 2
+    assert "expected a run with a checkpoint" in capfd.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_foreign_directory_is_refused(run, tmp_path, capfd):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/thesis.tex").write_text("x")
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r")
+    assert exit.value.code == 2
+    assert "expected a run directory or an empty one" in capfd.readouterr().err
+
+
+def test_second_writer_is_refused_with_the_first_ones_name(run, tmp_path, capfd):
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "f.write('process 7 on elsewhere'); f.flush(); print('held', flush=True); input()"
+    )
+    assert run(tmp_path / "r") == 0
+    lock = str(tmp_path / "r/.lock")
+    Path(lock).write_text("")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as exit:
+            run(tmp_path / "r", max_epochs=3)
+        holder.communicate("\n")
+    assert exit.value.code == 2
+    assert "got one by process 7 on elsewhere" in capfd.readouterr().err
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "command line: expected a config file, got none. usage"),
+        ("configs/apm.json", "expected a config file, found none. Did you mean 'configs/amp.json'"),
+        (f"{CONFIG} --max_epoch 3", "got 'max_epoch'. Did you mean 'max_epochs'"),
+        (f"{CONFIG} --train#trainer#max_epoch 3", "Did you mean 'max_epochs'"),
+        (f"{CONFIG} --train#trainr#max_epochs 3", "Did you mean 'trainer'"),
+        (f"{CONFIG} --network_def#dropuot 0.1", "Did you mean 'dropout'"),
+        (f"{CONFIG} --max_epochs many", 'expected int (epochs to train), got "many"'),
+        (f"{CONFIG} --max_epochs", "--max_epochs: expected a value after it"),
+        (f"{CONFIG} --amp_dtype fp16", 'expected one of "auto", "float16", "bfloat16", got "fp16"'),
+        (f"{CONFIG} --seed $__import__('os')", "Expressions and references belong into a file"),
+        (f"{CONFIG} max_epochs 3", "max_epochs: expected a config file"),
+        (f"{CONFIG} --amp 1", "amp: expected bool"),
+        (f"{CONFIG} --seed true", "seed: expected int"),
+    ],
+)
+def test_command_line_mistake_is_one_line(words, message, capfd, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert main(words.split()) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_broken_json_is_one_line(tmp_path, capfd):
+    (tmp_path / "a.json").write_text('{"seed": 1,}')
+    assert main([str(tmp_path / "a.json")]) == 2
+    assert "a.json: expected JSON, got: " in capfd.readouterr().err
+
+
+def test_unknown_key_in_a_file_is_named(tmp_path, capfd):
+    (tmp_path / "a.json").write_text('{"learning_rat": 1, "lr": 0.1}')
+    assert main([str(REPOSITORY / "configs/amp.json"), str(tmp_path / "a.json")]) == 2
+    error = capfd.readouterr().err
+    assert "learning_rat: expected a known key" in error
+    assert "Did you mean 'learning_rate'" in error
+    assert "lr: expected a known key" in error
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: (root / "dataset.json").unlink(), "expected a folder with dataset.json"),
+        (lambda root: (root / "dataset.json").write_text("{"), "dataset.json: expected JSON"),
+        (
+            lambda root: (root / "imagesTr/tiny_002.nii.gz").unlink(),
+            "tiny_002: expected image file",
+        ),
+        (
+            lambda root: write_dataset_json(
+                root, ["tiny_001", "tiny_002", "tiny_003"], labels={"0": "background", "1": "dim"}
+            ),
+            "tiny_003: expected label values 0 to 1",
+        ),
+    ],
+)
+def test_bad_dataset_is_refused_before_anything_is_written(run, tmp_path, capfd, break_it, message):
+    root = make_dataset(tmp_path / "data")
+    break_it(root)
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r", dataset_dir=str(root))
+    assert exit.value.code == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_dataset_writes_nothing_into_an_existing_run(run, tmp_path):
+    root = make_dataset(tmp_path / "data")
+    assert run(tmp_path / "r", dataset_dir=str(root)) == 0
+    before = snapshot(tmp_path / "r")
+    (root / "labelsTr/tiny_002.nii.gz").unlink()
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "r", dataset_dir=str(root), max_epochs=3)
+    assert exit.value.code == 2
+    assert snapshot(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network_def#norm": "layer"}, "layer"),
+        ({"spacing": [1, 1]}, "spacing: expected three positive numbers"),
+        ({"roi_size": [2, 2, 2]}, "Choose a larger roi_size"),
+        ({"device": "cuda:77"}, "device: expected one of"),
+        ({"augmentation#spatial#scale#range": [2, 1]}, "augment"),
+    ],
+)
+def test_value_that_an_object_refuses_is_one_line(run, tmp_path, capfd, changes, message):
+    assert run(tmp_path / "r", **changes) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+# --- help and table
+
+
+def test_help_lists_every_key_with_value_and_meaning(capfd, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["configs/amp.json", "--help"]) == 0
+    out = capfd.readouterr().out
+    for key, spec in config.KEYS.items():
+        assert f"--{key} " in out
+        assert spec.meaning in out
+    assert '"data/phantom"' in out
+
+
+def test_table_of_keys_is_equal_to_the_file():
+    assert list(AMP) == [key for key in AMP if key in config.KEYS]
+    assert set(AMP) == set(config.KEYS)
+    config.check(AMP)
+
+
+def test_changes_are_sorted_by_class():
+    other = json.loads(json.dumps(AMP))
+    other["seed"] = 1
+    other["max_epochs"] = 99
+    other["log_every"] = 3
+    other["train"]["trainer"]["grad_clip"] = 1.0
+    other["train"]["trainer"]["max_epochs"] = 1
+    assert config.changes(AMP, other) == {
+        "identity": ["seed"],
+        "continuable": ["max_epochs", "train#trainer#grad_clip", "train#trainer#max_epochs"],
+        "free": ["log_every"],
+    }
+    assert config.identity_hash(AMP) != config.identity_hash(other)
+    other["seed"] = 0
+    assert config.identity_hash(AMP) == config.identity_hash(other)
