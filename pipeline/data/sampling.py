@@ -169,12 +169,15 @@ class EpochSampler(Sampler[int]):
 def patch_loader(
     dataset: PatchDataset, sampler: EpochSampler, batch_size: int, num_workers: int = 0
 ) -> DataLoader:
-    """Loader of micro-batches in the order of their samples' numbers."""
+    """Loader of micro-batches in the order of their samples' numbers.
+
+    Workers live for an epoch: kept alive longer, they are still there when the interpreter exits,
+    and a process on a CUDA machine was seen to hang then.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
     )

@@ -1,0 +1,244 @@
+"""Mixed precision on a CUDA card: step time, loss scale, resume, and a real training run.
+
+    python -m benchmarks.gpu_training DATASET_DIR [--seconds 200] [--output FILE.json]
+
+`DATASET_DIR` is Task04_Hippocampus. Four parts, in one process tree on one card:
+
+1. The trainer's whole step (forward, loss, backward, unscale, clip, AdamW, one host wait) on
+   fixed batches of 2 x 128^3, 14 classes, 32 base channels: float16, bfloat16, float32 (TF32 off
+   and on), and stock MONAI's SupervisedTrainer with `amp=True` around the same network.
+2. A float16 run with a loss scale per step, and what its checkpoint holds.
+3. The same short run three times: twice uninterrupted, once killed with SIGKILL and continued.
+4. The validation fold's mean Dice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import monai
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from monai.inferers import SimpleInferer
+from monai.losses import DiceCELoss
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from networks.dense_unet import DenseUNet
+from pipeline.precision import Precision
+from pipeline.training.checkpoint import checkpoints, load_checkpoint
+from pipeline.training.losses import SegmentationLoss
+from pipeline.training.optimization import warmup_cosine
+from pipeline.training.trainer import MixedPrecisionTrainer
+
+WARM_UP, MEASURED = 8, 24
+REAL = [
+    "--group_pattern", "pairs", "--spacing", "[1, 1, 1]", "--roi_size", "[48, 64, 48]",
+    "--base_channels", "32", "--network_def#strides", "[2, 2, 2]", "--network_def#norm", "batch",
+    "--flip_axes", "auto", "--num_workers", "12", "--log_every", "1",
+]  # fmt: skip
+
+
+class FixedBatches:
+    """The same few batches again and again, already on the card; only the seed stays behind."""
+
+    def __init__(self, num_classes: int, size: tuple[int, ...], device: torch.device) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.batches = [
+            {
+                "image": torch.randn(2, 1, *size, generator=rng).to(device),
+                "label": torch.randint(0, num_classes, (2, 1, *size), generator=rng).to(device),
+                "seed": torch.tensor([n, n]),
+            }
+            for n in range(2)
+        ]
+        self.sampler, self.start = self, 0
+
+    def __iter__(self):
+        return iter([self.batches[n % 2] for n in range(len(self))])
+
+    def __len__(self) -> int:
+        return WARM_UP + MEASURED
+
+
+def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 128, 128)) -> dict:
+    """Median, spread and peak memory of one kind of training step."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    amp = kind in ("float16", "bfloat16")
+    precision = Precision("cuda", amp=amp, amp_dtype=kind if amp else "auto", tf32=kind == "tf32")
+    network = DenseUNet(1, num_classes, seed=0)
+    network = network.cuda() if kind.startswith("stock") else precision.place(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    loader, times = FixedBatches(num_classes, size, precision.device), []
+    common = {
+        "max_epochs": 1,
+        "train_data_loader": loader,
+        "network": network,
+        "optimizer": optimizer,
+        "inferer": SimpleInferer(),
+        "train_handlers": [],
+    }
+    if kind.startswith("stock"):
+        trainer = SupervisedTrainer(
+            device=precision.device,
+            loss_function=DiceCELoss(softmax=True, to_onehot_y=True),
+            amp=True,
+            **common,
+        )
+    else:
+        scheduler = warmup_cosine(
+            optimizer, warmup_steps=0, max_epochs=1, steps_per_epoch=len(loader)
+        )
+        trainer = MixedPrecisionTrainer(
+            precision,
+            loss_function=SegmentationLoss(),
+            lr_scheduler=scheduler,
+            steps_per_epoch=len(loader),
+            **common,
+        )
+
+    def stamp(_engine) -> None:
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, stamp)
+    trainer.run()
+    steps = sorted(
+        1000 * (b - a) for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)
+    )
+    return {
+        "ms_median": round(statistics.median(steps), 2),
+        "ms_quartiles": [round(steps[len(steps) // 4], 2), round(steps[3 * len(steps) // 4], 2)],
+        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "skipped_steps": getattr(getattr(trainer, "progress", None), "skipped_steps", None),
+    }
+
+
+LIMIT_S = 600  # for one run; a hang is a failure, not a wait
+
+
+def command(dataset: str, out: Path, *words: str) -> list[str]:
+    return [
+        sys.executable, "-m", "pipeline.run", "configs/amp.json", "--dataset_dir", dataset,
+        "--output_dir", str(out), *REAL, *words,
+    ]  # fmt: skip
+
+
+def scalars(out: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [round(point.value, 5) for point in events.Scalars(tag)]
+
+
+def real_run(dataset: str, out: Path, seconds: float) -> dict:
+    """Part 2 and 4: as many epochs as fit into `seconds`, judged by a first short run."""
+    words = ["--batch_size", "4", "--steps_per_epoch", "100", "--val_interval", "5"]
+    started = time.perf_counter()
+    probe = [*words, "--max_epochs", "2", "--val_interval", "2"]
+    subprocess.run(command(dataset, out / "probe", *probe), check=True, timeout=LIMIT_S)
+    per_epoch = json.loads((out / "probe/summary.json").read_text())["wall_time_s"] / 2
+    epochs = max(5, int((seconds - (time.perf_counter() - started)) / per_epoch) // 5 * 5)
+    words += ["--max_epochs", str(epochs), "--learning_rate", "0.002", "--warmup_steps", "100"]
+    words += ["--augmentation#spatial#rotation#degrees", "[-15, 15]"]
+    subprocess.run(command(dataset, out / "real", *words), check=True, timeout=LIMIT_S)
+    content = load_checkpoint(checkpoints(out / "real/checkpoints")[-1])
+    summary = json.loads((out / "real/summary.json").read_text())
+    return {
+        "command": "pipeline.run configs/amp.json " + " ".join(REAL + words),
+        "summary": summary,
+        "samples_per_s": round(summary["progress"]["samples"] / summary["wall_time_s"], 1),
+        "loss_scale_first_100_steps": scalars(out / "real", "AMP/loss_scale")[:100],
+        "skipped_in_first_100_steps": scalars(out / "real", "AMP/skipped_steps")[:100][-1],
+        "val_mean_dice": scalars(out / "real", "val/mean_dice"),
+        "val_dice": {
+            name: scalars(out / "real", f"val/dice_{name}") for name in ("Anterior", "Posterior")
+        },
+        "checkpoint": {
+            "keys": sorted(content),
+            "scaler": content["scaler"],
+            "progress": content["progress"],
+            "lr_scheduler_last_epoch": content["lr_scheduler"]["last_epoch"],
+        },
+    }
+
+
+def resume(dataset: str, out: Path) -> dict:
+    """Part 3: largest weight difference of a killed and of an untouched run to a first one."""
+    words = ["--batch_size", "2", "--steps_per_epoch", "40", "--max_epochs", "2"]
+    words += ["--val_interval", "2"]
+    for name in ("first", "second"):
+        subprocess.run(command(dataset, out / name, *words), check=True, timeout=LIMIT_S)
+    process = subprocess.Popen(command(dataset, out / "killed", *words))
+    while not checkpoints(out / "killed/checkpoints"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = load_checkpoint(checkpoints(out / "killed/checkpoints")[-1])["progress"]["step"]
+    subprocess.run(command(dataset, out / "killed", *words), check=True, timeout=LIMIT_S)
+    models = {
+        name: torch.load(out / name / "models/last.pt", weights_only=True, map_location="cpu")
+        for name in ("first", "second", "killed")
+    }
+
+    def difference(name: str) -> float:
+        pairs = ((models["first"][key].float(), models[name][key].float()) for key in models[name])
+        return max((a - b).abs().max().item() for a, b in pairs)
+
+    return {
+        "killed_after_step": killed_at,
+        "max_abs_weight_difference_killed_and_continued": difference("killed"),
+        "max_abs_weight_difference_second_uninterrupted": difference("second"),
+        "last_mean_dice": {
+            name: json.loads((out / name / "summary.json").read_text())["last_mean_dice"]
+            for name in models
+        },
+        "final_scaler": {
+            name: load_checkpoint(checkpoints(out / name / "checkpoints")[-1])["scaler"]
+            for name in models
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset_dir")
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--output", default="benchmarks/gpu_training.json")
+    arguments = parser.parse_args()
+    result: dict = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+    }
+
+    def keep(name: str, value: dict) -> None:
+        result[name] = value
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+        print(name, json.dumps(value)[:1500], flush=True)
+
+    kinds = ("float16", "bfloat16", "float32", "tf32", "stock_monai_float16", "float16")
+    keep("step", {f"{n}_{kind}": step_time(kind) for n, kind in enumerate(kinds)})
+    torch.cuda.empty_cache()
+    out = Path(tempfile.mkdtemp())
+    try:
+        keep("resume", resume(arguments.dataset_dir, out))
+        keep("real", real_run(arguments.dataset_dir, out, arguments.seconds))
+    finally:
+        shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()
