@@ -48,6 +48,9 @@ def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
         "device": "auto", "amp": True, "amp_dtype": "bfloat16", "tf32": False
     }  # fmt: skip
     assert summary["effective"]["dtype"] == "bfloat16"
+    log = (tmp_path / "r/log.txt").read_text()
+    assert "Precision requested: device auto, amp True, amp_dtype bfloat16" in log
+    assert "Precision effective: device cpu, dtype bfloat16" in log
     assert summary["effective"]["loss_scaling"] is False
     assert (summary["epochs"], summary["steps"], summary["skipped_steps"]) == (2, 4, 0)
     assert 0 <= summary["last_mean_dice"] <= summary["best_mean_dice"] <= 1

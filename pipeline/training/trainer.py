@@ -6,6 +6,7 @@ MONAI's own hard-codes CUDA autocast, never unscales or clips, and makes a new s
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline.precision import Precision, StepStats
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
+
+log = logging.getLogger(__name__)
 
 
 class StepEvents(EventEnum):
@@ -121,6 +124,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         An epoch whose steps were all taken before an interruption, but whose end was not, is
         ended first. A finished run returns at once.
         """
+        for what, settings in self.precision.describe().items():
+            log.info("Precision %s: %s", what, ", ".join(f"{k} {v}" for k, v in settings.items()))
         self._started = time.monotonic() - self.progress.wall_time_s
         if self.progress.phase == EPOCH_END_PENDING:
             self.fire_event(Events.EPOCH_COMPLETED)
