@@ -35,6 +35,7 @@ class Key:
     kind: str
     meaning: str
     choices: tuple = ()
+    least: float | None = None
 
 
 IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
@@ -54,7 +55,7 @@ KEYS: dict[str, Key] = {
         ("auto", "float16", "bfloat16"),
     ),
     "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
-    "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none"),
+    "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none", least=0),
     "fold": Key("int", IDENTITY, "which of the folds is the validation fold"),
     "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
     "split_seed": Key("int", IDENTITY, "which division into folds"),
@@ -63,29 +64,33 @@ KEYS: dict[str, Key] = {
         IDENTITY,
         "person of a case id: regular expression, or pairs (2k-1 and 2k are one person)",
     ),
-    "spacing": Key("list", IDENTITY, "voxel size in mm that volumes are resampled to"),
+    "spacing": Key("triple", IDENTITY, "voxel size in mm that volumes are resampled to"),
     "normalization": Key("str", IDENTITY, "zscore, percentile_zscore; by default by modality"),
     "transforms_before": Key("list", IDENTITY, "your MONAI transforms after loading"),
     "transforms_after": Key("list", IDENTITY, "your MONAI transforms after normalisation"),
-    "roi_size": Key("list", IDENTITY, "network input in voxels"),
+    "roi_size": Key("triple", IDENTITY, "network input in voxels"),
     "foreground_ratio": Key("float", IDENTITY, "share of patches centred on foreground"),
     "flip_axes": Key("str list", IDENTITY, "axes that may be mirrored; auto spares left-right"),
     "augmentation": Key("object", IDENTITY, "probability and range of each augmentation"),
-    "in_channels": Key("int", IDENTITY, "image channels; by default those of the dataset"),
-    "num_classes": Key("int", IDENTITY, "classes, background included; by default the dataset's"),
-    "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work"),
-    "batch_size": Key("int", IDENTITY, "patches in a micro-batch"),
-    "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step"),
-    "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch"),
-    "max_epochs": Key("int", CONTINUABLE, "epochs to train"),
-    "learning_rate": Key("float", CONTINUABLE, "peak of the learning rate"),
-    "weight_decay": Key("float", CONTINUABLE, "of AdamW"),
-    "warmup_steps": Key("int", CONTINUABLE, "steps of linear warm-up before the cosine"),
-    "grad_clip": Key("float", CONTINUABLE, "largest 2-norm of the gradients; 0: no clipping"),
-    "val_interval": Key("int", CONTINUABLE, "epochs between validations"),
+    "in_channels": Key("int", IDENTITY, "image channels; by default those of the dataset", least=1),
+    "num_classes": Key(
+        "int", IDENTITY, "classes, background included; by default the dataset's", least=2
+    ),
+    "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work", least=1),
+    "batch_size": Key("int", IDENTITY, "patches in a micro-batch", least=1),
+    "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step", least=1),
+    "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch", least=1),
+    "max_epochs": Key("int", CONTINUABLE, "epochs to train", least=1),
+    "learning_rate": Key("float", CONTINUABLE, "peak of the learning rate", least=0),
+    "weight_decay": Key("float", CONTINUABLE, "of AdamW", least=0),
+    "warmup_steps": Key("int", CONTINUABLE, "steps of linear warm-up before the cosine", least=0),
+    "grad_clip": Key(
+        "float", CONTINUABLE, "largest 2-norm of the gradients; 0: no clipping", least=0
+    ),
+    "val_interval": Key("int", CONTINUABLE, "epochs between validations", least=1),
     "overlap": Key("float", CONTINUABLE, "of sliding windows in validation, 0 to 1"),
-    "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once"),
-    "log_every": Key("int", FREE, "steps between two points in TensorBoard"),
+    "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once", least=1),
+    "log_every": Key("int", FREE, "steps between two points in TensorBoard", least=1),
     "lifecycle": Key("object", FREE, "the run from lock to last word"),
     "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
     "precision": Key("object", CONTINUABLE, "owner of autocast and gradient scaler"),
@@ -220,8 +225,10 @@ def check(source: Config) -> None:
             shown = ", ".join(json.dumps(choice) for choice in spec.choices)
             faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
         elif not any(_is_a(value, name) for name in spec.types.split()):
-            expected = spec.types.replace(" ", " or ")
+            expected = spec.types.replace(" ", " or ").replace("triple", "[x, y, z], each above 0")
             faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
+        elif spec.least is not None and value < spec.least:
+            faults.append(f"{key}: expected at least {spec.least} ({spec.meaning}), got {value}.")
     if faults:
         raise InputError(*faults)
 
@@ -229,6 +236,9 @@ def check(source: Config) -> None:
 def _is_a(value: Any, name: str) -> bool:
     if isinstance(value, bool) and name != "bool":
         return False  # Python counts booleans among the integers
+    if name == "triple":
+        numbers = isinstance(value, list) and all(_is_a(n, "float") and n > 0 for n in value)
+        return numbers and len(value) == 3
     return isinstance(value, _TYPES[name])  # type: ignore[arg-type]
 
 

@@ -178,7 +178,7 @@ class Lifecycle:
                 f"resume: expected a run with a checkpoint in {self.run_dir}, found none. "
                 "Use resume=auto to start one."
             )
-        if occupied:
+        if checkpoints(self.run_dir / "checkpoints"):  # before, there is nothing to be true to
             self._compare_with(json.loads(stored.read_text()))
             self._stop_if_finished()
         self.run_dir.mkdir(parents=True, exist_ok=True)
