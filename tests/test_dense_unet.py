@@ -11,15 +11,6 @@ TINY = {"base_channels": 4, "growth_rate": 4, "num_dense_layers": 2, "seed": 0}
 ANISOTROPIC = [[2, 2, 1], [2, 2, 2]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On volumes this small, threads of a busy machine mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(**kwargs):
     return DenseUNet(**{**TINY, **kwargs})
 

@@ -10,15 +10,6 @@ from pipeline.training.losses import SegmentationLoss
 LOW_PRECISION = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On volumes this small, threads of a busy machine mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def volume(*shape, num_classes=3, seed=0):
     """Logits (B, C, H, W, D) and a label (B, 1, H, W, D) that they favour but do not repeat."""
     generator = torch.Generator().manual_seed(seed)

@@ -171,8 +171,8 @@ def patch_loader(
 ) -> DataLoader:
     """Loader of micro-batches in the order of their samples' numbers.
 
-    Workers live for an epoch: kept alive longer, they are still there when the interpreter exits,
-    and a process on a CUDA machine was seen to hang then.
+    Workers live for an epoch, so that none is left when the interpreter exits: a process on a CUDA
+    machine was seen to hang there with workers kept alive (cause not established).
     """
     return DataLoader(
         dataset,
