@@ -1,8 +1,9 @@
-"""The one exception for a user's mistake."""
+"""The exception for a user's mistake, and the one with which a run ends itself."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -16,6 +17,39 @@ class InputError(ValueError):
     def __init__(self, *faults: str) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
+
+
+class TrainingStopped(SystemExit):
+    """A run that ended itself before it did damage: exit status 1, the reason already logged.
+
+    A SystemExit, so that it ends `monai.bundle run` as quietly as `pipeline.run`.
+
+    Args:
+        diagnosis: What happened, where, and what to try.
+    """
+
+    def __init__(self, diagnosis: str) -> None:
+        self.diagnosis = diagnosis
+        super().__init__(1)
+
+    def __str__(self) -> str:
+        return self.diagnosis
+
+
+class TrainingInterrupted(SystemExit):
+    """A run that was told to end by a signal, and saved: the same command continues it.
+
+    The exit status is 75 (`EX_TEMPFAIL`: try again), or 0 under an elastic launcher such as
+    torchrun, which takes every other status for a crash.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(interrupted_status())
+
+
+def interrupted_status() -> int:
+    """Exit status of an interrupted run; see `TrainingInterrupted`."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

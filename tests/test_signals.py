@@ -1,0 +1,101 @@
+"""Signals, each in a process of its own: what is tried here has hung processes before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BEGIN = """
+import hashlib, os, signal, threading, time
+from pipeline.training.signals import SIGNALS, interruptible
+told = []
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BEGIN + code],
+        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_interrupts_once_and_leaves_the_block_running(name):
+    ended = run_python(f"""
+with interruptible(lambda: told.append(1), grace_s=50):
+    for _ in range(3):
+        os.kill(os.getpid(), signal.{name})
+    while not told:
+        time.sleep(0.01)
+    print("still here")
+print(len(told), threading.active_count(), signal.set_wakeup_fd(-1))
+""")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.split("\n")[:2] == ["still here", "1 1 -1"]
+
+
+def test_signals_that_interrupt_one_another_do_not_hang():
+    """A handler that takes a lock deadlocks when the next signal comes in the middle of it."""
+    ended = run_python("""
+def flood():
+    for n in range(30_000):
+        os.kill(os.getpid(), SIGNALS[n % 3])
+
+with interruptible(lambda: told.append(1), grace_s=50):
+    sender = threading.Thread(target=flood)
+    sender.start()
+    while sender.is_alive():
+        pass
+print(len(told))
+""")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
+
+
+def test_handlers_of_before_are_back_after_the_block():
+    ended = run_python("""
+mine = lambda number, frame: print("mine")
+for number in SIGNALS:
+    signal.signal(number, mine)
+with interruptible(lambda: told.append(1), grace_s=50):
+    pass
+assert all(signal.getsignal(number) is mine for number in SIGNALS)
+os.kill(os.getpid(), signal.SIGUSR1)
+print(told)
+""")
+    assert (ended.returncode, ended.stdout) == (0, "mine\n[]\n")
+
+
+@pytest.mark.parametrize(
+    "stuck",
+    [
+        "time.sleep(50)",
+        # native code that does not come back to the interpreter runs no handler of Python's
+        "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)",
+    ],
+)
+def test_process_ends_in_time_when_the_block_does_not(stuck):
+    started = time.monotonic()
+    ended = run_python(f"""
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with interruptible(lambda: told.append(1), grace_s=1):
+    {stuck}
+""")
+    assert ended.returncode == 75
+    assert 1.2 <= time.monotonic() - started < 20
+
+
+def test_other_threads_are_left_alone():
+    ended = run_python("""
+def work():
+    with interruptible(lambda: told.append(1), grace_s=50):
+        print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+""")
+    assert (ended.returncode, ended.stdout) == (0, "True\n")
