@@ -55,7 +55,20 @@ KEYS: dict[str, Key] = {
         ("auto", "float16", "bfloat16"),
     ),
     "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
+    "cudnn_benchmark": Key("bool", CONTINUABLE, "let cuDNN time its algorithms and choose"),
+    "max_consecutive_skips": Key(
+        "int", CONTINUABLE, "skipped steps in a row after which training stops", least=1
+    ),
+    "overflow_keep": Key("int", FREE, "skipped steps whose weights are kept for replay", least=0),
+    "checkpoint_every": Key(
+        "int", FREE, "steps between checkpoints, beside those at ends of epochs", least=1
+    ),
+    "grace_s": Key("float", FREE, "seconds in which a run ends after a signal", least=1),
+    "underflow_every": Key(
+        "int", FREE, "steps between two measurements of gradient underflow; 0: none", least=0
+    ),
     "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none", least=0),
+    "worker_timeout_s": Key("float", CONTINUABLE, "seconds that a batch may take them", least=1),
     "fold": Key("int", IDENTITY, "which of the folds is the validation fold"),
     "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
     "split_seed": Key("int", IDENTITY, "which division into folds"),
@@ -113,6 +126,8 @@ NESTED = {
     "train::trainer::grad_clip": CONTINUABLE,
     "train::handlers": FREE,
     "train::dataloader::num_workers": CONTINUABLE,
+    "train::dataloader::timeout_s": CONTINUABLE,
+    "train::trainer::grace_s": FREE,
 }
 
 _TYPES = {

@@ -6,13 +6,11 @@ of the config ask it for the run directory and the cases.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import platform
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,49 +24,18 @@ from pipeline.data.datasets import Cases, load_cases
 from pipeline.data.integrity import preflight
 from pipeline.data.phantom import make_phantom
 from pipeline.errors import InputError
-from pipeline.training.checkpoint import checkpoints
+from pipeline.hold import Hold
+from pipeline.training.durable import CheckpointStore, write_durably, write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
 
+# what a run may leave that dies before its config is written
+BEGINNING = {".lock", ".probe", ".probe.tmp", "log.txt", "run.json", "run.json.tmp", "configs"}
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 
 
-class _Hold:
-    """A run directory in this process's hands: the kernel's lock on it, and its `log.txt`.
-
-    Raises:
-        InputError: If another process holds it.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            holder = self.lock.read() or "an unknown process"
-            self.lock.close()
-            raise InputError(
-                f"output_dir: expected no other run in {run_dir}, got one by {holder}. "
-                "Wait for it or choose another output_dir."
-            ) from None
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.lock.flush()
-        self.log_file = logging.FileHandler(run_dir / "log.txt")
-        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        self.log_file.setFormatter(logging.Formatter(form))
-        logging.getLogger().addHandler(self.log_file)
-
-    def close(self) -> None:
-        """Release the lock, which would else end with the process, and close the log."""
-        logging.getLogger().removeHandler(self.log_file)
-        self.log_file.close()
-        self.lock.close()
-
-
-_HELD: dict[Path, _Hold] = {}
+_HELD: dict[Path, Hold] = {}
 
 
 class Lifecycle:
@@ -86,7 +53,7 @@ class Lifecycle:
     Attributes:
         run_dir: Absolute path of the run directory.
         cases: The dataset's `Cases`; there after `enter`.
-        resuming: Whether the run continues; there after `enter`.
+        checkpoint: File that the run continues from, or None; there after `enter`.
     """
 
     def __init__(
@@ -106,7 +73,8 @@ class Lifecycle:
         self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
         self.max_epochs = max_epochs
         self.split = split
-        self.resuming = False
+        self.checkpoint: Path | None = None
+        self.store = CheckpointStore(self.run_dir / "checkpoints")
         self._cases: Cases | None = None
 
     @property
@@ -137,12 +105,28 @@ class Lifecycle:
             preflight(self._cases)
             if self.run_dir not in _HELD:
                 self._take_run_dir()
+            self.checkpoint = self.store.newest()
         except InputError as error:
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
-        self.resuming = bool(checkpoints(self.run_dir / "checkpoints"))
         self._write_configs()
         self._log_start()
+
+    def look(self) -> None:
+        """Read the data of the run that is there, and leave the run as it is.
+
+        Raises:
+            InputError: If there is no run, or the config is another run's.
+        """
+        config.check(self.source)
+        stored = self.run_dir / "configs" / "train.json"
+        if not stored.is_file():
+            raise InputError(
+                f"output_dir: expected a run directory, found none in {self.run_dir}. "
+                "Name that of the run you mean."
+            )
+        self._cases = load_cases(self.dataset_dir, **self.split)
+        self._compare_with(stored)
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""
@@ -150,7 +134,7 @@ class Lifecycle:
             return
         trainer.finish()
         summary = self._summary(trainer)
-        _write_json(self.run_dir / "summary.json", summary)
+        write_json(self.run_dir / "summary.json", summary)
         self._say_where(summary)
         self.release()
 
@@ -162,7 +146,8 @@ class Lifecycle:
     def _take_run_dir(self) -> None:
         """Decide whether the run starts, continues or is refused, and lock its directory."""
         stored = self.run_dir / "configs" / "train.json"
-        occupied = self.run_dir.exists() and any(self.run_dir.iterdir())
+        present = {path.name for path in self.run_dir.iterdir()} if self.run_dir.exists() else set()
+        occupied = bool(present - BEGINNING)
         if occupied and self.resume is False:
             raise InputError(
                 f"output_dir: expected an empty directory with resume=false, got {self.run_dir}. "
@@ -173,20 +158,28 @@ class Lifecycle:
                 f"output_dir: expected a run directory or an empty one, got {self.run_dir} with "
                 "other files. Choose another output_dir."
             )
-        if self.resume is True and not checkpoints(self.run_dir / "checkpoints"):
+        if self.resume is True and not self.store.acknowledged():
             raise InputError(
                 f"resume: expected a run with a checkpoint in {self.run_dir}, found none. "
                 "Use resume=auto to start one."
             )
-        if checkpoints(self.run_dir / "checkpoints"):  # before, there is nothing to be true to
-            self._compare_with(json.loads(stored.read_text()))
+        if self.store.acknowledged():  # before, there is nothing to be true to
+            for key in self._compare_with(stored):
+                log.info("Continuing with a changed %s", key)
             self._stop_if_finished()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        _HELD[self.run_dir] = _Hold(self.run_dir)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_durably(self.run_dir / ".probe", b"may be written")
+        except OSError as error:
+            raise InputError(
+                f"output_dir: expected a directory that can be written, got: {error}."
+            ) from error
+        (self.run_dir / ".probe").unlink()
+        _HELD[self.run_dir] = Hold(self.run_dir)
 
-    def _compare_with(self, stored: config.Config) -> None:
-        """Refuse to continue another run; log what may change and did."""
-        changed = config.changes(stored, self._portable_source())
+    def _compare_with(self, stored: Path) -> list[str]:
+        """Refuse another run than that of the `stored` config; returns what may change and did."""
+        changed = config.changes(json.loads(stored.read_text()), self._portable_source())
         recorded = json.loads((self.run_dir / "run.json").read_text())
         if recorded["fingerprint"] != self.cases.fingerprint:
             changed[config.IDENTITY].append("dataset_dir (other cases)")
@@ -196,8 +189,7 @@ class Lifecycle:
                 f"{', '.join(changed[config.IDENTITY])}. "
                 "Choose another output_dir, or leave them as they were."
             )
-        for key in changed[config.CONTINUABLE]:
-            log.info("Continuing with a changed %s", key)
+        return changed[config.CONTINUABLE]
 
     def _stop_if_finished(self) -> None:
         path = self.run_dir / "summary.json"
@@ -220,15 +212,15 @@ class Lifecycle:
         target, source = self.run_dir / "configs", self._portable_source()
         repository = self.bundle_root / "configs"
         target.mkdir(exist_ok=True)
-        _write_json(self.run_dir / "run.json", {"fingerprint": self.cases.fingerprint})
-        _write_json(target / "train.json", source)
+        write_json(self.run_dir / "run.json", {"fingerprint": self.cases.fingerprint})
+        write_json(target / "train.json", source)
         if (repository / "logging.conf").is_file():
             shutil.copyfile(repository / "logging.conf", target / "logging.conf")
         for name, make in (("inference", run_inference_config), ("metadata", run_metadata)):
             template = repository / f"{name}.json"
             if template.is_file():
                 made = make(json.loads(template.read_text()), source, self.cases)
-                _write_json(target / f"{name}.json", made)
+                write_json(target / f"{name}.json", made)
             else:
                 log.warning("%s is not there: the run directory gets no %s", template, name)
 
@@ -269,9 +261,9 @@ class Lifecycle:
         here, python = _shown(self.run_dir), _shown(Path(sys.executable))
         if summary["best_epoch"] is not None:
             log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
+            log.info("  best model   %s/models/model.pt", here)
         log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
         log.info("  summary      %s/summary.json", here)
-        log.info("  best model   %s/models/model.pt", here)
         log.info("  log          %s/log.txt", here)
         log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
 
@@ -291,10 +283,3 @@ def device_name(device: torch.device) -> str:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Largest CUDA memory that tensors took so far; `None` on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write the whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -37,16 +37,18 @@ class StepStats:
     """What one optimizer step did, on the host.
 
     Attributes:
-        applied: Whether the weights were changed; `False` if a gradient was not finite.
+        applied: Whether the weights were changed; `False` if the loss or a gradient was not finite.
         loss: Mean loss of the accumulation group.
         grad_norm: Global 2-norm of the unscaled gradients, before clipping.
         loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
+        max_abs_logit: Largest |logit| in the accumulation group; NaN if there was one.
     """
 
     applied: bool
     loss: float
     grad_norm: float
     loss_scale: float
+    max_abs_logit: float
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -79,6 +81,8 @@ class Precision:
         amp: Whether mixed precision is asked for; `False` is plain float32 with no scaler.
         amp_dtype: `auto`, `float16` or `bfloat16`; see `MODES` for what each resolves to.
         tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
+        cudnn_benchmark: Whether cuDNN times its convolution algorithms and takes the fastest on
+            CUDA: faster where shapes repeat, and the choice may differ from run to run.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
 
@@ -88,7 +92,7 @@ class Precision:
         scaler: The `torch.amp.GradScaler`, or `None` where none is used.
 
     Raises:
-        InputError: If a value is not one of those named above.
+        InputError: If a value is not one of those named above, or the card has no bfloat16.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Precision:
         amp: bool | str = True,
         amp_dtype: str = "auto",
         tf32: bool | str = False,
+        cudnn_benchmark: bool | str = False,
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
@@ -119,9 +124,20 @@ class Precision:
             else None
         )
         self.tf32 = as_bool(tf32, "tf32")
+        self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
         if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = self.tf32
-            torch.backends.cudnn.allow_tf32 = self.tf32
+            self._set_up_cuda()
+
+    def _set_up_cuda(self) -> None:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.dtype == torch.bfloat16 and not native:
+            raise InputError(
+                "amp_dtype: expected a card with bfloat16 (compute capability 8.0 or more), "
+                f"got {torch.cuda.get_device_name(self.device)}. Use float16."
+            )
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
 
     @property
     def mode(self) -> str:
@@ -135,7 +151,14 @@ class Precision:
         return torch.contiguous_format if contiguous else torch.channels_last_3d
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
-        """Move `network` to the device, its weights in `memory_format`."""
+        """Move `network` to the device, its weights in `memory_format`.
+
+        Raises:
+            ValueError: If the weights are not float32.
+        """
+        require_float32(network)
+        if self.device.type == "cuda":
+            self._set_up_cuda()  # another precision may have been made since
         # the stubs of Module.to do not know that device and memory_format go together
         return network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
@@ -146,15 +169,26 @@ class Precision:
             "amp": self.amp,
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
+            "cudnn_benchmark": self.cudnn_benchmark,
         }
+        cuda = self.device.type == "cuda"
         effective = {
             "device": str(self.device),
             "dtype": self.mode,
             "loss_scaling": self.scaler is not None,
-            "tf32": self.tf32 and self.device.type == "cuda",
+            "tf32": self.tf32 and cuda,
+            "cudnn_benchmark": self.cudnn_benchmark and cuda,
             "memory_format": str(self.memory_format).removeprefix("torch."),
         }
         return {"requested": requested, "effective": effective}
+
+    def __str__(self) -> str:
+        """One line: what is in force, and what was asked for."""
+        effective, requested = (
+            ", ".join(f"{key} {value}" for key, value in settings.items())
+            for settings in (self.describe()["effective"], self.describe()["requested"])
+        )
+        return f"Precision in force: {effective}; asked for: {requested}"
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context for forward pass and loss; does nothing where float32 is in force."""
@@ -166,15 +200,24 @@ class Precision:
         """Backpropagate `loss` (scalar, float32), multiplied by the loss scale if there is one."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def step(self, optimizer: Optimizer, loss: torch.Tensor, *, grad_clip: float) -> StepStats:
-        """Unscale, clip and step, unless a gradient is not finite; then update the loss scale.
+    def step(
+        self,
+        optimizer: Optimizer,
+        loss: torch.Tensor,
+        max_abs_logit: torch.Tensor,
+        *,
+        grad_clip: float,
+    ) -> StepStats:
+        """Unscale, clip and step, unless loss or a gradient is not finite; update the loss scale.
 
-        The decision is made on the host from the gradients' norm, which is wanted for the log
-        anyway: loss, norm and scale come over in one transfer, the only synchronisation of a step.
+        The decision is made on the host from the loss and the gradients' norm, which are wanted
+        for the log anyway: all of them come over in one transfer, the only synchronisation of a
+        step.
 
         Args:
             optimizer: Holds the parameters with their scaled, accumulated gradients.
-            loss: Mean loss of the accumulation group, scalar on the device, for the log.
+            loss: Mean loss of the accumulation group, scalar on the device.
+            max_abs_logit: Its largest |logit|, float32 scalar on the device, for the log.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         """
         if self.scaler:
@@ -183,12 +226,43 @@ class Precision:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         one = torch.ones((), device=self.device)
         scale = self.scaler.scale(one) if self.scaler else one
-        grad_norm, mean_loss, loss_scale = torch.stack([norm, loss.float(), scale]).tolist()
-        applied = math.isfinite(grad_norm)
+        grad_norm, mean_loss, loss_scale, logit = torch.stack(
+            [norm, loss.float(), scale, max_abs_logit]
+        ).tolist()
+        applied = math.isfinite(grad_norm) and math.isfinite(mean_loss)
         if applied:
             if grad_clip > 0:
                 clip_grads_with_norm_(parameters, grad_clip, norm)
             optimizer.step()
         if self.scaler:
             self.scaler.update()
-        return StepStats(applied, mean_loss, grad_norm, loss_scale)
+            if not applied:
+                self._back_off(loss_scale)
+        return StepStats(applied, mean_loss, grad_norm, loss_scale, logit)
+
+    def _back_off(self, loss_scale: float) -> None:
+        """Lower the scale, also where the scaler saw nothing: the loss or the norm overflowed."""
+        assert self.scaler is not None
+        factor = self.scaler.get_backoff_factor()
+        state = {  # by hand, since state_dict() would wait for the device
+            "scale": loss_scale * factor,
+            "growth_factor": self.scaler.get_growth_factor(),
+            "backoff_factor": factor,
+            "growth_interval": self.scaler.get_growth_interval(),
+            "_growth_tracker": 0,
+        }
+        self.scaler.load_state_dict(state)
+
+
+def require_float32(network: torch.nn.Module) -> None:
+    """Refuse a network of which `half()` or the like lowered the weights.
+
+    Raises:
+        ValueError: If a weight or a floating-point buffer is not float32.
+    """
+    dtypes = {t.dtype for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()}
+    if dtypes - {torch.float32}:
+        raise ValueError(
+            f"network: expected float32 weights, got {', '.join(sorted(map(str, dtypes)))}. "
+            "Autocast lowers the precision by itself; do not call half()."
+        )

@@ -1,7 +1,8 @@
 """The main job: `python -m pipeline.run configs/amp.json [more.json ...] [--key value ...]`.
 
 Checks the config, then hands the same files and overrides to MONAI's bundle workflow, so that it
-does exactly what `python -m monai.bundle run` does.
+does exactly what `python -m monai.bundle run` does. With `--replay_step N` it trains nothing, but
+looks again for what was not finite in a skipped step of the run that is there.
 
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
@@ -9,13 +10,17 @@ Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or confi
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline import config
 from pipeline.errors import InputError
 
-USAGE = "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...]"
+USAGE = (
+    "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--replay_step N]"
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -24,9 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    words = list(sys.argv[1:] if words is None else words)
-    first_key = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
-    files, rest = words[:first_key], words[first_key:]
+    files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
         if "--help" in rest or "-h" in rest:
             print(help_text(config.compose(files or ["configs/amp.json"], {})))
@@ -34,12 +37,22 @@ def main(words: Sequence[str] | None = None) -> int:
         if not files:
             raise InputError(f"command line: expected a config file, got none. {USAGE}")
         overrides = config.parse_overrides(rest)
+        replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
         config.check(config.compose(files, overrides))
-        run_workflow(files, overrides)
+        if replaying:
+            print(json.dumps(replay(files, overrides, step), indent=2))
+        else:
+            run_workflow(files, overrides)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Config files, which come first, and the options after them."""
+    first_key = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first_key], words[first_key:]
 
 
 def run_workflow(files: Sequence[str], overrides: config.Config) -> None:
@@ -48,20 +61,58 @@ def run_workflow(files: Sequence[str], overrides: config.Config) -> None:
     Raises:
         InputError: If an object of the config refuses its arguments.
     """
-    # imported here, so that a mistake on the command line is answered at once
-    from monai.bundle import ConfigWorkflow
-
-    workflow = ConfigWorkflow(list(files), workflow_type="train", **overrides)
+    workflow = _workflow(files, overrides)
     try:
         workflow.initialize()
-        try:
-            workflow.parser.get_parsed_content("train::trainer")
-        except (RuntimeError, ValueError) as error:
-            raise InputError(_reason(error)) from error
+        _trainer(workflow)
         workflow.run()
         workflow.finalize()
     finally:
         workflow.parser.get_parsed_content("lifecycle").release()
+
+
+def open_run(files: Sequence[str], overrides: config.Config) -> tuple[Any, Any]:
+    """Lifecycle and trainer of a run that is there, without handlers: nothing is written.
+
+    Raises:
+        InputError: If the run is not there or is another one, or an object refuses its arguments.
+    """
+    workflow = _workflow(files, {**overrides, "initialize": [], "train#handlers": []})
+    workflow.initialize()
+    lifecycle = workflow.parser.get_parsed_content("lifecycle")
+    lifecycle.look()
+    return lifecycle, _trainer(workflow)
+
+
+def replay(files: Sequence[str], overrides: config.Config, step: object) -> dict[str, Any]:
+    """Replay a skipped step of the run that the config names; see `recorder.replay_kept`.
+
+    Raises:
+        InputError: If there is no such run or step.
+    """
+    if type(step) is not int:
+        raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
+    from pipeline.training.recorder import replay_kept
+
+    lifecycle, trainer = open_run(files, overrides)
+    return replay_kept(trainer, lifecycle.run_dir, step)
+
+
+def _workflow(files: Sequence[str], overrides: config.Config) -> Any:
+    # imported here, so that a mistake on the command line is answered at once
+    from monai.bundle import ConfigWorkflow
+
+    # it warns of files in more than one folder, which is how an overlay of one's own is meant
+    logging.getLogger(ConfigWorkflow.__module__).setLevel(logging.ERROR)
+    return ConfigWorkflow(list(files), workflow_type="train", **overrides)
+
+
+def _trainer(workflow: Any) -> Any:
+    """The config's trainer; what one of its objects refuses is a mistake of the user's."""
+    try:
+        return workflow.parser.get_parsed_content("train::trainer")
+    except (RuntimeError, ValueError) as error:
+        raise InputError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +83,79 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`pipeline.run` on the tiny dataset: `run(output_dir, key=value, ...)` → exit status."""
-    from pipeline.run import main
-
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is the repository's."""
     monkeypatch.chdir(REPOSITORY)
 
-    def run(output_dir: Path, *files: str, **changes: Any) -> int:
-        values = {"dataset_dir": str(dataset), "output_dir": str(output_dir), **TINY, **changes}
-        words = [
-            word
-            for key, value in values.items()
-            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-        ]
-        return main(["configs/amp.json", *files, *words])
 
-    return run
+def run_tiny(dataset: Path, output_dir: Path, *files: str, **changes: Any) -> int:
+    """`pipeline.run` on a dataset with the tiny settings; returns the exit status."""
+    from pipeline.run import main
+
+    values = {"dataset_dir": str(dataset), "output_dir": str(output_dir), **TINY, **changes}
+    words = [
+        word
+        for key, value in values.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    return main(["configs/amp.json", *files, *words])
+
+
+@pytest.fixture
+def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`pipeline.run` on the tiny dataset: `run(output_dir, key=value, ...)` → exit status."""
+    monkeypatch.chdir(REPOSITORY)
+    return partial(run_tiny, dataset)
+
+
+@pytest.fixture(scope="session")
+def samples(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """`case_id`, `origin` and `seed` of the first 16 training samples of every tiny run."""
+    from pipeline.training.trainer import MixedPrecisionTrainer
+
+    seen: list[dict[str, Any]] = []
+    forward = MixedPrecisionTrainer.forward
+
+    def spy(self: MixedPrecisionTrainer, batch: dict, *args: Any) -> torch.Tensor:
+        for case_id, origin, seed in zip(
+            batch["case_id"], batch["origin"].tolist(), batch["seed"].tolist(), strict=True
+        ):
+            seen.append({"case_id": case_id, "origin": origin, "seed": seed})
+        return forward(self, batch, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(MixedPrecisionTrainer, "forward", spy)
+        out = tmp_path_factory.mktemp("samples") / "r"
+        assert run_tiny(dataset, out, amp=False, max_epochs=4, val_interval=4) == 0
+    return seen
+
+
+@pytest.fixture
+def poisoned(
+    run: Callable[..., int], samples: list[dict[str, Any]], tmp_path: Path
+) -> Callable[..., int]:
+    """`run`, with `value` in one voxel of the training samples `numbers`, or of all samples."""
+
+    def run_poisoned(
+        output_dir: Path, numbers: Iterable[int] | None, *, value: float = math.inf, **changes: Any
+    ) -> int:
+        seeds = None if numbers is None else [samples[n]["seed"] for n in numbers]
+        overlay = {
+            "train#augment#_target_": "poison.PoisonedAugment",
+            "train#augment#seeds": seeds,
+            "train#augment#value": str(value),
+        }
+        file = tmp_path / "poisoned.json"
+        file.write_text(json.dumps(overlay))
+        return run(output_dir, str(file), **changes)
+
+    return run_poisoned
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return request.param

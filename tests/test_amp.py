@@ -1,155 +1,24 @@
-"""Mixed precision: the policy's table, and every link of the chain from loss to weights.
+"""Mixed precision: every link of the chain from loss to weights.
 
 The scaler's behaviour is tested on the CPU in real float16, and again on CUDA where there is one.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from engines import batch, batch_norm_network, half, in_mode, make_trainer, weights
 from monai.engines.utils import IterationEvents
-from monai.inferers import SimpleInferer
-from torch import nn
 
-from pipeline.errors import InputError
-from pipeline.precision import MODES, Precision
-from pipeline.training.losses import SegmentationLoss
+from pipeline.precision import Precision
 from pipeline.training.optimization import warmup_cosine
-from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    return request.param
-
-
-class Samples:
-    """A loader of given batches; `start` is what the trainer tells the sampler."""
-
-    def __init__(self, batches: list[dict]) -> None:
-        self.batches, self.start, self.sampler = batches, 0, self
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def batch(seed: int, size: int = 2, value: float | None = None) -> dict:
-    rng = torch.Generator().manual_seed(seed)
-    image = torch.randn(size, 1, 8, 8, 8, generator=rng)
-    label = (image > 0.5).to(torch.uint8)
-    if value is not None:
-        image[0, 0, 0, 0, 0] = value
-    return {"image": image, "label": label, "seed": torch.full((size,), seed)}
-
-
-def make_trainer(
-    precision: Precision, batches: list[dict], *, accumulation: int = 1, epochs: int = 1, **kwargs
-) -> MixedPrecisionTrainer:
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1)
-    ).to(precision.device)
-    steps = len(batches) // accumulation
-    optimizer = kwargs.pop("optimizer", torch.optim.SGD)(network.parameters(), lr=0.1)
-    scheduler = warmup_cosine(optimizer, warmup_steps=2, max_epochs=epochs, steps_per_epoch=steps)
-    return MixedPrecisionTrainer(
-        precision,
-        max_epochs=epochs,
-        train_data_loader=Samples(batches),
-        network=network,
-        optimizer=optimizer,
-        loss_function=SegmentationLoss(),
-        lr_scheduler=scheduler,
-        steps_per_epoch=steps,
-        accumulation_steps=accumulation,
-        inferer=SimpleInferer(),
-        **kwargs,
-    )
-
-
-def weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+from pipeline.training.trainer import StepEvents
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(((a[name] - b[name]) ** 2).sum().item() for name in a))
-
-
-def half(device: str, **kwargs) -> Precision:
-    return Precision(device, amp=True, amp_dtype="float16", **kwargs)
-
-
-# --- the policy
-
-
-def test_config_has_amp_on_by_default():
-    source = json.loads(Path("configs/amp.json").read_text())
-    assert source["amp"] is True
-    assert source["amp_dtype"] == "auto"
-    assert MODES["cuda"]["auto"] == (torch.float16, True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "amp", "requested", "dtype", "scaled"),
-    [
-        ("cpu", True, "auto", "float32", False),
-        ("cpu", True, "float16", "float16", True),
-        ("cpu", True, "bfloat16", "bfloat16", False),
-        ("cpu", False, "float16", "float32", False),
-        pytest.param("cuda", True, "auto", "float16", True, marks=pytest.mark.gpu),
-        pytest.param("cuda", True, "float16", "float16", True, marks=pytest.mark.gpu),
-        pytest.param("cuda", True, "bfloat16", "bfloat16", False, marks=pytest.mark.gpu),
-        pytest.param("cuda", False, "auto", "float32", False, marks=pytest.mark.gpu),
-    ],
-)
-def test_precision_resolves_to(kind, amp, requested, dtype, scaled):
-    if kind == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    precision = Precision(kind, amp=amp, amp_dtype=requested)
-    assert precision.mode == dtype
-    assert (precision.scaler is not None) is scaled
-    assert precision.describe()["requested"]["amp_dtype"] == requested
-    assert precision.describe()["effective"]["dtype"] == dtype
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"amp_dtype": "float61"}, "amp_dtype: expected one of auto.*Did you mean 'float16'"),
-        ({"amp": "maybe"}, "amp: expected true or false, got 'maybe'"),
-        ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
-        ({"device": "cuda:99"}, "device: expected one of the"),
-    ],
-)
-def test_precision_refuses(arguments, message):
-    with pytest.raises(InputError, match=message):
-        Precision(**{"device": "cpu", **arguments})
-
-
-def test_precision_takes_booleans_as_words_like_monai_bundle_passes_them():
-    assert Precision("cpu", amp="false").amp is False
-    assert Precision("cpu", amp="true").amp is True
-
-
-def test_trainer_refuses_half_network():
-    precision = Precision("cpu")
-    network = nn.Conv3d(1, 2, 1).half()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"expected float32 weights, got.*float16.*half"):
-        MixedPrecisionTrainer(
-            precision, 1, Samples([]), network, optimizer, SegmentationLoss(), None, 1
-        )
 
 
 # --- the chain
@@ -248,9 +117,7 @@ def test_overflow_skips_step_and_halves_scale(device):
 @pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_nonfinite_input_never_reaches_the_weights(device, mode, value):
-    precision = Precision(
-        device, amp=mode != "float32", amp_dtype="auto" if mode == "float32" else mode
-    )
+    precision = in_mode(mode, device)
     trainer = make_trainer(precision, [batch(0, value=value), batch(1)])
     trainer.run()
     assert trainer.progress.skipped_steps == 1
@@ -310,21 +177,20 @@ def test_scaler_unscales_once_per_accumulation_group(device, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("value", [None, math.nan], ids=["applied", "skipped"])
 @pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
-def test_step_waits_for_the_device_once(mode):
+def test_step_waits_for_the_device_once(mode, value):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    precision = Precision(
-        "cuda", amp=mode != "float32", amp_dtype="auto" if mode == "float32" else mode
-    )
-    batches = [
-        {key: v if key == "seed" else v.cuda() for key, v in batch(n).items()} for n in range(4)
-    ]
-    trainer = make_trainer(precision, batches)
+    precision = in_mode(mode, "cuda")
+    batches = [batch(n, value=value) for n in range(4)]
+    for one in batches:
+        one |= {key: one[key].cuda() for key in ("image", "label")}
+    trainer = make_trainer(precision, batches, network=batch_norm_network())
     trainer.run()  # the first steps may wait for libraries to load
     import warnings
 
-    repeat = make_trainer(precision, batches)
+    repeat = make_trainer(precision, batches, network=batch_norm_network())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

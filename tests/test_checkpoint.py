@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from engines import batch, curve, in_mode, make_trainer, make_validator, read, snapshot
+from ignite.engine import Events
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, TrainingStopped
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import checkpoints, load_checkpoint, save_atomically
+from pipeline.training.checkpoint import (
+    CheckpointHandler,
+    checkpoints,
+    load_checkpoint,
+    non_finite,
+)
+from pipeline.training.durable import CheckpointStore, save
 from pipeline.training.progress import SCHEMA_VERSION, Progress
+from pipeline.training.trainer import StepEvents
 
 HALF = {"amp_dtype": "float16"}
 
 
 def newest(run_dir: Path) -> dict:
     return load_checkpoint(checkpoints(run_dir / "checkpoints")[-1])
+
+
+def replace_newest(run_dir: Path, content: dict) -> None:
+    CheckpointStore(run_dir / "checkpoints").save(content, "replaced.pt")
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -37,17 +51,17 @@ def killed_at(monkeypatch: pytest.MonkeyPatch):
     """Let the process die when the `n`-th checkpoint has been written."""
 
     def arrange(n: int) -> None:
-        save = checkpoint.CheckpointHandler.save
+        save = checkpoint.CheckpointHandler._save
         written = []
 
-        def save_then_die(self, trainer):
-            save(self, trainer)
+        def save_then_die(self, *args):
+            save(self, *args)
             written.append(1)
             if len(written) == n:
-                monkeypatch.setattr(checkpoint.CheckpointHandler, "save", save)
+                monkeypatch.setattr(checkpoint.CheckpointHandler, "_save", save)
                 raise KilledError
 
-        monkeypatch.setattr(checkpoint.CheckpointHandler, "save", save_then_die)
+        monkeypatch.setattr(checkpoint.CheckpointHandler, "_save", save_then_die)
 
     return arrange
 
@@ -143,10 +157,9 @@ def test_run_killed_before_its_summary_finalises_without_training(run, tmp_path,
 def test_scaler_state_is_restored(run, tmp_path, killed_at):
     killed_at(2)
     run_and_die(run, tmp_path / "r", **HALF)
-    path = checkpoints(tmp_path / "r/checkpoints")[-1]
-    content = load_checkpoint(path)
+    content = newest(tmp_path / "r")
     content["scaler"]["scale"] = 128.0
-    save_atomically(content, path)
+    replace_newest(tmp_path / "r", content)
     assert run(tmp_path / "r", **HALF) == 0
     assert newest(tmp_path / "r")["scaler"]["scale"] == 128.0
 
@@ -157,6 +170,17 @@ def test_absent_scaler_state_loads_and_is_said(run, tmp_path, killed_at):
     assert run(tmp_path / "r", **HALF) == 0
     assert "no scaler state (trained in float32)" in (tmp_path / "r/log.txt").read_text()
     assert newest(tmp_path / "r")["scaler"] is not None
+
+
+def test_continued_run_takes_the_learning_rate_and_weight_decay_of_its_config(run, tmp_path):
+    def rates(folder):
+        return curve(read(folder), "LR")
+
+    assert run(tmp_path / "r", max_epochs=1, learning_rate=0.1, weight_decay=0.1) == 0
+    assert run(tmp_path / "r", max_epochs=3, learning_rate=0.001, weight_decay=0.2) == 0
+    assert run(tmp_path / "whole", max_epochs=3, learning_rate=0.001) == 0
+    assert rates(tmp_path / "r")[2:] == rates(tmp_path / "whole")[2:]
+    assert newest(tmp_path / "r")["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
 
 
 def test_unused_scaler_state_is_said(run, tmp_path, killed_at):
@@ -175,26 +199,113 @@ def test_broken_checkpoint_is_one_line(tmp_path):
 
 def test_checkpoint_of_another_schema_is_refused(tmp_path):
     path = tmp_path / "step_000000001.pt"
-    save_atomically({"schema_version": 99}, path)
+    save({"schema_version": 99}, path)
     with pytest.raises(InputError, match="expected checkpoint schema version 1, got 99"):
         load_checkpoint(path)
 
 
-# --- the disk
+# --- nothing that is not finite
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_atomically({"a": torch.ones(1)}, path)
+def break_weights(trainer, value):
+    trainer.network[3].bias.data[1] = value
 
-    def write_half(content, file):
-        file.write(b"half")
-        raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="no space"):
-        save_atomically({"a": torch.zeros(1)}, path)
-    assert torch.load(path, weights_only=True)["a"].item() == 1
+def break_optimizer(trainer, value):
+    trainer.optimizer.state_dict()["state"][0]["exp_avg"][0] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("event", "damage", "file", "tensor"),
+    [
+        (StepEvents.STEP_COMPLETED, break_weights, "step_000000004_pending.pt", "network.3.bias"),
+        (StepEvents.STEP_COMPLETED, break_optimizer, "step_000000004_pending.pt",
+         "optimizer.state.0.exp_avg"),
+        (Events.EPOCH_COMPLETED, break_weights, "model.pt", "3.bias"),
+    ],
+    ids=["weights", "optimizer", "best weights"],
+)  # fmt: skip
+@pytest.mark.parametrize("epochs", [2, 3], ids=["last epoch", "before"])
+def test_non_finite_value_is_never_written(tmp_path, event, damage, file, tensor, value, epochs):
+    validator = make_validator(dice=0.1)
+    before = {}
+
+    class Damage:
+        """Before the checkpoint handler, at the end of the second epoch's last step."""
+
+        def attach(self, trainer):
+            trainer.add_event_handler(event, self.act)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.validate)
+
+        def act(self, trainer):
+            if trainer.progress.step == 4:
+                damage(trainer, value)
+                before.update(snapshot(tmp_path))
+
+        def validate(self, trainer):
+            validator.state.epoch = trainer.progress.epoch
+            validator.state.metrics["mean_dice"] += 0.1  # each is the best
+
+    handlers = [Damage(), CheckpointHandler(tmp_path, validator)]
+    batches = [batch(0), batch(1)]
+    trainer = make_trainer(
+        in_mode("float32"), batches, epochs=epochs, train_handlers=handlers,
+        optimizer=torch.optim.AdamW,
+    )  # fmt: skip
+    with pytest.raises(TrainingStopped) as stopped:
+        trainer.run()
+    assert stopped.value.code == 1
+    message = f"{file}: expected finite values, got NaN or infinity in {tensor}. Training stops"
+    assert str(stopped.value).startswith(message)
+    after = snapshot(tmp_path)
+    if damage is break_optimizer:  # the weights are sound
+        for name in ("model.pt", "last.pt"):
+            after.pop(str(tmp_path / "models" / name), None)
+            before.pop(str(tmp_path / "models" / name), None)
+    assert after == before
+    assert str(tmp_path / "checkpoints/step_000000002.pt") in before
+    assert trainer.progress.step == 4
+
+
+def test_run_whose_weights_became_nan_stops_and_keeps_its_files(run, tmp_path, capfd):
+    """Broken after step 3; step 4 is skipped, and would be saved as the second epoch's end."""
+    (tmp_path / "overlay.json").write_text(
+        json.dumps({"+train#handlers": [{"_target_": "poison.BreakWeights", "step": 3}]})
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "r", str(tmp_path / "overlay.json"), amp=False, max_epochs=3)
+    assert stopped.value.code == 1
+    message = (
+        "step_000000004_pending.pt: expected finite values, got NaN or infinity in network.enc"
+    )
+    assert message in capfd.readouterr().out
+    assert message in (tmp_path / "r/log.txt").read_text()
+    assert [path.name for path in checkpoints(tmp_path / "r/checkpoints")] == ["step_000000002.pt"]
+    assert non_finite(newest(tmp_path / "r")) == []
+    best = torch.load(tmp_path / "r/models/model.pt", weights_only=True)
+    assert digest(best) == digest(newest(tmp_path / "r")["network"])
+    assert not (tmp_path / "r/models/last.pt").exists()
+    assert not (tmp_path / "r/summary.json").exists()
+
+
+def test_non_finite_names_every_place_in_nested_content():
+    good = {"a": 1.5, "b": None, "c": "nan", "d": True, "e": 10**400, "f": torch.ones(2, 0),
+            "g": torch.tensor([2**62]), "h": torch.tensor([True]), "i": [], "j": {}}  # fmt: skip
+    bad = {
+        "network": {"head.weight": torch.tensor([[0.0, math.nan], [1.0, 2.0]])},
+        "optimizer": {"state": {0: {"exp_avg": torch.tensor(-math.inf, dtype=torch.float16)}}},
+        "param_groups": [{"lr": 0.1}, {"lr": math.inf, "betas": (0.9, math.nan)}],
+        "scaler": {"scale": math.nan},
+        "double": torch.tensor([1e300, math.inf], dtype=torch.float64),
+        "good": good,
+    }
+    assert non_finite(good) == []
+    assert non_finite(bad) == [
+        "network.head.weight", "optimizer.state.0.exp_avg", "param_groups.1.lr",
+        "param_groups.1.betas.1", "scaler.scale", "double",
+    ]  # fmt: skip
+    assert non_finite(math.nan, "x") == ["x"]
 
 
 # --- the record
@@ -218,10 +329,9 @@ def test_progress_of_another_schema_is_refused():
 def test_worse_epoch_after_resuming_does_not_replace_the_best(run, tmp_path, killed_at):
     killed_at(2)
     run_and_die(run, tmp_path / "r")
-    path = checkpoints(tmp_path / "r/checkpoints")[-1]
-    content = load_checkpoint(path)
+    content = newest(tmp_path / "r")
     content["progress"]["best_metric"] = 2.0  # no epoch can be better
-    save_atomically(content, path)
+    replace_newest(tmp_path / "r", content)
     before = (tmp_path / "r/models/model.pt").read_bytes()
     assert run(tmp_path / "r") == 0
     assert (tmp_path / "r/models/model.pt").read_bytes() == before

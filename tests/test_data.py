@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 
 from pipeline.data.datasets import list_images, load_cases, person_of
 from pipeline.data.integrity import preflight
-from pipeline.data.sampling import EpochSampler, PatchDataset, patch_loader
+from pipeline.data.sampling import EpochSampler, PatchDataset, PatchLoader
 from pipeline.errors import InputError
 
 # ---- reading dataset.json
@@ -529,7 +529,7 @@ def test_patches_are_a_function_of_seed_and_number():
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (2, 2), (4, 0), (4, 2)])
 def test_loader_gives_the_same_samples_whatever_batch_size_and_workers(batch_size, num_workers):
     patches = make_patches()
-    loader = patch_loader(
+    loader = PatchLoader(
         patches, EpochSampler(batch_size, 1, 8 // batch_size), batch_size, num_workers
     )
     loader.sampler.start = 8  # second epoch

@@ -3,37 +3,27 @@ import json
 import logging
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from engines import StubTrainer, curve, make_validator, read, steps_of, strict_json
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.precision import StepStats
-from pipeline.training.handlers import ConsoleHandler, TensorBoardHandler, outline_slice
-from pipeline.training.progress import Progress
+from pipeline.prediction.metrics import MeanDice
+from pipeline.training.handlers import (
+    ConsoleHandler,
+    ScoreHandler,
+    TensorBoardHandler,
+    outline_slice,
+)
 from pipeline.training.trainer import StepEvents
 
-TRAINING_TAGS = {"train/loss", "LR", "AMP/loss_scale", "AMP/skipped_steps", "AMP/grad_norm"}
+AMP_TAGS = {f"AMP/{name}" for name in ("loss_scale", "skipped_steps", "grad_norm", "max_abs_logit")}
+TRAINING_TAGS = {"train/loss", "LR"} | AMP_TAGS
 VALIDATION_TAGS = {"val/mean_dice", "val/dice_dim", "val/dice_bright"}
-
-
-def read(run_dir):
-    """What TensorBoard shows, with nothing thinned out."""
-    everything = dict.fromkeys(("scalars", "images"), 0)
-    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance=everything).Reload()
-
-
-def curve(events, tag):
-    """Pairs of step and value, as they were written."""
-    return [(point.step, point.value) for point in events.Scalars(tag)]
-
-
-def steps_of(events, tag):
-    return [step for step, _ in curve(events, tag)]
 
 
 def picture_of(point):
@@ -96,45 +86,6 @@ def set_aside(run_dir):
 # ---- with engines that only count
 
 
-class StubTrainer(Engine):
-    """Counts steps as the trainer does; step n takes `results[n]`, or has a loss of n."""
-
-    def __init__(self, handlers, *, step=0, steps_per_epoch=4, max_epochs=2, results=None):
-        super().__init__(self.take_step)
-        self.register_events(*StepEvents)
-        self.progress = Progress(step=step, epoch=step // steps_per_epoch)
-        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-        self.steps_per_epoch = steps_per_epoch
-        self.results = results or {}
-        self.elapsed_s = 20.0
-        self.last_step = None
-        self.state.max_epochs, self.state.epoch_length = max_epochs, steps_per_epoch
-        self.state.epoch, self.state.iteration = self.progress.epoch, step
-        for handler in handlers:
-            handler.attach(self)
-
-    def take_step(self, engine, batch):
-        number = self.progress.step + 1
-        default = StepStats(applied=True, loss=number, grad_norm=2, loss_scale=1)
-        self.last_step = self.results.get(number, default)
-        self.optimizer.param_groups[0]["lr"] += 1  # as the scheduler, before the event
-        self.progress.record_step(
-            self.last_step.applied, samples=1, steps_per_epoch=self.steps_per_epoch
-        )
-        self.fire_event(StepEvents.STEP_COMPLETED)
-
-
-def make_validator(dice=None, epoch=1, case=None):
-    """An evaluator that has scored `dice` in `epoch`, and whose every output is `case`."""
-    validator = Engine(lambda engine, batch: [case])
-    metrics = {} if dice is None else {"mean_dice": dice}
-    details = {"mean_dice": {"classes": {"dim": dice, "bright": 1.0}}}
-    validator.state = SimpleNamespace(
-        key_metric_name="mean_dice", metrics=metrics, metric_details=details, epoch=epoch
-    )
-    return validator
-
-
 def record(run_dir, steps, *, start=0, log_every=1, results=None):
     """One session of training, of `steps` steps from `start`."""
     handler = TensorBoardHandler(run_dir, make_validator(), log_every=log_every)
@@ -144,7 +95,9 @@ def record(run_dir, steps, *, start=0, log_every=1, results=None):
 
 
 def test_tensorboard_writes_every_nth_step_and_every_skipped_one(tmp_path):
-    skipped = StepStats(applied=False, loss=9.0, grad_norm=math.inf, loss_scale=1024)
+    skipped = StepStats(
+        applied=False, loss=9.0, grad_norm=math.inf, loss_scale=1024, max_abs_logit=3
+    )
     record(tmp_path, 10, log_every=4, results={5: skipped, 8: skipped})
     events = read(tmp_path)
     assert curve(events, "train/loss") == [(4, 4), (5, 9), (8, 9)]
@@ -154,7 +107,7 @@ def test_tensorboard_writes_every_nth_step_and_every_skipped_one(tmp_path):
     assert curve(events, "LR") == [(4, 3), (5, 4), (8, 7)]  # what step n used
 
 
-LOST = StepStats(applied=True, loss=-1.0, grad_norm=2, loss_scale=1)
+LOST = StepStats(applied=True, loss=-1.0, grad_norm=2, loss_scale=1, max_abs_logit=3)
 
 
 @pytest.mark.parametrize("start", [0, 4])
@@ -166,7 +119,7 @@ def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path, start)
 
 
 def test_tensorboard_hides_lost_steps_before_the_first_new_point(tmp_path):
-    skipped = StepStats(applied=False, loss=-1.0, grad_norm=math.inf, loss_scale=1)
+    skipped = StepStats(applied=False, loss=-1.0, grad_norm=math.inf, loss_scale=1, max_abs_logit=3)
     record(tmp_path, 7, log_every=4, results={6: skipped})
     set_aside(tmp_path)
     record(tmp_path, 4, start=4, log_every=4)  # step 6 is not skipped this time
@@ -199,6 +152,52 @@ def test_tensorboard_writes_no_score_when_the_epoch_was_not_validated(tmp_path):
     StubTrainer([handler]).run([0] * 4, max_epochs=2)
     assert curve(read(tmp_path), "val/mean_dice") == [(4, 0.5)]
     assert curve(read(tmp_path), "val/dice_dim") == [(4, 0.5)]
+
+
+# ---- scores of every case
+
+
+def test_validation_json_holds_what_the_evaluator_published(run, tmp_path, monkeypatch):
+    published = []
+    completed = MeanDice.completed
+
+    def spy(self, engine, name):
+        completed(self, engine, name)
+        published.append(dict(engine.state.metric_details[name]))
+
+    monkeypatch.setattr(MeanDice, "completed", spy)
+    assert run(tmp_path / "run") == 0
+    written = strict_json((tmp_path / "run/validation.json").read_text())
+    summary = strict_json((tmp_path / "run/summary.json").read_text())
+    assert (written["epoch"], written["step"], len(published)) == (2, 4, 2)
+    assert published[0]["cases"] != published[1]["cases"]
+    assert len(written["cases"]) == 2
+    assert {case: list(dice.values()) for case, dice in written["cases"].items()} == (
+        published[1]["cases"]
+    )
+    assert all(list(dice) == ["dim", "bright"] for dice in written["cases"].values())
+    mean = np.mean([np.mean(list(dice.values())) for dice in written["cases"].values()])
+    assert mean == pytest.approx(summary["last_mean_dice"], abs=1e-12)
+
+
+def test_validation_json_has_null_when_a_class_is_absent(tmp_path):
+    cases = {"tiny_001": [0.25, math.nan], "tiny_002": [math.nan, math.nan]}
+    handler = ScoreHandler(tmp_path, make_validator(dice=0.25, epoch=1, cases=cases))
+    StubTrainer([handler]).run([0] * 4, max_epochs=1)
+    assert strict_json((tmp_path / "validation.json").read_text()) == {
+        "epoch": 1,
+        "step": 4,
+        "cases": {
+            "tiny_001": {"dim": 0.25, "bright": None},
+            "tiny_002": {"dim": None, "bright": None},
+        },
+    }
+
+
+def test_validation_json_stays_when_the_epoch_was_not_validated(tmp_path):
+    handler = ScoreHandler(tmp_path, make_validator(dice=0.5, epoch=1, cases={"a": [0.5, 1.0]}))
+    StubTrainer([handler]).run([0] * 4, max_epochs=2)
+    assert strict_json((tmp_path / "validation.json").read_text())["epoch"] == 1
 
 
 # ---- pictures
@@ -320,12 +319,12 @@ def messages(caplog):
 def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(caplog, capfd):
     caplog.set_level(logging.INFO)
     handler = ConsoleHandler(make_validator(dice=0.25, epoch=1))
-    trainer = StubTrainer([handler], results={6: StepStats(False, 6.0, math.inf, 1)})
+    trainer = StubTrainer([handler], results={6: StepStats(False, 6.0, math.inf, 1, 3)})
     trainer.run([0] * 4, max_epochs=2)
     assert handler.bar is None
     assert messages(caplog) == [
         "epoch 1/2, step 4, loss 2.5000, mean Dice 0.2500, 20 s, about 20 s left",
-        "epoch 2/2, step 8, loss 6.5000, skipped steps 1, 20 s, about 0 s left",
+        "epoch 2/2, step 8, loss 6.6667, skipped steps 1, 20 s, about 0 s left",  # mean of 5, 7, 8
     ]
     assert "\r" not in capfd.readouterr().err
 

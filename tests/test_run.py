@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, make_dataset, write_dataset_json
+from engines import snapshot
 
 from pipeline import config
 from pipeline.run import main
 
 CONFIG = "configs/amp.json"
 AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- what a run makes
@@ -45,12 +42,13 @@ def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
     assert run(tmp_path / "r", amp_dtype="bfloat16") == 0
     summary = json.loads((tmp_path / "r/summary.json").read_text())
     assert summary["requested"] == {
-        "device": "auto", "amp": True, "amp_dtype": "bfloat16", "tf32": False
+        "device": "auto", "amp": True, "amp_dtype": "bfloat16", "tf32": False,
+        "cudnn_benchmark": False,
     }  # fmt: skip
     assert summary["effective"]["dtype"] == "bfloat16"
     log = (tmp_path / "r/log.txt").read_text()
-    assert "Precision requested: device auto, amp True, amp_dtype bfloat16" in log
-    assert "Precision effective: device cpu, dtype bfloat16" in log
+    assert "Precision in force: device cpu, dtype bfloat16, loss_scaling False" in log
+    assert "asked for: device auto, amp True, amp_dtype bfloat16" in log
     assert summary["effective"]["loss_scaling"] is False
     assert (summary["epochs"], summary["steps"], summary["skipped_steps"]) == (2, 4, 0)
     assert 0 <= summary["last_mean_dice"] <= summary["best_mean_dice"] <= 1
@@ -89,6 +87,14 @@ def test_overlay_files_are_merged_in_order(run, tmp_path):
     assert source["train"]["trainer"]["grad_clip"] == 3.0
     assert source["augmentation"]["spatial"]["flip"]["prob"] == 0.25
     assert source["augmentation"]["spatial"]["scale"] == AMP["augmentation"]["spatial"]["scale"]
+
+
+def test_overlay_from_elsewhere_gives_no_warning(run, tmp_path, capfd):
+    (tmp_path / "mine.json").write_text('{"seed": 5}')
+    assert run(tmp_path / "r", str(tmp_path / "mine.json")) == 0
+    captured = capfd.readouterr()
+    assert "config" not in captured.err.lower()
+    assert "warn" not in (captured.out + captured.err).lower()
 
 
 def test_two_channels_and_deep_supervision_train(run, tmp_path):
@@ -191,8 +197,9 @@ def test_foreign_directory_is_refused(run, tmp_path, capfd):
 
 def test_second_writer_is_refused_with_the_first_ones_name(run, tmp_path, capfd):
     code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
-        "f.write('process 7 on elsewhere'); f.flush(); print('held', flush=True); input()"
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        'f.write(\'{"host": "elsewhere", "pid": 7}\'); f.flush(); print(\'held\', flush=True);'
+        "input()"
     )
     assert run(tmp_path / "r") == 0
     lock = str(tmp_path / "r/.lock")

@@ -8,6 +8,10 @@ run that continues needs to know one number only.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import ClassesToIndices
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline.data.datasets import Case
 
@@ -75,6 +79,7 @@ class PatchDataset(Dataset):
         self._positions = ClassesToIndices(
             num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS
         )
+        self.loading: Any = []  # for each worker its process id and 1 + the sample it is at, or 0
         with ThreadPoolExecutor() as pool:
             self.cases = list(pool.map(self._load, data))
 
@@ -86,9 +91,23 @@ class PatchDataset(Dataset):
 
         Returns:
             `image` `(C, *patch_size)` float32, `label` `(1, *patch_size)` uint8, `seed` (int,
-            for everything else that is random about this sample), `case_id`, and `origin`, the
-            patch's first voxel in the preprocessed volume (negative in the padding).
+            for everything else that is random about this sample), its `number`, `case_id`, and
+            `origin`, the patch's first voxel in the preprocessed volume (negative in the padding).
         """
+        worker = get_worker_info()
+        if worker is None:
+            return self._sample(number)
+        place = slice(2 * worker.id, 2 * worker.id + 2)
+        self.loading[place] = [os.getpid(), number + 1]  # for `explain`, should this be its end
+        sample = self._sample(number)
+        self.loading[place] = [os.getpid(), 0]
+        return sample
+
+    def case_id(self, number: int) -> str:
+        """Case of training sample `number`."""
+        return self.cases[self._case_index(number)]["case_id"]
+
+    def _sample(self, number: int) -> dict[str, Any]:
         epoch, index = divmod(number, self.samples_per_epoch)
         rng = generator(self.seed, epoch, index)
         case = self.cases[self._case_index(number)]
@@ -97,6 +116,7 @@ class PatchDataset(Dataset):
             "image": _cut(case["image"], origin, self.patch_size),
             "label": _cut(case["label"], origin, self.patch_size),
             "seed": int(rng.integers(2**63)),
+            "number": number,
             "case_id": case["case_id"],
             "origin": torch.as_tensor(origin),
         }
@@ -166,18 +186,70 @@ class EpochSampler(Sampler[int]):
         return self.samples_per_epoch - self.start % self.samples_per_epoch
 
 
-def patch_loader(
-    dataset: PatchDataset, sampler: EpochSampler, batch_size: int, num_workers: int = 0
-) -> DataLoader:
+class PatchLoader(DataLoader):
     """Loader of micro-batches in the order of their samples' numbers.
 
     Workers live for an epoch, so that none is left when the interpreter exits: a process on a CUDA
     machine was seen to hang there with workers kept alive (cause not established).
+
+    Args:
+        dataset: Where the patches come from.
+        sampler: Their numbers.
+        batch_size: Patches in a micro-batch.
+        num_workers: Processes that cut them; 0: none.
+        timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
     """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+
+    def __init__(
+        self,
+        dataset: PatchDataset,
+        sampler: EpochSampler,
+        batch_size: int,
+        num_workers: int = 0,
+        timeout_s: float = 120.0,
+    ) -> None:
+        dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            timeout=timeout_s if num_workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
+            # forked, a worker sees its parent's death and shares `loading`; a fork server outlives
+            multiprocessing_context="fork" if num_workers else None,
+        )
+
+    def __iter__(self) -> Any:
+        """One epoch; workers are gone when it ends, however it ends."""
+        iterator: Any = super().__iter__()
+        try:
+            yield from iterator
+        finally:
+            if self.num_workers:
+                iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.kill()  # one that hangs would not end otherwise, nor the interpreter
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """Which cases a worker that died or hung was loading; `None` for any other error."""
+        words = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)|timed out", str(error))
+        if words is None:
+            return None
+        dead = {int(pid) for pid in (words[1] or "").split(",") if pid}
+        dataset: Any = self.dataset
+        pairs = zip(dataset.loading[::2], dataset.loading[1::2], strict=True)
+        numbers = [n - 1 for pid, n in pairs if n and (not dead or pid in dead)]
+        cases = ", ".join(dataset.case_id(n) for n in numbers) or "unknown"
+        return (
+            f"{cases}: expected a loader worker to deliver this case, got: {error}. Look at the "
+            "memory that is free, or use num_workers=0; the same command goes on from the newest "
+            "checkpoint."
+        )
+
+
+def _ignore_signals(worker_id: int) -> None:
+    """Leave signals to a whole group to the main process, which saves and ends the workers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -13,44 +13,27 @@ A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors a
 from __future__ import annotations
 
 import logging
-import os
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
+from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.errors import InputError
+from pipeline.training.durable import CheckpointStore, WriteError, save
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
-from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
+from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents, metric_at_end_of
 
 log = logging.getLogger(__name__)
 
 
-def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """File name of the checkpoint after `step` optimizer steps; sorts by step."""
-    return directory / f"step_{step:09d}.pt"
-
-
 def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in `directory`, oldest first."""
-    return sorted(directory.glob("step_*.pt"))
+    """Acknowledged checkpoints in `directory`, oldest first."""
+    return CheckpointStore(directory).acknowledged()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,55 +59,79 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class CheckpointHandler:
     """Saves and restores a trainer, and keeps the best network.
 
-    Attached after the validation handler, it saves twice per epoch: when the last step is taken
-    (so that a validation lost to a kill is caught up) and when the epoch's end is done.
+    Attached last, it saves every `every` steps, when a run is interrupted, and twice at the end of
+    an epoch: when the last step is taken (so that a validation lost to a kill is caught up) and
+    when the epoch's end is done. What is not finite, or does not fit on the disk, is not written:
+    training stops, and the files from before stay.
 
     Args:
         run_dir: Gets `checkpoints/`, `models/model.pt` (best) and `models/last.pt`.
         validator: Its key metric decides which network is the best.
-        keep: Checkpoints to keep.
-        resume: Whether to continue from the newest checkpoint in `run_dir`.
+        keep: Checkpoints to keep, at least 2.
+        every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
+        checkpoint: File to continue from.
     """
 
     def __init__(
-        self, run_dir: str | Path, validator: Evaluator, *, keep: int = 2, resume: bool = True
+        self,
+        run_dir: str | Path,
+        validator: Evaluator,
+        *,
+        keep: int = 2,
+        every: int = 500,
+        checkpoint: Path | None = None,
     ) -> None:
-        self.directory = Path(run_dir) / "checkpoints"
+        self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep=keep)
         self.models = Path(run_dir) / "models"
         self.validator = validator
-        self.keep = keep
-        self.resume = resume
+        self.every = every
+        self.checkpoint = checkpoint
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        for directory in (self.directory, self.models):
-            directory.mkdir(parents=True, exist_ok=True)
-        found = checkpoints(self.directory) if self.resume else []
-        if found:
-            restore(trainer, load_checkpoint(found[-1]))
-            log.info("Continuing from %s (step %d)", found[-1].name, trainer.progress.step)
+        self.models.mkdir(parents=True, exist_ok=True)
+        self._check_room(trainer)
+        if self.checkpoint is not None:
+            restore(trainer, load_checkpoint(self.checkpoint))
+            log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
 
+    def _check_room(self, trainer: MixedPrecisionTrainer) -> None:
+        """Refuse to start where the files to come do not fit: weights, and Adam's two moments."""
+        weights = 4 * sum(p.numel() for p in trainer.network.parameters())
+        wanted = 3 * weights * (self.store.keep + 1) + 2 * weights
+        present = [*self.store.acknowledged(), *self.models.glob("*.pt")]
+        wanted -= sum(path.stat().st_size for path in present)
+        free = shutil.disk_usage(self.models).free
+        if free < wanted:
+            raise InputError(
+                f"{self.models.parent}: expected {wanted} bytes free for checkpoints and models, "
+                f"got {free}. Make room or choose another output_dir."
+            )
+
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
-        """Save when the step was an epoch's last."""
-        if trainer.progress.phase == EPOCH_END_PENDING:
-            self.save(trainer)
+        """Save where it is due: by count, at an epoch's last step, or before an interruption."""
+        progress = trainer.progress
+        pending = progress.phase == EPOCH_END_PENDING
+        due = pending or progress.step % self.every == 0 or trainer.interrupted
+        if due and trainer.diagnosis is None:  # to go on from a stop would be to go past it
+            self._save(trainer, f"step_{progress.step:09d}{'_pending' if pending else ''}.pt")
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Keep the network if validation found it the best, and save the epoch as complete."""
-        state = self.validator.state
-        # the evaluator's epoch tells whether it ran at the end of this one
-        validated = state.key_metric_name in state.metrics and state.epoch == trainer.progress.epoch
-        if validated and trainer.progress.record_metric(state.metrics[state.key_metric_name]):
-            save_atomically(trainer.network.state_dict(), self.models / "model.pt")
-        trainer.end_epoch()
-        self.save(trainer)
+        metric = metric_at_end_of(trainer.progress.epoch, self.validator)
+        if metric is not None and not math.isfinite(metric):
+            log.warning("The validation metric is %g; it is not counted", metric)
+        if metric is not None and trainer.progress.record_metric(metric):
+            self._write(trainer, trainer.network.state_dict(), self.models / "model.pt")
         if trainer.progress.epoch >= trainer.state.max_epochs:
-            save_atomically(trainer.network.state_dict(), self.models / "last.pt")
+            # before the checkpoint, after which nothing is left to be done
+            self._write(trainer, trainer.network.state_dict(), self.models / "last.pt")
+        trainer.end_epoch()
+        self._save(trainer, f"step_{trainer.progress.step:09d}.pt")
 
-    def save(self, trainer: MixedPrecisionTrainer) -> None:
-        """Write a checkpoint, then remove all but the newest `keep`."""
+    def _save(self, trainer: MixedPrecisionTrainer, name: str) -> None:
         content = {
             "schema_version": SCHEMA_VERSION,
             "progress": trainer.progress.state_dict(),
@@ -133,16 +140,33 @@ class CheckpointHandler:
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
-        save_atomically(content, checkpoint_path(self.directory, trainer.progress.step))
-        for old in checkpoints(self.directory)[: -self.keep]:
-            old.unlink()
+        trainer.fire_event(StepEvents.CHECKPOINT_STARTED)
+        self._write(trainer, content, self.store.directory / name)
+
+    def _write(self, trainer: MixedPrecisionTrainer, content: dict[str, Any], path: Path) -> None:
+        """Save, or stop training where something is not finite or does not fit."""
+        names = non_finite(content)
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            trainer.stop(
+                f"{path.name}: expected finite values, got NaN or infinity in {shown}. Training "
+                "stops; nothing was written, the files from before stay. Lower learning_rate, or "
+                "look at the range of the images."
+            )
+            return
+        try:
+            if path.parent == self.store.directory:
+                self.store.save(content, path.name)
+            else:
+                save(content, path)
+        except WriteError as error:
+            trainer.stop(f"{error} Training stops; the files from before stay as they were.")
 
 
 def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     """Put a checkpoint's content into a trainer, and say where their precisions differ."""
     trainer.network.load_state_dict(checkpoint["network"])
-    trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-    trainer.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    _restore_optimizer(trainer, checkpoint)
     scaler, mode = checkpoint.get("scaler"), checkpoint["progress"]["mode"]
     if trainer.scaler and scaler:
         trainer.scaler.load_state_dict(scaler)
@@ -160,3 +184,41 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
             mode,
         )
     trainer.restore(checkpoint["progress"])
+
+
+def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
+    """Moments and position of the schedule; rates and weight decay stay those of the config."""
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    base_rates = list(scheduler.base_lrs)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    if not isinstance(scheduler, LambdaLR):
+        return  # its rates depend on the steps before
+    scheduler.base_lrs = base_rates
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, options, base, factor in zip(
+        optimizer.param_groups, given, base_rates, factors, strict=True
+    ):
+        group.update(options, lr=base * factor)
+
+
+def non_finite(content: Any, name: str = "") -> list[str]:
+    """Where in nested dictionaries and lists a float or tensor holds a NaN or an infinity.
+
+    Args:
+        content: Tensors and plain values.
+        name: Of `content` itself.
+
+    Returns:
+        Names such as `network.head.weight`; empty if all is finite.
+    """
+    if isinstance(content, dict | list | tuple):
+        children = content.items() if isinstance(content, dict) else enumerate(content)
+        below = [(f"{name}.{key}" if name else str(key), child) for key, child in children]
+        return [found for path, child in below for found in non_finite(child, path)]
+    if isinstance(content, torch.Tensor):
+        finite = not content.is_floating_point() or bool(content.isfinite().all())
+    else:
+        finite = not isinstance(content, float) or math.isfinite(content)
+    return [] if finite else [name]

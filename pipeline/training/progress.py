@@ -23,11 +23,12 @@ class Progress:
         step: Optimizer steps taken, skipped ones included.
         epoch: Epochs whose steps are all taken.
         samples: Samples consumed.
-        skipped_steps: Steps whose gradients were not finite.
+        skipped_steps: Steps whose loss or gradients were not finite.
         consecutive_skips: Of these, the ones since the last applied step.
         best_metric: Highest finite validation metric; `None` before the first.
         best_epoch: Its epoch.
-        last_metric: Validation metric of the latest validation; `None` before the first.
+        last_metric: Validation metric of the latest validation; `None` before the first, or if
+            it was not finite.
         wall_time_s: Seconds spent in training and validation, over all sessions of the run.
         mode: Effective dtype of training: `float32`, `float16` or `bfloat16`.
         schema_version: Version of this record and of the checkpoint around it.
@@ -58,8 +59,8 @@ class Progress:
 
     def record_metric(self, metric: float) -> bool:
         """Take over a validation metric; returns whether it is the best. NaN never is."""
-        self.last_metric = metric
-        if not math.isfinite(metric):
+        self.last_metric = metric if math.isfinite(metric) else None
+        if self.last_metric is None:
             return False
         if self.best_metric is not None and metric <= self.best_metric:
             return False

@@ -6,29 +6,39 @@ MONAI's own hard-codes CUDA autocast, never unscales or clips, and makes a new s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from ignite.engine import EventEnum, Events
-from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
+from monai.engines import Evaluator, SupervisedEvaluator, SupervisedTrainer, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeline.precision import Precision, StepStats
+from pipeline.errors import TrainingInterrupted, TrainingStopped
+from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.training.buffers import BufferSnapshot
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
+from pipeline.training.signals import interruptible
 
 log = logging.getLogger(__name__)
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class StepEvents(EventEnum):
     """Events of optimizer steps, beside MONAI's iteration events of micro-batches."""
 
     STEP_COMPLETED = "step_completed"
+    CHECKPOINT_STARTED = "checkpoint_started"
 
 
 class MixedPrecisionTrainer(SupervisedTrainer):
@@ -37,6 +47,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     An ignite iteration is one micro-batch; an optimizer step takes `accumulation_steps` of them;
     an epoch is `steps_per_epoch` steps. `progress` is the truth about how far training is, and
     ignite's counters are set from it when a run continues.
+
+    A step is a transaction: where the loss or a gradient of its group is not finite, weights,
+    optimizer, scheduler and the network's buffers are afterwards what they were before it.
 
     Args:
         precision: Owns device, autocast, scaler, clipping and the finite check.
@@ -51,6 +64,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         roi_size: Network input in voxels; given, it is checked before training starts.
+        grace_s: Seconds within which a run ends after SIGTERM, SIGINT or SIGUSR1.
         prepare_batch: `(batch, device, non_blocking) -> (image, label)`, augmentation included.
         inferer: MONAI inferer for the training patches.
         train_handlers: MONAI and ignite handlers, attached in this order.
@@ -58,6 +72,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     Attributes:
         progress: The run's `Progress`.
         last_step: `StepStats` of the latest optimizer step.
+        group: Micro-batches of the current accumulation group, as the loader gave them.
+        diagnosis: Why training stops before its end; `None` where it does not.
+        interrupted: Whether training ends after this step, to be continued.
 
     Raises:
         ValueError: If the network's weights are not float32, or `roi_size` is too small for it.
@@ -76,15 +93,11 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: int = 1,
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
+        grace_s: float = 30.0,
         train_handlers: list | None = None,
         **kwargs: Any,
     ) -> None:
-        dtypes = {p.dtype for p in network.parameters()}
-        if dtypes != {torch.float32}:
-            raise ValueError(
-                f"network: expected float32 weights, got {sorted(map(str, dtypes))}. "
-                "Autocast lowers the precision by itself; do not call half()."
-            )
+        require_float32(network)
         limit: Any = getattr(network, "minimum_size", None)  # networks of others may have none
         smallest = limit() if roi_size and limit else ()
         if roi_size and any(n < least for n, least in zip(roi_size, smallest, strict=False)):
@@ -96,9 +109,14 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.lr_scheduler = lr_scheduler
         self.steps_per_epoch = steps_per_epoch
         self.grad_clip = grad_clip
+        self.grace_s = grace_s
         self.progress = Progress(mode=precision.mode)
         self.last_step: StepStats | None = None
-        self._group_loss: torch.Tensor | None = None
+        self.group: list[dict[str, Any]] = []
+        self.diagnosis: str | None = None
+        self.interrupted = False
+        self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
+        self._buffers = BufferSnapshot(network)
         super().__init__(
             device=precision.device,
             max_epochs=max_epochs,
@@ -123,15 +141,64 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
         An epoch whose steps were all taken before an interruption, but whose end was not, is
         ended first. A finished run returns at once.
+
+        Raises:
+            TrainingStopped: If a handler called `stop`.
+            TrainingInterrupted: If a handler called `interrupt`.
         """
-        for what, settings in self.precision.describe().items():
-            log.info("Precision %s: %s", what, ", ".join(f"{k} {v}" for k, v in settings.items()))
+        log.info("%s", self.precision)
         self._started = time.monotonic() - self.progress.wall_time_s
-        if self.progress.phase == EPOCH_END_PENDING:
-            self.fire_event(Events.EPOCH_COMPLETED)
-        if self.progress.epoch < self.state.max_epochs and self.progress.phase == STEPPING:
-            # not Trainer.run, which would put a new scaler in the place of the policy's
-            super(Trainer, self).run()
+        with interruptible(self.interrupt, self.grace_s):
+            self._train()
+        if self.diagnosis is not None:
+            log.error("%s", self.diagnosis)
+            raise TrainingStopped(self.diagnosis)
+        if self.interrupted and self.progress.phase != FINALIZING:
+            log.info("Interrupted at step %d; the same command continues.", self.progress.step)
+            raise TrainingInterrupted()
+
+    def use(self, precision: Precision) -> None:
+        """Go on in another precision, with the same weights and a fresh optimizer state."""
+        precision.place(self.network)
+        self.precision, self.amp = precision, precision.amp
+        self.scaler = precision.scaler  # type: ignore[assignment]
+        self.progress.mode = precision.mode
+        self.optimizer.state.clear()
+        self._buffers = BufferSnapshot(self.network)
+
+    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """One optimizer step over the micro-batches of one group, outside of a run."""
+        for batch in batches:
+            self.state.iteration += 1
+            self._iteration(self, batch)
+
+    def _train(self) -> None:
+        try:
+            if self.progress.phase == EPOCH_END_PENDING:
+                self.fire_event(Events.EPOCH_COMPLETED)
+            unfinished = self.progress.epoch < self.state.max_epochs
+            going = self.diagnosis is None and not self.interrupted
+            if unfinished and self.progress.phase == STEPPING and going:
+                # not Trainer.run, which would put a new scaler in the place of the policy's
+                super(Trainer, self).run()
+        except RuntimeError as error:
+            explain: Any = getattr(self.data_loader, "explain", lambda _: None)
+            if (reason := explain(error)) is None:
+                raise
+            self.stop(reason)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.stop(f"{error}. Make room; the checkpoints are as they were.")
+
+    def stop(self, diagnosis: str) -> None:
+        """End training after this step, because of what the first `diagnosis` says."""
+        self.diagnosis = self.diagnosis or diagnosis
+        self.terminate()
+
+    def interrupt(self) -> None:
+        """End training after the current step; the same command continues it. Signal-safe."""
+        self.interrupted = True
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Take over a saved progress record, and derive ignite's counters from it."""
@@ -157,43 +224,89 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         """Mark the run as done: it never trains again."""
         self.progress.phase = DONE
 
-    def _iteration(
-        self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        micro_batch = (self.state.iteration - 1) % self.accumulation_steps
+    def forward(
+        self,
+        batchdata: dict[str, Any],
+        autocast: contextlib.AbstractContextManager,
+        output: dict[str, Any],
+        notify: Callable[[IterationEvents], object] = lambda event: None,
+    ) -> torch.Tensor:
+        """Loss of one micro-batch in train mode, which is a function of the batch and the weights.
+
+        Args:
+            batchdata: A micro-batch of the loader.
+            autocast: Context for network and loss.
+            output: Receives `image`, `label`, `pred` and `loss` as they come to be.
+            notify: Called with MONAI's events.
+        """
         # dropout draws from torch's own generator: a function of the samples, not of the past
         torch.manual_seed(int(batchdata["seed"][0]))
         images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
-        output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
+        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
         self.network.train()
-        if micro_batch == 0:
-            self.optimizer.zero_grad(set_to_none=True)
-            self._group_loss = torch.zeros((), device=self.state.device)
-        with self.precision.autocast():
+        with autocast:
             output[Keys.PRED] = self.inferer(images, self.network)
-            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            notify(IterationEvents.FORWARD_COMPLETED)
             output[Keys.LOSS] = self.loss_function(output[Keys.PRED], labels)
-            self.fire_event(IterationEvents.LOSS_COMPLETED)
-        loss = output[Keys.LOSS] / self.accumulation_steps
+            notify(IterationEvents.LOSS_COMPLETED)
+        return output[Keys.LOSS]
+
+    def _iteration(
+        self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if (self.state.iteration - 1) % self.accumulation_steps == 0:
+            self._begin_step()
+        self.group.append(batchdata)
+        output: dict[str, Any] = {}
+        self.state.output = output
+        loss = self.forward(batchdata, self.precision.autocast(), output, self.fire_event)
+        loss = loss / self.accumulation_steps
         self.precision.backward(loss)
-        self._group_loss += loss.detach()
+        self._group_loss = self._group_loss + loss.detach()
+        largest = torch.maximum(self._max_abs_logit, max_abs(output[Keys.PRED]))
+        self._max_abs_logit = largest
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if micro_batch == self.accumulation_steps - 1:
-            self._optimizer_step(samples=len(images) * self.accumulation_steps)
+        if len(self.group) == self.accumulation_steps:
+            self._optimizer_step(samples=len(output[Keys.IMAGE]) * self.accumulation_steps)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
 
+    def _begin_step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.take()
+        self.group = []
+        self._group_loss = self._max_abs_logit = torch.zeros((), device=self.state.device)
+
     def _optimizer_step(self, *, samples: int) -> None:
-        assert self._group_loss is not None
         self.last_step = self.precision.step(
-            self.optimizer, self._group_loss, grad_clip=self.grad_clip
+            self.optimizer, self._group_loss, self._max_abs_logit, grad_clip=self.grad_clip
         )
         if self.last_step.applied:
             self.lr_scheduler.step()
+        else:
+            self._buffers.restore()
         self.progress.record_step(
             self.last_step.applied, samples=samples, steps_per_epoch=self.steps_per_epoch
         )
         self.fire_event(StepEvents.STEP_COMPLETED)
+        if self.interrupted:
+            self.terminate()
+
+
+def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Largest |logit|, float32 scalar on the device; NaN if there is one. One pass, no copy."""
+    levels = [logits] if isinstance(logits, torch.Tensor) else logits
+    norms = [
+        torch.linalg.vector_norm(level.detach(), math.inf, dtype=torch.float32) for level in levels
+    ]
+    return torch.stack(norms).max()
+
+
+def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
+    """The validator's key metric, if it ran at the end of the trainer's `epoch`."""
+    state = validator.state
+    ran = state.key_metric_name in state.metrics and state.epoch == epoch
+    return state.metrics[state.key_metric_name] if ran else None
 
 
 def _start_epoch(trainer: MixedPrecisionTrainer) -> None:
@@ -207,12 +320,23 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
 
     Args:
         precision: Owns device and autocast.
+        network: Network on the precision's device, with float32 weights.
         kwargs: As SupervisedEvaluator takes them.
+
+    Raises:
+        ValueError: If the network's weights are not float32.
     """
 
-    def __init__(self, precision: Precision, **kwargs: Any) -> None:
+    def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
+        require_float32(network)
         self.precision = precision
-        super().__init__(device=precision.device, amp=precision.amp, non_blocking=True, **kwargs)
+        super().__init__(
+            device=precision.device,
+            network=network,
+            amp=precision.amp,
+            non_blocking=True,
+            **kwargs,
+        )
 
     def _iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]

@@ -1,0 +1,55 @@
+"""A network's buffers, put back where a forward pass must leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+class BufferSnapshot:
+    """Copy of a network's buffers, such as BatchNorm's running statistics, to be put back.
+
+    A forward pass in train mode changes them before anybody knows whether the step is applied.
+    Neither direction makes the host wait, and a few kernels do it however many buffers there are.
+
+    Args:
+        network: Its buffers are copied now, and again at each `take`; between `take` and `restore`
+            a module may put another tensor of the same shape and dtype in a buffer's place.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        by_dtype = defaultdict(list)  # tensors of one dtype take one kernel
+        for module in network.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    by_dtype[buffer.dtype].append((module._buffers, name, buffer.clone()))
+        self._groups = list(by_dtype.values())
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy the buffers as they are now."""
+        for group in self._groups:
+            torch._foreach_copy_([copy for _, _, copy in group], _present(group))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copies back."""
+        for group in self._groups:
+            torch._foreach_copy_(_present(group), [copy for _, _, copy in group])
+
+
+def _present(group: list[tuple[dict, str, torch.Tensor]]) -> list[torch.Tensor]:
+    return [buffers[name] for buffers, name, _ in group]
+
+
+@contextlib.contextmanager
+def buffers_kept(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, forward passes may do to the network's buffers what they like."""
+    snapshot = BufferSnapshot(network)
+    try:
+        yield
+    finally:
+        snapshot.restore()

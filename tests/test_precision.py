@@ -1,0 +1,240 @@
+"""The policy of precision: its table, what it prints, what it refuses, whom it governs."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from engines import Samples, batch, in_mode, instance_norm_network
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.precision import MODES, Precision
+from pipeline.training.losses import SegmentationLoss
+from pipeline.training.trainer import MixedPrecisionEvaluator, MixedPrecisionTrainer
+
+# --- the table
+
+
+def test_config_has_amp_on_by_default():
+    source = json.loads((REPOSITORY / "configs/amp.json").read_text())
+    assert source["amp"] is True
+    assert source["amp_dtype"] == "auto"
+    assert MODES["cuda"]["auto"] == (torch.float16, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "amp", "requested", "dtype", "scaled"),
+    [
+        ("cpu", True, "auto", "float32", False),
+        ("cpu", True, "float16", "float16", True),
+        ("cpu", True, "bfloat16", "bfloat16", False),
+        ("cpu", False, "float16", "float32", False),
+        pytest.param("cuda", True, "auto", "float16", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, "float16", "float16", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, "bfloat16", "bfloat16", False, marks=pytest.mark.gpu),
+        pytest.param("cuda", False, "auto", "float32", False, marks=pytest.mark.gpu),
+    ],
+)
+def test_precision_resolves_to(kind, amp, requested, dtype, scaled):
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    precision = Precision(kind, amp=amp, amp_dtype=requested)
+    assert precision.mode == dtype
+    assert (precision.scaler is not None) is scaled
+    assert precision.describe()["requested"]["amp_dtype"] == requested
+    assert precision.describe()["effective"]["dtype"] == dtype
+
+
+def table_in_readme() -> dict[str, dict[str, tuple[torch.dtype, bool]]]:
+    """The rows of the README for amp=true, in the form of `MODES`, and `any` for amp=false."""
+    section = (REPOSITORY / "README.md").read_text().split("\n## Precision\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ][2:]
+    table: dict[str, dict[str, tuple[torch.dtype, bool]]] = {}
+    for where, amp, requested, autocast, scaling in rows:
+        (dtype,) = re.findall(r"\b(?:float32|float16|bfloat16)\b", autocast)
+        assert amp == ("`false`" if where == "any" else "`true`")
+        for name in re.findall(r"`(\w+)`", requested) or [requested]:
+            row = table.setdefault(where.lower(), {})
+            assert name not in row
+            row[name] = (getattr(torch, dtype), {"yes": True, "no": False}[scaling])
+    return table
+
+
+def test_table_in_readme_is_the_one_in_force():
+    documented = table_in_readme()
+    assert documented.pop("any") == {"any": (torch.float32, False)}
+    assert documented == MODES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"amp_dtype": "float61"}, "amp_dtype: expected one of auto.*Did you mean 'float16'"),
+        ({"amp": "maybe"}, "amp: expected true or false, got 'maybe'"),
+        ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
+        ({"device": "cuda:99"}, "device: expected one of the"),
+    ],
+)
+def test_precision_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Precision(**{"device": "cpu", **arguments})
+
+
+def test_precision_takes_booleans_as_words_like_monai_bundle_passes_them():
+    assert Precision("cpu", amp="false").amp is False
+    assert Precision("cpu", amp="true").amp is True
+
+
+# --- CUDA's settings, on a card that is only said to be there
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A CUDA device without its driver; bfloat16 as `card.bfloat16` says."""
+    card = SimpleNamespace(bfloat16=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: card.bfloat16 or including_emulation,
+    )
+    before = [getattr(backend, flag) for backend, flag in FLAGS]
+    yield card
+    for (backend, flag), value in zip(FLAGS, before, strict=True):
+        setattr(backend, flag, value)
+
+
+FLAGS = (
+    (torch.backends.cuda.matmul, "allow_tf32"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_precision_sets_the_flags_of_cuda(card, before, tf32, benchmark):
+    for backend, flag in FLAGS:
+        setattr(backend, flag, before)
+    precision = Precision("cuda", amp=False, tf32=tf32, cudnn_benchmark=benchmark)
+    assert [getattr(backend, flag) for backend, flag in FLAGS] == [tf32, tf32, benchmark]
+    effective = precision.describe()["effective"]
+    assert (effective["tf32"], effective["cudnn_benchmark"]) == (tf32, benchmark)
+
+
+def test_place_sets_the_flags_again_when_another_precision_was_made_since(card, monkeypatch):
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # there is no card
+    mine = Precision("cuda", amp=False, tf32=True)
+    Precision("cuda", amp=False, tf32=False, cudnn_benchmark=True)
+    mine.place(instance_norm_network())
+    assert [getattr(backend, flag) for backend, flag in FLAGS] == [True, True, False]
+
+
+def test_precision_refuses_bfloat16_when_the_card_only_emulates_it(card):
+    assert Precision("cuda", amp_dtype="bfloat16").dtype == torch.bfloat16
+    card.bfloat16 = False
+    with pytest.raises(InputError, match=r"amp_dtype: expected a card .* got Some Card\. Use fl"):
+        Precision("cuda", amp_dtype="bfloat16")
+    assert Precision("cuda", amp=False, amp_dtype="bfloat16").dtype == torch.float32
+
+
+# --- what a run says
+
+
+def test_default_run_on_cpu_prints_one_line_of_precision_and_no_warning(run, tmp_path, capfd):
+    assert run(tmp_path / "r", device="cpu") == 0
+    shown = "".join(capfd.readouterr())
+    (line,) = [line for line in shown.splitlines() if "Precision" in line]
+    assert line.startswith("Precision in force: device cpu, dtype float32, loss_scaling False")
+    assert "warn" not in shown.lower()
+    assert (tmp_path / "r/log.txt").read_text().count("Precision in force") == 1
+
+
+# --- whom it governs
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "float16"])
+def test_evaluator_predicts_in_the_policys_dtype(device, mode):
+    precision = in_mode(mode, device)
+    network = precision.place(instance_norm_network())
+    evaluator = MixedPrecisionEvaluator(
+        precision, network, val_data_loader=Samples([batch(0)]), inferer=SimpleInferer()
+    )
+    seen = []
+    evaluator.add_event_handler(
+        IterationEvents.FORWARD_COMPLETED, lambda e: seen.append(e.state.output["pred"])
+    )
+    evaluator.run()
+    (logits,) = seen
+    assert str(logits.dtype) == f"torch.{mode}"
+    assert logits.device.type == device
+    assert not logits.requires_grad
+    assert evaluator.amp is (mode != "float32")
+    with torch.no_grad(), precision.autocast():
+        expected = network.eval()(batch(0)["image"].to(device))
+    assert torch.equal(logits, expected)
+
+
+def test_validation_of_a_run_follows_the_policy(run, tmp_path, monkeypatch):
+    seen = []
+    iteration = MixedPrecisionEvaluator._iteration
+
+    def spy(self, engine, batchdata):
+        note = self.network.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+        try:
+            return iteration(self, engine, batchdata)
+        finally:
+            note.remove()
+
+    monkeypatch.setattr(MixedPrecisionEvaluator, "_iteration", spy)
+    assert run(tmp_path / "half", max_epochs=1, amp_dtype="float16") == 0
+    assert set(seen) == {torch.float16}
+    seen.clear()
+    assert run(tmp_path / "single", max_epochs=1, amp=False, amp_dtype="float16") == 0
+    assert set(seen) == {torch.float32}
+
+
+def lowered(part: str, dtype: torch.dtype) -> nn.Module:
+    """A network of which one part is not float32."""
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    if part == "all":
+        return network.to(dtype)
+    network[1].running_mean = network[1].running_mean.to(dtype)
+    return network
+
+
+def train_with(network: nn.Module) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    MixedPrecisionTrainer(
+        Precision("cpu"), 1, Samples([]), network, optimizer, SegmentationLoss(), None, 1
+    )
+
+
+def evaluate_with(network: nn.Module) -> None:
+    MixedPrecisionEvaluator(Precision("cpu"), network, val_data_loader=Samples([batch(0)]))
+
+
+def place(network: nn.Module) -> None:
+    Precision("cpu").place(network)
+
+
+@pytest.mark.parametrize("use", [train_with, evaluate_with, place])
+@pytest.mark.parametrize("part", ["all", "buffer"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lowered_network_is_refused(use, part, dtype):
+    with pytest.raises(ValueError, match=rf"expected float32 weights, got.*{dtype}.*half\(\)"):
+        use(lowered(part, dtype))
+    use(lowered(part, torch.float32))

@@ -1,0 +1,358 @@
+"""The flight recorder: what it says of a skipped step, and that it changes nothing."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+from engines import (
+    batch,
+    batch_norm_network,
+    differing,
+    half,
+    in_mode,
+    make_trainer,
+    overflows,
+    read,
+    state_of,
+    steps_of,
+)
+from torch import nn
+
+from networks.dense_unet import DenseUNet
+from pipeline.training import recorder, replay
+from pipeline.training.recorder import FlightRecorder
+from pipeline.training.replay import Probe, first_non_finite
+
+HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
+KEYS = {
+    "time", "step", "epoch", "precision", "loss_scale", "loss", "grad_norm", "samples", "case_ids",
+    "origins", "stage", "first_module", "non_finite_cases", "max_abs_activation", "kept",
+}  # fmt: skip
+
+
+def record(folder, precision, network=None, batches=None, **kwargs):
+    """Train with a recorder; its lines and the trainer."""
+    batches = [batch(0), batch(1, value=math.inf), batch(2)] if batches is None else batches
+    handlers = [FlightRecorder(folder)]
+    trainer = make_trainer(precision, batches, network=network, train_handlers=handlers, **kwargs)
+    trainer.run()
+    return overflows(folder), trainer
+
+
+# --- in a run
+
+
+@pytest.mark.parametrize(
+    ("changes", "value", "scales"),
+    [({"amp": False}, math.nan, [1, 1]), (HALF, -math.inf, [1024, 512])],
+    ids=["float32", "float16"],
+)
+def test_overflow_has_one_line_per_skipped_step(
+    poisoned, samples, tmp_path, changes, value, scales
+):
+    """Samples 2 and 5 are the first of step 2 and the second of step 3, in epochs 1 and 2."""
+    assert poisoned(tmp_path / "r", [2, 5], value=value, **changes) == 0
+    lines = overflows(tmp_path / "r")
+    assert [(line["step"], line["epoch"]) for line in lines] == [(2, 1), (3, 2)]
+    assert [line["loss_scale"] for line in lines] == scales
+    for line, numbers, bad in zip(lines, [(2, 3), (4, 5)], [2, 5], strict=True):
+        assert set(line) == KEYS
+        assert line["samples"] == list(numbers)
+        assert line["case_ids"] == [samples[n]["case_id"] for n in numbers]
+        assert line["origins"] == [samples[n]["origin"] for n in numbers]
+        assert (line["stage"], line["first_module"]) == ("input", "image")
+        assert line["non_finite_cases"] == [samples[bad]["case_id"]]
+        assert line["loss"] in ("nan", "inf")
+        assert line["grad_norm"] in ("nan", "inf")
+        assert datetime.fromisoformat(line["time"]).tzinfo
+        assert (tmp_path / "r" / line["kept"]).is_file()
+    assert steps_of(read(tmp_path / "r"), "AMP/skipped_steps") == [1, 2, 3, 4]
+
+
+def test_overflow_in_a_convolution_names_it_and_the_sample_that_did_it(poisoned, samples, tmp_path):
+    """1e6 is a number in the image, and none in float16."""
+    assert poisoned(tmp_path / "r", [5], value=1e6, **HALF) == 0
+    (line,) = overflows(tmp_path / "r")
+    assert (line["step"], line["precision"]) == (3, "float16")
+    assert (line["stage"], line["first_module"]) == ("forward", "encoders.0.conv1")
+    assert line["non_finite_cases"] == [samples[5]["case_id"]]
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_overflow_names_the_case_of_the_poisoned_micro_batch(poisoned, samples, tmp_path, number):
+    changes = {"batch_size": 1, "accumulation_steps": 2, **HALF}
+    assert poisoned(tmp_path / "r", [number], value=1e6, **changes) == 0
+    (line,) = overflows(tmp_path / "r")
+    assert line["samples"] == [4, 5]
+    assert line["case_ids"] == [samples[n]["case_id"] for n in (4, 5)]
+    assert line["origins"] == [samples[n]["origin"] for n in (4, 5)]
+    assert (line["step"], line["first_module"]) == (3, "encoders.0.conv1")
+    assert line["non_finite_cases"] == [samples[number]["case_id"]]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_overflow_keep_limits_the_kept_files(poisoned, tmp_path, keep):
+    assert poisoned(tmp_path / "r", None, amp=False, overflow_keep=keep) == 0
+    names = [f"overflow/step_{n:09d}.pt" for n in range(1, keep + 1)]
+    assert [line["kept"] for line in overflows(tmp_path / "r")] == names + [None] * (4 - keep)
+    found = sorted((tmp_path / "r").glob("overflow/*"))
+    assert [str(path.relative_to(tmp_path / "r")) for path in found] == names
+
+
+def test_finite_run_pays_nothing(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("looked although all was finite")
+
+    for owner, name in (
+        (Probe, "__init__"),
+        (replay, "gradients"),
+        (nn.Module, "register_forward_hook"),
+        (nn.Module, "register_forward_pre_hook"),
+        (torch.Tensor, "register_hook"),
+    ):
+        monkeypatch.setattr(owner, name, refuse)
+    assert run(tmp_path / "r", **HALF) == 0
+    assert not (tmp_path / "r/overflow.jsonl").exists()
+    assert not (tmp_path / "r/overflow").exists()
+
+
+# --- what it finds
+
+
+def dense_unet() -> nn.Module:
+    return DenseUNet(1, 2, base_channels=2, strides=[[2, 2, 2]], num_dense_layers=1, growth_rate=4,
+                     seed=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (1,)], ids=["second of two", "only"])
+@pytest.mark.parametrize("mode", ["float32", "float16"])
+@pytest.mark.parametrize("make", [batch_norm_network, dense_unet])
+def test_overflow_has_each_modules_largest_finite_activation(tmp_path, mode, make, seeds):
+    """Compared with hooks of our own; batch norm leaves nothing finite of a poisoned batch."""
+    group = [batch(seed, value=math.inf if seed == 1 else None) for seed in seeds]
+    (line,), trainer = record(
+        tmp_path, in_mode(mode, init_scale=1024.0), make(), group, accumulation=len(group)
+    )
+    network, finite = make().train(), {}
+
+    def note(name):
+        def hook(module, args, output):
+            values = np.abs(output.detach().float().numpy())
+            finite.setdefault(name, []).extend(values[np.isfinite(values)].tolist())
+
+        return hook
+
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(note(name))
+    for micro_batch in group:
+        torch.manual_seed(int(micro_batch["seed"][0]))
+        with torch.no_grad(), trainer.precision.autocast():
+            network(micro_batch["image"])
+    expected = {name: max(values, default=None) for name, values in finite.items()}
+    assert len(expected) >= 5
+    assert (None in expected.values()) is (len(seeds) == 1)
+    assert line["max_abs_activation"] == expected
+
+
+@pytest.mark.parametrize("name", ["encoders.0.conv2", "bottleneck.0.conv1", "head"])
+def test_overflow_names_the_module_that_left_the_range(tmp_path, name):
+    network = dense_unet()
+    with torch.no_grad():
+        network.get_submodule(name).weight.fill_(6e4)
+    (line,), _ = record(tmp_path, half(init_scale=1024.0), network, [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("forward", name)
+    assert line["non_finite_cases"] == ["case_0_0", "case_0_1"]
+
+
+def test_overflow_names_the_weights_when_they_are_not_finite_themselves(tmp_path):
+    network = dense_unet()
+    with torch.no_grad():
+        network.get_submodule("bottleneck.0.conv1").weight[0] = math.nan
+    (line,), _ = record(tmp_path, in_mode("float32"), network, [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("weights", "bottleneck.0.conv1")
+
+
+def test_overflow_of_the_loss_alone_names_the_loss(tmp_path):
+    def broken(logits, label):
+        return logits.float().mean() + math.inf
+
+    (line,), _ = record(tmp_path, in_mode("float32"), None, [batch(0)], loss_function=broken)
+    assert (line["stage"], line["first_module"]) == ("loss", "loss_function")
+    assert math.isfinite(line["grad_norm"])
+
+
+def test_overflow_of_gradients_alone_names_a_module(tmp_path):
+    """2^40 times the loss has no float16 gradient of the logits: the last layer comes first."""
+    precision = half(init_scale=2.0**40)
+    (line,), _ = record(tmp_path, precision, batch_norm_network(), [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("backward", "4")
+    assert math.isfinite(line["loss"])
+    assert line["non_finite_cases"] == ["case_0_0", "case_0_1"]
+
+
+def test_overflow_of_one_samples_gradient_names_its_case(tmp_path):
+    def uneven(logits, label):
+        return logits[0].float().mean() + 1e9 * logits[1].float().mean()
+
+    precision = half(init_scale=1024.0)
+    (line,), _ = record(tmp_path, precision, batch_norm_network(), [batch(0)], loss_function=uneven)
+    assert (line["stage"], line["first_module"]) == ("backward", "4")
+    assert line["non_finite_cases"] == ["case_0_1"]
+
+
+def test_overflow_of_a_weights_gradient_alone_names_its_module(tmp_path):
+    """Inputs of 200 to the last layer: only the sum over all voxels leaves float16."""
+    network = nn.Sequential(nn.Conv3d(1, 4, 1), nn.Conv3d(4, 2, 1))
+    with torch.no_grad():
+        network[0].bias.fill_(200.0)
+    (line,), _ = record(tmp_path, half(init_scale=2.0**16), network, [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("backward", "1")
+
+
+class OwnParameter(nn.Module):
+    """Has a child, and beside it a parameter whose gradient alone is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 1)
+        self.gain = nn.Parameter(torch.ones(1, 2, 1, 1, 1))
+        self.gain.register_hook(lambda grad: grad * math.inf)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.conv(image) * self.gain
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = OwnParameter()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.scaled(image)
+
+
+def test_overflow_of_a_parameter_beside_child_modules_is_found(tmp_path):
+    (line,), _ = record(tmp_path, in_mode("float32"), Block(), [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("backward", "scaled")
+
+
+class Mask(nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image > 0
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.gain * 1
+
+
+class Product(nn.Module):
+    """A convolution times what `other` makes of the image."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv3d(1, 2, 1), other
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.conv(image) * self.other(image)
+
+
+def frozen() -> nn.Module:
+    network = batch_norm_network()
+    network[0].requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize(
+    "make",
+    [frozen, lambda: Product(Mask()), lambda: Product(Gain())],
+    ids=["frozen layer", "boolean output", "output without axes"],
+)
+def test_recorder_does_not_end_the_run_of_an_unusual_network(tmp_path, make):
+    (line,), trainer = record(tmp_path, in_mode("float32"), make())
+    assert (line["stage"], line["first_module"]) == ("input", "image")
+    assert trainer.progress.step == 3
+
+
+def test_recorder_goes_on_when_there_is_no_memory_for_a_replay(tmp_path, monkeypatch, caplog):
+    def no_room(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recorder, "first_non_finite", no_room)
+    (line,), trainer = record(tmp_path, in_mode("float32"))
+    assert (line["step"], line["stage"]) == (2, "not replayed")
+    assert line["case_ids"] == ["case_1_0", "case_1_1"]
+    assert trainer.progress.step == 3
+    assert "Step 2 skipped: not finite first in None (not replayed)" in caplog.text
+
+
+def test_record_of_a_run_that_starts_anew_is_set_aside(poisoned, tmp_path):
+    run_dir = tmp_path / "r"
+    changes = {"amp": False, "max_consecutive_skips": 1}
+    for _ in range(2):  # no checkpoint comes of it
+        with pytest.raises(SystemExit):
+            poisoned(run_dir, [1], **changes)
+        assert [line["step"] for line in overflows(run_dir)] == [1]
+        assert [path.name for path in (run_dir / "overflow").iterdir()] == ["step_000000001.pt"]
+    assert (run_dir / "overflow.jsonl.former").is_file()
+    assert (run_dir / "overflow.former" / "step_000000001.pt").is_file()
+
+
+def test_recorder_makes_no_folder_when_it_keeps_nothing(poisoned, tmp_path):
+    assert poisoned(tmp_path / "r", [1], overflow_keep=0, amp=False) == 0
+    (line,) = overflows(tmp_path / "r")
+    assert line["kept"] is None
+    assert not (tmp_path / "r/overflow").exists()
+
+
+# --- what it leaves alone
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+def test_recorder_does_not_change_the_training(tmp_path, mode, accumulation):
+    def train(folder=None):
+        batches = [batch(n) for n in range(8)]
+        batches[3]["image"][1, 0, 2, 2, 2] = math.nan
+        handlers = [] if folder is None else [FlightRecorder(folder)]
+        trainer = make_trainer(
+            in_mode(mode, init_scale=1024.0), batches, accumulation=accumulation,
+            network=batch_norm_network(), optimizer=torch.optim.AdamW, train_handlers=handlers,
+        )  # fmt: skip
+        trainer.run()
+        return trainer
+
+    recorded, plain = train(tmp_path), train()
+    assert len(overflows(tmp_path)) == plain.progress.skipped_steps == 1
+    assert differing(state_of(recorded), state_of(plain)) == []
+    assert recorded.last_step == plain.last_step
+
+
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+def test_replay_leaves_gradients_buffers_weights_and_hooks(mode):
+    trainer = make_trainer(in_mode(mode), [batch(0)], network=batch_norm_network())
+    trainer.run()
+
+    def everything():
+        grads = [p.grad.clone() for p in trainer.network.parameters()]
+        hooks = [
+            len(hooks)
+            for m in trainer.network.modules()
+            for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ] + [len(p._backward_hooks or {}) for p in trainer.network.parameters()]
+        return {"state": state_of(trainer), "grads": grads, "hooks": hooks}
+
+    before = everything()
+    assert first_non_finite(trainer, [batch(5)], 1.0).stage is None
+    assert first_non_finite(trainer, [batch(5, value=math.inf)], 1.0).stage == "input"
+    assert differing(before, everything()) == []
+    assert not any(everything()["hooks"])

@@ -1,0 +1,251 @@
+"""A step whose numbers are not finite leaves everything as it was, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engines import batch, batch_norm_network, differing, in_mode, make_trainer, state_of, weights
+from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
+
+VALUES = [math.inf, -math.inf, math.nan]
+PLACES = ["input", "forward", "loss", "backward", "gradient"]
+VOXEL = (0, 0, 0, 0, 0)
+SCALE = 1024.0
+GOOD = 2  # steps before the poisoned one
+
+
+def poison(trainer: MixedPrecisionTrainer, place: str, value: float, iteration: int) -> None:
+    """Let `value` come up once, in micro-batch number `iteration`."""
+
+    def replace(tensor: torch.Tensor) -> torch.Tensor:
+        if trainer.state.iteration != iteration:
+            return tensor
+        changed = tensor.detach().clone() if tensor.is_leaf else tensor.clone()
+        changed[VOXEL] = value
+        return changed
+
+    def add_to_loss(engine: MixedPrecisionTrainer) -> None:
+        if trainer.state.iteration == iteration:  # whose gradients stay finite
+            engine.state.output["loss"] = engine.state.output["loss"] + value
+
+    def set_gradient(engine: MixedPrecisionTrainer) -> None:
+        if trainer.state.iteration == iteration:
+            engine.network[0].weight.grad[VOXEL] = value
+
+    if place == "input":
+        image = trainer.data_loader.batches[iteration - 1]["image"]
+        image[VOXEL] = value
+    elif place == "forward":
+        trainer.network[0].register_forward_hook(lambda module, args, output: replace(output))
+    elif place == "loss":
+        trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, add_to_loss)
+    elif place == "backward":
+        trainer.add_event_handler(
+            IterationEvents.FORWARD_COMPLETED,
+            lambda engine: engine.state.output["pred"].register_hook(replace),
+        )
+    else:
+        trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, set_gradient)
+
+
+def skip_one_step(
+    device: str, mode: str, place: str, value: float, accumulation: int = 1, poisoned: int = 0
+) -> None:
+    """Train with micro-batch `poisoned` of the step after `GOOD` ones spoilt, and look at it."""
+    precision = in_mode(mode, device, init_scale=SCALE)
+    trainer = make_trainer(
+        precision,
+        [batch(n) for n in range((GOOD + 2) * accumulation)],
+        accumulation=accumulation,
+        network=batch_norm_network(),
+        optimizer=torch.optim.AdamW,
+    )
+    poison(trainer, place, value, GOOD * accumulation + poisoned + 1)
+    before, after, scalers, steps = [], [], [], []
+
+    def look_before(engine):
+        if (engine.state.iteration - 1) % accumulation == 0:
+            before.append(state_of(engine))
+            scalers.append(precision.scaler.state_dict() if precision.scaler else None)
+
+    def look_after(engine):
+        after.append(state_of(engine))
+        steps.append(engine.last_step)
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, look_before)
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, look_after)
+    trainer.run()
+
+    assert [step.applied for step in steps] == [True, True, False, True]
+    assert differing(before[GOOD], after[GOOD]) == []
+    assert before[GOOD]["optimizer"]["state"]  # there was something to lose
+    changed = " ".join(differing(before[GOOD + 1], after[GOOD + 1]))
+    for part in ("/network/0.weight", "running_mean", "running_var", "num_batches_tracked",
+                 "exp_avg", "exp_avg_sq", "/step", "last_epoch"):  # fmt: skip
+        assert part in changed, part
+    bad = steps[GOOD]
+    assert math.isfinite(bad.loss) is (place in ("backward", "gradient"))
+    assert math.isfinite(bad.grad_norm) is (place == "loss")
+    progress = trainer.progress
+    assert (progress.step, progress.skipped_steps, progress.consecutive_skips) == (4, 1, 0)
+    assert trainer.lr_scheduler.last_epoch == 3
+    if mode == "float16":
+        assert [(state["scale"], state["_growth_tracker"]) for state in scalers] == [
+            (SCALE, 0), (SCALE, 1), (SCALE, 2), (SCALE / 2, 0)
+        ]  # fmt: skip
+    else:
+        assert precision.scaler is None
+
+
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("place", PLACES)
+def test_skipped_step_leaves_everything_as_it_was(mode, place, value):
+    skip_one_step("cpu", mode, place, value)
+
+
+@pytest.mark.parametrize("poisoned", [0, 2], ids=["first", "last"])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("place", PLACES)
+def test_skipped_step_leaves_everything_as_it_was_when_accumulating(place, value, poisoned):
+    skip_one_step("cpu", "float16", place, value, accumulation=3, poisoned=poisoned)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("place", PLACES)
+def test_skipped_step_leaves_everything_as_it_was_on_cuda(mode, place, accumulation):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    skip_one_step("cuda", mode, place, math.nan, accumulation, accumulation - 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+def test_training_goes_on_as_if_the_skipped_step_had_not_been(mode, place, accumulation):
+    """In float16 the other run halves its scale at that point, and nothing else."""
+    groups = [[batch(10 * s + n) for n in range(accumulation)] for s in range(5)]
+    without = [group for s, group in enumerate(groups) if s != GOOD]
+    trainers = [
+        make_trainer(
+            in_mode(mode, init_scale=SCALE),
+            [b for group in chosen for b in group],
+            accumulation=accumulation,
+            network=batch_norm_network(),
+            optimizer=torch.optim.AdamW,
+            decay_steps=5,
+        )
+        for chosen in (groups, without)
+    ]
+    poison(trainers[0], place, math.nan, (GOOD + 1) * accumulation)
+
+    def halve_scale(engine):
+        if engine.progress.step == GOOD and engine.scaler:
+            engine.scaler.update(SCALE / 2)
+
+    trainers[1].add_event_handler(StepEvents.STEP_COMPLETED, halve_scale)
+    for trainer in trainers:
+        trainer.run()
+    assert [t.progress.skipped_steps for t in trainers] == [1, 0]
+    assert differing(*map(state_of, trainers)) == []
+    assert trainers[0].last_step == trainers[1].last_step
+
+
+def test_first_step_that_is_skipped_leaves_no_optimizer_state():
+    trainer = make_trainer(
+        in_mode("float32"), [batch(0, value=math.inf)], optimizer=torch.optim.AdamW
+    )
+    before = state_of(trainer)
+    trainer.run()
+    assert trainer.progress.skipped_steps == 1
+    assert differing(before, state_of(trainer)) == []
+
+
+def test_norm_that_overflows_alone_skips_the_step_and_lowers_the_scale():
+    """Every gradient is finite, but not the sum of their squares; the scaler sees nothing."""
+    precision = in_mode("float16", init_scale=SCALE, growth_interval=1)
+    trainer = make_trainer(precision, [batch(0)])
+
+    def enlarge(engine):
+        for parameter in engine.network.parameters():
+            parameter.grad.fill_(3e38)
+
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, enlarge)
+    before = state_of(trainer)
+    trainer.run()
+    assert not trainer.last_step.applied
+    assert trainer.last_step.grad_norm == math.inf
+    assert differing(before, state_of(trainer)) == []
+    assert precision.scaler.state_dict()["scale"] == SCALE / 2
+
+
+def test_optimizer_is_not_called_on_a_skipped_step():
+    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1, value=math.nan), batch(2)])
+    called = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: called.append(trainer.state.iteration))
+    trainer.run()
+    assert called == [1, 3]
+
+
+class Buffers(nn.Module):
+    """Counts its forward passes in buffers of several dtypes, one of which is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 1)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.bool))
+        self.register_buffer("sum", torch.zeros(2), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen[int(self.calls) % 3] = True
+        self.sum += image.mean()
+        return self.conv(image)
+
+
+def test_skipped_step_restores_buffers_of_every_dtype():
+    network = Buffers()
+    trainer = make_trainer(
+        in_mode("float32"), [batch(0), batch(1, value=math.nan)], network=network
+    )
+    kept = []
+    trainer.add_event_handler(
+        StepEvents.STEP_COMPLETED,
+        lambda e: kept.append({n: b.clone() for n, b in network.named_buffers()}),
+    )
+    trainer.run()
+    assert trainer.progress.skipped_steps == 1
+    assert differing(kept[0], kept[1]) == []
+    assert network.calls == 1
+    assert all(w.isfinite().all() for w in weights(network).values())
+
+
+class Momentum(nn.Module):
+    """Puts a new tensor in its buffer's place at every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 1)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + image.mean()
+        return self.conv(image)
+
+
+def test_buffer_that_a_module_replaces_is_put_back():
+    network = Momentum()
+    make_trainer(in_mode("float32"), [batch(0)], network=network).run()
+    before = network.mean.clone()
+    make_trainer(in_mode("float32"), [batch(1, value=math.nan)], network=network).run()
+    assert before != 0
+    assert torch.equal(network.mean, before)
