@@ -1,15 +1,10 @@
-"""Mixed precision on a CUDA card: step time, loss scale, resume, and a real training run.
+"""Mixed precision on a CUDA card: step time beside stock MONAI's.
 
-    python -m benchmarks.gpu_training DATASET_DIR [--seconds 200] [--output FILE.json]
+    python -m benchmarks.gpu_training [--output FILE.json]
 
-`DATASET_DIR` is Task04_Hippocampus. Four parts, in one process tree on one card:
-
-1. The trainer's whole step (forward, loss, backward, unscale, clip, AdamW, one host wait) on
-   fixed batches of 2 x 128^3, 14 classes, 32 base channels: float16, bfloat16, float32 (TF32 off
-   and on), and stock MONAI's SupervisedTrainer with `amp=True` around the same network.
-2. A float16 run with a loss scale per step, and what its checkpoint holds.
-3. The same short run three times: twice uninterrupted, once killed with SIGKILL and continued.
-4. The validation fold's mean Dice.
+The trainer's whole step (forward, loss, backward, unscale, clip, AdamW, one host wait) on fixed
+batches of 2 x 128^3, 14 classes, 32 base channels: float16, bfloat16, float32 (TF32 off and on),
+and stock MONAI's SupervisedTrainer with `amp=True` around the same network.
 """
 
 from __future__ import annotations
@@ -17,12 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -36,7 +27,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision
-from pipeline.training.checkpoint import checkpoints, load_checkpoint
 from pipeline.training.losses import SegmentationLoss
 from pipeline.training.optimization import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -141,79 +131,8 @@ def scalars(out: Path, tag: str) -> list[float]:
     return [round(point.value, 5) for point in events.Scalars(tag)]
 
 
-def real_run(dataset: str, out: Path, seconds: float) -> dict:
-    """Part 2 and 4: as many epochs as fit into `seconds`, judged by a first short run."""
-    words = ["--batch_size", "4", "--steps_per_epoch", "100", "--val_interval", "5"]
-    started = time.perf_counter()
-    probe = [*words, "--max_epochs", "2", "--val_interval", "2"]
-    subprocess.run(command(dataset, out / "probe", *probe), check=True, timeout=LIMIT_S)
-    per_epoch = json.loads((out / "probe/summary.json").read_text())["wall_time_s"] / 2
-    epochs = max(5, int((seconds - (time.perf_counter() - started)) / per_epoch) // 5 * 5)
-    words += ["--max_epochs", str(epochs), "--learning_rate", "0.002", "--warmup_steps", "100"]
-    words += ["--augmentation#spatial#rotation#degrees", "[-15, 15]"]
-    subprocess.run(command(dataset, out / "real", *words), check=True, timeout=LIMIT_S)
-    content = load_checkpoint(checkpoints(out / "real/checkpoints")[-1])
-    summary = json.loads((out / "real/summary.json").read_text())
-    return {
-        "command": "pipeline.run configs/amp.json " + " ".join(REAL + words),
-        "summary": summary,
-        "samples_per_s": round(summary["progress"]["samples"] / summary["wall_time_s"], 1),
-        "loss_scale_first_100_steps": scalars(out / "real", "AMP/loss_scale")[:100],
-        "skipped_in_first_100_steps": scalars(out / "real", "AMP/skipped_steps")[:100][-1],
-        "val_mean_dice": scalars(out / "real", "val/mean_dice"),
-        "val_dice": {
-            name: scalars(out / "real", f"val/dice_{name}") for name in ("Anterior", "Posterior")
-        },
-        "checkpoint": {
-            "keys": sorted(content),
-            "scaler": content["scaler"],
-            "progress": content["progress"],
-            "lr_scheduler_last_epoch": content["lr_scheduler"]["last_epoch"],
-        },
-    }
-
-
-def resume(dataset: str, out: Path) -> dict:
-    """Part 3: largest weight difference of a killed and of an untouched run to a first one."""
-    words = ["--batch_size", "2", "--steps_per_epoch", "40", "--max_epochs", "2"]
-    words += ["--val_interval", "2"]
-    for name in ("first", "second"):
-        subprocess.run(command(dataset, out / name, *words), check=True, timeout=LIMIT_S)
-    process = subprocess.Popen(command(dataset, out / "killed", *words))
-    while not checkpoints(out / "killed/checkpoints"):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    killed_at = load_checkpoint(checkpoints(out / "killed/checkpoints")[-1])["progress"]["step"]
-    subprocess.run(command(dataset, out / "killed", *words), check=True, timeout=LIMIT_S)
-    models = {
-        name: torch.load(out / name / "models/last.pt", weights_only=True, map_location="cpu")
-        for name in ("first", "second", "killed")
-    }
-
-    def difference(name: str) -> float:
-        pairs = ((models["first"][key].float(), models[name][key].float()) for key in models[name])
-        return max((a - b).abs().max().item() for a, b in pairs)
-
-    return {
-        "killed_after_step": killed_at,
-        "max_abs_weight_difference_killed_and_continued": difference("killed"),
-        "max_abs_weight_difference_second_uninterrupted": difference("second"),
-        "last_mean_dice": {
-            name: json.loads((out / name / "summary.json").read_text())["last_mean_dice"]
-            for name in models
-        },
-        "final_scaler": {
-            name: load_checkpoint(checkpoints(out / name / "checkpoints")[-1])["scaler"]
-            for name in models
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset_dir")
-    parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--output", default="benchmarks/gpu_training.json")
     arguments = parser.parse_args()
     result: dict = {
@@ -231,13 +150,6 @@ def main() -> None:
 
     kinds = ("float16", "bfloat16", "float32", "tf32", "stock_monai_float16", "float16")
     keep("step", {f"{n}_{kind}": step_time(kind) for n, kind in enumerate(kinds)})
-    torch.cuda.empty_cache()
-    out = Path(tempfile.mkdtemp())
-    try:
-        keep("resume", resume(arguments.dataset_dir, out))
-        keep("real", real_run(arguments.dataset_dir, out, arguments.seconds))
-    finally:
-        shutil.rmtree(out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,288 @@
+"""A run survives: the part that belongs to every test run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from engines import curve, read
+from faults import SAMPLE
+from harness import EVERY, SETTINGS, Run, kill_until_done, wait_for
+
+from pipeline.hold import STALE_S
+from pipeline.training.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
+
+STEPS = SETTINGS["steps_per_epoch"] * SETTINGS["max_epochs"]
+
+
+@pytest.fixture(scope="session")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing happened to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        run = Run(tmp_path_factory.mktemp("whole"), dataset)
+        assert run.finish() == 0, run.output
+    return run
+
+
+def check_is_whole(run: Run, whole: Run) -> None:
+    """Same final state as the undisturbed run, and curves without doubled or lost steps."""
+    assert run.digest() == whole.digest()
+    events, expected = read(run.dir), read(whole.dir)
+    for tag in expected.Tags()["scalars"]:
+        assert curve(events, tag) == curve(expected, tag), tag
+    epochs = list(range(5, STEPS + 1, 5))
+    assert [image.step for image in events.Images("val/first_case")] == epochs
+    assert [step for step, _ in curve(events, "train/loss")] == list(range(1, STEPS + 1))
+    assert json.loads((run.dir / "summary.json").read_text())["progress"]["phase"] == "done"
+
+
+def test_killed_run_ends_as_the_one_that_was_not(dataset, tmp_path, whole):
+    run = Run(tmp_path, dataset)
+    found = kill_until_done(run, random.Random(1), deaths=8, within=1.5)
+    assert found["kills"] >= 3
+    assert found["lost"] == 0
+    assert found["most_steps_lost"] <= EVERY
+    check_is_whole(run, whole)
+
+
+@pytest.mark.parametrize("call", [1, 3, 4, 5, 7, 8, 9, 11, 12, 15, 17, 18, 19, 20, 21, 22, 23])
+def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call):
+    """Inside the probe of the directory, its first files, the first checkpoint, the manifest."""
+    run = Run(tmp_path, dataset)
+    assert run.finish(f"die {call}") == -signal.SIGKILL
+    assert run.finish() == 0, run.output
+    check_is_whole(run, whole)
+
+
+def test_run_killed_before_its_summary_does_not_train_again(dataset, tmp_path, whole):
+    run = Run(tmp_path, dataset)
+    assert run.finish() == 0
+    (run.dir / "summary.json").unlink()
+    steps = (tmp_path / "steps.txt").read_text()
+    assert run.finish() == 0
+    assert (tmp_path / "steps.txt").read_text() == steps
+    check_is_whole(run, whole)
+
+
+# --- damage
+
+
+def test_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(dataset, tmp_path, whole):
+    run = Run(tmp_path, dataset)
+    process = run.start()
+    wait_for(lambda: run.last_step() >= 2 * EVERY + 1)
+    process.kill()
+    process.join()
+    newest = run.store.acknowledged()[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert run.finish() == 0
+    assert f"{newest.name} IS DAMAGED" in run.output
+    assert newest.with_name(newest.name + ".damaged").exists()
+    check_is_whole(run, whole)
+
+
+def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
+    run = Run(tmp_path, dataset)
+    assert run.finish() == 0
+    (run.dir / "summary.json").unlink()
+    for path in run.store.acknowledged():
+        path.write_bytes(b"")
+    assert run.finish() == 2
+    assert "expected a whole checkpoint, got 2 damaged" in run.output
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_ends_a_run_at_a_step_to_be_continued(dataset, tmp_path, whole, number):
+    run = Run(tmp_path, dataset)
+    process = run.start()
+    wait_for(lambda: run.last_step() >= EVERY + 1)
+    for _ in range(3):  # the first counts, the others must not harm
+        os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 75
+    step = run.acknowledged_step()
+    assert step == run.last_step() < STEPS
+    assert f"Interrupted at step {step}; the same command continues." in run.output
+    assert "Traceback" not in run.output
+    assert run.finish() == 0
+    check_is_whole(run, whole)
+
+
+def test_signal_is_no_crash_to_an_elastic_launcher(dataset, tmp_path):
+    run = Run(tmp_path, dataset)
+    process = run.start(TORCHELASTIC_RUN_ID="x")
+    wait_for(lambda: run.last_step() >= 1)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0
+    assert not (run.dir / "summary.json").exists()
+
+
+def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
+    overlay = tmp_path / "faults.json"
+    overlay.write_text(json.dumps({"train#dataset#_target_": "faults.HangingDataset"}))
+    run = Run(tmp_path, dataset, grace_s=1)
+    run.words.insert(1, str(overlay))
+    process = run.start()
+    wait_for(lambda: run.last_step() >= EVERY)  # the next step's sample never comes
+    started = time.monotonic()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 75
+    assert 0.9 < time.monotonic() - started < 10
+    assert run.acknowledged_step() == EVERY
+
+
+# --- one writer
+
+
+def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path):
+    first = Run(tmp_path, dataset, steps_per_epoch=500)
+    process = first.start()
+    wait_for(lambda: first.acknowledged_step() >= EVERY)
+    before = [path for path in sorted(first.dir.rglob("*")) if path.parent.name != "checkpoints"]
+    second = Run(tmp_path / "second", dataset, output_dir=str(first.dir), steps_per_epoch=500)
+    assert second.finish() == 2
+    assert f"got one by process {process.pid} on {socket.gethostname()}" in second.output
+    after = [path for path in sorted(first.dir.rglob("*")) if path.parent.name != "checkpoints"]
+    assert after == before
+    assert process.is_alive()
+    process.kill()
+    process.join()
+
+
+def hold_from_elsewhere(run: Run, age_s: float) -> None:
+    run.dir.mkdir(parents=True)
+    (run.dir / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    then = time.time() - age_s
+    os.utime(run.dir / ".lock", (then, then))
+    (run.dir / "configs").mkdir()
+    (run.dir / "configs" / "train.json").write_text("{}")
+
+
+def test_heartbeat_of_another_host_is_respected(dataset, tmp_path):
+    run = Run(tmp_path, dataset)
+    hold_from_elsewhere(run, age_s=1)
+    assert run.finish() == 2
+    assert "got one by process 7 on elsewhere" in run.output
+    assert not (run.dir / "log.txt").exists()
+
+
+def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(dataset, tmp_path, whole):
+    run = Run(tmp_path, dataset)
+    hold_from_elsewhere(run, age_s=STALE_S + 1)
+    assert run.finish() == 0
+    assert "process 7 on elsewhere, is gone" in run.output
+    check_is_whole(run, whole)
+
+
+# --- workers
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("DyingDataset", "worker"), ("HangingDataset", "timed out")]
+)
+def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, kind, message):
+    overlay = tmp_path / "faults.json"
+    overlay.write_text(json.dumps({"train#dataset#_target_": f"faults.{kind}"}))
+    run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2)
+    run.words.insert(1, str(overlay))
+    assert run.finish() == 1
+    line = next(line for line in run.output.splitlines() if "expected a loader worker" in line)
+    assert message in line
+    assert line.split(":")[0] == samples[SAMPLE]["case_id"]
+    assert "Traceback" not in run.output
+
+
+# --- disks
+
+
+def test_file_size_limit_leaves_the_older_checkpoint_and_says_what_is_needed(
+    dataset, tmp_path, whole
+):
+    run = Run(tmp_path, dataset)
+    process = run.start()
+    wait_for(lambda: run.last_step() >= EVERY + 1)
+    process.kill()
+    process.join()
+    size, step = run.store.acknowledged()[-1].stat().st_size, run.acknowledged_step()
+    assert run.finish(f"limit {size // 2}") == 1
+    assert run.acknowledged_step() == step
+    told = re.search(r"pt: expected to write (\d+) bytes, got: File too large", run.output)
+    assert int(told[1]) == pytest.approx(size, abs=4096)
+    assert "Traceback" not in run.output
+    assert run.finish() == 0
+    check_is_whole(run, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """Mounts a tmpfs of so many bytes."""
+    point = tmp_path / "disk"
+    point.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no right to mount a tmpfs here")
+        return point
+
+    yield mount
+    subprocess.run(["umount", str(point)], capture_output=True)
+
+
+def test_disk_that_is_too_small_is_told_at_the_start(dataset, tmp_path, small_disk):
+    point = small_disk("size=64k")
+    run = Run(tmp_path / "a", dataset, output_dir=str(point / "run"))
+    assert run.finish() == 2
+    assert "bytes free for checkpoints and models, got" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_full_disk_ends_a_run_and_leaves_the_older_checkpoint(dataset, tmp_path, small_disk, whole):
+    point = small_disk("size=3m")
+    run = Run(tmp_path / "a", dataset, output_dir=str(point / "run"))
+    run.dir, run.store.directory = point / "run", point / "run" / "checkpoints"
+    process = run.start()
+    wait_for(lambda: run.last_step() >= EVERY + 1)
+    process.kill()
+    process.join()
+    step = run.acknowledged_step()
+    room = os.statvfs(point)
+    free = room.f_bavail * room.f_frsize
+    (point / "other").write_bytes(bytes(free - run.store.acknowledged()[-1].stat().st_size // 2))
+    assert run.finish() in (1, 2)
+    assert "free" in run.output or "No space left" in run.output
+    assert "Traceback" not in run.output
+    assert run.acknowledged_step() == step
+    (point / "other").unlink()
+    assert run.finish() == 0
+    check_is_whole(run, whole)
+
+
+def test_read_only_directory_is_told_at_the_start(dataset, tmp_path, small_disk):
+    point = small_disk("size=1m,ro")
+    run = Run(tmp_path / "a", dataset, output_dir=str(point / "run"))
+    assert run.finish() == 2
+    assert "expected a directory that can be written" in run.output
+    assert os.strerror(errno.EROFS) in run.output
+    assert "Traceback" not in run.output
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(whole):
+    assert load_checkpoint(whole.store.newest())["schema_version"] == 1  # weights_only=True
