@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import monai
 import torch
 from monai.inferers import SimpleInferer
 
+from benchmarks import machine
 from benchmarks.gpu_training import LIMIT_S, FixedBatches, command, scalars
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision, StepStats
@@ -177,13 +176,7 @@ def main() -> None:
     parser.add_argument("dataset_dir")
     parser.add_argument("--output", default="benchmarks/gpu_precision.json")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "monai": monai.__version__,
-        "python": platform.python_version(),
-    }
+    result: dict[str, Any] = {**machine.facts()}
 
     def keep(name: str, value: dict[str, Any]) -> None:
         result[name] = value

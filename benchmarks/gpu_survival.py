@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.gpu_precision import make_trainer
 from benchmarks.gpu_training import LIMIT_S, FixedBatches, command
 from pipeline.training.checkpoint import CheckpointHandler, checkpoints, load_checkpoint
@@ -91,11 +91,7 @@ def main() -> None:
     parser.add_argument("dataset_dir")
     parser.add_argument("--output", default="benchmarks/gpu_survival.json")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    result: dict[str, Any] = {**machine.facts()}
     with tempfile.TemporaryDirectory() as folder:
         result["checkpoint"] = checkpoint_cost(Path(folder) / "cost")
         print(result, flush=True)

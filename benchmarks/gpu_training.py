@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import monai
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
@@ -25,6 +23,7 @@ from monai.inferers import SimpleInferer
 from monai.losses import DiceCELoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks import machine
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision
 from pipeline.training.losses import SegmentationLoss
@@ -135,13 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="benchmarks/gpu_training.json")
     arguments = parser.parse_args()
-    result: dict = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "monai": monai.__version__,
-        "python": platform.python_version(),
-    }
+    result: dict = {**machine.facts()}
 
     def keep(name: str, value: dict) -> None:
         result[name] = value

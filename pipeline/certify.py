@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
+from pipeline.compose import compose, parse_overrides
 from pipeline.errors import InputError, nearest
 from pipeline.run import open_run, split_words
 from pipeline.trials import OWN_KEYS, PRECISIONS, Plan, RunFailed, train
@@ -71,7 +72,7 @@ def make_plan(words: list[str]) -> Plan:
         InputError: For a mistake in options or config.
     """
     files, rest = split_words(words)
-    overrides = config.parse_overrides(_join_dtypes(rest))
+    overrides = parse_overrides(_join_dtypes(rest))
     dtypes = overrides.pop("dtypes", list(PRECISIONS))
     seeds, jobs = overrides.pop("seeds", 3), overrides.pop("jobs", 1)
     margin = overrides.pop("margin", 0.005)
@@ -97,7 +98,7 @@ def make_plan(words: list[str]) -> Plan:
         faults.append("command line: expected a config file, got none. See --help.")
     if faults:
         raise InputError(*faults)
-    source = config.compose(files, overrides)
+    source = compose(files, overrides)
     config.check(source)
     name = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
     out = Path(source["bundle_root"], source["output_dir"] or f"runs/{name}_certificate").resolve()
@@ -163,8 +164,8 @@ def certify(plan: Plan, command: str) -> dict[str, Any]:
         command: The command line, for the record.
     """
     from pipeline.data.datasets import person_of
-    from pipeline.lifecycle import device_name
     from pipeline.prediction.certificate import CONTROL, compare, stopped
+    from pipeline.summary import device_name
     from pipeline.training.fixed_batch import measure
 
     lifecycle, trainer = open_run(plan.files, plan.run_overrides("float32", plan.seeds[0]))

@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import monai
-import torch
-
 from pipeline import config
 from pipeline.bundle.metadata import run_inference_config, run_metadata
+from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases, load_cases
 from pipeline.data.integrity import preflight
 from pipeline.data.phantom import make_phantom
 from pipeline.errors import InputError
 from pipeline.hold import Hold
+from pipeline.summary import log_whereabouts, summarize
 from pipeline.training.durable import CheckpointStore, write_durably, write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -65,7 +63,7 @@ class Lifecycle:
         max_epochs: int,
         split: dict[str, Any],
     ) -> None:
-        self.source = config.source_being_resolved()
+        self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir = (self.bundle_root / dataset_dir).resolve()
         name = self.dataset_dir.name
@@ -133,9 +131,13 @@ class Lifecycle:
         if self.run_dir not in _HELD:
             return
         trainer.finish()
-        summary = self._summary(trainer)
+        summary = summarize(
+            trainer,
+            dataset_hash=self.cases.fingerprint,
+            config_hash=config.identity_hash(self._portable_source()),
+        )
         write_json(self.run_dir / "summary.json", summary)
-        self._say_where(summary)
+        log_whereabouts(self.run_dir, summary)
         self.release()
 
     def release(self) -> None:
@@ -196,7 +198,7 @@ class Lifecycle:
         summary = json.loads(path.read_text()) if path.is_file() else None
         if summary and summary["progress"]["epoch"] >= self.max_epochs:
             log.info("This run is finished; nothing to do.")
-            self._say_where(summary)
+            log_whereabouts(self.run_dir, summary)
             raise SystemExit(0)
 
     def _portable_source(self) -> config.Config:
@@ -231,55 +233,3 @@ class Lifecycle:
             cases.name, len(cases.train), len(cases.validation), ", ".join(cases.class_names),
         )  # fmt: skip
         log.info("Run directory %s", self.run_dir)
-
-    def _summary(self, trainer: MixedPrecisionTrainer) -> dict[str, Any]:
-        progress = trainer.progress
-        precision = trainer.precision.describe()
-        return {
-            "best_mean_dice": progress.best_metric,
-            "best_epoch": progress.best_epoch,
-            "last_mean_dice": progress.last_metric,
-            "epochs": progress.epoch,
-            "steps": progress.step,
-            "skipped_steps": progress.skipped_steps,
-            "wall_time_s": round(progress.wall_time_s, 1),
-            **precision,
-            "device_name": device_name(trainer.precision.device),
-            "peak_memory_bytes": peak_memory_bytes(trainer.precision.device),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "monai": monai.__version__,
-            },
-            "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
-            "dataset_hash": self.cases.fingerprint,
-            "config_hash": config.identity_hash(self._portable_source()),
-            "progress": progress.state_dict(),
-        }
-
-    def _say_where(self, summary: dict[str, Any]) -> None:
-        here, python = _shown(self.run_dir), _shown(Path(sys.executable))
-        if summary["best_epoch"] is not None:
-            log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
-            log.info("  best model   %s/models/model.pt", here)
-        log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
-        log.info("  summary      %s/summary.json", here)
-        log.info("  log          %s/log.txt", here)
-        log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
-
-
-def _shown(path: Path) -> str:
-    """The path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Largest CUDA memory that tensors took so far; `None` on other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import config
+from pipeline.compose import compose, parse_overrides
 from pipeline.errors import InputError
 
 USAGE = (
@@ -32,13 +33,13 @@ def main(words: Sequence[str] | None = None) -> int:
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
         if "--help" in rest or "-h" in rest:
-            print(help_text(config.compose(files or ["configs/amp.json"], {})))
+            print(help_text(compose(files or ["configs/amp.json"], {})))
             return 0
         if not files:
             raise InputError(f"command line: expected a config file, got none. {USAGE}")
-        overrides = config.parse_overrides(rest)
+        overrides = parse_overrides(rest)
         replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
-        config.check(config.compose(files, overrides))
+        config.check(compose(files, overrides))
         if replaying:
             print(json.dumps(replay(files, overrides, step), indent=2))
         else:

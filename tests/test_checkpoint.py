@@ -51,17 +51,17 @@ def killed_at(monkeypatch: pytest.MonkeyPatch):
     """Let the process die when the `n`-th checkpoint has been written."""
 
     def arrange(n: int) -> None:
-        save = checkpoint.CheckpointHandler._save
+        save = checkpoint.CheckpointHandler._save_checkpoint
         written = []
 
         def save_then_die(self, *args):
             save(self, *args)
             written.append(1)
             if len(written) == n:
-                monkeypatch.setattr(checkpoint.CheckpointHandler, "_save", save)
+                monkeypatch.setattr(checkpoint.CheckpointHandler, "_save_checkpoint", save)
                 raise KilledError
 
-        monkeypatch.setattr(checkpoint.CheckpointHandler, "_save", save_then_die)
+        monkeypatch.setattr(checkpoint.CheckpointHandler, "_save_checkpoint", save_then_die)
 
     return arrange
 

@@ -13,12 +13,8 @@ from PIL import Image
 
 from pipeline.precision import StepStats
 from pipeline.prediction.metrics import MeanDice
-from pipeline.training.handlers import (
-    ConsoleHandler,
-    ScoreHandler,
-    TensorBoardHandler,
-    outline_slice,
-)
+from pipeline.training.handlers import ConsoleHandler, ScoreHandler, TensorBoardHandler
+from pipeline.training.picture import outline_slice
 from pipeline.training.trainer import StepEvents
 
 AMP_TAGS = {f"AMP/{name}" for name in ("loss_scale", "skipped_steps", "grad_norm", "max_abs_logit")}

@@ -16,8 +16,9 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.precision import MODES, Precision
+from pipeline.training.evaluator import MixedPrecisionEvaluator
 from pipeline.training.losses import SegmentationLoss
-from pipeline.training.trainer import MixedPrecisionEvaluator, MixedPrecisionTrainer
+from pipeline.training.trainer import MixedPrecisionTrainer
 
 # --- the table
 

@@ -15,6 +15,7 @@ from conftest import REPOSITORY, make_dataset, write_dataset_json
 from engines import snapshot
 
 from pipeline import config
+from pipeline.compose import compose
 from pipeline.run import main
 
 CONFIG = "configs/amp.json"
@@ -79,7 +80,7 @@ def test_last_lines_tell_where_everything_is(run, tmp_path, capfd):
 def test_overlay_files_are_merged_in_order(run, tmp_path):
     (tmp_path / "a.json").write_text('{"max_epochs": 7, "train#trainer#grad_clip": 3.0}')
     (tmp_path / "b.json").write_text('{"seed": 5}')
-    source = config.compose(
+    source = compose(
         ["configs/amp.json", str(tmp_path / "a.json"), str(tmp_path / "b.json")],
         {"max_epochs": 2, "augmentation#spatial#flip#prob": 0.25},
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.errors import InputError
 from pipeline.training.durable import CheckpointStore, WriteError, save
+from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
-from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents, metric_at_end_of
+from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,9 @@ class CheckpointHandler:
         pending = progress.phase == EPOCH_END_PENDING
         due = pending or progress.step % self.every == 0 or trainer.interrupted
         if due and trainer.diagnosis is None:  # to go on from a stop would be to go past it
-            self._save(trainer, f"step_{progress.step:09d}{'_pending' if pending else ''}.pt")
+            self._save_checkpoint(
+                trainer, f"step_{progress.step:09d}{'_pending' if pending else ''}.pt"
+            )
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Keep the network if validation found it the best, and save the epoch as complete."""
@@ -124,14 +128,18 @@ class CheckpointHandler:
         if metric is not None and not math.isfinite(metric):
             log.warning("The validation metric is %g; it is not counted", metric)
         if metric is not None and trainer.progress.record_metric(metric):
-            self._write(trainer, trainer.network.state_dict(), self.models / "model.pt")
+            self._save_model(trainer, "model.pt")
         if trainer.progress.epoch >= trainer.state.max_epochs:
             # before the checkpoint, after which nothing is left to be done
-            self._write(trainer, trainer.network.state_dict(), self.models / "last.pt")
+            self._save_model(trainer, "last.pt")
         trainer.end_epoch()
-        self._save(trainer, f"step_{trainer.progress.step:09d}.pt")
+        self._save_checkpoint(trainer, f"step_{trainer.progress.step:09d}.pt")
 
-    def _save(self, trainer: MixedPrecisionTrainer, name: str) -> None:
+    def _save_model(self, trainer: MixedPrecisionTrainer, name: str) -> None:
+        weights = trainer.network.state_dict()
+        self._write(trainer, weights, name, lambda: save(weights, self.models / name))
+
+    def _save_checkpoint(self, trainer: MixedPrecisionTrainer, name: str) -> None:
         content = {
             "schema_version": SCHEMA_VERSION,
             "progress": trainer.progress.state_dict(),
@@ -141,24 +149,27 @@ class CheckpointHandler:
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
         trainer.fire_event(StepEvents.CHECKPOINT_STARTED)
-        self._write(trainer, content, self.store.directory / name)
+        self._write(trainer, content, name, lambda: self.store.save(content, name))
 
-    def _write(self, trainer: MixedPrecisionTrainer, content: dict[str, Any], path: Path) -> None:
-        """Save, or stop training where something is not finite or does not fit."""
+    def _write(
+        self,
+        trainer: MixedPrecisionTrainer,
+        content: dict[str, Any],
+        name: str,
+        write: Callable[[], object],
+    ) -> None:
+        """Call `write`, or stop training where `content` is not finite or does not fit."""
         names = non_finite(content)
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
-                f"{path.name}: expected finite values, got NaN or infinity in {shown}. Training "
+                f"{name}: expected finite values, got NaN or infinity in {shown}. Training "
                 "stops; nothing was written, the files from before stay. Lower learning_rate, or "
                 "look at the range of the images."
             )
             return
         try:
-            if path.parent == self.store.directory:
-                self.store.save(content, path.name)
-            else:
-                save(content, path)
+            write()
         except WriteError as error:
             trainer.stop(f"{error} Training stops; the files from before stay as they were.")
 

@@ -11,15 +11,16 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.transforms import Orientation
-from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.training.durable import write_json
+from pipeline.training.evaluator import metric_at_end_of
+from pipeline.training.picture import outline_slice
 from pipeline.training.progress import EPOCH_END_PENDING
 from pipeline.training.replay import underflow_fraction
-from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents, metric_at_end_of
+from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
@@ -148,40 +149,6 @@ class TensorBoardHandler:
         """Close the event file; training on opens another."""
         self.writer.close()
         self._writer = None
-
-
-def outline_slice(image: np.ndarray, label: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Picture of the axial slice with most foreground, label and prediction outlined.
-
-    Args:
-        image: `(H, W, D)` intensities; all three in RAS orientation.
-        label: `(H, W, D)` integer reference, outlined in green.
-        pred: `(H, W, D)` integer prediction, outlined in red; yellow where both run together.
-
-    Returns:
-        `(4 W, 4 H, 3)` uint8, anterior at the top, the patient's left on the left.
-    """
-    k = int((label > 0).sum(axis=(0, 1)).argmax())
-    plane = image[:, :, k].astype(np.float32)
-    low, high = np.percentile(plane, [1, 99])
-    grey = np.clip((plane - low) / max(float(high - low), 1e-6), 0, 1) * 255
-    rgb = np.repeat(_enlarge(grey)[..., None], 3, axis=2)
-    outlines = [_outline(_enlarge(labels[:, :, k])) for labels in (label, pred)]
-    rgb[outlines[0] | outlines[1]] = 0
-    rgb[outlines[0], 1] = 255
-    rgb[outlines[1], 0] = 255
-    # the second voxel axis runs to the patient's anterior, which is drawn upwards
-    return np.rot90(rgb).astype(np.uint8).copy()
-
-
-def _enlarge(plane: np.ndarray, factor: int = 4) -> np.ndarray:
-    return plane.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _outline(labels: np.ndarray) -> np.ndarray:
-    """Voxels whose neighbourhood holds another label and that are foreground themselves."""
-    inner = ndimage.minimum_filter(labels, size=3) == ndimage.maximum_filter(labels, size=3)
-    return (labels > 0) & ~inner
 
 
 class ScoreHandler:

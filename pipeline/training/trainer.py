@@ -1,7 +1,7 @@
-"""MONAI's supervised engines with one owner of precision.
+"""MONAI's SupervisedTrainer with one owner of precision.
 
-Both are thin: events, state and handlers are MONAI's. What is ours is the iteration, since
-MONAI's own hard-codes CUDA autocast, never unscales or clips, and makes a new scaler on each run.
+It is thin: events, state and handlers are MONAI's. What is ours is the iteration, since MONAI's
+own hard-codes CUDA autocast, never unscales or clips, and makes a new scaler on each run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from ignite.engine import EventEnum, Events
-from monai.engines import Evaluator, SupervisedEvaluator, SupervisedTrainer, Trainer
+from monai.engines import SupervisedTrainer, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
@@ -302,49 +302,7 @@ def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norms).max()
 
 
-def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
-    """The validator's key metric, if it ran at the end of the trainer's `epoch`."""
-    state = validator.state
-    ran = state.key_metric_name in state.metrics and state.epoch == epoch
-    return state.metrics[state.key_metric_name] if ran else None
-
-
 def _start_epoch(trainer: MixedPrecisionTrainer) -> None:
     """Let the sampler go on where the progress record stands."""
     loader: Any = trainer.data_loader
     loader.sampler.start = trainer.progress.samples
-
-
-class MixedPrecisionEvaluator(SupervisedEvaluator):
-    """SupervisedEvaluator that predicts in the precision the trainer trains in.
-
-    Args:
-        precision: Owns device and autocast.
-        network: Network on the precision's device, with float32 weights.
-        kwargs: As SupervisedEvaluator takes them.
-
-    Raises:
-        ValueError: If the network's weights are not float32.
-    """
-
-    def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
-        require_float32(network)
-        self.precision = precision
-        super().__init__(
-            device=precision.device,
-            network=network,
-            amp=precision.amp,
-            non_blocking=True,
-            **kwargs,
-        )
-
-    def _iteration(
-        self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
-        output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
-        with self.mode(self.network), self.precision.autocast():
-            output[Keys.PRED] = self.inferer(images, self.network)
-        self.fire_event(IterationEvents.FORWARD_COMPLETED)
-        self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return self.state.output  # not `output`: handlers have put the decollated one in its place

@@ -1,0 +1,71 @@
+"""What a run says when it ends: `summary.json`, and where everything is."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+from pipeline.training.trainer import MixedPrecisionTrainer
+
+log = logging.getLogger(__name__)
+
+
+def summarize(trainer: MixedPrecisionTrainer, **hashes: str) -> dict[str, Any]:
+    """What came of a run, with which precision, versions and device; plain values for JSON.
+
+    Args:
+        trainer: Of the run, at its end.
+        hashes: Names of what the run was made from, and their hashes.
+    """
+    progress, device = trainer.progress, trainer.precision.device
+    return {
+        "best_mean_dice": progress.best_metric,
+        "best_epoch": progress.best_epoch,
+        "last_mean_dice": progress.last_metric,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped_steps,
+        "wall_time_s": round(progress.wall_time_s, 1),
+        **trainer.precision.describe(),
+        "device_name": device_name(device),
+        "peak_memory_bytes": (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        ),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+        },
+        "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+        **hashes,
+        "progress": progress.state_dict(),
+    }
+
+
+def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Say how good the run became and, as one would type it here, where its results are."""
+    here, python = _shown(run_dir), _shown(Path(sys.executable))
+    if summary["best_epoch"] is not None:
+        log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
+        log.info("  best model   %s/models/model.pt", here)
+    log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
+    log.info("  summary      %s/summary.json", here)
+    log.info("  log          %s/log.txt", here)
+    log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,54 @@
+"""MONAI's SupervisedEvaluator with one owner of precision, and what its metric says when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.engines import Evaluator, SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+
+from pipeline.precision import Precision, require_float32
+
+
+class MixedPrecisionEvaluator(SupervisedEvaluator):
+    """SupervisedEvaluator that predicts in the precision the trainer trains in.
+
+    Args:
+        precision: Owns device and autocast.
+        network: Network on the precision's device, with float32 weights.
+        kwargs: As SupervisedEvaluator takes them.
+
+    Raises:
+        ValueError: If the network's weights are not float32.
+    """
+
+    def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
+        require_float32(network)
+        self.precision = precision
+        super().__init__(
+            device=precision.device,
+            network=network,
+            amp=precision.amp,
+            non_blocking=True,
+            **kwargs,
+        )
+
+    def _iteration(
+        self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+        output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
+        with self.mode(self.network), self.precision.autocast():
+            output[Keys.PRED] = self.inferer(images, self.network)
+        self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output  # not `output`: handlers have put the decollated one in its place
+
+
+def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
+    """The validator's key metric, if it ran at the end of the trainer's `epoch`."""
+    state = validator.state
+    ran = state.key_metric_name in state.metrics and state.epoch == epoch
+    return state.metrics[state.key_metric_name] if ran else None
