@@ -146,7 +146,27 @@ class Lifecycle:
             _HELD.pop(self.run_dir).close()
 
     def _take_run_dir(self) -> None:
-        """Decide whether the run starts, continues or is refused, and lock its directory."""
+        """Lock the directory of a run that may start or continue there."""
+        self._require_right_run_dir()
+        hold = None
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            hold = Hold(self.run_dir)
+            write_durably(self.run_dir / ".probe", b"may be written")
+            (self.run_dir / ".probe").unlink()
+            self._require_right_run_dir()  # another process may have come and gone in between
+        except BaseException as error:
+            if hold is not None:
+                hold.close()
+            if isinstance(error, OSError):
+                raise InputError(
+                    f"output_dir: expected a directory that can be written, got: {error}."
+                ) from error
+            raise
+        _HELD[self.run_dir] = hold
+
+    def _require_right_run_dir(self) -> None:
+        """Refuse a directory in which this run can neither start nor continue."""
         stored = self.run_dir / "configs" / "train.json"
         present = {path.name for path in self.run_dir.iterdir()} if self.run_dir.exists() else set()
         occupied = bool(present - BEGINNING)
@@ -169,15 +189,6 @@ class Lifecycle:
             for key in self._compare_with(stored):
                 log.info("Continuing with a changed %s", key)
             self._stop_if_finished()
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_durably(self.run_dir / ".probe", b"may be written")
-        except OSError as error:
-            raise InputError(
-                f"output_dir: expected a directory that can be written, got: {error}."
-            ) from error
-        (self.run_dir / ".probe").unlink()
-        _HELD[self.run_dir] = Hold(self.run_dir)
 
     def _compare_with(self, stored: Path) -> list[str]:
         """Refuse another run than that of the `stored` config; returns what may change and did."""

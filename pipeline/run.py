@@ -62,14 +62,17 @@ def run_workflow(files: Sequence[str], overrides: config.Config) -> None:
     Raises:
         InputError: If an object of the config refuses its arguments.
     """
-    workflow = _workflow(files, overrides)
-    try:
-        workflow.initialize()
-        _trainer(workflow)
-        workflow.run()
-        workflow.finalize()
-    finally:
-        workflow.parser.get_parsed_content("lifecycle").release()
+    from pipeline.training.signals import interruptible_at_once
+
+    with interruptible_at_once():
+        workflow = _workflow(files, overrides)
+        try:
+            workflow.initialize()
+            _trainer(workflow)
+            workflow.run()
+            workflow.finalize()
+        finally:
+            workflow.parser.get_parsed_content("lifecycle").release()
 
 
 def open_run(files: Sequence[str], overrides: config.Config) -> tuple[Any, Any]:

@@ -12,7 +12,8 @@ import torch
 from engines import batch, curve, in_mode, make_trainer, make_validator, read, snapshot
 from ignite.engine import Events
 
-from pipeline.errors import InputError, TrainingStopped
+from pipeline import lifecycle
+from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     CheckpointHandler,
@@ -336,3 +337,72 @@ def test_worse_epoch_after_resuming_does_not_replace_the_best(run, tmp_path, kil
     assert run(tmp_path / "r") == 0
     assert (tmp_path / "r/models/model.pt").read_bytes() == before
     assert json.loads((tmp_path / "r/summary.json").read_text())["best_epoch"] == 1
+
+
+# --- interruption
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("moment", ["before the checkpoint handler", "after it"])
+def test_interrupted_trainer_ends_at_a_step_that_is_saved(tmp_path, moment, step):
+    """A signal comes whenever it likes: what is saved last is where training ends."""
+    trainer = make_trainer(in_mode("float32"), [batch(n) for n in range(4)], epochs=2)
+    handler = CheckpointHandler(tmp_path, make_validator(), every=100)
+
+    def interrupt(engine):
+        if engine.progress.step == step:
+            engine.interrupt()
+
+    if moment == "after it":
+        handler.attach(trainer)
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, interrupt)
+    if moment == "before the checkpoint handler":
+        handler.attach(trainer)
+    with pytest.raises(TrainingInterrupted):
+        trainer.run()
+    assert trainer.progress.step <= step + 1
+    assert newest(tmp_path)["progress"]["step"] == trainer.progress.step
+
+
+def test_trainer_interrupted_in_validation_ends_with_its_epoch(tmp_path):
+    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1)], epochs=3)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda engine: engine.interrupt())
+    CheckpointHandler(tmp_path, make_validator(), every=100).attach(trainer)
+    with pytest.raises(TrainingInterrupted):
+        trainer.run()
+    assert trainer.progress.step == 4
+    assert newest(tmp_path)["progress"]["phase"] == "stepping"
+
+
+def test_trainer_interrupted_in_its_last_validation_comes_to_its_end(tmp_path):
+    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1)])
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.interrupt())
+    CheckpointHandler(tmp_path, make_validator(), every=100).attach(trainer)
+    trainer.run()
+    assert newest(tmp_path)["progress"]["phase"] == "finalizing"
+
+
+# --- two at the same moment
+
+
+def test_run_looks_again_when_the_directory_is_its_own(run, tmp_path, monkeypatch, capsys):
+    """Between its first look and the lock another run may have come to its end there."""
+    hold = lifecycle.Hold
+
+    def late(run_dir: Path) -> lifecycle.Hold:
+        monkeypatch.setattr(lifecycle, "Hold", hold)
+        assert run(run_dir, seed=1) == 0
+        return hold(run_dir)
+
+    monkeypatch.setattr(lifecycle, "Hold", late)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "r")
+    assert ended.value.code == 2
+    assert "got other values of seed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "r/configs/train.json").read_text())["seed"] == 1
+    assert run_is_free(tmp_path / "r")
+
+
+def run_is_free(run_dir: Path) -> bool:
+    lifecycle.Hold(run_dir).close()
+    return True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from pipeline import lifecycle
 
 BEGIN = """
 import hashlib, os, signal, threading, time
@@ -99,3 +103,23 @@ thread.start()
 thread.join()
 """)
     assert (ended.returncode, ended.stdout) == (0, "True\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("moment", ["preflight", "summarize"])
+def test_signal_outside_of_training_ends_a_run_to_be_continued(
+    run, tmp_path, monkeypatch, capfd, name, moment
+):
+    with monkeypatch.context() as patch:
+
+        def signalled(*args, **kwargs):
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(50)
+
+        patch.setattr(lifecycle, moment, signalled)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / "r")
+    assert ended.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "the same command continues" in capfd.readouterr().err
+    assert run(tmp_path / "r") == 0

@@ -1,4 +1,4 @@
-"""Ending on a signal: at the next step boundary, with a checkpoint, in time."""
+"""Ending on a signal: in training at the next step boundary and in time, else at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
-from pipeline.errors import interrupted_status
+from pipeline.errors import TrainingInterrupted, interrupted_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NO_MORE = 0  # no signal has this number
@@ -48,12 +49,10 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
     # interpreter from running ours. Ours does nothing: a signal may come in the middle of it, and
     # if it held a lock then, the next call would wait for it for ever.
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
     try:
-        yield
+        with _handled_by(lambda number, frame: None):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup_before)
         ended.set()
         os.set_blocking(writer, True)  # the watcher reads it empty
@@ -61,3 +60,34 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
         watcher.join()
         os.close(reader)
         os.close(writer)
+
+
+@contextlib.contextmanager
+def interruptible_at_once() -> Iterator[None]:
+    """Inside, SIGTERM, SIGINT or SIGUSR1 raises TrainingInterrupted; further ones do nothing.
+
+    For the time before and after training, in which there is nothing to be saved. Inside it,
+    `interruptible` has precedence.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, lambda number, frame: None)
+        os.write(2, b"Interrupted outside of training; the same command continues.\n")
+        raise TrainingInterrupted
+
+    with _handled_by(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -74,7 +74,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last_step: `StepStats` of the latest optimizer step.
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` where it does not.
-        interrupted: Whether training ends after this step, to be continued.
+        interrupted: Whether training ends here, to be continued: decided before the handlers of a
+            step, or of an epoch's end, save what it ends with.
 
     Raises:
         ValueError: If the network's weights are not float32, or `roi_size` is too small for it.
@@ -114,7 +115,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.last_step: StepStats | None = None
         self.group: list[dict[str, Any]] = []
         self.diagnosis: str | None = None
-        self.interrupted = False
+        self.interrupted = self._told_to_end = False
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
         self._buffers = BufferSnapshot(network)
         super().__init__(
@@ -144,7 +145,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
         Raises:
             TrainingStopped: If a handler called `stop`.
-            TrainingInterrupted: If a handler called `interrupt`.
+            TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
         self._started = time.monotonic() - self.progress.wall_time_s
@@ -153,7 +154,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if self.diagnosis is not None:
             log.error("%s", self.diagnosis)
             raise TrainingStopped(self.diagnosis)
-        if self.interrupted and self.progress.phase != FINALIZING:
+        if self.interrupted:
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
             raise TrainingInterrupted()
 
@@ -197,8 +198,14 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.terminate()
 
     def interrupt(self) -> None:
-        """End training after the current step; the same command continues it. Signal-safe."""
-        self.interrupted = True
+        """End training at the next step or epoch's end; the same command continues it."""
+        self._told_to_end = True
+
+    def _heed(self) -> None:
+        """End here if told to; what comes later is for the next boundary."""
+        self.interrupted = self._told_to_end
+        if self.interrupted:
+            self.terminate()
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Take over a saved progress record, and derive ignite's counters from it."""
@@ -219,6 +226,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last = self.progress.epoch >= self.state.max_epochs
         self.progress.phase = FINALIZING if last else STEPPING
         self.progress.wall_time_s = self.elapsed_s
+        if not last:
+            self._heed()
 
     def finish(self) -> None:
         """Mark the run as done: it never trains again."""
@@ -288,9 +297,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.progress.record_step(
             self.last_step.applied, samples=samples, steps_per_epoch=self.steps_per_epoch
         )
+        self._heed()
         self.fire_event(StepEvents.STEP_COMPLETED)
-        if self.interrupted:
-            self.terminate()
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
