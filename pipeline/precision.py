@@ -37,7 +37,8 @@ class StepStats:
     """What one optimizer step did, on the host.
 
     Attributes:
-        applied: Whether the weights were changed; `False` if the loss or a gradient was not finite.
+        applied: Whether the weights were changed; `False` if the loss, a gradient or a
+            buffer of the network was not finite.
         loss: Mean loss of the accumulation group.
         grad_norm: Global 2-norm of the unscaled gradients, before clipping.
         loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
@@ -123,6 +124,10 @@ class Precision:
             if scaled
             else None
         )
+        if not 0 < init_scale < math.inf:
+            raise InputError(
+                f"init_scale: expected a finite number above 0, got {init_scale}. Leave it out."
+            )
         self.tf32 = as_bool(tf32, "tf32")
         self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
         if self.device.type == "cuda":
@@ -205,19 +210,21 @@ class Precision:
         optimizer: Optimizer,
         loss: torch.Tensor,
         max_abs_logit: torch.Tensor,
+        buffers_norm: torch.Tensor,
         *,
         grad_clip: float,
     ) -> StepStats:
-        """Unscale, clip and step, unless loss or a gradient is not finite; update the loss scale.
+        """Unscale, clip and step, unless something is not finite; update the loss scale.
 
-        The decision is made on the host from the loss and the gradients' norm, which are wanted
-        for the log anyway: all of them come over in one transfer, the only synchronisation of a
-        step.
+        The decision is made on the host from the loss and two norms; with what is wanted for the
+        log they come over in one transfer, the only synchronisation of a step.
 
         Args:
             optimizer: Holds the parameters with their scaled, accumulated gradients.
             loss: Mean loss of the accumulation group, scalar on the device.
             max_abs_logit: Its largest |logit|, float32 scalar on the device, for the log.
+            buffers_norm: A norm of the network's buffers, float32 scalar on the device: an input of
+                1e20 leaves loss and gradients finite, but not BatchNorm's running variance.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         """
         if self.scaler:
@@ -226,10 +233,10 @@ class Precision:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         one = torch.ones((), device=self.device)
         scale = self.scaler.scale(one) if self.scaler else one
-        grad_norm, mean_loss, loss_scale, logit = torch.stack(
-            [norm, loss.float(), scale, max_abs_logit]
+        grad_norm, mean_loss, buffers, loss_scale, logit = torch.stack(
+            [norm, loss.float(), buffers_norm, scale, max_abs_logit]
         ).tolist()
-        applied = math.isfinite(grad_norm) and math.isfinite(mean_loss)
+        applied = all(map(math.isfinite, (grad_norm, mean_loss, buffers)))
         if applied:
             if grad_clip > 0:
                 clip_grads_with_norm_(parameters, grad_clip, norm)

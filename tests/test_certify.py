@@ -265,6 +265,22 @@ def test_certify_leaves_tf32_out_on_a_cpu(tmp_path, capfd, monkeypatch):
 # --- the comparison
 
 
+def test_compare_counts_only_persons_with_a_score_in_the_class():
+    persons = {f"c{n}": f"p{n}" for n in range(9)}
+
+    def scores(dice: float) -> list[dict]:
+        return [{c: {"a": dice if c == "c0" else None} for c in persons} for _ in range(3)]
+
+    for dice in (0.7, 0.8):
+        assert compare(scores(dice), scores(0.8), persons, 0.005)["a"]["verdict"] == UNDECIDED
+
+
+def test_compare_calls_a_loss_worse_in_a_class_below_ten_margins():
+    persons = {f"c{n}": f"p{n}" for n in range(9)}
+    lost, found = ([{c: {"a": dice} for c in persons} for _ in range(3)] for dice in (0.0, 0.75))
+    assert compare(lost, found, persons, 0.08)["a"]["verdict"] == WORSE
+
+
 def test_compare_equals_plain_arithmetic():
     rng = np.random.default_rng(0)
     cases, persons = [f"c{n}" for n in range(8)], {f"c{n}": f"p{n // 2}" for n in range(8)}

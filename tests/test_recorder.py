@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 from datetime import datetime
 
@@ -23,7 +25,8 @@ from engines import (
 from torch import nn
 
 from networks.dense_unet import DenseUNet
-from pipeline.training import recorder, replay
+from pipeline.errors import TrainingStopped
+from pipeline.training import durable, recorder, replay
 from pipeline.training.recorder import FlightRecorder
 from pipeline.training.replay import Probe, first_non_finite
 
@@ -39,7 +42,8 @@ def record(folder, precision, network=None, batches=None, **kwargs):
     batches = [batch(0), batch(1, value=math.inf), batch(2)] if batches is None else batches
     handlers = [FlightRecorder(folder)]
     trainer = make_trainer(precision, batches, network=network, train_handlers=handlers, **kwargs)
-    trainer.run()
+    with contextlib.suppress(TrainingStopped):  # as it does where no step is applied
+        trainer.run()
     return overflows(folder), trainer
 
 
@@ -96,7 +100,8 @@ def test_overflow_names_the_case_of_the_poisoned_micro_batch(poisoned, samples, 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_overflow_keep_limits_the_kept_files(poisoned, tmp_path, keep):
-    assert poisoned(tmp_path / "r", None, amp=False, overflow_keep=keep) == 0
+    changes = {"amp": False, "overflow_keep": keep, "max_epochs": 3}
+    assert poisoned(tmp_path / "r", range(8), **changes) == 0  # four steps of six
     names = [f"overflow/step_{n:09d}.pt" for n in range(1, keep + 1)]
     assert [line["kept"] for line in overflows(tmp_path / "r")] == names + [None] * (4 - keep)
     found = sorted((tmp_path / "r").glob("overflow/*"))
@@ -175,6 +180,13 @@ def test_overflow_names_the_weights_when_they_are_not_finite_themselves(tmp_path
         network.get_submodule("bottleneck.0.conv1").weight[0] = math.nan
     (line,), _ = record(tmp_path, in_mode("float32"), network, [batch(0)])
     assert (line["stage"], line["first_module"]) == ("weights", "bottleneck.0.conv1")
+
+
+def test_overflow_of_running_statistics_alone_names_their_layer(tmp_path):
+    large = batch(0)
+    large["image"] *= 1e20
+    (line,), _ = record(tmp_path, in_mode("float32"), batch_norm_network(), [large])
+    assert (line["stage"], line["first_module"]) == ("statistics", "1")
 
 
 def test_overflow_of_the_loss_alone_names_the_loss(tmp_path):
@@ -266,6 +278,27 @@ class Product(nn.Module):
         return self.conv(image) * self.other(image)
 
 
+class Pair(nn.Module):
+    """Returns several tensors, one of which has no element, one of which is not finite."""
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return image[:, :0], image * 0, image * 3e38 * 10
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.conv = Pair(), nn.Conv3d(1, 2, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.pair(image)[-1])
+
+
+def test_overflow_in_one_of_several_outputs_names_their_module(tmp_path):
+    (line,), _ = record(tmp_path, in_mode("float32"), Last(), [batch(0)])
+    assert (line["stage"], line["first_module"]) == ("forward", "pair")
+
+
 def frozen() -> nn.Module:
     network = batch_norm_network()
     network[0].requires_grad_(False)
@@ -293,6 +326,24 @@ def test_recorder_goes_on_when_there_is_no_memory_for_a_replay(tmp_path, monkeyp
     assert line["case_ids"] == ["case_1_0", "case_1_1"]
     assert trainer.progress.step == 3
     assert "Step 2 skipped: not finite first in None (not replayed)" in caplog.text
+
+
+def test_full_disk_while_weights_are_kept_stops_training_with_one_line(tmp_path, monkeypatch):
+    def full(path, content, flags):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "_write", full)
+    batches = [batch(0), batch(1, value=math.inf)]
+    trainer = make_trainer(in_mode("float32"), batches, train_handlers=[FlightRecorder(tmp_path)])
+    with pytest.raises(TrainingStopped, match=r"step_000000002.pt: expected to write \d+ bytes"):
+        trainer.run()
+
+
+def test_run_that_applies_no_step_at_all_stops(tmp_path):
+    batches = [batch(n, value=math.inf) for n in range(3)]
+    lines, trainer = record(tmp_path, in_mode("float32"), None, batches)
+    assert len(lines) == 3
+    assert "got 3 skipped steps in a row. Training stops; no step was" in trainer.diagnosis
 
 
 def test_record_of_a_run_that_starts_anew_is_set_aside(poisoned, tmp_path):

@@ -26,6 +26,7 @@ from engines import (
 )
 from torch import nn
 
+from pipeline.training import handlers
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
 from pipeline.training.handlers import TensorBoardHandler
 from pipeline.training.losses import SegmentationLoss
@@ -282,3 +283,16 @@ def test_measuring_underflow_of_a_step_that_is_skipped_changes_nothing(tmp_path)
     measured = train([TensorBoardHandler(tmp_path, make_validator(), underflow_every=1)])
     assert measured.progress.skipped_steps == 1
     assert differing(state_of(measured), state_of(train([]))) == []
+
+
+def test_underflow_is_not_measured_where_there_is_no_memory_for_it(tmp_path, monkeypatch, caplog):
+    def no_room(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(handlers, "underflow_fraction", no_room)
+    handler = TensorBoardHandler(tmp_path, make_validator(), underflow_every=1)
+    trainer = make_trainer(half(), [batch(0), batch(1)], train_handlers=[handler])
+    trainer.run()
+    assert trainer.progress.step == 2
+    assert "Step 2: no memory to measure underflow" in caplog.text
+    assert "AMP/underflow_fraction" not in read(tmp_path).Tags()["scalars"]

@@ -195,6 +195,22 @@ def test_optimizer_is_not_called_on_a_skipped_step():
     assert called == [1, 3]
 
 
+@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
+def test_step_that_spoils_running_statistics_alone_is_skipped(mode):
+    """The variance of 1e20 leaves float32, while what BatchNorm returns is well in range."""
+    batches = [batch(n) for n in range(3)]
+    batches[1]["image"] *= 1e20
+    trainer = make_trainer(in_mode(mode), batches, network=batch_norm_network())
+    states, steps = [], []
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, lambda e: states.append(state_of(e)))
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, lambda e: steps.append(e.last_step))
+    trainer.run()
+    assert [step.applied for step in steps] == [True, False, True]
+    assert math.isfinite(steps[1].loss)
+    assert math.isfinite(steps[1].grad_norm)
+    assert differing(states[0], states[1]) == []
+
+
 class Buffers(nn.Module):
     """Counts its forward passes in buffers of several dtypes, one of which is not saved."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.prediction.bootstrap import UNDECIDED, WORSE, paired_interval, verdict
+from pipeline.prediction.bootstrap import EQUIVALENT, UNDECIDED, WORSE, paired_interval, verdict
 
 Scores = Mapping[str, Mapping[str, float | None]]  # case id -> class name -> Dice
 
@@ -32,8 +32,8 @@ def compare(
         For each class name `reference` (mean Dice there), `delta` (mean of variant minus
         reference over seeds and cases), `interval` (95 %, over seeds and persons), `verdict`, and
         under `cases` the differences of each case by seed. `None` where either has no score.
-        One person, or a class that the reference has not learnt (mean Dice below ten margins), is
-        not enough evidence.
+        Scores of one person are not enough evidence; nor is equivalence in a class that the
+        reference has not learnt (mean Dice below ten margins).
     """
     case_ids = sorted(reference[0])
     result = {}
@@ -46,12 +46,19 @@ def compare(
         interval = paired_interval(delta, [persons[case] for case in case_ids])
         scored = tables[1][~np.isnan(tables[1])]
         learnt = scored.size > 0 and scored.mean() >= 10 * margin
-        enough = learnt and len(set(persons.values())) > 1
+        found = verdict(interval, margin)
+        judged = {
+            persons[case]
+            for case, column in zip(case_ids, delta.T, strict=True)
+            if not np.isnan(column).all()
+        }
+        if len(judged) < 2 or (found == EQUIVALENT and not learnt):
+            found = UNDECIDED
         result[name] = {
             "reference": _plain(scored.mean() if scored.size else np.nan),
             "delta": _plain(interval.mean),
             "interval": [_plain(interval.low), _plain(interval.high)],
-            "verdict": verdict(interval, margin) if enough else UNDECIDED,
+            "verdict": found,
             "cases": {
                 case: [_plain(value) for value in column]
                 for case, column in zip(case_ids, delta.T, strict=True)
@@ -94,8 +101,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         "Difference of Dice to float32 with the same seed on the same batches, with a 95 % "
         f"interval from a bootstrap over persons and seeds (with {len(seeds)} seeds too narrow "
         f"where they differ much). Equivalent: the interval lies within ±{margin:g}; worse: below "
-        f"-{margin:g}, or training stopped; no verdict on a class with less than {10 * margin:g} "
-        "Dice in float32. The last rows compare float32 with itself, seeds "
+        f"-{margin:g}, or training stopped; a class with less than {10 * margin:g} Dice in float32 "
+        "is not called equivalent. The last rows compare float32 with itself, seeds "
         f"{', '.join(map(str, certificate['control_seeds']))} with "
         f"{', '.join(map(str, seeds))}: the noise that any comparison stands in.",
         "",

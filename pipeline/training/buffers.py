@@ -35,6 +35,19 @@ class BufferSnapshot:
             torch._foreach_copy_([copy for _, _, copy in group], _present(group))
 
     @torch.no_grad()
+    def norm(self, device: torch.device) -> torch.Tensor:
+        """Sum of |value| over all floating-point buffers as they are now: finite if all are.
+
+        Args:
+            device: Where the scalar is wanted; the buffers' own.
+        """
+        total = torch.zeros((), device=device)
+        for group in self._groups:
+            if group[0][2].is_floating_point():
+                total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
+        return total.float()
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
         for group in self._groups:

@@ -39,6 +39,7 @@ class WriteError(OSError):
             f"{path}: expected to write {num_bytes} bytes, got: {cause.strerror or cause}. "
             "Make room or choose another output_dir."
         )
+        self.errno = cause.errno
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
@@ -102,7 +103,10 @@ class TensorBoardHandler:
         """Measure underflow where it is due, while weights and gradients belong together."""
         step = trainer.progress.step + 1
         if len(trainer.group) == trainer.accumulation_steps and step % self.underflow_every == 0:
-            self.writer.add_scalar("AMP/underflow_fraction", underflow_fraction(trainer), step)
+            try:
+                self.writer.add_scalar("AMP/underflow_fraction", underflow_fraction(trainer), step)
+            except torch.OutOfMemoryError:
+                log.warning("Step %d: no memory to measure underflow beside training", step)
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Write one point of each training curve."""

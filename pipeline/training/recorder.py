@@ -41,6 +41,10 @@ ADVICE: dict[str | None, str] = {
         "An activation left the range of {mode}: in an early module look at normalization and the "
         "range of the images, in a later one lower learning_rate{other}."
     ),
+    Stage.STATISTICS: (
+        "A layer's running statistics left the range of float32, though its output did not: look "
+        "at normalization and at the range of these cases' images."
+    ),
     Stage.LOSS: "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
     Stage.BACKWARD: "Only gradients left the range of {mode}: lower learning_rate{other}.",
     Stage.NOT_REPLAYED: "There was no memory to run the batch again: lower batch_size.",
@@ -56,7 +60,7 @@ class FlightRecorder:
     """Records every skipped step, and stops training when skipping cannot end well.
 
     Training stops after `max_consecutive_skips` skipped steps in a row, or when the loss scale has
-    fallen below 1.
+    fallen below 1, or when the whole run has not applied one.
 
     Args:
         run_dir: Gets `overflow.jsonl` and `overflow/`.
@@ -113,7 +117,9 @@ class FlightRecorder:
         )  # fmt: skip
         self._recent.append(record)
         scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
-        if progress.consecutive_skips >= self.max_consecutive_skips or scale < 1:
+        length = trainer.state.max_epochs * trainer.steps_per_epoch
+        in_vain = progress.skipped_steps == length  # the weights are still those of the start
+        if progress.consecutive_skips >= self.max_consecutive_skips or scale < 1 or in_vain:
             records = list(self._recent)[-progress.consecutive_skips :]
             trainer.stop(diagnosis(records, scale, progress.consecutive_skips))
 
@@ -227,12 +233,14 @@ def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
     listed = ", ".join(f"{case} ({count}x)" for case, count in cases.most_common(5))
     where = ", ".join(f"{m or 'nowhere'} ({s or 'finite'}, {n}x)" for (s, m), n in found.items())
     mode = last["precision"]
+    applied = last["step"] > skips
+    weights = "the weights are those of the last applied step" if applied else "no step was applied"
     other = OTHER if mode == "float16" else ""
     low = f" and a loss scale of {scale:g}" if scale < 1 else ""
     return "\n".join(
         [
             f"step {last['step']}: expected finite loss and gradients, got {skips} skipped steps "
-            f"in a row{low}. Training stops; the weights are those of the last applied step.",
+            f"in a row{low}. Training stops; {weights}.",
             f"  first module not finite: {where}",
             f"  cases: {listed}{' and more' if len(cases) > 5 else ''}",
             f"  what to try: {ADVICE[stage].format(mode=mode, other=other)}",

@@ -8,7 +8,7 @@ buffers and gradients are left as they were.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -29,6 +29,7 @@ class Stage(StrEnum):
     WEIGHTS = "weights"
     INPUT = "input"
     FORWARD = "forward"
+    STATISTICS = "statistics"
     LOSS = "loss"
     BACKWARD = "backward"
     NOT_REPLAYED = "not replayed"
@@ -84,7 +85,8 @@ class Finding:
         stage: `weights`, `input`, `forward`, `loss` or `backward`; `not replayed` for lack of
             memory; `None` if everything was finite.
         module: Name of the first module whose output (in `backward`: the gradient of whose output
-            or weights; in `weights`: which itself) was not finite; `image` for the input,
+            or weights; in `weights` and `statistics`: a weight or buffer of which) was not finite;
+            `image` for the input,
             `loss_function` for the loss.
         case_ids: Cases of the micro-batch whose part of that tensor was not finite.
         max_abs_activation: Name of each module without children to its output's largest finite
@@ -165,11 +167,16 @@ class Probe:
         for name, module in network.named_modules():
             for parameter in module.parameters(recurse=False):
                 self.see(Stage.WEIGHTS, name or "network", parameter.detach())
-        self.see(Stage.INPUT, "image", args[0], by_sample=True)
+        for image in _floating(args):
+            self.see(Stage.INPUT, "image", image, by_sample=True)
 
     def _output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-            return
+        for tensor in _floating(output if isinstance(output, list | tuple) else [output]):
+            self._activation(name, module, tensor)
+        for buffer in _floating(module.buffers(recurse=False)):
+            self.see(Stage.STATISTICS, name, buffer)
+
+    def _activation(self, name: str, module: nn.Module, output: torch.Tensor) -> None:
         activation = output.detach()
         self.see(Stage.FORWARD, name, activation, by_sample=True)
         if next(module.children(), None) is None:  # others repeat their last child
@@ -197,3 +204,9 @@ class Probe:
                 cases = zip(batch.get("case_id", []), flags.tolist(), strict=False)
                 return Finding(stage, name, [case for case, bad in cases if bad], largest)
         return Finding(max_abs_activation=largest)
+
+
+def _floating(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The floating-point tensors among `values` that have an element."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]

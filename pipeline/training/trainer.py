@@ -288,7 +288,11 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     def _optimizer_step(self, *, samples: int) -> None:
         self.last_step = self.precision.step(
-            self.optimizer, self._group_loss, self._max_abs_logit, grad_clip=self.grad_clip
+            self.optimizer,
+            self._group_loss,
+            self._max_abs_logit,
+            self._buffers.norm(self.precision.device),
+            grad_clip=self.grad_clip,
         )
         if self.last_step.applied:
             self.lr_scheduler.step()
