@@ -76,7 +76,7 @@ def make_plan(words: list[str]) -> Plan:
     dtypes = overrides.pop("dtypes", list(PRECISIONS))
     seeds, jobs = overrides.pop("seeds", 3), overrides.pop("jobs", 1)
     margin = overrides.pop("margin", 0.005)
-    dtypes = [dtypes] if isinstance(dtypes, str) else dtypes
+    dtypes = dtypes if isinstance(dtypes, list) else [dtypes]
     faults = [
         f"--dtypes: expected some of {', '.join(PRECISIONS)}, got {name!r}. "
         + nearest(str(name), PRECISIONS)

@@ -19,6 +19,10 @@ class InputError(ValueError):
         super().__init__("\n".join(faults))
 
 
+# in the diagnosis of a run whose numbers went wrong, and of no other
+STOPS = "Training stops"
+
+
 class TrainingStopped(SystemExit):
     """A run that ended itself before it did damage: exit status 1, the reason already logged.
 

@@ -271,5 +271,5 @@ def require_float32(network: torch.nn.Module) -> None:
     if dtypes - {torch.float32}:
         raise ValueError(
             f"network: expected float32 weights, got {', '.join(sorted(map(str, dtypes)))}. "
-            "Autocast lowers the precision by itself; do not call half()."
+            "Autocast lowers the precision by itself; call neither half() nor double()."
         )

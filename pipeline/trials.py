@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.errors import InputError, interrupted_status
+from pipeline.errors import STOPS, InputError, interrupted_status
 
 PRECISIONS: dict[str, config.Config] = {
     "float32": {"amp": False, "tf32": False},
@@ -20,12 +21,6 @@ PRECISIONS: dict[str, config.Config] = {
     "bfloat16": {"amp": True, "amp_dtype": "bfloat16", "tf32": False},
 }
 OWN_KEYS = ("amp", "amp_dtype", "tf32", "val_interval", "resume")
-EFFECTIVE = {  # dtype and TF32 as a summary states what was in force
-    "float32": ("float32", False),
-    "tf32": ("float32", True),
-    "float16": ("float16", False),
-    "bfloat16": ("bfloat16", False),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Plan:
     control_seeds: list[int]
     margin: float
     jobs: int
-    children: list[subprocess.Popen] = field(default_factory=list, compare=False)
+    children: Children = field(default_factory=lambda: Children(), compare=False)
 
     def run_overrides(self, dtype: str, seed: int) -> config.Config:
         """Config values of one run."""
@@ -93,14 +88,47 @@ def train(plan: Plan) -> None:
                 told = _outcome(plan, *started[done])
                 print(f"[{number}/{len(runs)}] {told}", flush=True)
         except BaseException:
+            plan.children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in plan.children:
-                child.terminate()  # it saves, and goes on with the next command
             raise
 
 
 class RunFailed(Exception):  # noqa: N818 - the name says it
     """A run that did not come to its end, with what it said last."""
+
+
+class Children:
+    """Processes that run at the same time, and are told to end together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen] = []
+        self._stopped = False
+
+    def run(self, command: list[str]) -> tuple[int, str, str]:
+        """Run a command to its end: its exit status, output and errors.
+
+        Raises:
+            RunFailed: If `stop` was called before.
+        """
+        with self._lock:
+            if self._stopped:
+                raise RunFailed("not begun")
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            self._running.append(child)
+        output, errors = child.communicate()
+        with self._lock:
+            self._running.remove(child)
+        return child.returncode, output, errors
+
+    def stop(self) -> None:
+        """Let no further process begin; those that run save, and go on with the next command."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                child.terminate()
 
 
 def _train_one(plan: Plan, dtype: str, seed: int) -> None:
@@ -110,25 +138,22 @@ def _train_one(plan: Plan, dtype: str, seed: int) -> None:
     values = plan.run_overrides(dtype, seed).items()
     words = [word for key, value in values for word in (f"--{key}", json.dumps(value))]
     command = [sys.executable, "-m", "pipeline.run", *plan.files, *words]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    plan.children.append(child)
-    output, errors = child.communicate()
-    plan.children.remove(child)
-    if child.returncode == 0:
+    status, output, errors = plan.children.run(command)
+    if status == 0:
         return
-    if child.returncode == 2:
+    if status == 2:
         raise InputError(errors.strip())
     where = plan.run_dir(dtype, seed)
-    stop = output.find("Training stops")
-    if child.returncode == 1 and stop >= 0 and dtype != "float32":
+    stop = output.find(STOPS)
+    if status == 1 and stop >= 0 and dtype != "float32":
         reason = output[output.rfind("\n", 0, stop) + 1 :].strip()
         (where / "stopped.json").write_text(json.dumps({"reason": reason}) + "\n")
         return
-    what = "was interrupted" if child.returncode == interrupted_status() else "failed"
+    what = "was interrupted" if status == interrupted_status() else "failed"
     tail = "\n".join((output + errors).splitlines()[-8:])
     raise RunFailed(
         f"{dtype} seed {seed}: expected the run to end, it {what} (exit status "
-        f"{child.returncode}). See {where}/log.txt; the same command goes on.\n{tail}"
+        f"{status}). See {where}/log.txt; the same command goes on.\n{tail}"
     )
 
 
@@ -138,7 +163,8 @@ def _outcome(plan: Plan, dtype: str, seed: int) -> str:
     if summary is None:
         return f"{dtype} seed {seed}: training stopped, see stopped.json"
     effective = (summary["effective"]["dtype"], summary["effective"]["tf32"])
-    if effective != EFFECTIVE[dtype]:
+    asked = PRECISIONS[dtype]
+    if effective != (asked.get("amp_dtype", "float32"), asked["tf32"]):
         raise InputError(
             f"{plan.run_dir(dtype, seed)}: expected a run in {dtype}, got dtype {effective[0]}, "
             f"tf32 {effective[1]}. Leave the precision to the certificate."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +21,12 @@ from conftest import REPOSITORY, TINY
 from engines import batch, batch_norm_network, make_trainer, weights
 
 from pipeline import certify, run, trials
+from pipeline.errors import STOPS
 from pipeline.precision import Precision
 from pipeline.prediction.bootstrap import EQUIVALENT, UNDECIDED, WORSE
 from pipeline.prediction.certificate import CONTROL, compare, markdown
 from pipeline.training import fixed_batch
+from pipeline.training.durable import WriteError
 from pipeline.training.fixed_batch import agreement, gradient, step_cost
 
 SOME = ["--dtypes", "bfloat16", "--seeds", "2", "--margin", "0.003"]
@@ -172,6 +176,58 @@ def test_certify_stops_when_a_run_fails(dataset, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "c" / "certificate.json").exists()
 
 
+def test_no_run_begins_after_one_that_failed(dataset, tmp_path, monkeypatch):
+    """The pool's thread is ahead of the main one when a run fails."""
+    monkeypatch.chdir(REPOSITORY)
+    begun = []
+
+    class Slow(Finished):
+        def __init__(self, command: list[str], **_: object) -> None:
+            begun.append(command)
+            self.returncode = 3 if len(begun) == 1 else 0
+            self.told = threading.Event()
+
+        def communicate(self) -> tuple[str, str]:
+            if self.returncode == 0:
+                self.told.wait(20)
+            return "", ""
+
+        def terminate(self) -> None:
+            self.told.set()
+
+    pretend(monkeypatch, Slow)
+    started = time.monotonic()
+    assert certify.main(command_line(dataset, tmp_path / "c", *SOME)) == 1
+    assert time.monotonic() - started < 15
+    assert len(begun) <= 2
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        (lambda: str(WriteError(Path("x.pt"), 7, OSError(errno.ENOSPC, "full"))), "bfloat16"),
+        (lambda: f"step 3: expected finite loss. {STOPS}.", "float32"),
+    ],
+    ids=["full disk", "stop in float32"],
+)
+def test_run_that_says_nothing_of_the_precision_is_a_failure(
+    dataset, tmp_path, trained, monkeypatch, capfd, said, dtype
+):
+    real = trials.subprocess.Popen
+
+    class Stopped(real):
+        def communicate(self) -> tuple[str, str]:
+            if f"{dtype}_seed0" not in " ".join(self.command):
+                return super().communicate()
+            self.returncode = 1
+            return said(), ""
+
+    pretend(monkeypatch, Stopped)
+    assert certify.main(command_line(dataset, tmp_path / "c", *SOME)) == 1
+    assert f"{dtype} seed 0: expected the run to end, it failed" in capfd.readouterr().err
+    assert not list((tmp_path / "c").glob("*/stopped.json"))
+
+
 def test_precision_in_which_training_stops_is_worse(dataset, tmp_path, trained, capfd):
     """Inputs of 1e6 are out of float16's range, and not of float32's."""
     overlay = tmp_path / "loud.json"
@@ -226,6 +282,8 @@ def test_interrupted_certificate_leaves_no_run_behind(dataset, tmp_path):
     ("words", "message"),
     [
         ("--dtypes fp16", "got 'fp16'. Did you mean 'float16'"),
+        ("--dtypes=5", "got 5. "),
+        ("--dtypes=null", "got None. "),
         ("--dtypes float32", "--dtypes: expected one to compare with float32"),
         ("--dtypes", "--dtypes: expected one to compare with float32"),
         ("--seeds 1", "--seeds: expected at least 2"),
@@ -275,6 +333,14 @@ def test_compare_counts_only_persons_with_a_score_in_the_class():
         assert compare(scores(dice), scores(0.8), persons, 0.005)["a"]["verdict"] == UNDECIDED
 
 
+def test_compare_counts_what_is_found_of_a_class_that_is_not_there():
+    persons = {f"c{n}": f"p{n}" for n in range(20)}
+    reference = [{c: {"a": 0.8 if n < 10 else None} for n, c in enumerate(persons)}] * 2
+    variant = [{c: {"a": 0.8 if n < 10 else 0.0} for n, c in enumerate(persons)}] * 2
+    assert compare(variant, reference, persons, 0.005)["a"]["verdict"] == WORSE
+    assert compare(reference, reference, persons, 0.005)["a"]["verdict"] == EQUIVALENT
+
+
 def test_compare_calls_a_loss_worse_in_a_class_below_ten_margins():
     persons = {f"c{n}": f"p{n}" for n in range(9)}
     lost, found = ([{c: {"a": dice} for c in persons} for _ in range(3)] for dice in (0.0, 0.75))
@@ -285,23 +351,22 @@ def test_compare_equals_plain_arithmetic():
     rng = np.random.default_rng(0)
     cases, persons = [f"c{n}" for n in range(8)], {f"c{n}": f"p{n // 2}" for n in range(8)}
     sides = [
-        [{case: {"a": 0.5 + 0.01 * rng.normal(), "b": None} for case in cases} for _ in range(3)]
+        [{case: {"a": 0.9 + 0.01 * rng.normal(), "b": None} for case in cases} for _ in range(3)]
         for _ in range(2)
     ]
     sides[0][1]["c3"]["a"] = None
-    found = compare(*sides, persons, 0.02)["a"]
+    sides[0][2]["c4"]["a"] = sides[1][2]["c4"]["a"] = None  # absent for both: left out
     pairs = [
-        (sides[0][s][c]["a"], sides[1][s][c]["a"])
+        (1.0 if sides[0][s][c]["a"] is None else sides[0][s][c]["a"], sides[1][s][c]["a"])
         for s in range(3)
         for c in cases
-        if sides[0][s][c]["a"] is not None
+        if (s, c) != (2, "c4")
     ]
+    found = compare(*sides, persons, 0.05)["a"]
     assert found["delta"] == pytest.approx(sum(a - b for a, b in pairs) / len(pairs))
-    assert found["reference"] == pytest.approx(
-        np.mean([sides[1][s][c]["a"] for s in range(3) for c in cases])
-    )
+    assert found["reference"] == pytest.approx(np.mean([reference for _, reference in pairs]))
     assert found["interval"][0] < found["delta"] < found["interval"][1]
-    assert found["cases"]["c3"][1] is None
+    assert found["cases"]["c4"][2] is None
     assert found["verdict"] == EQUIVALENT
     nowhere = compare(*sides, persons, 0.02)["b"]
     assert (nowhere["reference"], nowhere["delta"], nowhere["verdict"]) == (None, None, UNDECIDED)
@@ -373,6 +438,7 @@ def test_gradient_in_float16_halves_a_scale_that_overflows():
     near = gradient(trainer, half, [batch(0)], state)
     assert trainer.precision is half
     assert 0.99 < agreement(near, exact)["cosine"] < 1
+    assert 0 < agreement(near, exact)["relative_error"] < 0.1
     assert half.scaler.get_scale() == 2.0**40
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import math
 from datetime import datetime
 
@@ -22,6 +23,7 @@ from engines import (
     state_of,
     steps_of,
 )
+from monai.engines.utils import IterationEvents
 from torch import nn
 
 from networks.dense_unet import DenseUNet
@@ -316,15 +318,17 @@ def test_recorder_does_not_end_the_run_of_an_unusual_network(tmp_path, make):
     assert trainer.progress.step == 3
 
 
-def test_recorder_goes_on_when_there_is_no_memory_for_a_replay(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_recorder_goes_on_when_a_step_cannot_be_run_again(tmp_path, monkeypatch, caplog, error):
     def no_room(*_):
-        raise torch.OutOfMemoryError
+        raise error("no room")
 
     monkeypatch.setattr(recorder, "first_non_finite", no_room)
     (line,), trainer = record(tmp_path, in_mode("float32"))
     assert (line["step"], line["stage"]) == (2, "not replayed")
     assert line["case_ids"] == ["case_1_0", "case_1_1"]
     assert trainer.progress.step == 3
+    assert "The skipped step could not be run again: no room" in caplog.text
     assert "Step 2 skipped: not finite first in None (not replayed)" in caplog.text
 
 
@@ -344,6 +348,34 @@ def test_run_that_applies_no_step_at_all_stops(tmp_path):
     lines, trainer = record(tmp_path, in_mode("float32"), None, batches)
     assert len(lines) == 3
     assert "got 3 skipped steps in a row. Training stops; no step was" in trainer.diagnosis
+
+
+def test_gradient_that_something_else_spoilt_names_its_module(tmp_path):
+    class Spoil:
+        def attach(self, trainer):
+            trainer.add_event_handler(
+                IterationEvents.BACKWARD_COMPLETED,
+                lambda engine: engine.network[0].weight.grad.fill_(math.inf),
+            )
+
+    batches = [batch(0)]
+    handlers = [Spoil(), FlightRecorder(tmp_path)]
+    trainer = make_trainer(in_mode("float32"), batches, train_handlers=handlers)
+    with pytest.raises(TrainingStopped):
+        trainer.run()
+    (line,) = overflows(tmp_path)
+    assert (line["stage"], line["first_module"]) == ("backward", "0")
+
+
+def test_record_follows_a_line_that_a_crash_has_torn(tmp_path):
+    (tmp_path / "overflow.jsonl").write_text('{"step": 1, "ti')
+    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1, value=math.inf)])
+    FlightRecorder(tmp_path).attach(trainer)
+    trainer.progress.step = 10  # of a run that goes on
+    trainer.run()
+    first, second = (tmp_path / "overflow.jsonl").read_text().splitlines()
+    assert first == '{"step": 1, "ti'
+    assert json.loads(second)["stage"] == "input"
 
 
 def test_record_of_a_run_that_starts_anew_is_set_aside(poisoned, tmp_path):

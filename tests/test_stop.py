@@ -213,6 +213,15 @@ def test_diagnosis_advises_another_precision_in_float16_only(stage, mode):
     assert ("amp_dtype=bfloat16 or amp=false" in told) is (mode == "float16")
 
 
+def test_diagnosis_advises_a_lower_loss_scale_when_no_step_was_applied():
+    records = [{**skipped(n, "backward", "m"), "precision": "float16"} for n in (1, 2)]
+    told = diagnosis(records, 64.0, 2)
+    assert "begin with --precision#init_scale 64" in told
+    assert "learning_rate" not in told
+    later = [{**record, "step": record["step"] + 1} for record in records]
+    assert "init_scale" not in diagnosis(later, 64.0, 2)
+
+
 def test_diagnosis_counts_cases_and_shortens_their_list():
     records = [skipped(n, "input", "image", [f"case_{n}", "often"]) for n in range(6)]
     (line,) = [x for x in diagnosis(records, 1.0, 6).splitlines() if "cases:" in x]

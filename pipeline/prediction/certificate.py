@@ -23,7 +23,8 @@ def compare(
     """Difference of Dice between two trainings, class by class.
 
     Args:
-        variant: Dice of every case and class, one entry per seed; `None` where a class has none.
+        variant: Dice of every case and class, one entry per seed; `None` where a class is in
+            neither label nor prediction. Where that is so on one side only, its score is 1.
         reference: The same of the other training, in the same order of seeds.
         persons: Case id to person.
         margin: Largest difference of Dice that does not matter.
@@ -42,9 +43,12 @@ def compare(
             np.array([[scores[case][name] for case in case_ids] for scores in side], dtype=float)
             for side in (variant, reference)
         ]
-        delta = tables[0] - tables[1]  # (seeds, cases)
-        interval = paired_interval(delta, [persons[case] for case in case_ids])
         scored = tables[1][~np.isnan(tables[1])]
+        absent = np.isnan(tables[0]) & np.isnan(tables[1])
+        # where one side alone has no score it found nothing of a class that is not there: right
+        first, second = (np.where(np.isnan(table) & ~absent, 1.0, table) for table in tables)
+        delta = first - second  # (seeds, cases)
+        interval = paired_interval(delta, [persons[case] for case in case_ids])
         learnt = scored.size > 0 and scored.mean() >= 10 * margin
         found = verdict(interval, margin)
         judged = {

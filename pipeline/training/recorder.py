@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from ignite.engine import Events
 
-from pipeline.errors import InputError
+from pipeline.errors import STOPS, InputError
 from pipeline.training.durable import save
 from pipeline.training.replay import Finding, Stage, first_non_finite
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -47,7 +48,10 @@ ADVICE: dict[str | None, str] = {
     ),
     Stage.LOSS: "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
     Stage.BACKWARD: "Only gradients left the range of {mode}: lower learning_rate{other}.",
-    Stage.NOT_REPLAYED: "There was no memory to run the batch again: lower batch_size.",
+    Stage.NOT_REPLAYED: (
+        "The batch could not be run again, see the warning before. For lack of memory: lower "
+        "batch_size."
+    ),
     None: (
         "Run again, the step was finite: only the norm of its gradients overflowed (lower "
         "learning_rate), or something outside network and loss spoilt them."
@@ -108,8 +112,12 @@ class FlightRecorder:
             **describe(finding, trainer.group),
             "kept": self._keep(trainer, finding),
         }
-        with open(self.run_dir / "overflow.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(self.run_dir / "overflow.jsonl", "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read() != b"\n"  # by a crash in the middle of a line
+                file.write(b"\n" * torn)
+            file.write(json.dumps(record).encode() + b"\n")
         log.warning(
             "Step %d skipped: not finite first in %s (%s), cases %s, loss scale %g",
             record["step"], record["first_module"], record["stage"],
@@ -125,16 +133,19 @@ class FlightRecorder:
 
     def _find(self, trainer: MixedPrecisionTrainer, loss_scale: float) -> Finding:
         """What the replay finds, or failing that what the step's own gradients tell."""
+        try:
+            finding = first_non_finite(trainer, trainer.group, loss_scale)
+        except Exception as error:  # of any kind: the step is skipped, training may go on
+            log.warning("The skipped step could not be run again: %s", error)
+            return Finding(Stage.NOT_REPLAYED)
+        if finding.stage is not None:
+            return finding
         bad = [
             name
             for name, p in trainer.network.named_parameters()
             if p.grad is not None and not p.grad.isfinite().all()
         ]
-        try:
-            finding = first_non_finite(trainer, trainer.group, loss_scale)
-        except torch.OutOfMemoryError:
-            return Finding(Stage.NOT_REPLAYED)
-        if finding.stage is None and bad:  # a kernel that does not repeat itself, or a handler
+        if bad:  # a kernel that does not repeat itself, or a handler
             return replace(finding, stage=Stage.BACKWARD, module=bad[-1].rpartition(".")[0])
         return finding
 
@@ -227,23 +238,27 @@ def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
         skips: Skipped steps in a row.
     """
     last = records[-1]
+    mode, applied = last["precision"], last["step"] > skips
     found = Counter((r["stage"], r["first_module"]) for r in records)
     stage = found.most_common(1)[0][0][0]
     cases = Counter(case for r in records for case in r["non_finite_cases"] or r["case_ids"])
     listed = ", ".join(f"{case} ({count}x)" for case, count in cases.most_common(5))
     where = ", ".join(f"{m or 'nowhere'} ({s or 'finite'}, {n}x)" for (s, m), n in found.items())
-    mode = last["precision"]
-    applied = last["step"] > skips
-    weights = "the weights are those of the last applied step" if applied else "no step was applied"
-    other = OTHER if mode == "float16" else ""
     low = f" and a loss scale of {scale:g}" if scale < 1 else ""
+    weights = "the weights are those of the last applied step" if applied else "no step was applied"
+    advice = ADVICE[stage].format(mode=mode, other=OTHER if mode == "float16" else "")
+    if stage == Stage.BACKWARD and mode == "float16" and scale > 1 and not applied:
+        advice = (
+            "The loss scale is still too high for this loss: begin with --precision#init_scale "
+            f"{scale:g}."
+        )
     return "\n".join(
         [
             f"step {last['step']}: expected finite loss and gradients, got {skips} skipped steps "
-            f"in a row{low}. Training stops; {weights}.",
+            f"in a row{low}. {STOPS}; {weights}.",
             f"  first module not finite: {where}",
             f"  cases: {listed}{' and more' if len(cases) > 5 else ''}",
-            f"  what to try: {ADVICE[stage].format(mode=mode, other=other)}",
+            f"  what to try: {advice}",
             "  details: overflow.jsonl in the run directory. Changed as advised, the command goes "
             "on from the newest checkpoint, or anew where there is none yet.",
         ]
