@@ -2,97 +2,161 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import socket
 import threading
+import time
+import uuid
 from pathlib import Path
 
 from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Holder = dict[str, str | int]  # what `.lock` says: host, pid, token
+
 HEARTBEAT_S = 10.0
-STALE_S = 60.0  # without a heartbeat for so long, a holder on another host is taken for dead
+WATCH_S = 35.0  # without a heartbeat for so long, a holder on another host is taken for dead
 
 
 class Hold:
     """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
 
     `.lock` names the holder and its modification time is the heartbeat. The kernel's lock tells
-    at once, and drops with the process; between hosts some file systems do not pass it on, so a
-    fresh heartbeat of another host counts too.
+    at once, and drops with the process; between hosts some file systems do not pass it on, so the
+    lock of another host is watched for a heartbeat. It is the change of the time that counts:
+    clocks of hosts need not agree.
 
     Args:
         run_dir: An existing directory.
 
     Raises:
         InputError: If another process holds it; nothing has been written then.
+        OSError: If the directory cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / ".lock"
-        # opened without truncation: what it says is the holder's until the lock is ours
+        watched = self._watch()
+        # Opened without truncation: what it says is the holder's until the lock is ours. Never
+        # opened again after that: closing any descriptor of a file drops the process's locks on it.
         self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
         try:
-            # a record lock, unlike flock, is not inherited by loader workers that outlive us
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._refuse(self._holder())
-        holder = self._holder()
-        if holder.get("host", socket.gethostname()) != socket.gethostname() and self._is_fresh():
-            self._refuse(holder)
-        if holder:
-            log.info("The run's former process, %s, is gone; going on in its place", _named(holder))
-        self.file.truncate(0)
-        self.file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        self.file.flush()
+            self._lock(watched)
+            self.content = json.dumps(
+                {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+            )
+            self.file.truncate(0)
+            self.file.write(self.content)
+            self.file.flush()
+        except BaseException:
+            self.file.close()
+            raise
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self.log_file = logging.FileHandler(run_dir / "log.txt")
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         self.log_file.setFormatter(logging.Formatter(form))
         logging.getLogger().addHandler(self.log_file)
+        atexit.register(self.close)  # a process that ends leaves no name behind
 
     def close(self) -> None:
-        """Release the lock and close the log."""
+        """Release the lock and close the log; a second call does nothing."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        atexit.unregister(self.close)
         logging.getLogger().removeHandler(self.log_file)
         self.log_file.close()
-        self._closed.set()
-        self.file.truncate(0)
+        with contextlib.suppress(OSError):  # where nothing can be written any more
+            self.file.truncate(0)
         self.file.close()
 
-    def _holder(self) -> dict[str, str | int]:
-        self.file.seek(0)
+    def lost(self) -> str | None:
+        """Who has the directory now, if `.lock` is no longer ours: deleted by hand, or overwritten.
+
+        Both happen where a kernel lock does not help: after a deletion another process locks
+        another file, and of two hosts that start at the same moment the later one overwrites.
+        """
         try:
-            return dict(json.loads(self.file.read()))
-        except (ValueError, TypeError):
-            return {}
+            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
+                return _named(_parsed(self.path.read_text()))
+            content = self._read()
+        except FileNotFoundError:
+            return "nobody (.lock was deleted)"
+        except OSError:
+            return None  # a file system that does not answer says nothing
+        return None if content == self.content else _named(_parsed(content))
 
-    def _refuse(self, holder: dict[str, str | int]) -> None:
-        self.file.close()
+    def _watch(self) -> Holder:
+        """The holder before us; one on another host is watched for a heartbeat first."""
+        pulse = self._pulse()
+        holder = _parsed(pulse[1]) if pulse else {}
+        if not _is_elsewhere(holder):
+            return holder
+        log.info("Watching for a heartbeat of %s, %.0f s at most", _named(holder), WATCH_S)
+        end = time.monotonic() + WATCH_S
+        while time.monotonic() < end:
+            time.sleep(WATCH_S / 35)
+            if self._pulse() != pulse:
+                self._refuse(holder)
+        return holder
+
+    def _pulse(self) -> tuple[int, str] | None:
+        try:
+            with open(self.path) as file:  # anew, since network file systems cache attributes
+                return os.fstat(file.fileno()).st_mtime_ns, file.read()
+        except FileNotFoundError:
+            return None
+
+    def _lock(self, watched: Holder) -> None:
+        try:
+            # a record lock, unlike flock, is not inherited by loader workers that outlive us
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise  # a file system without locks, say
+            self._refuse(_parsed(self._read()))
+        holder = _parsed(self._read())
+        if holder != watched and _is_elsewhere(holder):
+            self._refuse(holder)
+        if holder:
+            log.info("The run's former process, %s, is gone; going on in its place", _named(holder))
+
+    def _read(self) -> str:
+        self.file.seek(0)
+        return self.file.read()
+
+    def _refuse(self, holder: Holder) -> None:
         raise InputError(
             f"output_dir: expected no other run in {self.path.parent}, got one by "
-            f"{_named(holder)}. Wait for it (of another host that died: {STALE_S:.0f} s) or choose "
-            "another output_dir."
+            f"{_named(holder)}. Wait for it or choose another output_dir."
         )
-
-    def _is_fresh(self) -> bool:
-        """Whether the heartbeat is recent, by the clock of the file system's host."""
-        probe = self.path.with_name(f".probe-{os.getpid()}")
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - self.path.stat().st_mtime < STALE_S
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            os.utime(self.path)
+            with contextlib.suppress(OSError, ValueError):  # the next one may reach the disk
+                os.utime(self.file.fileno())
 
 
-def _named(holder: dict[str, str | int]) -> str:
+def _is_elsewhere(holder: Holder) -> bool:
+    return holder.get("host", socket.gethostname()) != socket.gethostname()
+
+
+def _parsed(content: str) -> Holder:
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _named(holder: Holder) -> str:
     if not holder:
         return "an unknown process"
     return f"process {holder.get('pid')} on {holder.get('host')}"

@@ -6,11 +6,13 @@ of the config ask it for the run directory and the cases.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,16 @@ from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases, load_cases
 from pipeline.data.integrity import preflight
 from pipeline.data.phantom import make_phantom
-from pipeline.errors import InputError
+from pipeline.errors import InputError, TrainingStopped
 from pipeline.hold import Hold
 from pipeline.summary import log_whereabouts, summarize
-from pipeline.training.durable import CheckpointStore, write_durably, write_json
+from pipeline.training.durable import CheckpointStore, make_directory, write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
 
 # what a run may leave that dies before its config is written
-BEGINNING = {".lock", ".probe", ".probe.tmp", "log.txt", "run.json", "run.json.tmp", "configs"}
+BEGINNING = {".lock", "log.txt", "run.json", "run.json.tmp", "configs"}
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 
 
@@ -100,14 +102,18 @@ class Lifecycle:
             if self.dataset_dir == self.bundle_root / PHANTOM:
                 make_phantom(self.dataset_dir)
             self._cases = load_cases(self.dataset_dir, **self.split)
-            preflight(self._cases)
-            if self.run_dir not in _HELD:
+            with _told_to_user():
+                # voxels are read when the directory is right and ours, or before one is made
+                if self.run_dir.exists():
+                    self._take_run_dir()
+                preflight(self._cases)
                 self._take_run_dir()
-            self.checkpoint = self.store.newest()
+                self.checkpoint = self.store.newest()
+                self._write_configs()
         except InputError as error:
+            self.release()
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
-        self._write_configs()
         self._log_start()
 
     def look(self) -> None:
@@ -136,9 +142,17 @@ class Lifecycle:
             dataset_hash=self.cases.fingerprint,
             config_hash=config.identity_hash(self._portable_source()),
         )
-        write_json(self.run_dir / "summary.json", summary)
+        try:
+            write_json(self.run_dir / "summary.json", summary)
+        except OSError as error:
+            log.error("%s", error)
+            raise TrainingStopped(str(error)) from error
         log_whereabouts(self.run_dir, summary)
         self.release()
+
+    def lost(self) -> str | None:
+        """Who has the run directory now, if it was taken from this process; see `Hold.lost`."""
+        return _HELD[self.run_dir].lost() if self.run_dir in _HELD else None
 
     def release(self) -> None:
         """Let go of the run directory; for a run that fails as well."""
@@ -147,21 +161,18 @@ class Lifecycle:
 
     def _take_run_dir(self) -> None:
         """Lock the directory of a run that may start or continue there."""
+        if self.run_dir in _HELD:
+            return
         self._require_right_run_dir()
-        hold = None
+        make_directory(self.run_dir)
+        hold = Hold(self.run_dir)
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            hold = Hold(self.run_dir)
-            write_durably(self.run_dir / ".probe", b"may be written")
-            (self.run_dir / ".probe").unlink()
             self._require_right_run_dir()  # another process may have come and gone in between
-        except BaseException as error:
-            if hold is not None:
-                hold.close()
-            if isinstance(error, OSError):
-                raise InputError(
-                    f"output_dir: expected a directory that can be written, got: {error}."
-                ) from error
+            for folder in (".", "configs", "models", "checkpoints", "overflow"):
+                for path in (self.run_dir / folder).glob("*.tmp"):
+                    path.unlink()  # of a write that was cut off
+        except BaseException:
+            hold.close()
             raise
         _HELD[self.run_dir] = hold
 
@@ -180,20 +191,27 @@ class Lifecycle:
                 f"output_dir: expected a run directory or an empty one, got {self.run_dir} with "
                 "other files. Choose another output_dir."
             )
-        if self.resume is True and not self.store.acknowledged():
+        if self.resume is True and not self.store.has_begun():
             raise InputError(
                 f"resume: expected a run with a checkpoint in {self.run_dir}, found none. "
                 "Use resume=auto to start one."
             )
-        if self.store.acknowledged():  # before, there is nothing to be true to
+        if self.store.has_begun():  # before, there is nothing to be true to
             for key in self._compare_with(stored):
                 log.info("Continuing with a changed %s", key)
             self._stop_if_finished()
 
     def _compare_with(self, stored: Path) -> list[str]:
         """Refuse another run than that of the `stored` config; returns what may change and did."""
-        changed = config.changes(json.loads(stored.read_text()), self._portable_source())
-        recorded = json.loads((self.run_dir / "run.json").read_text())
+        try:
+            former = json.loads(stored.read_text())
+            recorded = json.loads((self.run_dir / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.run_dir}: expected configs/train.json and run.json of the run there, got: "
+                f"{error}. Restore them, or choose another output_dir."
+            ) from error
+        changed = config.changes(former, self._portable_source())
         if recorded["fingerprint"] != self.cases.fingerprint:
             changed[config.IDENTITY].append("dataset_dir (other cases)")
         if changed[config.IDENTITY]:
@@ -224,7 +242,7 @@ class Lifecycle:
         """Make the run directory a bundle."""
         target, source = self.run_dir / "configs", self._portable_source()
         repository = self.bundle_root / "configs"
-        target.mkdir(exist_ok=True)
+        make_directory(target)
         write_json(self.run_dir / "run.json", {"fingerprint": self.cases.fingerprint})
         write_json(target / "train.json", source)
         if (repository / "logging.conf").is_file():
@@ -244,3 +262,14 @@ class Lifecycle:
             cases.name, len(cases.train), len(cases.validation), ", ".join(cases.class_names),
         )  # fmt: skip
         log.info("Run directory %s", self.run_dir)
+
+
+@contextlib.contextmanager
+def _told_to_user() -> Iterator[None]:
+    """Inside, what the system refuses in the run directory becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output_dir: expected a directory that can be written, got: {error}."
+        ) from error

@@ -51,7 +51,7 @@ def summarize(trainer: MixedPrecisionTrainer, **hashes: str) -> dict[str, Any]:
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
     """Say how good the run became and, as one would type it here, where its results are."""
     here, python = _shown(run_dir), _shown(Path(sys.executable))
-    if summary["best_epoch"] is not None:
+    if summary["best_epoch"] is not None and (run_dir / "models" / "model.pt").exists():
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
         log.info("  best model   %s/models/model.pt", here)
     log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from ignite.engine import Events
 
 from pipeline import lifecycle
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, durable
 from pipeline.training.checkpoint import (
     CheckpointHandler,
     checkpoints,
@@ -406,3 +408,83 @@ def test_run_looks_again_when_the_directory_is_its_own(run, tmp_path, monkeypatc
 def run_is_free(run_dir: Path) -> bool:
     lifecycle.Hold(run_dir).close()
     return True
+
+
+# --- what else may go wrong around a run
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("run.json", 2), ("train.json", 2), ("validation.json", 1), ("summary.json", 1)],
+)
+def test_full_disk_at_any_file_is_told_in_one_line(run, tmp_path, monkeypatch, capfd, name, status):
+    write = durable._write
+
+    def full(path, content, flags):
+        if path.name == f"{name}.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_write", full)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / "r")
+    assert ended.value.code == status
+    said = capfd.readouterr()
+    assert f"{name}: expected to write" in said.out + said.err
+    assert "Traceback" not in said.out + said.err
+    assert run(tmp_path / "r") == 0
+    assert (tmp_path / "r/models/last.pt").exists()
+
+
+def test_what_cut_off_writes_left_is_removed(run, tmp_path):
+    assert run(tmp_path / "r", max_epochs=1) == 0
+    for folder in (".", "configs", "models", "checkpoints"):
+        (tmp_path / "r" / folder / "step_000000001.pt.tmp").touch()
+    assert run(tmp_path / "r") == 0
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_missing_record_of_the_data_is_one_line(run, tmp_path, capfd):
+    assert run(tmp_path / "r") == 0
+    (tmp_path / "r/run.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "r", max_epochs=3)
+    assert ended.value.code == 2
+    assert "expected configs/train.json and run.json of the run there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("after", [3, 4])
+def test_run_whose_end_was_brought_forward_has_its_last_weights(run, tmp_path, killed_at, after):
+    killed_at(after)  # in the second epoch of four, or behind it
+    run_and_die(run, tmp_path / "r", max_epochs=4)
+    assert run(tmp_path / "r", max_epochs=1) == 0
+    last = torch.load(tmp_path / "r/models/last.pt", weights_only=True)
+    assert digest(last) == digest(newest(tmp_path / "r")["network"])
+
+
+def test_time_before_an_interruption_counts(tmp_path):
+    batches = [batch(n) for n in range(4)]
+    trainer = make_trainer(in_mode("float32"), batches, epochs=2)
+    CheckpointHandler(tmp_path, make_validator(), every=1).attach(trainer)
+    trainer.run()
+    seconds = [
+        load_checkpoint(path)["progress"]["wall_time_s"]
+        for path in CheckpointStore(tmp_path / "checkpoints").acknowledged()
+    ]
+    assert seconds == sorted(set(seconds))
+
+
+def test_run_directory_that_was_taken_gets_nothing_more(tmp_path):
+    holder = []
+    trainer = make_trainer(in_mode("float32"), [batch(n) for n in range(4)])
+    handler = CheckpointHandler(
+        tmp_path, make_validator(), every=1, lost=lambda: holder[0] if holder else None
+    )
+    handler.attach(trainer)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda engine: holder.append("process 7 on elsewhere")
+    )
+    with pytest.raises(TrainingStopped, match="those of process 7 on elsewhere"):
+        trainer.run()
+    assert newest(tmp_path)["progress"]["step"] == 2

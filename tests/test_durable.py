@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -101,6 +102,17 @@ def test_stock_saver_fails_the_same_test(tmp_path, calls):
     removed = [Path(path).name for name, path, _ in calls if name == "unlink"]
     assert len(names) == len(removed) == 1  # it was seen at work
     assert not is_durable(calls, tmp_path, names[0], removed[0])
+    assert not [name for name, _, _ in calls if name in ("fsync", "replace")]
+
+
+def test_directory_is_on_the_disk_before_what_is_saved_in_it(tmp_path, calls):
+    CheckpointStore(tmp_path / "run" / "checkpoints").save(content(1), "step_1.pt")
+    order = calls.named(
+        ("fsync", tmp_path.name), ("fsync", "run"), ("create", MANIFEST), ("fsync", "checkpoints"),
+        ("write", "step_1.pt.tmp"),
+    )  # fmt: skip
+    assert -1 not in order
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("write", [save, lambda value, path: write_json(path, value)])
@@ -175,6 +187,7 @@ class Disk:
 
 def test_every_state_that_a_crash_can_leave_has_the_acknowledged_checkpoint(tmp_path, calls):
     store = CheckpointStore(tmp_path / "checkpoints")
+    store.directory.mkdir()
     for step in (1, 2, 3, 4):
         store.save(content(step), f"step_{step}.pt")
         calls.append(("acknowledged", str(step), b""))
@@ -230,15 +243,63 @@ def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
     assert store.newest().name == "step_2.pt"
 
 
-def test_run_stops_when_no_checkpoint_is_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("*.pt", lambda path: path.write_bytes(b"")),
+        ("*.pt", Path.unlink),
+        (MANIFEST, Path.unlink),
+    ],
+    ids=["damaged", "deleted", "manifest deleted"],
+)
+def test_run_stops_again_and_again_when_no_checkpoint_is_whole(tmp_path, pattern, damage):
+    """An automatic restart must not take for a beginning what the stop before it left."""
     store = CheckpointStore(tmp_path)
     for step in (1, 2):
-        store.save(content(step), f"step_{step}.pt").write_bytes(b"")
-    with pytest.raises(InputError, match="expected a whole checkpoint, got 2 damaged"):
-        store.newest()
+        store.save(content(step), f"step_{step}.pt")
+    for path in tmp_path.glob(pattern):
+        damage(path)
+    for _ in range(3):
+        assert CheckpointStore(tmp_path).has_begun()
+        with pytest.raises(InputError, match="expected a whole checkpoint, found none"):
+            CheckpointStore(tmp_path).newest()
+
+
+def test_newest_that_was_deleted_is_missed(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(content(step), f"step_{step}.pt")
+    (tmp_path / "step_2.pt").unlink()
+    assert store.newest().name == "step_1.pt"
+    assert "step_2.pt IS MISSING" in caplog.text
+
+
+def test_newest_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(content(step), f"step_{step}.pt")
+    digest = hashlib.file_digest
+
+    def broken(file, name):
+        if file.name.endswith("step_2.pt"):
+            raise OSError(errno.EIO, "bad disk")
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", broken)
+    assert store.newest().name == "step_1.pt"
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "7", '{"file": "step_1.pt"}', '{"file": "st'])
+def test_line_of_the_manifest_that_is_none_does_not_count(tmp_path, line):
+    store = CheckpointStore(tmp_path)
+    store.save(content(1), "step_1.pt")
+    with open(tmp_path / MANIFEST, "a") as file:
+        file.write(line + "\n")
+    assert store.newest().name == "step_1.pt"
 
 
 def test_unacknowledged_file_does_not_count(tmp_path):
+    (tmp_path / MANIFEST).touch()
     (tmp_path / "step_7.pt").write_bytes(b"half")
     store = CheckpointStore(tmp_path)
     assert store.newest() is None

@@ -92,6 +92,26 @@ with interruptible(lambda: told.append(1), grace_s=1):
     assert 1.2 <= time.monotonic() - started < 20
 
 
+def test_workers_end_with_a_process_that_is_out_of_time():
+    ended = run_python("""
+import multiprocessing
+def work():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(50)
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+with interruptible(lambda: told.append(1), grace_s=1):
+    worker.start()
+    print(worker.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(50)
+""")
+    assert ended.returncode == 75
+    assert "Not through within 1 s" in ended.stderr
+    state = Path(f"/proc/{int(ended.stdout)}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
 def test_other_threads_are_left_alone():
     ended = run_python("""
 def work():

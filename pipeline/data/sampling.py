@@ -79,7 +79,8 @@ class PatchDataset(Dataset):
         self._positions = ClassesToIndices(
             num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS
         )
-        self.loading: Any = []  # for each worker its process id and 1 + the sample it is at, or 0
+        # for each worker its process id and 1 + the sample it is at; negative when it is through
+        self.loading: Any = []
         with ThreadPoolExecutor() as pool:
             self.cases = list(pool.map(self._load, data))
 
@@ -100,7 +101,7 @@ class PatchDataset(Dataset):
         place = slice(2 * worker.id, 2 * worker.id + 2)
         self.loading[place] = [os.getpid(), number + 1]  # for `explain`, should this be its end
         sample = self._sample(number)
-        self.loading[place] = [os.getpid(), 0]
+        self.loading[place] = [os.getpid(), -number - 1]
         return sample
 
     def case_id(self, number: int) -> str:
@@ -240,8 +241,9 @@ class PatchLoader(DataLoader):
         dead = {int(pid) for pid in (words[1] or "").split(",") if pid}
         dataset: Any = self.dataset
         pairs = zip(dataset.loading[::2], dataset.loading[1::2], strict=True)
-        numbers = [n - 1 for pid, n in pairs if n and (not dead or pid in dead)]
-        cases = ", ".join(dataset.case_id(n) for n in numbers) or "unknown"
+        at = [n for pid, n in pairs if n and (not dead or pid in dead)]
+        numbers = [n for n in at if n > 0] or at  # it may have died just after, in its batch
+        cases = ", ".join(dataset.case_id(abs(n) - 1) for n in numbers) or "unknown"
         return (
             f"{cases}: expected a loader worker to deliver this case, got: {error}. Look at the "
             "memory that is free, or use num_workers=0; the same command goes on from the newest "

@@ -24,8 +24,8 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from torch.optim.lr_scheduler import LambdaLR
 
-from pipeline.errors import InputError
-from pipeline.training.durable import CheckpointStore, WriteError, save
+from pipeline.errors import STOPS, InputError
+from pipeline.training.durable import CheckpointStore, WriteError, make_directory, save
 from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -72,6 +72,7 @@ class CheckpointHandler:
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
         checkpoint: File to continue from.
+        lost: Tells who has taken the run directory from this process, `None` if nobody has.
     """
 
     def __init__(
@@ -82,20 +83,24 @@ class CheckpointHandler:
         keep: int = 2,
         every: int = 500,
         checkpoint: Path | None = None,
+        lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep=keep)
         self.models = Path(run_dir) / "models"
         self.validator = validator
         self.every = every
         self.checkpoint = checkpoint
+        self.lost = lost
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        self.models.mkdir(parents=True, exist_ok=True)
+        make_directory(self.models)
         self._check_room(trainer)
         if self.checkpoint is not None:
             restore(trainer, load_checkpoint(self.checkpoint))
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
+            if trainer.progress.phase != EPOCH_END_PENDING and _is_through(trainer):
+                self._save_model(trainer, "last.pt")  # max_epochs may have been lowered
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
 
@@ -129,7 +134,7 @@ class CheckpointHandler:
             log.warning("The validation metric is %g; it is not counted", metric)
         if metric is not None and trainer.progress.record_metric(metric):
             self._save_model(trainer, "model.pt")
-        if trainer.progress.epoch >= trainer.state.max_epochs:
+        if _is_through(trainer):
             # before the checkpoint, after which nothing is left to be done
             self._save_model(trainer, "last.pt")
         trainer.end_epoch()
@@ -140,6 +145,7 @@ class CheckpointHandler:
         self._write(trainer, weights, name, lambda: save(weights, self.models / name))
 
     def _save_checkpoint(self, trainer: MixedPrecisionTrainer, name: str) -> None:
+        trainer.progress.wall_time_s = trainer.elapsed_s
         content = {
             "schema_version": SCHEMA_VERSION,
             "progress": trainer.progress.state_dict(),
@@ -159,19 +165,30 @@ class CheckpointHandler:
         write: Callable[[], object],
     ) -> None:
         """Call `write`, or stop training where `content` is not finite or does not fit."""
+        if holder := self.lost():
+            trainer.stop(
+                f"output_dir: expected {self.models.parent} in this process's hands, got it in "
+                f"those of {holder}. The run ends; nothing was written. The same command goes on "
+                "from the newest checkpoint."
+            )
+            return
         names = non_finite(content)
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
-                f"{name}: expected finite values, got NaN or infinity in {shown}. Training "
-                "stops; nothing was written, the files from before stay. Lower learning_rate, or "
+                f"{name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
+                "nothing was written, the files from before stay. Lower learning_rate, or "
                 "look at the range of the images."
             )
             return
         try:
             write()
         except WriteError as error:
-            trainer.stop(f"{error} Training stops; the files from before stay as they were.")
+            trainer.stop(f"{error} The run ends; the files from before stay as they were.")
+
+
+def _is_through(trainer: MixedPrecisionTrainer) -> bool:
+    return trainer.progress.epoch >= trainer.state.max_epochs
 
 
 def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:

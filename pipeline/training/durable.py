@@ -2,12 +2,14 @@
 
 A write is *acknowledged* when its last call has returned. Until then a crash, of the process or of
 the machine, leaves the file as it was before; from then on it leaves the new one. A checkpoint is
-acknowledged by its line in `manifest.jsonl`, which is written, to the disk, after the file itself
-and before any older checkpoint is removed.
+acknowledged by its line in `manifest.jsonl`, which is there before any checkpoint; the line is
+written, to the disk, after the checkpoint itself and before any older one is removed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -23,10 +25,11 @@ from pipeline.errors import InputError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteError(OSError):
-    """A file that could not be written whole; what was there before still is.
+    """A file that could not be written whole: what was there before still is, or all of the new.
 
     Args:
         path: The file.
@@ -35,9 +38,10 @@ class WriteError(OSError):
     """
 
     def __init__(self, path: Path, num_bytes: int, cause: OSError) -> None:
+        remedy = "Make room" if cause.errno in NO_ROOM else "See that it can be written"
         super().__init__(
             f"{path}: expected to write {num_bytes} bytes, got: {cause.strerror or cause}. "
-            "Make room or choose another output_dir."
+            f"{remedy}, or choose another output_dir."
         )
         self.errno = cause.errno
 
@@ -48,7 +52,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     A temporary file in the same directory, fsync, rename, fsync of the directory.
 
     Raises:
-        WriteError: If the system refuses; the file is then as it was.
+        WriteError: If the system refuses; the file is then as it was, or whole.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -56,8 +60,17 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise WriteError(path, len(content), error) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, so that a crash does not take what is saved in it."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def save(content: Any, path: Path) -> None:
@@ -100,8 +113,14 @@ class CheckpointStore:
         Raises:
             WriteError: If the system refuses; the older checkpoints are then untouched.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        data, path = _serialized(content), self.directory / name
+        data, path, manifest = _serialized(content), self.directory / name, self._manifest
+        try:
+            make_directory(self.directory)
+            if not manifest.exists():
+                _write(manifest, b"", os.O_WRONLY | os.O_CREAT)
+                _sync_directory(self.directory)
+        except OSError as error:
+            raise WriteError(manifest, len(data), error) from error
         write_durably(path, data)
         entry = {
             "file": name,
@@ -112,13 +131,19 @@ class CheckpointStore:
         try:
             self._acknowledge(entry)
         except OSError as error:
-            raise WriteError(self.directory / MANIFEST, len(data), error) from error
+            raise WriteError(manifest, len(data), error) from error
         self._prune()
         return path
 
     def acknowledged(self) -> list[Path]:
         """Checkpoints that count and are there, oldest first."""
-        return [self.directory / name for name in self._entries()]
+        return [self.directory / name for name in self._present()]
+
+    def has_begun(self) -> bool:
+        """Whether there ever was a checkpoint that counts, be it lost since or not."""
+        damaged = any(self.directory.glob("*.damaged"))
+        without_manifest = any(self.directory.glob("*.pt")) and not self._manifest.exists()
+        return bool(self._entries()) or damaged or without_manifest
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose bytes are those that were acknowledged.
@@ -127,56 +152,70 @@ class CheckpointStore:
         taken.
 
         Raises:
-            InputError: If there are some, but none is whole.
+            InputError: If there were some, but none is whole.
         """
-        entries = self._entries()
-        for name, entry in reversed(entries.items()):
+        present, last = self._present(), next(reversed(self._entries()), None)
+        if last is not None and last not in present:
+            log.warning("%s IS MISSING: the checkpoint before it is used.", self.directory / last)
+        for name, entry in reversed(present.items()):
             path = self.directory / name
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+            try:
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                digest = str(error)
+            if digest == entry["sha256"]:
                 return path
             aside = path.with_name(name + ".damaged")
-            os.replace(path, aside)
+            with contextlib.suppress(OSError):
+                os.replace(path, aside)
             log.warning(
-                "%s IS DAMAGED: expected %d bytes of SHA-256 %.12s…, got %d others. It is set "
-                "aside as %s, and the checkpoint before it is used.",
-                path, entry["size"], entry["sha256"], len(data), aside.name,
+                "%s IS DAMAGED: expected SHA-256 %.12s…, got %.40s. It is set aside as %s, and the "
+                "checkpoint before it is used.",
+                path, entry["sha256"], digest, aside.name,
             )  # fmt: skip
-        if entries:
+        if self.has_begun():
             raise InputError(
-                f"{self.directory}: expected a whole checkpoint, got {len(entries)} damaged. "
-                "Restore one from a copy, or choose another output_dir to start over."
+                f"{self.directory}: expected a whole checkpoint, found none of those that there "
+                "were. Restore one and manifest.jsonl from a copy, or choose another output_dir to "
+                "start over."
             )
         return None
 
     def _prune(self) -> None:
         """Remove all but the latest checkpoint of each of the newest `keep` steps."""
-        entries = self._entries()
+        entries = self._present()
         latest = {entry["step"]: name for name, entry in entries.items()}
         for name in entries.keys() - set(list(latest.values())[-self.keep :]):
             (self.directory / name).unlink(missing_ok=True)
 
     def _acknowledge(self, entry: dict[str, Any]) -> None:
-        path = self.directory / MANIFEST
-        lines = path.read_bytes() if path.exists() else b""
+        lines = self._manifest.read_bytes()
         torn = bool(lines) and not lines.endswith(b"\n")  # by a crash in the middle of a line
         line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
-        _write(path, line, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        if not lines:
-            _sync_directory(self.directory)
+        _write(self._manifest, line, os.O_WRONLY | os.O_APPEND)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.directory / MANIFEST
+
+    def _present(self) -> dict[str, dict[str, Any]]:
+        """The `_entries` whose files are there."""
+        there = {path.name for path in self.directory.glob("*")}
+        return {name: entry for name, entry in self._entries().items() if name in there}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        """Manifest lines by file name, of files that are there, in order."""
-        path = self.directory / MANIFEST
+        """Manifest lines by file name, in order."""
+        path = self._manifest
         entries: dict[str, dict[str, Any]] = {}
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                name, _, _ = entry["file"], entry["step"], entry["sha256"]
+            except (ValueError, TypeError, KeyError):
                 continue  # torn by a crash: not acknowledged
-            if isinstance(entry, dict) and (self.directory / entry["file"]).is_file():
-                entries.pop(entry["file"], None)
-                entries[entry["file"]] = entry
+            entries.pop(name, None)
+            entries[name] = entry
         return entries
 
 

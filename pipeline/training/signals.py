@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -20,8 +21,8 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
     """Inside, the first SIGTERM, SIGINT or SIGUSR1 calls `interrupt`; further ones do nothing.
 
     If the block has not ended `grace_s` seconds after the first signal (a long validation, a
-    loader that hangs, native code that does not return), the process ends there and then, with
-    the same exit status: whatever was acknowledged is on the disk.
+    loader that hangs, native code that does not return but lets other threads run), the process
+    ends there and then, with the same exit status: whatever was acknowledged is on the disk.
 
     Only the main thread can take over signals; elsewhere nothing happens.
 
@@ -41,7 +42,7 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             if number in SIGNALS and not ended.is_set():
                 interrupt()
                 if not ended.wait(grace_s):
-                    os._exit(interrupted_status())
+                    _end_now(grace_s)
 
     watcher = threading.Thread(target=watch, name="grace", daemon=True)
     watcher.start()
@@ -60,6 +61,14 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
         watcher.join()
         os.close(reader)
         os.close(writer)
+
+
+def _end_now(grace_s: float) -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()  # one that hangs would outlive us
+    text = f"Not through within {grace_s:g} s of the signal; the same command continues.\n"
+    os.write(2, text.encode())
+    os._exit(interrupted_status())
 
 
 @contextlib.contextmanager

@@ -25,13 +25,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeline.errors import TrainingInterrupted, TrainingStopped
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training.buffers import BufferSnapshot
+from pipeline.training.durable import NO_ROOM
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 from pipeline.training.signals import interruptible
 
 log = logging.getLogger(__name__)
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+NOT_WRITTEN = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class StepEvents(EventEnum):
@@ -188,9 +189,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 raise
             self.stop(reason)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NOT_WRITTEN:
                 raise
-            self.stop(f"{error}. Make room; the checkpoints are as they were.")
+            self.stop(f"{error} The run ends; the checkpoints are as they were.")
 
     def stop(self, diagnosis: str) -> None:
         """End training after this step, because of what the first `diagnosis` says."""
@@ -225,7 +226,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         """Mark the epoch's end work (validation) as done."""
         last = self.progress.epoch >= self.state.max_epochs
         self.progress.phase = FINALIZING if last else STEPPING
-        self.progress.wall_time_s = self.elapsed_s
         if not last:
             self._heed()
 

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
+from pipeline import hold
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.durable import CheckpointStore
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -50,9 +51,12 @@ def train(words: list[str], folder: Path, fault: str | None, environment: dict[s
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.path[:0] = [str(Path(__file__).parent)]  # for the classes in faults.py
-    log_steps(open(folder / "steps.txt", "a", buffering=1))  # noqa: SIM115 - until the end
-    if fault:
-        arrange(fault)
+    hold.HEARTBEAT_S, hold.WATCH_S = 0.2, 1.5
+    kind, _, number = (fault or "").partition(" ")
+    pause = (int(number), folder / "go") if kind == "pause" else None
+    log_steps(open(folder / "steps.txt", "a", buffering=1), pause)  # noqa: SIM115 - until the end
+    if fault and pause is None:
+        arrange(kind, int(number))
     from pipeline.run import main
 
     status = main(words)
@@ -60,29 +64,30 @@ def train(words: list[str], folder: Path, fault: str | None, environment: dict[s
     os._exit(status)
 
 
-def log_steps(file: TextIO) -> None:
-    """Write each step when everything that belongs to it is done."""
+def log_steps(file: TextIO, pause: tuple[int, Path] | None) -> None:
+    """Write each step when everything that belongs to it is done; at one, wait for a file."""
     step = MixedPrecisionTrainer._optimizer_step
 
     def logged(self: MixedPrecisionTrainer, **arguments: Any) -> None:
         step(self, **arguments)
         file.write(f"{self.progress.step}\n")
+        while pause and self.progress.step == pause[0] and not pause[1].exists():
+            time.sleep(0.02)
 
     MixedPrecisionTrainer._optimizer_step = logged  # type: ignore[method-assign]
 
 
-def arrange(fault: str) -> None:
+def arrange(kind: str, number: int) -> None:
     """What is to happen, and when.
 
     `die N`: SIGKILL at the N-th call that writes durably, a write done by half. `die_saving N`:
     likewise, counting only the calls of checkpoints and their manifest. `limit N`: no file may
     have more than N bytes.
     """
-    kind, number = fault.split()
     if kind == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
         return
-    left, saving = [int(number)], set()
+    left, saving = [number], set()
     opened = os.open
 
     def note(path: Any, *args: Any, **kwargs: Any) -> int:
@@ -126,6 +131,17 @@ class Run:
         process = CONTEXT.Process(target=train, args=(self.words, self.folder, fault, environment))
         process.start()
         return process
+
+    def start_and_pause(self, step: int, **environment: str) -> Any:
+        """A process that waits after `step`, until `go_on` or its death."""
+        (self.folder / "go").unlink(missing_ok=True)
+        process = self.start(f"pause {step}", **environment)
+        wait_for(lambda: self.last_step() == step)
+        return process
+
+    def go_on(self) -> None:
+        """Let the process that waits go on."""
+        (self.folder / "go").touch()
 
     def finish(self, fault: str | None = None) -> int:
         """Its exit status."""

@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from engines import curve, read
+from engines import curve, read, snapshot
 from faults import SAMPLE
 from harness import EVERY, SETTINGS, Run, kill_until_done, wait_for
 
-from pipeline.hold import STALE_S
 from pipeline.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("at_the_root")
@@ -81,8 +80,7 @@ def test_run_killed_before_its_summary_does_not_train_again(dataset, tmp_path, w
 
 def test_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(dataset, tmp_path, whole):
     run = Run(tmp_path, dataset)
-    process = run.start()
-    wait_for(lambda: run.last_step() >= 2 * EVERY + 1)
+    process = run.start_and_pause(2 * EVERY + 1)
     process.kill()
     process.join()
     newest = run.store.acknowledged()[-1]
@@ -99,8 +97,9 @@ def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
     (run.dir / "summary.json").unlink()
     for path in run.store.acknowledged():
         path.write_bytes(b"")
-    assert run.finish() == 2
-    assert "expected a whole checkpoint, got 2 damaged" in run.output
+    for _ in range(2):  # an automatic restart must not take it for a beginning
+        assert run.finish() == 2
+    assert "expected a whole checkpoint, found none" in run.output
 
 
 # --- signals
@@ -109,10 +108,10 @@ def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_ends_a_run_at_a_step_to_be_continued(dataset, tmp_path, whole, number):
     run = Run(tmp_path, dataset)
-    process = run.start()
-    wait_for(lambda: run.last_step() >= EVERY + 1)
+    process = run.start_and_pause(EVERY + 1)
     for _ in range(3):  # the first counts, the others must not harm
         os.kill(process.pid, number)
+    run.go_on()
     process.join(60)
     assert process.exitcode == 75
     step = run.acknowledged_step()
@@ -125,9 +124,9 @@ def test_signal_ends_a_run_at_a_step_to_be_continued(dataset, tmp_path, whole, n
 
 def test_signal_is_no_crash_to_an_elastic_launcher(dataset, tmp_path):
     run = Run(tmp_path, dataset)
-    process = run.start(TORCHELASTIC_RUN_ID="x")
-    wait_for(lambda: run.last_step() >= 1)
+    process = run.start_and_pause(1, TORCHELASTIC_RUN_ID="x")
     process.terminate()
+    run.go_on()
     process.join(60)
     assert process.exitcode == 0
     assert not (run.dir / "summary.json").exists()
@@ -151,41 +150,69 @@ def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
 # --- one writer
 
 
-def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path):
-    first = Run(tmp_path, dataset, steps_per_epoch=500)
-    process = first.start()
-    wait_for(lambda: first.acknowledged_step() >= EVERY)
-    before = [path for path in sorted(first.dir.rglob("*")) if path.parent.name != "checkpoints"]
-    second = Run(tmp_path / "second", dataset, output_dir=str(first.dir), steps_per_epoch=500)
+def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path, whole):
+    first = Run(tmp_path, dataset)
+    process = first.start_and_pause(EVERY + 1)
+    before = snapshot(first.dir)
+    second = Run(tmp_path / "second", dataset, output_dir=str(first.dir))
     assert second.finish() == 2
     assert f"got one by process {process.pid} on {socket.gethostname()}" in second.output
-    after = [path for path in sorted(first.dir.rglob("*")) if path.parent.name != "checkpoints"]
-    assert after == before
-    assert process.is_alive()
-    process.kill()
-    process.join()
+    assert snapshot(first.dir) == before  # not even a line in the log
+    first.go_on()
+    process.join(60)
+    assert process.exitcode == 0
+    check_is_whole(first, whole)
 
 
-def hold_from_elsewhere(run: Run, age_s: float) -> None:
+def test_run_whose_lock_was_deleted_stops_when_another_has_taken_its_place(
+    dataset, tmp_path, whole
+):
+    """People delete a lock file that seems to be left over."""
+    first = Run(tmp_path, dataset)
+    process = first.start_and_pause(EVERY + 1)
+    (first.dir / ".lock").unlink()
+    second = Run(tmp_path / "second", dataset, output_dir=str(first.dir))
+    second.dir, second.store = first.dir, first.store
+    assert second.finish() == 0
+    first.go_on()
+    process.join(60)
+    assert process.exitcode == 1
+    assert "got it in those of an unknown process" in first.output
+    assert "Traceback" not in first.output
+    check_is_whole(second, whole)
+
+
+def hold_from_elsewhere(run: Run) -> Path:
+    """What a run on another host leaves that died before its first checkpoint."""
     run.dir.mkdir(parents=True)
-    (run.dir / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    then = time.time() - age_s
-    os.utime(run.dir / ".lock", (then, then))
+    lock = run.dir / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
     (run.dir / "configs").mkdir()
     (run.dir / "configs" / "train.json").write_text("{}")
+    return lock
 
 
 def test_heartbeat_of_another_host_is_respected(dataset, tmp_path):
     run = Run(tmp_path, dataset)
-    hold_from_elsewhere(run, age_s=1)
-    assert run.finish() == 2
+    lock = hold_from_elsewhere(run)
+    process = run.start()
+    while process.is_alive():
+        os.utime(lock)
+        time.sleep(0.2)
+    assert process.exitcode == 2
     assert "got one by process 7 on elsewhere" in run.output
     assert not (run.dir / "log.txt").exists()
+    assert "elsewhere" in lock.read_text()
 
 
-def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(dataset, tmp_path, whole):
+@pytest.mark.parametrize("age_s", [0, 10**6, -(10**6)])
+def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
+    dataset, tmp_path, whole, age_s
+):
+    """Whatever its clock said."""
     run = Run(tmp_path, dataset)
-    hold_from_elsewhere(run, age_s=STALE_S + 1)
+    then = time.time() - age_s
+    os.utime(hold_from_elsewhere(run), (then, then))
     assert run.finish() == 0
     assert "process 7 on elsewhere, is gone" in run.output
     check_is_whole(run, whole)
@@ -195,11 +222,16 @@ def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(dataset, tmp
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("DyingDataset", "worker"), ("HangingDataset", "timed out")]
+    ("part", "kind", "message"),
+    [
+        ("dataset", "DyingDataset", "worker"),
+        ("dataset", "HangingDataset", "timed out"),
+        ("dataloader", "DyingLoader", "worker"),
+    ],
 )
-def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, kind, message):
+def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, part, kind, message):
     overlay = tmp_path / "faults.json"
-    overlay.write_text(json.dumps({"train#dataset#_target_": f"faults.{kind}"}))
+    overlay.write_text(json.dumps({f"train#{part}#_target_": f"faults.{kind}"}))
     run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2)
     run.words.insert(1, str(overlay))
     assert run.finish() == 1
@@ -216,8 +248,7 @@ def test_file_size_limit_leaves_the_older_checkpoint_and_says_what_is_needed(
     dataset, tmp_path, whole
 ):
     run = Run(tmp_path, dataset)
-    process = run.start()
-    wait_for(lambda: run.last_step() >= EVERY + 1)
+    process = run.start_and_pause(EVERY + 1)
     process.kill()
     process.join()
     size, step = run.store.acknowledged()[-1].stat().st_size, run.acknowledged_step()
@@ -258,8 +289,7 @@ def test_full_disk_ends_a_run_and_leaves_the_older_checkpoint(dataset, tmp_path,
     point = small_disk("size=3m")
     run = Run(tmp_path / "a", dataset, output_dir=str(point / "run"))
     run.dir, run.store.directory = point / "run", point / "run" / "checkpoints"
-    process = run.start()
-    wait_for(lambda: run.last_step() >= EVERY + 1)
+    process = run.start_and_pause(EVERY + 1)
     process.kill()
     process.join()
     step = run.acknowledged_step()
