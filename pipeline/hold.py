@@ -43,21 +43,7 @@ class Hold:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / ".lock"
-        watched = self._watch()
-        # Opened without truncation: what it says is the holder's until the lock is ours. Never
-        # opened again after that: closing any descriptor of a file drops the process's locks on it.
-        self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
-        try:
-            self._lock(watched)
-            self.content = json.dumps(
-                {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-            )
-            self.file.truncate(0)
-            self.file.write(self.content)
-            self.file.flush()
-        except BaseException:
-            self.file.close()
-            raise
+        self._take()
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self.log_file = logging.FileHandler(run_dir / "log.txt")
@@ -94,28 +80,27 @@ class Hold:
             return None  # a file system that does not answer says nothing
         return None if content == self.content else _named(_parsed(content))
 
-    def _watch(self) -> Holder:
-        """The holder before us; one on another host is watched for a heartbeat first."""
-        pulse = self._pulse()
-        holder = _parsed(pulse[1]) if pulse else {}
-        if not _is_elsewhere(holder):
-            return holder
-        log.info("Watching for a heartbeat of %s, %.0f s at most", _named(holder), WATCH_S)
-        end = time.monotonic() + WATCH_S
-        while time.monotonic() < end:
-            time.sleep(WATCH_S / 35)
-            if self._pulse() != pulse:
-                self._refuse(holder)
-        return holder
-
-    def _pulse(self) -> tuple[int, str] | None:
+    def _take(self, watched: Holder | None = None) -> None:
+        """Lock the file and write our name; `watched` was seen to have no heartbeat."""
+        # Opened without truncation: what it says is the holder's until the lock is ours. Never
+        # opened again after that: closing any descriptor of a file drops the process's locks on it.
+        self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
         try:
-            with open(self.path) as file:  # anew, since network file systems cache attributes
-                return os.fstat(file.fileno()).st_mtime_ns, file.read()
-        except FileNotFoundError:
-            return None
+            self._lock()
+            holder = _parsed(self._read())
+            here = holder.get("host", socket.gethostname()) == socket.gethostname()
+            if here or holder == watched:
+                self._sign(holder)
+                return
+        except BaseException:
+            self.file.close()
+            raise
+        self.file.close()
+        if watched is not None or self._beats(holder):
+            self._refuse(holder)
+        self._take(watched=holder)
 
-    def _lock(self, watched: Holder) -> None:
+    def _lock(self) -> None:
         try:
             # a record lock, unlike flock, is not inherited by loader workers that outlive us
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,11 +108,33 @@ class Hold:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise  # a file system without locks, say
             self._refuse(_parsed(self._read()))
-        holder = _parsed(self._read())
-        if holder != watched and _is_elsewhere(holder):
-            self._refuse(holder)
-        if holder:
-            log.info("The run's former process, %s, is gone; going on in its place", _named(holder))
+
+    def _sign(self, former: Holder) -> None:
+        if former:
+            log.info("The run's former process, %s, is gone; going on in its place", _named(former))
+        self.content = json.dumps(
+            {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        )
+        self.file.truncate(0)
+        self.file.write(self.content)
+        self.file.flush()
+
+    def _beats(self, holder: Holder) -> bool:
+        """Whether the heartbeat of another host's holder goes on, watched for `WATCH_S`."""
+        log.info("Watching for a heartbeat of %s, %.0f s at most", _named(holder), WATCH_S)
+        first, end = self._pulse(), time.monotonic() + WATCH_S
+        while time.monotonic() < end:
+            time.sleep(WATCH_S / 35)
+            if self._pulse() != first:
+                return True
+        return False
+
+    def _pulse(self) -> tuple[int, str] | None:
+        try:
+            with open(self.path) as file:  # anew, since network file systems cache attributes
+                return os.fstat(file.fileno()).st_mtime_ns, file.read()
+        except FileNotFoundError:
+            return None
 
     def _read(self) -> str:
         self.file.seek(0)
@@ -143,10 +150,6 @@ class Hold:
         while not self._closed.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError, ValueError):  # the next one may reach the disk
                 os.utime(self.file.fileno())
-
-
-def _is_elsewhere(holder: Holder) -> bool:
-    return holder.get("host", socket.gethostname()) != socket.gethostname()
 
 
 def _parsed(content: str) -> Holder:

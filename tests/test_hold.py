@@ -78,11 +78,15 @@ def test_heartbeat_goes_on_after_an_error(tmp_path, monkeypatch):
 
 def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_path, monkeypatch):
     """Where the kernel's lock does not reach the other host."""
-    lock = hold.fcntl.lockf
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 6}))
+    monkeypatch.setattr(hold, "WATCH_S", 0.1)
+    lock, locked = hold.fcntl.lockf, []
 
     def late(*args):
         lock(*args)
-        (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+        locked.append(1)
+        if len(locked) == 2:  # the first was let go for the watch
+            (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
 
     monkeypatch.setattr(hold.fcntl, "lockf", late)
     with pytest.raises(InputError, match="process 7 on elsewhere"):
