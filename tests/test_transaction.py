@@ -54,7 +54,7 @@ def poison(trainer: MixedPrecisionTrainer, place: str, value: float, iteration: 
         trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, set_gradient)
 
 
-def skip_one_step(
+def check_one_skipped_step(
     device: str, mode: str, place: str, value: float, accumulation: int = 1, poisoned: int = 0
 ) -> None:
     """Train with micro-batch `poisoned` of the step after `GOOD` ones spoilt, and look at it."""
@@ -107,14 +107,14 @@ def skip_one_step(
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", PLACES)
 def test_skipped_step_leaves_everything_as_it_was(mode, place, value):
-    skip_one_step("cpu", mode, place, value)
+    check_one_skipped_step("cpu", mode, place, value)
 
 
 @pytest.mark.parametrize("poisoned", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", PLACES)
 def test_skipped_step_leaves_everything_as_it_was_when_accumulating(place, value, poisoned):
-    skip_one_step("cpu", "float16", place, value, accumulation=3, poisoned=poisoned)
+    check_one_skipped_step("cpu", "float16", place, value, accumulation=3, poisoned=poisoned)
 
 
 @pytest.mark.gpu
@@ -124,7 +124,7 @@ def test_skipped_step_leaves_everything_as_it_was_when_accumulating(place, value
 def test_skipped_step_leaves_everything_as_it_was_on_cuda(mode, place, accumulation):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    skip_one_step("cuda", mode, place, math.nan, accumulation, accumulation - 1)
+    check_one_skipped_step("cuda", mode, place, math.nan, accumulation, accumulation - 1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
