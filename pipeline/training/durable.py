@@ -156,7 +156,7 @@ class CheckpointStore:
         """
         present, last = self._present(), next(reversed(self._entries()), None)
         if last is not None and last not in present:
-            log.warning("%s IS MISSING: the checkpoint before it is used.", self.directory / last)
+            log.warning("%s IS MISSING; the one before is tried", self.directory / last)
         for name, entry in reversed(present.items()):
             path = self.directory / name
             try:
