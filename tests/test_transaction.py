@@ -211,6 +211,22 @@ def test_step_that_spoils_running_statistics_alone_is_skipped(mode):
     assert differing(states[0], states[1]) == []
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 1)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.conv(image) + self.mask.exp().sum()
+
+
+def test_buffer_that_is_infinite_by_design_skips_nothing():
+    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1)], network=Masked())
+    trainer.run()
+    assert trainer.progress.skipped_steps == 0
+
+
 class Buffers(nn.Module):
     """Counts its forward passes in buffers of several dtypes, one of which is not saved."""
 

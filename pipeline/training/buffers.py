@@ -27,6 +27,12 @@ class BufferSnapshot:
                 if buffer is not None:
                     by_dtype[buffer.dtype].append((module._buffers, name, buffer.clone()))
         self._groups = list(by_dtype.values())
+        # those that are infinite from the beginning, such as a mask, are meant to be
+        self._finite = [
+            [entry for entry in group if entry[2].isfinite().all()]
+            for group in self._groups
+            if group[0][2].is_floating_point()
+        ]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -36,15 +42,16 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def norm(self, device: torch.device) -> torch.Tensor:
-        """Sum of |value| over all floating-point buffers as they are now: finite if all are.
+        """Sum of |value| over the floating-point buffers as they are now: finite if all are.
+
+        Buffers that were not finite when this object was made are left out.
 
         Args:
             device: Where the scalar is wanted; the buffers' own.
         """
         total = torch.zeros((), device=device)
-        for group in self._groups:
-            if group[0][2].is_floating_point():
-                total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
+        for group in filter(None, self._finite):
+            total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
         return total.float()
 
     @torch.no_grad()
