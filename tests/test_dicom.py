@@ -1,0 +1,345 @@
+import pickle
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from dicom_series import write_series
+from monai.data import MetaTensor, decollate_batch, list_data_collate
+from monai.transforms import LoadImaged, SaveImage
+from pydicom.uid import JPEG2000, RLELossless, generate_uid
+from scipy.spatial.transform import Rotation
+
+from transforms.dicom import DicomError, dicom_files, read_series
+from transforms.postprocess import ToOriginalGridd
+from transforms.preprocess import preprocessing
+from transforms.volumes import LoadVolumesd
+
+# RAS directions of a row, of a column and from slice to slice
+AXIAL = [(-1, 0, 0), (0, -1, 0), (0, 0, 1)]  # head first, supine: a row runs to the left
+SAGITTAL = [(0, -1, 0), (0, 0, -1), (1, 0, 0)]
+SPACING = (0.7, 0.9, 2.5)
+
+
+def affine_of(axes=AXIAL, degrees=None):
+    matrix = np.array(axes, float).T
+    if degrees is not None:
+        matrix = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ matrix
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = matrix * SPACING, (10, -20, 30)
+    return affine
+
+
+@pytest.fixture
+def stored():
+    return np.random.default_rng(0).integers(-900, 1000, (6, 5, 7))
+
+
+@pytest.mark.parametrize("degrees", [None, (10, 20, -15)], ids=["straight", "oblique"])
+@pytest.mark.parametrize("axes", [AXIAL, SAGITTAL], ids=["axial", "sagittal"])
+def test_read_series_gives_voxels_and_affine_that_were_written(tmp_path, stored, axes, degrees):
+    affine = affine_of(axes, degrees)
+    write_series(tmp_path, stored, affine, slope=0.5, intercept=-1024)
+    voxels, got = read_series(tmp_path)
+    assert voxels.dtype == np.float32
+    np.testing.assert_array_equal(voxels, stored * 0.5 - 1024)
+    np.testing.assert_allclose(got, affine, atol=1e-5)
+
+
+def test_read_series_sorts_along_the_normal_when_written_against_it(tmp_path, stored):
+    affine = affine_of()
+    affine[:3, 2] *= -1  # slices numbered from head to feet
+    write_series(tmp_path, stored, affine)
+    voxels, got = read_series(tmp_path)
+    np.testing.assert_array_equal(voxels, stored[:, :, ::-1])
+    last = affine @ [0, 0, stored.shape[2] - 1, 1]
+    np.testing.assert_allclose(got @ [0, 0, 0, 1], last, atol=1e-5)
+
+
+def test_read_series_rescales_each_slice_by_its_own_slope(tmp_path, stored):
+    def change(one, k):
+        one.RescaleSlope = 0.25 * (k + 1)
+
+    write_series(tmp_path, stored, affine_of(), intercept=3, change=change)
+    np.testing.assert_array_equal(read_series(tmp_path)[0], stored * np.arange(0.25, 2, 0.25) + 3)
+
+
+def test_read_series_reads_run_length_encoded_slices(tmp_path, stored):
+    def change(one, k):
+        one.compress(RLELossless, generate_instance_uid=False)
+
+    write_series(tmp_path, stored, affine_of(), change=change)
+    np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
+
+
+@pytest.mark.parametrize("names", [("InstanceNumber",), ("RescaleSlope", "RescaleIntercept")])
+def test_read_series_does_without_what_it_does_not_need(tmp_path, stored, names):
+    def change(one, k):
+        for name in names:
+            delattr(one, name)
+
+    write_series(tmp_path, stored, affine_of(), change=change)
+    np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
+
+
+def test_read_series_passes_over_hidden_files_and_dicomdir(tmp_path, stored):
+    write_series(tmp_path, stored, affine_of())
+    (tmp_path / "._IM0000").write_bytes(b"of macOS")
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert len(dicom_files(tmp_path)) == 7
+    np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
+
+
+def test_read_series_bears_positions_rounded_to_a_tenth(tmp_path, stored):
+    def change(one, k):
+        one.ImagePositionPatient = [round(float(x), 1) for x in one.ImagePositionPatient]
+
+    affine = affine_of()
+    affine[:3, 2] = (0, 0, 0.625)
+    write_series(tmp_path, stored, affine, change=change)
+    assert read_series(tmp_path)[1][2, 2] == pytest.approx(0.625, abs=0.02)
+
+
+def other_series(one, k):
+    if k == 3:
+        one.SeriesInstanceUID = generate_uid()
+
+
+def other_orientation(one, k):
+    if k == 3:
+        one.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+
+def skewed(one, k):
+    one.ImageOrientationPatient = [1, 0, 0, 0.6, 0.8, 0]
+
+
+def other_spacing(one, k):
+    if k == 3:
+        one.PixelSpacing = [1, 1]
+
+
+def other_shape(one, k):
+    if k == 3:
+        one.Rows, one.Columns = one.Columns, one.Rows
+
+
+def same_place(one, k):
+    if k == 3:
+        one.ImagePositionPatient = [-10, 20, 30]
+
+
+def uneven(one, k):
+    x, y, z = one.ImagePositionPatient
+    one.ImagePositionPatient = [x, y, float(z) + 0.2 * k**2]
+
+
+def tilted(one, k):
+    x, y, z = one.ImagePositionPatient
+    one.ImagePositionPatient = [x, float(y) + 0.8 * k, z]
+
+
+def frames(one, k):
+    one.NumberOfFrames = 2
+
+
+def colours(one, k):
+    one.SamplesPerPixel = 3
+
+
+def no_position(one, k):
+    if k == 3:
+        del one.ImagePositionPatient
+
+
+def compressed(one, k):
+    one.file_meta.TransferSyntaxUID = JPEG2000
+    one.PixelData = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"
+    one["PixelData"].is_undefined_length = True
+
+
+def cut_off(one, k):
+    one.PixelData = one.PixelData[:-20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_series, r"expected one DICOM series, got 2\. Put each into a folder of its own"),
+        (other_orientation, r"expected slices of one ImageOrientationPatient, got several"),
+        (skewed, r"expected rows at right angles to columns"),
+        (other_spacing, r"expected slices of one PixelSpacing, got several"),
+        (other_shape, r"expected slices of one shape, got \[\(5, 6\), \(6, 5\)\]"),
+        (same_place, r"expected slices at different places, got two at one"),
+        (uneven, r"expected slices at even distances, got 2\.700 to 4\.700 mm"),
+        (tilted, r"got a shift of 4\.800 mm \(a tilted gantry\)"),
+        (frames, r"expected one slice per file, got IM000\d with frames"),
+        (colours, r"expected grey values .* got colours"),
+        (no_position, r"expected ImagePositionPatient in IM000\d, found none"),
+        (compressed, r"expected pixels that can be decoded in IM000\d, got: "),
+        (cut_off, r"expected pixels that can be decoded in IM000\d, got: "),
+    ],
+)
+def test_read_series_refuses_in_one_line(tmp_path, stored, change, message):
+    write_series(tmp_path, stored, affine_of(), change=change)
+    with pytest.raises(DicomError, match=message) as caught:
+        read_series(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("missing", [1, 3, 5])
+def test_read_series_refuses_a_missing_slice(tmp_path, stored, missing):
+    write_series(tmp_path, stored, affine_of(degrees=(10, 20, -15)), without=[missing])
+    with pytest.raises(DicomError, match=r"even distances, got 2\.500 to 5\.000 mm"):
+        read_series(tmp_path)
+
+
+def test_read_series_refuses_a_file_that_is_no_dicom_file(tmp_path, stored):
+    write_series(tmp_path, stored, affine_of())
+    (tmp_path / "IM0003").write_bytes(b"damaged")
+    with pytest.raises(DicomError, match=r"nothing but DICOM files in .*, got IM0003"):
+        read_series(tmp_path)
+
+
+def test_read_series_refuses_a_single_slice(tmp_path, stored):
+    write_series(tmp_path, stored[:, :, :1], affine_of())
+    with pytest.raises(DicomError, match="expected two DICOM slices or more"):
+        read_series(tmp_path)
+
+
+# ---- volumes
+
+
+def save(path, voxels, affine):
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return str(path)
+
+
+def read_volume(source):
+    loaded = LoadVolumesd("image")({"image": source})["image"]
+    return loaded.numpy(), loaded.affine.numpy()
+
+
+def test_load_volumes_reads_nifti_and_dicom_alike(tmp_path, stored):
+    affine = affine_of(degrees=(10, 20, -15))
+    file = save(tmp_path / "a.nii.gz", stored.astype(np.int16), affine)
+    folder = write_series(tmp_path / "a", stored, affine)
+    for source in (file, str(folder), folder):
+        voxels, got = read_volume(source)
+        np.testing.assert_array_equal(voxels, stored)
+        np.testing.assert_allclose(got, affine, atol=1e-5)
+
+
+def test_load_volumes_puts_channels_first(tmp_path, stored):
+    affine = affine_of()
+    file = save(tmp_path / "a.nii.gz", stored.astype(np.int16), affine)
+    folder = write_series(tmp_path / "a", stored + 1, affine)
+    voxels, got = read_volume([file, str(folder)])
+    np.testing.assert_array_equal(voxels, np.stack([stored, stored + 1]))
+    np.testing.assert_allclose(got, affine, atol=1e-5)
+
+
+class Touch:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.npy", "a.npz", "a.pkl", "a"])
+def test_volumes_never_unpickle(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps(Touch(tmp_path / "unpickled")))
+    with pytest.raises(Exception, match=r"\.nii|work out file type|header"):
+        read_volume(str(tmp_path / name))
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_volumes_refuse_what_is_no_nifti_file(tmp_path, stored):
+    nib.save(nib.MGHImage(stored.astype(np.int16), np.eye(4)), tmp_path / "a.mgz")
+    with pytest.raises(ValueError, match=r"^expected a \.nii or \.nii\.gz file, got a\.mgz"):
+        read_volume(tmp_path / "a.mgz")
+
+
+def test_volumes_have_the_affine_that_nibabel_gives_them_when_header_fields_disagree(
+    tmp_path, stored
+):
+    """MONAI would take the qform, which where its code is 0 is no more than the voxel size."""
+    file = nib.Nifti1Image(stored.astype(np.int16), None)
+    file.set_sform(np.diag([2, 2, 2, 1]), code=1)
+    file.set_qform(affine_of(), code=1)  # and with it the voxel size
+    nib.save(file, tmp_path / "a.nii")
+    got = LoadVolumesd("image")({"image": str(tmp_path / "a.nii")})["image"].affine
+    np.testing.assert_array_equal(got, np.diag([2, 2, 2, 1]))
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<f4", "<f8"])
+def test_load_volumes_loads_nifti_as_monai_does(tmp_path, stored, channels, dtype):
+    affine, paths = affine_of(degrees=(10, 20, -15)), []
+    for n in range(channels):
+        header = nib.Nifti1Header(endianness=dtype[0])
+        header.set_data_dtype(dtype)
+        paths.append(str(tmp_path / f"{n}.nii.gz"))
+        nib.save(nib.Nifti1Image((stored + n).astype(dtype), affine, header), paths[-1])
+        assert nib.load(paths[-1]).header.endianness == dtype[0]
+    for case in ({"image": paths}, {"image": paths[0]}):
+        want, got = (load(case)["image"] for load in (LoadImaged("image"), LoadVolumesd("image")))
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+        torch.testing.assert_close(got.as_tensor(), want.as_tensor(), rtol=0, atol=0)
+        assert got.meta.keys() == want.meta.keys()
+        for key, value in want.meta.items():
+            np.testing.assert_array_equal(got.meta[key], value)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_preprocessing_loads_a_dicom_series_as_it_loads_nifti(tmp_path, stored, channels):
+    # not oblique: there Spacing's choice of origin hangs on the last digits of the affine
+    affine = affine_of(SAGITTAL)
+    files, folders = [], []
+    for n in range(channels):
+        files.append(save(tmp_path / f"{n}.nii.gz", (stored + n).astype(np.float32), affine))
+        folders.append(str(write_series(tmp_path / f"series{n}", stored + n, affine)))
+    process = preprocessing((1.03, 1.03, 1.03), keys=["image"])  # 1 mm: 3.5 voxels, a tie
+    for expected, got in ((files, folders), (files[0], folders[0])):
+        want, image = (process({"image": paths})["image"] for paths in (expected, got))
+        assert isinstance(image, MetaTensor)
+        assert image.shape[0] == (channels if isinstance(got, list) else 1)
+        torch.testing.assert_close(image.as_tensor(), want.as_tensor(), atol=1e-3, rtol=1e-3)
+        np.testing.assert_allclose(image.affine, want.affine, atol=1e-4)
+
+
+def test_prediction_on_a_dicom_series_comes_back_on_its_grid(tmp_path):
+    """A ball in mm, drawn on the preprocessed grid, is the ball in mm on the slices' grid."""
+    affine = affine_of(SAGITTAL, (10, 20, -15))
+    shape = (24, 20, 9)
+    centre = affine @ [*(np.array(shape) / 2), 1]
+
+    def ball(shape, affine):
+        places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+        return np.linalg.norm(places @ affine[:3, :3].T + affine[:3, 3] - centre[:3], axis=-1) < 6
+
+    inside = ball(shape, affine)
+    # a folder's name with dots, as the UIDs that archives name folders by
+    folder = write_series(tmp_path / "1.2.840.10", np.where(inside, 500, -500), affine)
+    case = {"case_id": "1.2.840.10", "image": str(folder)}
+    data = preprocessing((1, 1, 1), keys=["image"])(case)
+    image = data["image"]
+    foreground = torch.as_tensor(ball(image.shape[1:], image.affine.numpy())).float()
+    data["pred"] = torch.stack([10 - 20 * foreground, 20 * foreground - 10])
+    (decollated,) = decollate_batch(list_data_collate([data]))
+    pred = ToOriginalGridd()(decollated)["pred"]
+    assert pred.shape == (1, *shape)
+    np.testing.assert_allclose(pred.affine, affine, atol=1e-4)
+    found = pred[0].numpy() == 1
+    assert 2 * (found & inside).sum() / (found.sum() + inside.sum()) > 0.95
+    SaveImage(tmp_path / "out", "pred", separate_folder=False, resample=False, print_log=False)(
+        pred
+    )
+    file = nib.load(tmp_path / "out" / "1.2.840.10_pred.nii.gz")
+    np.testing.assert_array_equal(np.asarray(file.dataobj), found)
+    np.testing.assert_allclose(file.affine, affine, atol=1e-4)
