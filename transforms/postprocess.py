@@ -13,7 +13,8 @@ from monai.utils import convert_to_tensor
 def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
     """Resample `volume` to the grid that `image` had in its file.
 
-    One linear interpolation undoes orientation and spacing together.
+    One linear interpolation undoes orientation and spacing together. Where empty borders were cut
+    off, what is outside is 0; of probabilities, in every class: the first one is argmax.
 
     Args:
         volume: `(C, H, W, D)` float, on the preprocessed grid of `image`.
@@ -23,12 +24,26 @@ def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
         `(C, *shape of the file)` float32.
     """
     moving = MetaTensor(convert_to_tensor(volume).float(), affine=image.affine)
-    resampled = SpatialResample(mode="bilinear", padding_mode="border")(
-        moving,
-        dst_affine=image.meta["original_affine"],
-        spatial_size=[int(n) for n in image.meta["spatial_shape"]],
-    )
-    return cast(MetaTensor, resampled)
+    original = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
+    affine = original.clone()
+    shape = [int(n) for n in image.meta["spatial_shape"]]
+    start = [int(n) for n in image.meta.get("crop_start", (0, 0, 0))]
+    size = [int(n) for n in image.meta.get("crop_size", shape)]
+    affine[:3, 3] += affine[:3, :3] @ torch.tensor(start, dtype=torch.float64)
+    resample = SpatialResample(mode="bilinear", padding_mode="border")
+    resampled = cast(MetaTensor, resample(moving, dst_affine=affine, spatial_size=size))
+    if size == shape:
+        return resampled
+    after = [n - a - b for n, a, b in zip(shape, start, size, strict=True)]
+    margins = [width for pair in zip(start, after, strict=True) for width in pair]
+    whole = torch.nn.functional.pad(resampled.as_tensor(), _last_axis_first(margins))
+    return MetaTensor(whole, meta={**resampled.meta, "affine": original})
+
+
+def _last_axis_first(margins: list[int]) -> list[int]:
+    """Pairs of margins in the order that torch pads in."""
+    pairs = [margins[2 * n : 2 * n + 2] for n in range(3)]
+    return [width for pair in pairs[::-1] for width in pair]
 
 
 class ToOriginalGridd(MapTransform):
@@ -47,5 +62,7 @@ class ToOriginalGridd(MapTransform):
         probabilities = torch.softmax(convert_to_tensor(data["pred"]).float(), dim=0)
         resampled = to_original_grid(probabilities, image)
         labels = cast(MetaTensor, resampled.argmax(dim=0, keepdim=True).to(torch.uint8))
-        labels.meta["filename_or_obj"] = image.meta["filename_or_obj"]  # names the saved file
+        # names the saved file; of an image that is a folder, a dot in the name begins no ending
+        name = f"{data['case_id']}.nii.gz" if "case_id" in data else image.meta["filename_or_obj"]
+        labels.meta["filename_or_obj"] = name
         return {**data, "pred": labels, "image": to_original_grid(image, image)}

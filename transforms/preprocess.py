@@ -1,8 +1,8 @@
-"""Deterministic preprocessing: from a NIfTI file to a regular, normalised volume.
+"""Deterministic preprocessing: from files to a regular, normalised volume.
 
 Orientation is made RAS, so that axis 0 runs from the patient's left to the right in every case;
-voxels are made `spacing` mm; intensities are normalised by the volume's own statistics, so that
-nothing measured on the training set has to travel with the model.
+voxels are made `spacing` mm; intensities are normalised by the volume's own statistics, or by
+numbers that stand in the config and travel with it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.transforms import (
     CastToTyped,
-    ClipIntensityPercentilesd,
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
-    NormalizeIntensityd,
     Orientationd,
     Spacingd,
     Transform,
 )
 
-NORMALIZATIONS = ("zscore", "percentile_zscore")
+from transforms.borders import CropEmptyBordersd
+from transforms.grid import OnImageGridd, on_grid
+from transforms.normalize import Normalization, NormalizeChannelsd
+from transforms.volumes import LoadVolumesd
 
 
 def preprocessing(
     spacing: Sequence[float],
-    normalization: str = "zscore",
+    normalization: Normalization | Sequence[Normalization] = "zscore",
     *,
+    crop_empty_borders: bool = False,
     keys: Sequence[str] = ("image", "label"),
     before: Sequence[Callable] = (),
     after: Sequence[Callable] = (),
 ) -> Compose:
     """Load and make regular the volumes of one case.
 
-    A case is a dictionary with file names under `image` (one file, or a list with one file per
-    channel) and `label`. Afterwards `image` is `(C, H, W, D)` float32 and `label` is
-    `(1, H, W, D)` uint8, both MetaTensors in RAS orientation.
+    A case is a dictionary with paths under `image` (one, or a list with one per channel) and
+    `label`: NIfTI files, or folders that hold a DICOM series each. Afterwards `image` is
+    `(C, H, W, D)` float32 and `label` is `(1, H, W, D)` uint8, both MetaTensors in RAS
+    orientation.
 
     Args:
         spacing: Voxel size in mm along R, A, S.
-        normalization: `zscore` (per channel over the whole volume; for MR), or
-            `percentile_zscore` (clipped to the 0.5th and 99.5th percentile before; for CT).
+        normalization: Of the intensities; see `NormalizeChannelsd`.
+        crop_empty_borders: Whether to cut off what is zero around the image first.
         keys: What to load. A key that a case lacks is left out.
         before: The user's own dictionary transforms, after loading and before orientation.
         after: The user's own dictionary transforms, after everything else.
@@ -52,25 +55,22 @@ def preprocessing(
     Raises:
         ValueError: If `normalization` is unknown or `spacing` is not three positive numbers.
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}."
-        )
     if len(spacing) != 3 or min(spacing) <= 0:
         raise ValueError(f"spacing: expected three positive numbers in mm, got {spacing!r}.")
     optional: dict[str, Any] = {"allow_missing_keys": True}
     labels = [key for key in keys if key == "label"]
     modes = ["nearest" if key == "label" else "bilinear" for key in keys]
-    clip = [ClipIntensityPercentilesd("image", lower=0.5, upper=99.5, channel_wise=True)]
+    crop = [CropEmptyBordersd(keys, **optional)] if crop_empty_borders else []
     return Compose(
         [
-            LoadImaged(keys, image_only=True, **optional),
+            LoadVolumesd(keys, **optional),
             EnsureChannelFirstd(keys, **optional),
+            *(OnImageGridd(key, **optional) for key in labels),
             *before,
+            *crop,
             Orientationd(keys, axcodes="RAS", labels=None, **optional),
             Spacingd(keys, pixdim=spacing, mode=modes, padding_mode="border", **optional),
-            *(clip if normalization == "percentile_zscore" else []),
-            NormalizeIntensityd("image", channel_wise=True),
+            NormalizeChannelsd(normalization),
             EnsureTyped(keys, dtype=torch.float32, **optional),
             *(CastToTyped(key, dtype=torch.uint8, **optional) for key in labels),
             *after,
@@ -79,20 +79,20 @@ def preprocessing(
 
 
 class ValidationPreprocessing(Transform):
-    """Preprocessing that leaves the label as it is in its file, for scoring on the original grid.
+    """Preprocessing that leaves the label as it is, for scoring on the grid of the image's file.
 
     Args:
         image: Preprocessing of the image; its other keys are skipped for lack of them.
 
     Called with a case, returns `image` as `image` makes it and `label` `(1, H, W, D)` uint8 on
-    the grid of its file. A class of MONAI's kind, since CacheDataset caches no other.
+    the grid of the image's file.
     """
 
     def __init__(self, image: Callable[[dict], dict]) -> None:
         self.image = image
         self.label = Compose(
             [
-                LoadImaged("label", image_only=True),
+                LoadVolumesd("label"),
                 EnsureChannelFirstd("label"),
                 CastToTyped("label", dtype=torch.uint8),
             ]
@@ -101,4 +101,8 @@ class ValidationPreprocessing(Transform):
     def __call__(self, case: dict) -> dict:
         """Load one case."""
         processed = self.image({key: value for key, value in case.items() if key != "label"})
-        return {**processed, **self.label({"label": case["label"]})}
+        label = self.label({"label": case["label"]})["label"]
+        meta = processed["image"].meta
+        affine = np.asarray(meta["original_affine"])
+        shape = [int(n) for n in meta["spatial_shape"]]
+        return {**processed, "label": on_grid(label, affine, shape)}

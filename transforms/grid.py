@@ -1,0 +1,118 @@
+"""One grid for an image and its label, where both lie on it but their files say so differently.
+
+Two files of one grid may name its axes in another order or direction (a label made elsewhere from a
+DICOM series), and their affines may differ in the last digits. MONAI's Spacing decides by those
+digits where the grid of an oblique volume begins: of 200 random ones 161 came out elsewhere, by up
+to 1.3 mm, when their affine was changed by a ten-millionth. So a label takes the image's affine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from nibabel.orientations import (
+    apply_orientation,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+
+TOLERANCE_MM = 0.001
+AS_IS = np.array([[0, 1], [1, 1], [2, 1]])
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How one grid lies on another.
+
+    Attributes:
+        shape: `(H, W, D)` of the one, its axes in the other's order.
+        change: What nibabel's `apply_orientation` takes to put voxels into that order.
+        distance_mm: Largest distance between the places of a corner; infinite where shapes differ.
+    """
+
+    shape: tuple[int, ...]
+    change: np.ndarray
+    distance_mm: float
+
+
+def align(
+    shape: Sequence[int], affine: np.ndarray, onto_shape: Sequence[int], onto_affine: np.ndarray
+) -> Alignment:
+    """Put the axes of a grid into the order and directions of another's, if they are not yet.
+
+    Args:
+        shape: `(H, W, D)` of the grid.
+        affine: `(4, 4)` of the grid, to RAS mm.
+        onto_shape: `(H, W, D)` of the other.
+        onto_affine: `(4, 4)` of the other.
+    """
+    as_is = compare(shape, affine, onto_shape, onto_affine)
+    if as_is.distance_mm <= TOLERANCE_MM:
+        return as_is  # near 45 degrees the order of axes is a matter of digits
+    change = ornt_transform(io_orientation(affine), io_orientation(onto_affine))
+    order = np.argsort(change[:, 0])
+    moved = affine @ inv_ornt_aff(change, tuple(shape))
+    return compare([shape[n] for n in order], moved, onto_shape, onto_affine, change)
+
+
+def compare(
+    shape: Sequence[int],
+    affine: np.ndarray,
+    onto_shape: Sequence[int],
+    onto_affine: np.ndarray,
+    change: np.ndarray = AS_IS,
+) -> Alignment:
+    """Whether one grid lies on another as it is; arguments as for `align`."""
+    distance = math.inf
+    if tuple(shape) == tuple(onto_shape):
+        corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape], [1]))).T
+        distance = float(np.linalg.norm((affine - onto_affine) @ corners, axis=0).max())
+    return Alignment(tuple(int(n) for n in shape), change, distance)
+
+
+class OnImageGridd(MapTransform):
+    """Puts volumes on the image's grid: its order of axes, its directions, and its very affine.
+
+    Args:
+        keys: Volumes `(C, H, W, D)` on the grid of `image`, up to the order and direction of axes.
+        allow_missing_keys: Whether one may be absent.
+
+    Raises:
+        ValueError: If one is on another grid.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: dict) -> dict:
+        """Put the volumes of one case there."""
+        image = data["image"]
+        grid = image.affine.numpy(), image.shape[1:]
+        return {**data, **{key: on_grid(data[key], *grid) for key in self.key_iterator(data)}}
+
+
+def on_grid(volume: MetaTensor, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
+    """`volume` `(C, H, W, D)` in the axes of a grid, with the affine of that grid.
+
+    Raises:
+        ValueError: If it is on another one, by more than 0.001 mm.
+    """
+    found = align(volume.shape[1:], volume.affine.numpy(), shape, affine)
+    if not found.distance_mm <= TOLERANCE_MM:
+        raise ValueError(
+            f"expected image and label on one grid within {TOLERANCE_MM} mm, got shapes "
+            f"{tuple(shape)} and {found.shape}, {found.distance_mm:.3f} mm apart. "
+            "Resample the label or exclude the case."
+        )
+    voxels = [apply_orientation(channel, found.change) for channel in volume.numpy()]
+    meta = {**volume.meta, "affine": torch.as_tensor(affine)}
+    return MetaTensor(torch.as_tensor(np.stack(voxels)), meta=meta)
