@@ -1,24 +1,23 @@
-"""What a dataset folder holds: its cases, classes, modality and split.
-
-The layout is that of the Medical Segmentation Decathlon: a `dataset.json` with `labels`,
-`modality` and `training`, a list of image and label files relative to it.
-"""
+"""A dataset as one run sees it: its cases, split, and what is known of images and labels."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
-
-Case = dict[str, Any]
+from pipeline.data.findings import Finding
+from pipeline.data.folders import group_channels
+from pipeline.data.layouts import read_layout
+from pipeline.data.listing import Case, Layout, case_name, paths_of, volumes_in
+from pipeline.data.split_files import split_by_file
+from pipeline.data.splits import GroupPattern, Split, split_by_hash
+from pipeline.errors import InputError, nearest
+from transforms.dicom import dicom_files
 
 
 @dataclass(frozen=True)
@@ -27,224 +26,201 @@ class Cases:
 
     Attributes:
         name: Of the dataset.
-        class_names: In the order of the label values, background first.
-        num_channels: Channels of an image.
-        normalization: What suits the modality: `zscore` or `percentile_zscore` (CT).
-        train: Dictionaries with `case_id`, `image` and `label` (absolute file names).
+        class_names: In the order of the label values, background first; None where the layout does
+            not declare them.
+        train: Dictionaries with `case_id`, `image` (a path, or a list with one per channel),
+            `label` and perhaps `group`. A path is an absolute file name, or a folder's that holds a
+            DICOM series.
         validation: The same, of other persons.
         fingerprint: SHA-256 over case ids, file sizes and labels: the same data has the same
             one wherever it lies.
         description: Free facts of `dataset.json`: description, reference, licence.
+        test: Cases of persons that no fold trains or validates on.
+        root: Folder of the dataset, links resolved.
+        layout: `msd`, `nnunet`, `folders` or `table`.
+        channel_names: In the order of the channels; None where the layout does not declare them.
+        ignore_value: Label value of voxels that count for nothing; None if there is none.
+        findings: What is wrong with single cases; a case with a fault is in no part of the split.
+        excluded: Ids of the cases that were left out on demand.
     """
 
     name: str
-    class_names: list[str]
-    num_channels: int
-    normalization: str
+    class_names: list[str] | None
     train: list[Case]
     validation: list[Case]
     fingerprint: str
     description: dict[str, str]
+    test: list[Case] = field(default_factory=list)
+    root: Path = Path()
+    layout: str = "msd"
+    channel_names: list[str] | None = None
+    ignore_value: int | None = None
+    findings: list[Finding] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+
+    def image_dir(self, dataset_dir: str) -> str:
+        """Folder of the first training image, as seen from where the dataset is `dataset_dir`."""
+        image = self.train[0]["image"]
+        first = image if isinstance(image, str) else image[0]
+        place = os.path.relpath(Path(first).parent, self.root)
+        start = (
+            dataset_dir
+            if Path(dataset_dir).suffix not in (".csv", ".json")
+            else (os.path.dirname(dataset_dir))
+        )
+        return os.path.normpath(os.path.join(start, place))
 
     @property
-    def num_classes(self) -> int:
-        """Classes, background included."""
-        return len(self.class_names)
+    def num_channels(self) -> int | None:
+        """Channels of an image; None where the layout does not declare them."""
+        return None if self.channel_names is None else len(self.channel_names)
 
 
 def load_cases(
     dataset_dir: str | Path,
     *,
-    fold: int = 0,
+    fold: int | str = 0,
     num_folds: int = 5,
     split_seed: int = 0,
-    group_pattern: str | Callable[[str], str] | None = None,
+    group_pattern: GroupPattern = None,
+    test_share: float = 0.0,
+    split_file: str | Path | None = None,
+    exclude: Sequence[str] = (),
+    data_roots: Sequence[str | Path] = (),
 ) -> Cases:
-    """Read `dataset.json` and split its training cases.
+    """Recognise a dataset's layout, read its cases and split them.
 
     Args:
-        dataset_dir: Folder with `dataset.json`.
-        fold: Which of the folds is validated on, 0 to `num_folds` - 1.
-        num_folds: Parts that the persons are divided into.
-        split_seed: Which division.
+        dataset_dir: A folder, or a table; see `pipeline.data.layouts`.
+        fold: Which of the folds is validated on, or `all`; see `split_by_hash`.
+        num_folds: Parts that the persons are divided into; with `split_file` of no meaning.
+        split_seed: Which division; with `split_file` of no meaning.
         group_pattern: Tells persons apart; see `person_of`.
+        test_share: Of the persons, kept from training and validation.
+        split_file: States the split in place of the four before; see `split_by_file`.
+        exclude: Ids of cases to leave out before anything else is done with them.
+        data_roots: Folders outside of the dataset's that files may lie in.
 
     Raises:
-        InputError: One line per fault: no or broken `dataset.json`, a missing file, a case listed
-            twice, labels that do not count from 0, a pattern that does not match, too few persons.
+        InputError: One line per fault of the dataset as a whole, of the split or of `exclude`, the
+            faults of single cases before them. These alone raise nothing: see `Cases.findings`.
     """
-    root = Path(dataset_dir)
-    source = _read_dataset_json(root)
-    where = root / "dataset.json"
-    cases, faults = [], []
-    for entry in source["training"]:
-        # links are kept: what they point to may bear another name
-        case = {key: os.path.abspath(root / entry[key]) for key in ("image", "label")}
-        case["case_id"] = _case_id(entry["image"])
-        cases.append(case)
-        faults += [
-            f"{case['case_id']}: expected {key} file {entry[key]} of {where}, found none. "
-            "Put it there or take the case out of dataset.json."
-            for key in ("image", "label")
-            if not Path(case[key]).is_file()
-        ]
-    faults += [
-        f"{case_id}: expected one case of this name in {where}, got {count}. Rename or remove one."
-        for case_id, count in Counter(case["case_id"] for case in cases).items()
-        if count > 1
-    ]
-    if faults:
-        raise InputError(*faults)
-    validation = _validation_ids(cases, fold, num_folds, split_seed, group_pattern)
-    return Cases(
-        name=str(source.get("name", root.resolve().name)),
-        class_names=_class_names(source["labels"], where),
-        num_channels=len(source["modality"]),
-        normalization=_normalization(source["modality"]),
-        train=[case for case in cases if case["case_id"] not in validation],
-        validation=[case for case in cases if case["case_id"] in validation],
-        fingerprint=_fingerprint(cases, source["labels"]),
-        description={
-            key: str(source[key])
-            for key in ("description", "reference", "licence")
-            if key in source
-        },
-    )
+    layout = _without(read_layout(dataset_dir, data_roots=data_roots), exclude)
+    how: dict[str, Any] = {"fold": fold, "group_pattern": group_pattern}
+    by_hash: dict[str, Any] = {
+        "num_folds": num_folds,
+        "split_seed": split_seed,
+        "test_share": test_share,
+    }
+    try:
+        if split_file is None:
+            split = split_by_hash(layout.cases, **how, **by_hash)
+        elif test_share:
+            raise InputError(
+                f"test_share: expected 0 with split_file, got {test_share}. State the test cases "
+                "in the file."
+            )
+        else:
+            left_out = {*exclude, *(finding.case_id for finding in layout.findings)}
+            split = split_by_file(layout.cases, split_file, **how, left_out=left_out)
+    except InputError as error:
+        # cases with a fault are not there to be split, which may be why there are too few
+        raise InputError(*(finding.line for finding in layout.findings), *error.faults) from None
+    return _cases(layout, split, sorted(set(exclude)))
 
 
-def list_images(folder: str | Path) -> list[Case]:
-    """The NIfTI files of a folder as cases without labels, by name.
+def list_images(folder: str | Path, num_channels: int | None = None) -> list[Case]:
+    """The volumes of a folder as cases without labels, by name.
+
+    Volumes are NIfTI files and folders with a DICOM series; a folder of DICOM files is one case.
+    Where every name ends as channels do (`<case>_0000`, `_0001`, …) and all cases have the same
+    channels, counted from 0, these are put together.
+
+    Args:
+        folder: With the volumes.
+        num_channels: Of an image. Names such as `amos_0000`, `amos_0001` may be cases or channels:
+            they are channels if so many belong to each case. None: they are channels.
 
     Raises:
         InputError: If there is none.
     """
-    files = sorted(f for end in (".nii", ".nii.gz") for f in Path(folder).glob(f"[!.]*{end}"))
-    if not files:
-        raise InputError(f"dataset_dir: expected NIfTI files in {folder}, found none.")
-    return [{"case_id": _case_id(path), "image": str(path)} for path in files]
-
-
-def _case_id(image: str | Path) -> str:
-    """File name without folder and `.nii` or `.nii.gz`; other dots belong to the name."""
-    return re.sub(r"\.nii(\.gz)?$", "", Path(image).name)
-
-
-def _read_dataset_json(root: Path) -> dict[str, Any]:
-    path = root / "dataset.json"
-    if not path.is_file():
+    root = Path(folder)
+    found = volumes_in(root)
+    if not found and root.is_dir() and dicom_files(root):
+        found = [root.absolute()]
+    if not found:
         raise InputError(
-            f"dataset_dir: expected a folder with dataset.json (Medical Segmentation Decathlon "
-            f"layout), found none in {root}. Check the path."
+            f"dataset_dir: expected NIfTI files or DICOM series in {folder}, found none. "
+            "Check the path."
         )
-    try:
-        source = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, got: {error}. Mend the file.") from None
-    if not isinstance(source, Mapping):
-        raise InputError(f"{path}: expected a JSON object, got {type(source).__name__}.")
-    kinds = {"labels": Mapping, "modality": Mapping, "training": list}
-    faults = [
-        f"{path}: expected '{key}' ({kind.__name__.lower()}, not empty), got {source.get(key)!r}."
-        for key, kind in kinds.items()
-        if not isinstance(source.get(key), kind) or not source[key]
-    ]
-    if not faults:
-        faults = [
-            f"{path}: expected image and label (file names) in training[{number}], got {entry!r}."
-            for number, entry in enumerate(source["training"])
-            if not isinstance(entry, Mapping)
-            or not all(isinstance(entry.get(key), str) for key in ("image", "label"))
-        ]
-    if faults:
-        raise InputError(*faults)
-    return dict(source)
-
-
-def _class_names(labels: Mapping[str, str], where: Path) -> list[str]:
-    """Names in the order of the values, which must be 0, 1, 2, …"""
-    values = sorted(labels, key=lambda value: int(value) if value.isdecimal() else -1)
-    if values != [str(n) for n in range(len(labels))] or len(labels) < 2:
+    paths = {case_name(path): str(path) for path in found}
+    if len(paths) < len(found):
+        twice = sorted({case_name(path) for path in found if str(path) not in paths.values()})
         raise InputError(
-            f"{where}: expected labels '0' (background), '1', '2', … without gaps, "
-            f"got {list(labels)}. Renumber them."
+            *(f"{name}: expected one volume of this name in {root}, got two." for name in twice)
         )
-    return [str(labels[value]) for value in values]
-
-
-def _normalization(modality: Mapping[str, str]) -> str:
-    """Percentile clipping for CT, where metal and the table would else set the scale."""
-    names = [str(name).upper() for name in modality.values()]
-    return "percentile_zscore" if "CT" in names else "zscore"
-
-
-def _fingerprint(cases: list[Case], labels: Mapping[str, str]) -> str:
-    facts = [
-        (case["case_id"], Path(case["image"]).stat().st_size, Path(case["label"]).stat().st_size)
-        for case in cases
+    grouped = group_channels(list(paths))
+    channels = {tuple(one) for one in grouped.values()}
+    count = len(next(iter(channels)))
+    regular = channels == {tuple(f"{n:04d}" for n in range(count))}
+    if not regular or num_channels not in (None, count):
+        return [{"case_id": name, "image": path} for name, path in paths.items()]
+    return [
+        {"case_id": case, "image": [paths[name] for name in names.values()]}
+        if count > 1
+        else {"case_id": case, "image": paths[names["0000"]]}
+        for case, names in grouped.items()
     ]
-    return hashlib.sha256(json.dumps([sorted(facts), dict(labels)]).encode()).hexdigest()
 
 
-def person_of(case_id: str, group_pattern: str | Callable[[str], str] | None) -> str:
-    """The person a case belongs to, so that all of a person's cases stay on one side of a split.
-
-    Args:
-        case_id: Such as `hippocampus_017`.
-        group_pattern: `None` (each case is a person of its own); `pairs` (the cases numbered
-            2k−1 and 2k are one person); a function of the case id; or a regular expression whose
-            first group, or whole match, names the person.
+def _without(layout: Layout, exclude: Sequence[str]) -> Layout:
+    """The layout without some cases.
 
     Raises:
-        InputError: If the pattern is not a regular expression or does not match.
+        InputError: For each that is not in it.
     """
-    if group_pattern is None:
-        return case_id
-    if callable(group_pattern):
-        return str(group_pattern(case_id))
-    expression = r"(\d+)$" if group_pattern == "pairs" else group_pattern
-    try:
-        match = re.search(expression, case_id)
-    except re.error as error:
-        raise InputError(
-            f"group_pattern: expected a regular expression or 'pairs', got {group_pattern!r} "
-            f"({error})."
-        ) from None
-    if match is None:
-        raise InputError(
-            f"{case_id}: expected the case id to match group_pattern {group_pattern!r}, "
-            "it does not. Change the pattern."
-        )
-    name = match.group(1) if match.groups() else match.group()
-    return str((int(name) + 1) // 2) if group_pattern == "pairs" else name
-
-
-def _validation_ids(
-    cases: list[Case],
-    fold: int,
-    num_folds: int,
-    split_seed: int,
-    group_pattern: str | Callable[[str], str] | None,
-) -> set[str]:
-    """Case ids of the fold: persons are ordered by a hash and dealt out in turn."""
-    persons: dict[str, str] = {}
-    faults: list[str] = []
-    for case in cases:
-        try:
-            persons[case["case_id"]] = person_of(case["case_id"], group_pattern)
-        except InputError as error:
-            faults += error.faults
+    known = [case["case_id"] for case in layout.cases]
+    known += [finding.case_id for finding in layout.findings]
+    faults = [
+        f"exclude: expected cases of the dataset, got '{case_id}'. {nearest(case_id, known)}"
+        for case_id in dict.fromkeys(exclude)
+        if case_id not in known
+    ]
     if faults:
-        raise InputError(*dict.fromkeys(faults))  # a broken pattern is one fault, not one a case
+        raise InputError(*faults)
+    return replace(
+        layout,
+        cases=[case for case in layout.cases if case["case_id"] not in exclude],
+        findings=[finding for finding in layout.findings if finding.case_id not in exclude],
+    )
 
-    def rank(person: str) -> str:
-        return hashlib.sha256(f"{split_seed}/{person}".encode()).hexdigest()
 
-    ordered = sorted(set(persons.values()), key=rank)
-    if not 2 <= num_folds <= len(ordered):
-        raise InputError(
-            f"num_folds: expected 2 to {len(ordered)} (the number of persons), got {num_folds}."
-        )
-    if not 0 <= fold < num_folds:
-        raise InputError(f"fold: expected 0 to {num_folds - 1}, got {fold}.")
-    chosen = set(ordered[fold::num_folds])
-    return {case_id for case_id, person in persons.items() if person in chosen}
+def _cases(layout: Layout, split: Split, excluded: list[str]) -> Cases:
+    return Cases(
+        name=layout.name,
+        class_names=layout.class_names,
+        train=split.train,
+        validation=split.validation,
+        fingerprint=_fingerprint(layout.cases, layout.labels),
+        description=layout.description,
+        test=split.test,
+        root=layout.root,
+        layout=layout.kind,
+        channel_names=layout.channel_names,
+        ignore_value=layout.ignore_value,
+        findings=[*layout.findings, *split.findings],
+        excluded=excluded,
+    )
+
+
+def _fingerprint(cases: list[Case], labels: Mapping[str, Any] | None) -> str:
+    facts = [(case["case_id"], *map(_size, paths_of(case))) for case in cases]
+    stated = None if labels is None else dict(labels)
+    return hashlib.sha256(json.dumps([sorted(facts), stated]).encode()).hexdigest()
+
+
+def _size(path: str) -> int | list[int]:
+    """Bytes of a file, or of each file of a DICOM series."""
+    if Path(path).is_dir():
+        return [file.stat().st_size for file in dicom_files(path)]
+    return Path(path).stat().st_size

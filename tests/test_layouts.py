@@ -1,0 +1,500 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import make_dataset, write_dataset_json
+from dicom_series import write_series
+
+from pipeline.data.datasets import load_cases
+from pipeline.data.layouts import read_layout
+from pipeline.errors import InputError
+
+
+def fault_of(*arguments, **keywords):
+    with pytest.raises(InputError) as caught:
+        read_layout(*arguments, **keywords)
+    (fault,) = caught.value.faults
+    assert str(caught.value) == fault
+    assert "\n" not in fault
+    return fault
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def ids(layout):
+    return [case["case_id"] for case in layout.cases]
+
+
+def found(layout):
+    return [(finding.case_id, finding.check) for finding in layout.findings]
+
+
+# ---- Medical Segmentation Decathlon
+
+
+def test_read_layout_recognises_msd(tmp_path):
+    layout = read_layout(make_dataset(tmp_path / "tiny", num_cases=2))
+    assert (layout.kind, layout.name, layout.root) == ("msd", "tiny", (tmp_path / "tiny").resolve())
+    assert layout.class_names == ["background", "dim", "bright"]
+    assert (layout.channel_names, layout.ignore_value) == (["MRI"], None)
+    assert ids(layout) == ["tiny_001", "tiny_002"]
+    assert layout.findings == []
+
+
+def test_read_layout_reads_channels_of_msd_in_the_order_of_their_numbers(tmp_path):
+    make_dataset(tmp_path, num_cases=1)
+    modality = {"10": "k", **{str(n): "abcdefghij"[n] for n in range(10)}}
+    write_dataset_json(tmp_path, ["tiny_001"], modality=modality)
+    assert read_layout(tmp_path).channel_names == list("abcdefghijk")
+    write_dataset_json(tmp_path, ["tiny_001"], modality=None, channel_names={"0": "CT"})
+    assert read_layout(tmp_path).channel_names == ["CT"]
+
+
+def test_read_layout_keeps_a_class_of_msd_that_is_named_ignore(tmp_path):
+    make_dataset(tmp_path, num_cases=1)
+    labels = {"0": "background", "1": "ignore", "2": "bright"}
+    write_dataset_json(tmp_path, ["tiny_001"], labels=labels)
+    layout = read_layout(tmp_path)
+    assert (layout.class_names, layout.ignore_value) == (list(labels.values()), None)
+
+
+def test_read_layout_passes_over_a_byte_order_mark_of_dataset_json(tmp_path):
+    path = make_dataset(tmp_path, num_cases=1) / "dataset.json"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert ids(read_layout(tmp_path)) == ["tiny_001"]
+
+
+# ---- nnU-Net
+
+
+def nnunet(root, cases=("a", "b"), channels=2, ending=".nii.gz", **changes):
+    for case in cases:
+        touch(root, *(f"imagesTr/{case}_{n:04d}{ending}" for n in range(channels)))
+        touch(root, f"labelsTr/{case}{ending}")
+    source = {
+        "channel_names": {str(n): f"T{n + 1}" for n in range(channels)},
+        "labels": {"background": 0, "tumour": 2, "liver": 1},
+        "file_ending": ending,
+        **changes,
+    }
+    (root / "dataset.json").write_text(json.dumps({k: v for k, v in source.items() if v}))
+    return root
+
+
+def test_read_layout_recognises_nnunet(tmp_path):
+    layout = read_layout(nnunet(tmp_path))
+    assert layout.kind == "nnunet"
+    assert layout.class_names == ["background", "liver", "tumour"]
+    assert (layout.channel_names, layout.ignore_value) == (["T1", "T2"], None)
+    assert layout.findings == []
+    assert layout.cases == [
+        {
+            "case_id": case,
+            "image": [str(tmp_path / f"imagesTr/{case}_{n:04d}.nii.gz") for n in (0, 1)],
+            "label": str(tmp_path / f"labelsTr/{case}.nii.gz"),
+        }
+        for case in ("a", "b")
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ending": ".nii"},
+        {"channel_names": None, "modality": {"0": "T1"}},
+        {"file_ending": None},
+    ],
+)
+def test_read_layout_takes_spellings_of_nnunet(tmp_path, changes):
+    layout = read_layout(nnunet(tmp_path, channels=1, **changes))
+    assert (layout.kind, layout.channel_names) == ("nnunet", ["T1"])
+    ending = changes.get("ending", ".nii.gz")
+    images = [case["image"] for case in layout.cases]
+    assert images == [str(tmp_path / f"imagesTr/{case}_0000{ending}") for case in "ab"]
+
+
+def test_read_layout_reads_nnunets_list_of_files(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    touch(tmp_path, "elsewhere/x1.nii.gz", "elsewhere/x2.nii.gz", "elsewhere/y.nii.gz")
+    listed = {
+        "x": {
+            "images": ["elsewhere/x1.nii.gz", "elsewhere/x2.nii.gz"],
+            "label": "elsewhere/y.nii.gz",
+        },
+        "one": {"images": ["elsewhere/x1.nii.gz"], "label": "elsewhere/y.nii.gz"},
+    }
+    layout = read_layout(nnunet(tmp_path, cases=(), dataset=listed))
+    (case,) = layout.cases
+    assert case["case_id"] == "x"
+    assert case["image"] == [str(tmp_path / f"elsewhere/x{n}.nii.gz") for n in (1, 2)]
+    assert found(layout) == [("one", "missing")]
+
+
+def test_read_layout_takes_the_highest_label_for_ignore(tmp_path):
+    labels = {"background": 0, "ignore": 3, "a": 1, "b": 2}
+    layout = read_layout(nnunet(tmp_path, labels=labels))
+    assert (layout.class_names, layout.ignore_value) == (["background", "a", "b"], 3)
+
+
+def test_read_layout_takes_numbers_for_names_when_the_values_are_numbers(tmp_path):
+    assert read_layout(nnunet(tmp_path, labels={"1": 0, "0": 1})).class_names == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": {"background": 0, "ignore": 1, "a": 2}},
+            r"'ignore' to have the highest value, 2, got 1",
+        ),
+        ({"labels": {"background": 0, "ignore": 1}}, r"without gaps"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, r"got a region for whole\. "),
+        ({"labels": {"background": 0, "a": 2}}, r"without gaps"),
+        ({"file_ending": ".mha"}, r"expected file_ending \.nii\.gz or \.nii, got '\.mha'"),
+        ({"channel_names": None}, r"expected 'channel_names' \(mapping, not empty\), got None"),
+        ({"dataset": {"x": {"images": "a.nii.gz"}}}, r"and label in dataset\['x'\]"),
+        ({"dataset": ["x"]}, r"expected 'dataset' \(mapping\), got \['x'\]"),
+        ({"cases": ()}, r"expected cases, got none"),
+    ],
+)
+def test_read_layout_refuses_of_nnunet_in_one_line(tmp_path, changes, message):
+    assert re.search(message, fault_of(nnunet(tmp_path, **changes)))
+
+
+def test_read_layout_finds_each_incomplete_case_of_nnunet_once(tmp_path):
+    nnunet(tmp_path, cases=("a", "b", "c", "d", "e", "f"))
+    for name in ("imagesTr/b_0000", "labelsTr/c", "imagesTr/d_0000", "imagesTr/d_0001"):
+        (tmp_path / f"{name}.nii.gz").unlink()
+    touch(tmp_path, "imagesTr/e_0002.nii.gz", "imagesTr/plain.nii.gz", "imagesTr/._a_0000.nii.gz")
+    touch(tmp_path, "labelsTr/.a.nii.gz", "imagesTr/notes.txt", "imagesTr/g.nii", "labelsTr/g.nii")
+    layout = read_layout(tmp_path)
+    assert ids(layout) == ["a", "f"]
+    assert sorted(found(layout)) == [
+        ("b", "missing"),
+        ("c", "unpaired"),
+        ("d", "unpaired"),
+        ("e", "unpaired"),
+        ("plain.nii.gz", "unpaired"),
+    ]
+    lines = {finding.case_id: finding.line for finding in layout.findings}
+    assert lines["b"] == "b: expected channels 0000, 0001, found no 0000. Add it."
+    assert lines["c"].startswith("c: expected a label of image imagesTr/c_0000.nii.gz, found none.")
+    assert lines["d"].startswith("d: expected an image of label labelsTr/d.nii.gz, found none.")
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("names", [("images", "labels"), ("imagesTr", "labelsTr")])
+def test_read_layout_recognises_folders(tmp_path, names):
+    images, labels = names
+    touch(tmp_path, f"{images}/b.nii.gz", f"{images}/a_0001.nii", f"{images}/._b.nii.gz")
+    touch(tmp_path, f"{labels}/b.nii", f"{labels}/a_0001.nii.gz", f"{labels}/.DS_Store")
+    layout = read_layout(tmp_path)
+    assert (layout.kind, layout.name, layout.findings) == ("folders", tmp_path.name, [])
+    assert (layout.class_names, layout.channel_names) == (None, None)
+    assert layout.cases == [
+        {
+            "case_id": case,
+            "image": str(tmp_path / images / f"{case}.{image}"),
+            "label": str(tmp_path / labels / f"{case}.{label}"),
+        }
+        for case, image, label in (("a_0001", "nii", "nii.gz"), ("b", "nii.gz", "nii"))
+    ]
+
+
+def test_read_layout_puts_channels_of_folders_together(tmp_path):
+    touch(tmp_path, *(f"images/{case}_{n:04d}.nii.gz" for case in "abc" for n in range(3)))
+    touch(tmp_path, *(f"labels/{case}.nii.gz" for case in "abd"))
+    (tmp_path / "images/b_0001.nii.gz").unlink()
+    layout = read_layout(tmp_path)
+    (case,) = layout.cases
+    assert case["case_id"] == "a"
+    assert case["image"] == [str(tmp_path / f"images/a_{n:04d}.nii.gz") for n in range(3)]
+    assert found(layout) == [("b", "missing"), ("c", "unpaired"), ("d", "unpaired")]
+
+
+def test_read_layout_takes_numbered_names_for_cases_when_labels_are_named_so(tmp_path):
+    touch(tmp_path, "images/a_0000.nii", "images/c_0001.nii", "labels/a_0000.nii")
+    layout = read_layout(tmp_path)
+    assert (ids(layout), found(layout)) == (["a_0000"], [("c_0001", "unpaired")])
+
+
+def test_read_layout_finds_a_case_of_folders_that_is_there_twice(tmp_path):
+    touch(
+        tmp_path, "images/a.nii", "images/a.nii.gz", "labels/a.nii", "images/b.nii", "labels/b.nii"
+    )
+    layout = read_layout(tmp_path)
+    assert ids(layout) == ["b"]
+    assert found(layout) == [("a", "duplicate_id")]
+
+
+def series(folder):
+    return write_series(folder, np.zeros((4, 3, 2), int), np.eye(4))
+
+
+def test_read_layout_takes_dicom_folders_for_images(tmp_path):
+    for name in ("a", "1.2.840", ".hidden"):
+        series(tmp_path / "images" / name)
+    touch(tmp_path, "images/empty/notes.txt", "labels/a.nii.gz", "labels/1.2.840.nii.gz")
+    touch(tmp_path, "labels/empty.nii.gz")
+    layout = read_layout(tmp_path)
+    assert ids(layout) == ["1.2.840", "a"]
+    assert layout.cases[1]["image"] == str(tmp_path / "images/a")
+    assert found(layout) == [("empty", "unpaired")]
+
+
+# ---- tables
+
+
+def table(root, text, name="cases.csv"):
+    touch(root, *(f"{kind}{n}.nii.gz" for kind in ("i", "j", "l") for n in (1, 2)))
+    (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+ROWS = "image,label,case_id,group,age\ni1.nii.gz,l1.nii.gz,x,p1,50\n\ni2.nii.gz,l2.nii.gz,y,p1,51\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROWS,
+        "\ufeff" + ROWS,
+        ROWS.replace(",", ";"),
+        ROWS.replace(",", "\t"),
+        ROWS.replace("\n", "\r\n"),
+    ],
+    ids=["plain", "byte order mark", "semicolon", "tab", "CRLF"],
+)
+def test_read_layout_reads_csv(tmp_path, text):
+    table(tmp_path, text)
+    expected = [
+        {
+            "case_id": case,
+            "image": str(tmp_path / f"i{n}.nii.gz"),
+            "label": str(tmp_path / f"l{n}.nii.gz"),
+            "group": "p1",
+        }
+        for n, case in ((1, "x"), (2, "y"))
+    ]
+    for path in (tmp_path, tmp_path / "cases.csv"):
+        layout = read_layout(path)
+        assert (layout.kind, layout.name) == ("table", tmp_path.name)
+        assert (layout.class_names, layout.channel_names, layout.findings) == (None, None, [])
+        assert layout.root == tmp_path.resolve()
+        assert layout.cases == expected
+
+
+def test_read_layout_reads_channels_of_csv_in_their_order(tmp_path):
+    table(tmp_path, "image_1,image_0,label\nj1.nii.gz,i1.nii.gz,l1.nii.gz\n", "mine.csv")
+    layout = read_layout(tmp_path / "mine.csv")
+    (case,) = layout.cases
+    assert layout.name == "mine"
+    assert case["image"] == [str(tmp_path / f"{name}1.nii.gz") for name in "ij"]
+    assert case["case_id"] == "i1"
+
+
+def test_read_layout_reads_json_tables(tmp_path):
+    rows = [
+        {"image": ["i1.nii.gz", "j1.nii.gz"], "label": "l1.nii.gz", "group": 7, "note": [1, {}]},
+        {"image": ["i2.nii.gz"], "label": str(tmp_path / "l2.nii.gz"), "group": 8, "case_id": None},
+    ]
+    layout = read_layout(table(tmp_path, json.dumps(rows), "cases.json"))
+    first, second = layout.cases
+    assert first["image"] == [str(tmp_path / "i1.nii.gz"), str(tmp_path / "j1.nii.gz")]
+    assert (first["group"], second["group"]) == ("7", "8")
+    assert second["image"] == str(tmp_path / "i2.nii.gz")
+    assert second["label"] == str(tmp_path / "l2.nii.gz")
+    assert ids(layout) == ["i1", "i2"]
+
+
+def test_read_layout_names_cases_of_tables_without_the_number_of_the_channel(tmp_path):
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz")
+    table(tmp_path, "image_0,image_1,label\na_0000.nii.gz,a_0001.nii.gz,l1.nii.gz\n")
+    assert ids(read_layout(tmp_path)) == ["a"]
+
+
+def test_read_layout_finds_faults_of_rows(tmp_path):
+    rows = ["i1.nii.gz,,p", "i2.nii.gz,l2.nii.gz,", ",l1.nii.gz,p", "j1.nii.gz,l1.nii.gz,p"]
+    rows += ["j1.nii.gz,l2.nii.gz,p", "j2.nii.gz,l1.nii.gz,q", "no_series,l1.nii.gz,p"]
+    (tmp_path / "no_series").mkdir()
+    layout = read_layout(table(tmp_path, "\n".join(["image,label,group", *rows])))
+    assert ids(layout) == ["j2"]
+    assert found(layout) == [
+        ("i1", "missing"),
+        ("i2", "missing"),
+        ("row 3", "missing"),
+        ("j1", "duplicate_id"),
+        ("no_series", "missing"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (
+            "imgae,label\na,b\n",
+            "cases.csv",
+            r"a column image, got imgae, label\. Is it 'imgae'\? Rename it\.",
+        ),
+        ("image,lable\na,b\n", "cases.csv", r"a column label, got .*Is it 'lable'\?"),
+        (
+            "image_0,image_2,label\na,b,c\n",
+            "cases.csv",
+            r"a column image_1, got .*Is it 'image_\d'",
+        ),
+        ("image,image_0,label\na,b,c\n", "cases.csv", r"either a column image or image_0"),
+        ("image,label\na,b,c\n", "cases.csv", r"expected 2 cells in line 2, got 3"),
+        ("image,label,image\na,b,c\n", "cases.csv", r"columns of different names"),
+        ("image,label\n", "cases.csv", r"expected cases, got none"),
+        ("", "cases.csv", r"expected cases, got none"),
+        ('image,label\n"a,b\n', "cases.csv", r"expected CSV in UTF-8, got: "),
+        ("image,label,case_id\na,b,../c\n", "cases.csv", r"case ids without / .*, got '\.\./c'"),
+        ("image,label,case_id\na,b,..\n", "cases.csv", r"case ids without / .*, got '\.\.'"),
+        ("[]", "cases.json", r"expected cases, got none"),
+        ("{}", "cases.json", r"expected a JSON list of cases, got dict"),
+        ("[3]", "cases.json", r"file names in entry 1, got 3"),
+        ('[{"image": "a", "label": ["b"]}]', "cases.json", r"file names in entry 1, got "),
+        ('[{"image": 3, "label": "b"}]', "cases.json", r"file names in entry 1, got "),
+        ("[", "cases.json", r"expected JSON, got: "),
+    ],
+)
+def test_read_layout_refuses_a_table_in_one_line(tmp_path, text, name, message):
+    assert re.search(message, fault_of(table(tmp_path, text, name)))
+
+
+def test_read_layout_refuses_csv_that_is_not_utf8(tmp_path):
+    (tmp_path / "cases.csv").write_bytes("image,label\nä,b\n".encode("latin-1"))
+    assert "expected CSV in UTF-8, got: " in fault_of(tmp_path)
+
+
+# ---- any layout
+
+
+def test_read_layout_refuses_what_it_does_not_know(tmp_path):
+    touch(tmp_path, *(f"scan{n}.mha" for n in range(7)), ".hidden")
+    fault = fault_of(tmp_path)
+    assert re.match(
+        r"dataset_dir: expected a folder with dataset\.json \(Medical .*nnU-Net\)", fault
+    )
+    assert "cases.csv, cases.json, or folders images and labels" in fault
+    assert f"found scan0.mha, scan1.mha, scan2.mha, scan3.mha, scan4.mha, … in {tmp_path}." in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", r"^dataset_dir: expected a folder with dataset.json .*, found no .*absent\."),
+        ("file.mha", r"^dataset_dir: expected a folder, or a \.csv or \.json file .*file\.mha\."),
+        ("empty", r"found nothing in .*empty\."),
+        ("both", r"expected one of cases\.csv and cases\.json, got both"),
+        ("none", r"expected cases, got none"),
+    ],
+)
+def test_read_layout_refuses_a_place_that_is_no_dataset(tmp_path, name, message):
+    touch(tmp_path, "file.mha", "both/cases.csv", "both/cases.json")
+    for folder in ("empty", "none/images", "none/labels"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert re.search(message, fault_of(tmp_path / name))
+
+
+@pytest.fixture
+def straying(tmp_path):
+    """Three cases: one at home, one linked from elsewhere, one listed with `..`."""
+    root = tmp_path / "home"
+    touch(root, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz", "labels/c.nii.gz")
+    touch(tmp_path, "store/b", "beside.nii.gz")
+    (root / "images/b.nii.gz").symlink_to(tmp_path / "store/b")
+    rows = ["image,label", "images/a.nii.gz,labels/a.nii.gz", "images/b.nii.gz,labels/b.nii.gz"]
+    (root / "cases.csv").write_text("\n".join([*rows, "../beside.nii.gz,labels/c.nii.gz"]))
+    return root
+
+
+def test_read_layout_finds_files_outside_of_the_folder(straying, tmp_path):
+    layout = read_layout(straying)
+    assert ids(layout) == ["a"]
+    assert found(layout) == [("b", "outside"), ("beside", "outside")]
+    assert f"got {(tmp_path / 'store/b').resolve()}." in layout.findings[0].line
+
+
+def test_read_layout_allows_files_in_data_roots_and_keeps_the_names_of_links(straying, tmp_path):
+    layout = read_layout(straying, data_roots=[tmp_path / "store"])
+    assert ids(layout) == ["a", "b"]
+    assert layout.cases[1]["image"] == str(straying / "images/b.nii.gz")
+    assert found(layout) == [("beside", "outside")]
+    assert ids(read_layout(straying, data_roots=[tmp_path])) == ["a", "b", "beside"]
+
+
+def test_read_layout_does_not_take_a_name_that_begins_alike_for_the_folder(tmp_path):
+    touch(tmp_path, "home/labels/a.nii.gz", "home2/a.nii.gz")
+    (tmp_path / "home/images").mkdir()
+    (tmp_path / "home/images/a.nii.gz").symlink_to(tmp_path / "home2/a.nii.gz")
+    assert found(read_layout(tmp_path / "home")) == [("a", "outside")]
+
+
+def test_read_layout_accepts_a_folder_that_is_a_link(straying, tmp_path):
+    (tmp_path / "link").symlink_to(straying)
+    layout = read_layout(tmp_path / "link")
+    assert layout.root == straying.resolve()
+    assert layout.cases[0]["image"] == str(tmp_path / "link/images/a.nii.gz")
+
+
+@pytest.mark.parametrize("linked", ["folder", "file"])
+def test_read_layout_finds_dicom_files_outside_of_the_folder(tmp_path, linked):
+    store = series(tmp_path / "store")
+    touch(tmp_path, "home/labels/a.nii.gz")
+    inside = tmp_path / "home/images/a"
+    if linked == "folder":
+        inside.parent.mkdir()
+        inside.symlink_to(store)
+    else:
+        name = sorted(path.name for path in series(inside).iterdir())[-1]
+        (inside / name).unlink()
+        (inside / name).symlink_to(store / name)
+    assert found(read_layout(tmp_path / "home")) == [("a", "outside")]
+    assert found(read_layout(tmp_path / "home", data_roots=[store])) == []
+
+
+def test_read_layout_finds_a_link_that_leads_nowhere(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    (tmp_path / "images/b.nii.gz").symlink_to(tmp_path / "gone")
+    assert found(read_layout(tmp_path)) == [("b", "missing")]
+
+
+# ---- as a run sees it
+
+
+def test_load_cases_carries_what_the_layout_declares(tmp_path):
+    labels = {"background": 0, "a": 1, "ignore": 2}
+    nnunet(tmp_path, cases=("a", "b", "c"), labels=labels, channel_names={"0": "CT", "1": "PET"})
+    cases = load_cases(tmp_path, num_folds=3)
+    assert (cases.layout, cases.root) == ("nnunet", tmp_path.resolve())
+    assert (cases.channel_names, cases.num_channels) == (["CT", "PET"], 2)
+    assert (cases.class_names, cases.ignore_value) == (["background", "a"], 2)
+
+
+def test_load_cases_knows_no_classes_and_channels_when_the_layout_declares_none(tmp_path):
+    touch(tmp_path, *(f"{kind}/{n}.nii.gz" for kind in ("images", "labels") for n in range(3)))
+    cases = load_cases(tmp_path, num_folds=3)
+    assert (cases.class_names, cases.num_channels, cases.channel_names) == (None, None, None)
+
+
+def test_fingerprint_differs_when_a_channel_or_a_slice_has_another_size(tmp_path):
+    nnunet(tmp_path / "files", cases=("a", "b"))
+    for name in ("a", "b"):
+        series(tmp_path / "series/images" / name)
+        touch(tmp_path / "series", f"labels/{name}.nii.gz")
+    second = tmp_path / "files/imagesTr/a_0001.nii.gz"
+    one_slice = sorted((tmp_path / "series/images/a").iterdir())[1]
+    for root, file in ((tmp_path / "files", second), (tmp_path / "series", one_slice)):
+        before = load_cases(root, num_folds=2).fingerprint
+        assert load_cases(root, num_folds=2).fingerprint == before
+        with open(file, "ab") as stream:
+            stream.write(b"\0")
+        assert load_cases(root, num_folds=2).fingerprint != before

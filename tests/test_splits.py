@@ -1,0 +1,364 @@
+import hashlib
+import json
+import re
+
+import pytest
+from conftest import write_dataset_json
+
+from pipeline.data.datasets import load_cases
+from pipeline.data.splits import person_of
+from pipeline.errors import InputError
+
+
+def ids(cases):
+    return [case["case_id"] for case in cases]
+
+
+def faults_of(function, *arguments, **keywords):
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **keywords)
+    assert str(caught.value).splitlines() == list(caught.value.faults)
+    return caught.value.faults
+
+
+# ---- by hash
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Forty cases, of which a split looks at nothing but the names."""
+    case_ids = [f"case_{n:03d}" for n in range(1, 41)]
+    touch_cases(tmp_path, case_ids)
+    return tmp_path
+
+
+def touch_cases(root, case_ids):
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(exist_ok=True)
+        for case_id in case_ids:
+            (root / folder / f"{case_id}.nii.gz").touch()
+    write_dataset_json(root, case_ids)
+
+
+def test_split_folds_are_disjoint_and_cover_everything(many):
+    folds = [load_cases(many, fold=fold) for fold in range(5)]
+    everything = {f"case_{n:03d}" for n in range(1, 41)}
+    for cases in folds:
+        assert len(cases.train) + len(cases.validation) == 40
+        assert set(ids(cases.train)) | set(ids(cases.validation)) == everything
+    validated = [case_id for cases in folds for case_id in ids(cases.validation)]
+    assert len(validated) == 40
+    assert set(validated) == everything
+    assert [len(cases.validation) for cases in folds] == [8] * 5
+
+
+def test_split_is_deterministic_and_differs_with_its_seed(many):
+    first, again, other = (load_cases(many, split_seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert ids(first.validation) != ids(other.validation)
+
+
+def test_split_does_not_depend_on_the_order_of_dataset_json(many):
+    before = load_cases(many)
+    write_dataset_json(many, [f"case_{n:03d}" for n in range(40, 0, -1)])
+    assert ids(load_cases(many).validation) == ids(before.validation)[::-1]
+
+
+def test_split_moves_no_case_farther_than_the_next_fold_when_a_case_is_added(many):
+    def fold_of():
+        return {
+            case_id: fold
+            for fold in range(5)
+            for case_id in ids(load_cases(many, fold=fold).validation)
+        }
+
+    before = fold_of()
+    touch_cases(many, [f"case_{n:03d}" for n in range(1, 42)])
+    after = fold_of()
+    assert {(after[case_id] - fold) % 5 for case_id, fold in before.items()} <= {0, 1}
+
+
+def number(case_id):
+    return int(case_id.removeprefix("case_"))
+
+
+@pytest.mark.parametrize(
+    ("group_pattern", "person"),
+    [
+        ("pairs", lambda case_id: -(-number(case_id) // 2)),
+        (r"case_(\d\d)", lambda case_id: case_id[5:7]),
+        (r"\d$", lambda case_id: case_id[-1]),
+        (lambda case_id: number(case_id) % 7, lambda case_id: number(case_id) % 7),
+    ],
+    ids=["pairs", "regex with group", "regex without group", "callable"],
+)
+def test_split_keeps_a_persons_cases_together(many, group_pattern, person):
+    sizes = []
+    for fold in range(4):
+        cases = load_cases(many, fold=fold, num_folds=4, group_pattern=group_pattern)
+        sides = [{person(case_id) for case_id in ids(c)} for c in (cases.train, cases.validation)]
+        assert not sides[0] & sides[1]
+        sizes.append(len(sides[1]))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_split_takes_persons_apart_when_there_is_no_pattern(many):
+    # with 20 folds of two cases, some pair of neighbours surely lands on two sides
+    cases = load_cases(many, num_folds=20)
+    pairs = {person_of(case_id, "pairs") for case_id in ids(cases.validation)}
+    assert len(cases.validation) == 2
+    assert len(pairs) == 2
+
+
+@pytest.mark.parametrize(
+    ("case_id", "pattern", "person"),
+    [
+        ("hippocampus_017", "pairs", "9"),
+        ("hippocampus_018", "pairs", "9"),
+        ("hippocampus_019", "pairs", "10"),
+        ("site2_p7_visit1", r"p(\d+)", "7"),
+        ("site2_p7_visit1", r"p\d+", "p7"),
+        ("site2_p7_visit1", str.upper, "SITE2_P7_VISIT1"),
+        ("site2_p7_visit1", None, "site2_p7_visit1"),
+    ],
+)
+def test_person_of_names_the_person(case_id, pattern, person):
+    assert person_of(case_id, pattern) == person
+
+
+def test_split_names_all_cases_that_do_not_match(many):
+    faults = faults_of(load_cases, many, group_pattern=r"_(0[012]\d)")
+    assert [fault.split(":")[0] for fault in faults] == [f"case_{n:03d}" for n in range(30, 41)]
+    assert all("expected the case id to match group_pattern" in fault for fault in faults)
+
+
+def test_split_refuses_a_pattern_that_is_no_regular_expression(many):
+    (fault,) = faults_of(load_cases, many, group_pattern="case_(")
+    assert fault.startswith("group_pattern: expected a regular expression or 'pairs', got 'case_('")
+
+
+@pytest.mark.parametrize("fold", [-1, 5, "any", True])
+def test_split_refuses_a_fold_out_of_range(many, fold):
+    with pytest.raises(InputError, match=f"^fold: expected 0 to 4 or 'all', got {fold!r}"):
+        load_cases(many, fold=fold)
+
+
+@pytest.mark.parametrize(
+    ("num_folds", "pattern", "most"), [(41, None, 40), (21, "pairs", 20), (1, None, 40)]
+)
+def test_split_refuses_a_number_of_folds_without_persons(many, num_folds, pattern, most):
+    with pytest.raises(InputError, match=f"^num_folds: expected 2 to {most} .*got {num_folds}"):
+        load_cases(many, num_folds=num_folds, group_pattern=pattern)
+
+
+def test_split_is_the_one_that_runs_already_have(many):
+    """The first version of the pipeline, written again: persons in the order of a hash."""
+    for seed, fold, num_folds in ((0, 0, 5), (0, 3, 5), (7, 1, 4)):
+        order = sorted(
+            range(1, 21), key=lambda person: hashlib.sha256(f"{seed}/{person}".encode()).hexdigest()
+        )
+        persons = [person for n, person in enumerate(order) if n % num_folds == fold]
+        expected = {f"case_{n:03d}" for person in persons for n in (2 * person - 1, 2 * person)}
+        cases = load_cases(
+            many, fold=fold, num_folds=num_folds, split_seed=seed, group_pattern="pairs"
+        )
+        assert set(ids(cases.validation)) == expected
+        assert cases.test == []
+
+
+KNOWN = [
+    "case_007",
+    "case_008",
+    "case_009",
+    "case_011",
+    "case_016",
+    "case_017",
+    "case_019",
+    "case_029",
+]
+
+
+def test_split_known_ids_stay_as_they_are(many):
+    """Seen with the first version of the pipeline on cases of these names."""
+    assert ids(load_cases(many).validation) == KNOWN
+
+
+def test_split_all_trains_on_everything(many):
+    cases = load_cases(many, fold="all", num_folds=1000)
+    assert len(cases.train) == 40
+    assert cases.validation == cases.test == []
+
+
+@pytest.mark.parametrize(
+    ("share", "persons"), [(0.1, 2), (0.01, 1), (0.5, 10), (0.31, 7), (0.55, 11)]
+)
+def test_split_keeps_test_persons_out_of_every_fold(many, share, persons):
+    def sides(**keywords):
+        cases = load_cases(many, group_pattern="pairs", test_share=share, **keywords)
+        return set(ids(cases.train)), set(ids(cases.validation)), set(ids(cases.test))
+
+    _, _, test = sides()
+    assert len({person_of(case_id, "pairs") for case_id in test}) == persons
+    assert len(test) == 2 * persons
+    for keywords in (
+        *(
+            {"fold": fold, "num_folds": num_folds}
+            for num_folds in (2, 5)
+            for fold in range(num_folds)
+        ),
+        {"fold": "all"},
+    ):
+        train, validation, again = sides(**keywords)
+        assert again == test
+        assert not test & (train | validation)
+        assert len(train | validation | test) == 40
+        assert not train & validation
+    assert sides(split_seed=1)[2] != test
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, True, float("nan")])
+def test_split_refuses_a_test_share_out_of_range(many, share):
+    (fault,) = faults_of(load_cases, many, test_share=share)
+    assert fault.startswith("test_share: expected 0 to below 1, got ")
+
+
+def test_split_refuses_a_test_share_that_leaves_nobody(many):
+    (fault,) = faults_of(load_cases, many, test_share=0.99, fold="all")
+    assert fault.startswith("test_share: expected persons left to train on, got 0.99 of 40.")
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """Twelve cases of four persons, as a table states them."""
+    rows = ["image,label,case_id,group"]
+    for n in range(12):
+        for kind in ("image", "label"):
+            (tmp_path / f"{kind}{n}.nii.gz").touch()
+        rows.append(f"image{n}.nii.gz,label{n}.nii.gz,case_{n:03d},p{n % 4}")
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_split_takes_the_group_for_the_person(grouped):
+    for fold in range(4):
+        cases = load_cases(grouped, fold=fold, num_folds=4)
+        assert len({number(case_id) % 4 for case_id in ids(cases.validation)}) == 1
+        assert len(cases.validation) == 3
+
+
+def test_split_takes_the_pattern_for_the_person_when_there_is_a_group_too(grouped):
+    cases = load_cases(grouped, num_folds=12, group_pattern=r"\d+$")
+    assert len(cases.validation) == 1
+
+
+# ---- by file
+
+
+def write_split(root, content):
+    path = root / "splits_final.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def names(*numbers):
+    return [f"case_{n:03d}" for n in numbers]
+
+
+def test_split_file_chooses_the_entry_of_the_fold(many):
+    rest = range(5, 41)
+    path = write_split(
+        many,
+        [
+            {"train": names(1, *rest), "val": names(3, 2, 4)},
+            {"train": names(2, 3, *rest), "val": names(1, 4)},
+        ],
+    )
+    for fold, validation in ((0, names(2, 3, 4)), (1, names(1, 4))):
+        cases = load_cases(many, split_file=path, fold=fold, num_folds=1000)
+        assert ids(cases.validation) == validation
+        assert ids(cases.train) == sorted({*names(*range(1, 41))} - {*validation})
+        assert cases.findings == []
+
+
+@pytest.mark.parametrize("key", ["val", "validation"])
+def test_split_file_may_be_one_object_with_a_test(many, key):
+    path = write_split(many, {"train": names(1, 2), key: names(3), "test": names(*range(4, 41))})
+    cases = load_cases(many, split_file=str(path))
+    assert ids(cases.train) == names(1, 2)
+    assert ids(cases.validation) == names(3)
+    assert ids(cases.test) == names(*range(4, 41))
+
+
+def test_split_file_trains_on_all_of_it_but_the_test_when_fold_is_all(many):
+    entries = [
+        {"train": names(1, 2), "val": names(3), "test": names(9)},
+        {"train": names(1, 3, 9), "val": names(2, 4)},
+    ]
+    cases = load_cases(many, split_file=write_split(many, entries), fold="all")
+    assert ids(cases.train) == names(1, 2, 3, 4)
+    assert ids(cases.test) == names(9)
+    assert cases.validation == []
+
+
+def test_split_file_leaves_unlisted_cases_out_with_a_warning(many):
+    path = write_split(many, {"train": names(*range(1, 38)), "val": names(38)})
+    cases = load_cases(many, split_file=path)
+    assert [finding.case_id for finding in cases.findings] == names(39, 40)
+    assert all(f.warning and f.check == "not_in_split" for f in cases.findings)
+    assert set(names(39, 40)).isdisjoint(ids(cases.train + cases.validation + cases.test))
+
+
+def test_split_file_may_name_cases_that_are_excluded_or_faulty(many):
+    path = write_split(many, {"train": names(*range(1, 38)), "val": names(38, 39, 40)})
+    (many / "imagesTr" / "case_039.nii.gz").unlink()
+    cases = load_cases(many, split_file=path, exclude=names(40))
+    assert ids(cases.validation) == names(38)
+    assert [finding.check for finding in cases.findings] == ["missing"]
+
+
+REST = [f"case_{n:03d}" for n in range(4, 41)]
+
+
+@pytest.mark.parametrize(
+    ("content", "keywords", "message"),
+    [
+        (
+            {"train": [*REST, "case_001"], "val": ["case_002"]},
+            {"group_pattern": "pairs"},
+            r"a person's cases on one side, got case_001 and case_002 of person 1 on two\.",
+        ),
+        (
+            {"train": REST, "val": ["case_003"], "test": ["case_04"]},
+            {},
+            r"cases of the dataset, got 'case_04'\. Did you mean 'case_0\d\d'\?",
+        ),
+        (
+            {"train": [*REST, "case_004"], "val": ["case_003"]},
+            {},
+            r"each case once in a fold, got case_004 2 times\. Remove one",
+        ),
+        (
+            {"train": [*REST, "case_003"], "val": ["case_003"]},
+            {},
+            r"each case once in a fold, got case_003 2 times\. Remove one",
+        ),
+        ({"train": [], "val": ["case_003"]}, {}, r"cases to train on, got none\."),
+        ({"train": REST}, {}, r"fold 0: expected an object with train and val"),
+        ([{"train": REST, "val": []}, 3], {}, r"fold 1: expected an object with train and val"),
+        ({"train": REST, "val": [7]}, {}, r"fold 0: expected an object with train and val"),
+        ([{"train": REST, "val": []}], {"fold": 1}, r"^fold: expected 0 to 0 or 'all' .*, got 1\."),
+        ([{"train": REST, "val": []}], {"fold": -1}, r"^fold: expected 0 to 0 .*, got -1\."),
+        ({"train": REST, "val": []}, {"test_share": 0.1}, r"^test_share: expected 0 with split_fi"),
+    ],
+)
+def test_split_file_refuses_in_one_line(many, content, keywords, message):
+    (fault,) = faults_of(load_cases, many, split_file=write_split(many, content), **keywords)
+    assert re.search(message, fault)
+
+
+def test_split_file_that_is_absent_or_broken_is_told_in_one_line(many):
+    (fault,) = faults_of(load_cases, many, split_file=many / "none.json")
+    assert re.search(r"none\.json: expected JSON, got: ", fault)
+    (many / "broken.json").write_text("{")
+    (fault,) = faults_of(load_cases, many, split_file=many / "broken.json")
+    assert re.search(r"broken\.json: expected JSON, got: ", fault)
