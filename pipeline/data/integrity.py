@@ -1,121 +1,169 @@
-"""Preflight: what would break training is found before it starts, and all of it at once."""
+"""Preflight: what would break or spoil training is found before it starts, and all of it at once.
+
+Facts are judged here, never files: the same facts give the same findings whenever they were read.
+"""
 
 from __future__ import annotations
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import nibabel as nib
 import numpy as np
 
 from pipeline.data.datasets import Case, Cases
-from pipeline.errors import InputError
+from pipeline.data.facts import Facts
+from pipeline.data.findings import Finding, Problem, make_finding, some
+from transforms.grid import TOLERANCE_MM, align, compare
 
-AFFINE_TOLERANCE_MM = 0.001
-
-
-def preflight(cases: Cases) -> None:
-    """Read the files of all cases and check them.
-
-    Raises:
-        InputError: One line per fault: a file that cannot be read to its end, an image that is
-            not finite or has not three axes and the declared channels, a label on another grid
-            than its image, a label value outside the declared set.
-    """
-    with ThreadPoolExecutor() as pool:
-        every = cases.train + cases.validation
-        found = pool.map(lambda case: _check_case(case, cases), every)
-    faults = [fault for faults in found for fault in faults]
-    if faults:
-        raise InputError(*faults)
+SPACING_RANGE_MM = (0.001, 100.0)
+MAX_LABEL_VALUE = 254  # labels are kept in a byte
 
 
-def _check_case(case: Case, cases: Cases) -> list[str]:
-    where = case["case_id"]
-    files, faults = {}, []
-    for key in ("image", "label"):
-        try:
-            files[key] = _read(case[key])
-        except Exception as error:  # nibabel raises many kinds for a broken file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            faults.append(
-                f"{where}: expected a readable NIfTI file {Path(case[key]).name}, got: {reason}. "
-                "Replace the file."
-            )
-    if faults:
-        return faults
-    (image, image_affine), (label, label_affine) = files["image"], files["label"]
-    return [
-        f"{where}: {fault}"
-        for fault in [
-            *_image_faults(image, cases.num_channels),
-            *_grid_faults(image.shape[:3], image_affine, label.shape, label_affine),
-            *_value_faults(label, cases.num_classes),
-        ]
+def header_findings(case: Case, headers: Facts, num_channels: int | None) -> list[Finding]:
+    """What the headers of one case tell."""
+    named = [("image", n, entry) for n, entry in enumerate(headers["image"])]
+    named.append(("label", 0, headers["label"][0]))
+    unreadable = [
+        _unreadable(case, key, number, entry) for key, number, entry in named if "error" in entry
     ]
+    if unreadable:
+        return unreadable
+    problems = list(_shape_problems(headers, num_channels))
+    if not any(problem.check == "shape" for problem in problems):
+        # else nothing is known of axes that are not there
+        image, label = headers["image"][0], headers["label"][0]
+        for key, number, entry in named:
+            problems += _geometry_problems(_name(case, key, number), entry)
+        for other in headers["image"][1:]:
+            problems += _grid_problems("channel", image, other)
+        problems += _grid_problems("label", image, label)
+    return [make_finding(case, problem) for problem in problems]
 
 
-def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine. A truncated file shows only when its voxels are read."""
-    file: Any = nib.load(path)  # nibabel's own return type knows no voxels
-    voxels = np.asanyarray(file.dataobj)
-    if voxels.dtype.kind not in "iuf":
-        raise ValueError(f"voxels of type {voxels.dtype}")
-    return voxels, file.affine
+def voxel_findings(case: Case, voxels: Facts, cases: Cases) -> list[Finding]:
+    """What the voxels of one case tell."""
+    if "error" in voxels:
+        return [_unreadable(case, voxels["key"], voxels["number"], voxels)]
+    problems = [*_image_problems(voxels["channels"]), *_label_problems(voxels, cases)]
+    return [make_finding(case, problem) for problem in problems]
 
 
-def _image_faults(image: np.ndarray, num_channels: int) -> list[str]:
-    faults = []
-    channels = {3: 1, 4: image.shape[-1]}.get(image.ndim)
-    if channels is None:
-        faults.append(
-            f"expected an image of shape (H, W, D) or (H, W, D, channels), got {image.shape}. "
-            "Convert it or exclude the case."
-        )
-    elif channels != num_channels:
-        faults.append(
-            f"expected {num_channels} image channels (dataset.json, modality), got {channels}. "
-            "Correct dataset.json or the image."
-        )
-    if not (finite := np.isfinite(image)).all():
-        faults.append(
-            f"expected finite image values, got {np.sum(~finite)} NaN or infinite voxels. "
-            "Replace them or exclude the case."
-        )
-    return faults
+def _image_problems(channels: Sequence[Facts]) -> Iterator[Problem]:
+    if non_finite := sum(channel["non_finite"] for channel in channels):
+        got = f"{non_finite} NaN or infinite voxels, as float32"
+        remedy = "Replace them or exclude the case"
+        yield Problem("finite", "finite image values", got, remedy)
+    if all(channel["min"] == channel["max"] for channel in channels):
+        got = f"{channels[0]['min']} everywhere"
+        yield Problem("constant", "an image with contrast", got, "Replace it or exclude the case")
 
 
-def _grid_faults(
-    shape: tuple[int, ...],
-    affine: np.ndarray,
-    label_shape: tuple[int, ...],
-    label_affine: np.ndarray,
-) -> list[str]:
-    if label_shape not in (shape, (*shape, 1)):
-        return [
-            f"expected image and label of one shape, got {shape} and {label_shape}. "
-            "Resample the label or exclude the case."
-        ]
-    if len(shape) < 3:
-        return []  # already a fault of the image
-    corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape], [1]))).T
-    distance = np.linalg.norm((affine - label_affine) @ corners, axis=0).max()
-    if distance > AFFINE_TOLERANCE_MM:
-        return [
-            f"expected label affine to match image within {AFFINE_TOLERANCE_MM} mm, "
-            f"got {distance:.3f} mm. Resample the label or exclude the case."
-        ]
-    return []
+def _unreadable(case: Case, key: str, number: int, entry: Facts) -> Finding:
+    if entry["is_dicom"]:
+        return Finding(case["case_id"], "unreadable", entry["error"])
+    expected = f"a readable NIfTI file {_name(case, key, number)}"
+    return make_finding(case, Problem("unreadable", expected, entry["error"], "Replace the file"))
 
 
-def _value_faults(label: np.ndarray, num_classes: int) -> list[str]:
-    unknown = [f"{value:g}" for value in np.unique(label) if value not in range(num_classes)]
-    if not unknown:
-        return []
-    return [
-        f"expected label values 0 to {num_classes - 1} (dataset.json), "
-        f"got {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}. "
-        "Declare the value in dataset.json or correct the label."
-    ]
+def _label_problems(voxels: Facts, cases: Cases) -> Iterator[Problem]:
+    """The first that applies: what follows from it is not told."""
+    num_classes = min(len(cases.class_names or ()) or MAX_LABEL_VALUE + 1, MAX_LABEL_VALUE + 1)
+    allowed = {f"{n}" for n in range(num_classes)} | {str(cases.ignore_value)}
+    declared = f"label values 0 to {num_classes - 1}"
+    if cases.ignore_value is not None:
+        declared += f" and {cases.ignore_value} (ignored)"
+    unknown = [value for value in voxels["values"] if value not in allowed]
+    between, non_finite = voxels["non_integer"], voxels["non_finite_label"]
+    distinct = [f"{value:g}" for value in voxels["channels"][0]["distinct"] or ()]
+    if (between or non_finite or unknown) and distinct and {*distinct} <= allowed:
+        expected = "an image under image and a label under label"
+        label = some(list(voxels["values"]))
+        got = f"values {some(distinct)} in the image and {label} in the label"
+        yield Problem("swapped", expected, got, "Swap the two")
+    elif non_finite:
+        remedy = "Correct the label or exclude the case"
+        yield Problem("label_values", declared, f"{non_finite} NaN or infinite voxels", remedy)
+    elif between:
+        remedy = "Resample the label with nearest neighbours or exclude the case"
+        got = f"{between} voxels between integers"
+        yield Problem("label_values", "integer label values", got, remedy)
+    elif unknown:
+        remedy = "Declare the value in the dataset or correct the label"
+        yield Problem("label_values", declared, some(unknown), remedy)
+    elif set(voxels["values"]) <= {"0", str(cases.ignore_value)}:
+        remedy = "Exclude the case if it should have some"
+        expected = "foreground in the label"
+        yield Problem("no_foreground", expected, "background alone", remedy, warning=True)
+
+
+def _geometry_problems(name: str, entry: Facts) -> Iterator[Problem]:
+    """Whether one file's grid is one of a volume in space; the first that applies."""
+    affine = np.array(entry["affine"])
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = SPACING_RANGE_MM
+    shown = "x".join(f"{s:g}" for s in spacing)
+    if not np.isfinite(affine).all() or (spacing < low).any() or (spacing > high).any():
+        expected = f"a spacing of {low:g} to {high:g} mm in {name}"
+        yield Problem("spacing", expected, f"{shown} mm", "Correct the header")
+    elif abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        expected = f"an affine with three directions in {name}"
+        yield Problem("affine", expected, "a singular one", "Correct the header")
+    elif not entry["is_oriented"]:
+        expected = f"an orientation in the header of {name}"
+        remedy = "Which side is left is a guess; set one of the two"
+        got = "none (sform and qform codes are 0)"
+        yield Problem("orientation", expected, got, remedy, warning=True)
+    elif not np.allclose(spacing, entry["zooms_mm"], rtol=0.01):
+        zooms = "x".join(f"{z:g}" for z in entry["zooms_mm"])
+        got = f"{shown} mm by the affine, which is used, and {zooms} mm by pixdim"
+        expected = f"one spacing in the header of {name}"
+        yield Problem("spacing", expected, got, "See which is right", warning=True)
+
+
+def _shape_problems(headers: Facts, num_channels: int | None) -> Iterator[Problem]:
+    images, label = headers["image"], headers["label"][0]
+    of_image = "an image of shape (H, W, D)"
+    most = 3
+    if len(images) == 1:  # a file per channel has no channels in it
+        of_image, most = f"{of_image} or (H, W, D, channels)", 4
+    named = [(entry, most, of_image) for entry in images]
+    misshapen = False
+    for entry, axes, form in [*named, (label, 3, "a label of shape (H, W, D)")]:
+        shape = tuple(entry["shape"])
+        if not 3 <= len(shape) <= axes or min(shape[:3]) < 2:
+            misshapen = True
+            expected = f"{form}, each axis of 2 voxels or more"
+            yield Problem("shape", expected, f"{shape}", "Convert it or exclude the case")
+    channels = count_channels(headers)
+    if not misshapen and num_channels not in (None, channels):
+        remedy = "Correct the dataset's description or the image"
+        yield Problem("channels", f"{num_channels} image channels", f"{channels}", remedy)
+
+
+def count_channels(headers: Facts) -> int | None:
+    """Channels of an image, by its headers; `None` if they are not readable."""
+    images = headers["image"]
+    if any("error" in image for image in images):
+        return None
+    shape = images[0]["shape"]
+    return shape[3] if len(images) == 1 and len(shape) == 4 else len(images)
+
+
+def _grid_problems(what: str, image: Facts, other: Facts) -> Iterator[Problem]:
+    """Whether two files lie on one grid: an image and its label, or another channel."""
+    shape, affine = tuple(image["shape"][:3]), np.array(image["affine"])
+    # a label is put into the image's order of axes when it is loaded, a channel is not
+    look = align if what == "label" else compare
+    found = look(other["shape"][:3], np.array(other["affine"]), shape, affine)
+    remedy = f"Resample the {what} or exclude the case"
+    if found.shape != shape:
+        both = "image and label" if what == "label" else "the image's channels"
+        got = f"{shape} and {tuple(other['shape'][:3])}"
+        yield Problem("shape", f"{both} of one shape", got, remedy)
+    elif not found.distance_mm <= TOLERANCE_MM:
+        expected = f"{what} affine to match image within {TOLERANCE_MM} mm"
+        yield Problem("affine", expected, f"{found.distance_mm:.3f} mm", remedy)
+
+
+def _name(case: Case, key: str, number: int) -> str:
+    value = case[key]
+    return (value if isinstance(value, str) else value[number]).rsplit("/", 1)[-1]

@@ -1,0 +1,112 @@
+"""What a case's files hold, as one key: equal bytes have equal keys, wherever they lie.
+
+Reading every file at every start would take as long as training on it, so that the hash of a file
+is remembered while its name, size, times and inode stay as they are. The memory holds no names,
+for the name of a file may name a person.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MOST_FILES = 100_000  # remembered, the latest
+SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
+HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file
+
+
+class ContentHashes:
+    """SHA-256 of files, remembered in a JSON file that is ignored unless it is whole.
+
+    Args:
+        path: The JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = _remembered(path)
+        self._new: dict[str, str] = {}
+
+    def of_case(self, case: Mapping[str, Any]) -> str:
+        """Key of a case: the bytes of its image and label files, and what else it says.
+
+        Its `case_id` and the names of its files do not count. An image is a file, a list of files
+        (one per channel), or a directory, of which all files count in the order of their names.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        files = {
+            name: [[self.of_file(file) for file in _files(path)] for path in _paths(case[name])]
+            for name in ("image", "label")
+            if name in case
+        }
+        rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
+        return sha256_of([files, rest])
+
+    def of_file(self, path: Path) -> str:
+        """SHA-256 of a file's bytes, read or remembered."""
+        before = _identity(path)
+        if before in self._known:
+            return self._known[before]
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settled = time.time() - path.stat().st_ctime > SETTLED_S
+        if settled and _identity(path) == before:
+            self._known[before] = self._new[before] = digest
+        return digest
+
+    def save(self) -> None:
+        """Remember for the next start; without room for it, the next start reads again."""
+        if not self._new:
+            return
+        files = dict(list({**_remembered(self.path), **self._new}.items())[-MOST_FILES:])
+        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
+            os.replace(temporary, self.path)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        self._new = {}
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a value's JSON; of what JSON does not have, its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remembered(path: Path) -> dict[str, str]:
+    """Hashes in the file; none if one byte of it is not as it was written."""
+    try:
+        content = json.loads(path.read_bytes())
+        files = content["files"]
+        return dict(files) if content["sha256"] == sha256_of(files) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _identity(path: Path) -> str:
+    facts = path.stat()
+    return sha256_of([str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
+
+
+def _paths(value: str | Path | list[str]) -> list[Path]:
+    return [Path(path).absolute() for path in (value if isinstance(value, list) else [value])]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The files that a file name stands for."""
+    if path.is_dir():
+        yield from sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.suffix in HEADERS:
+        yield from sorted(file for file in path.parent.iterdir() if file.stem == path.stem)
+    else:
+        yield path

@@ -1,0 +1,282 @@
+"""Headers and voxels as this project reads them, against nibabel's own reading."""
+
+import gzip
+import resource
+import tracemalloc
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from dicom_series import write_series
+
+from pipeline.data import volume
+from pipeline.data.volume import VolumeError, read_header, slabs
+from transforms.volumes import LoadVolumesd
+
+SHAPE = (7, 6, 5)
+AFFINE = np.array([[0, 1.5, 0, -3], [-1.0, 0, 0, 4], [0, 0, 2.5, 5], [0, 0, 0, 1]])
+
+
+def voxels_of(dtype="f4", shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).normal(20, 40, shape).clip(0, 120).astype(dtype)
+
+
+def save(path, voxels, kind=nib.Nifti1Image, *, endian="<", scale=None):
+    """Writes with nibabel; `scale` is stored as it is given, unseen by it."""
+    image = kind(voxels, AFFINE, kind.header_class(endianness=endian))
+    image.set_data_dtype(voxels.dtype)
+    image.set_sform(AFFINE, code=1)
+    if scale:
+        image.header.set_slope_inter(*scale)
+    nib.save(image, path)
+    return str(path)
+
+
+def read(path):
+    """Voxels `shape` of the header, by this project."""
+    header = read_header(path)
+    return np.concatenate(list(slabs(path, header))).reshape(header.shape, order="F")
+
+
+def edited(folder, change, name="a.nii.gz", **header):
+    """A right file with fields of its header set, unchecked, and its bytes changed."""
+    raw = bytearray(nib.Nifti1Image(voxels_of(), AFFINE).to_bytes())
+    block = np.frombuffer(bytes(raw[:348]), nib.Nifti1Header.template_dtype).copy()
+    for field, value in header.items():
+        block[0][field] = value
+    raw[:348] = block.tobytes()
+    path = folder / name
+    content = gzip.compress(bytes(raw)) if name.endswith(".gz") else bytes(raw)
+    path.write_bytes(change(content))
+    return str(path)
+
+
+def refusal(path):
+    with pytest.raises(VolumeError) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert not str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+# ---- what is right
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u8", "f4", "f8"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_slabs_agree_with_nibabel(tmp_path, monkeypatch, dtype, kind, endian):
+    monkeypatch.setattr(volume, "SLAB_VOXELS", 37)
+    for name in ("a.nii", "a.nii.gz"):
+        path = save(tmp_path / name, voxels_of(dtype), kind, endian=endian)
+        header, expected = read_header(path), nib.load(path)
+        pieces = list(slabs(path, header))
+        assert [len(piece) for piece in pieces] == [37] * 5 + [25]
+        assert {piece.dtype for piece in pieces} == {np.dtype(dtype)}
+        got = np.concatenate(pieces).reshape(header.shape, order="F")
+        np.testing.assert_array_equal(got, np.asanyarray(expected.dataobj))
+        np.testing.assert_array_equal(header.affine, expected.affine)
+        np.testing.assert_allclose(header.zooms, (1, 1.5, 2.5), rtol=1e-6)
+        assert (header.shape, header.is_oriented) == (SHAPE, True)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4"])
+@pytest.mark.parametrize("scale", [(0.5, -1024), (-2, 0), (1, 3), (0.1, 0)])
+def test_slabs_are_scaled_as_nibabel_scales(tmp_path, dtype, scale):
+    path = save(tmp_path / "a.nii.gz", voxels_of(dtype), scale=scale)
+    slope, intercept = (np.float64(np.float32(value)) for value in scale)
+    stored = np.asanyarray(nib.load(path).dataobj.get_unscaled()).astype(np.float64)
+    got = read(path)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, stored * slope + intercept, rtol=1e-14)
+    np.testing.assert_allclose(got, nib.load(path).get_fdata(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(*SHAPE, 3), (*SHAPE, 1), (*SHAPE, 1, 1), (*SHAPE, 1, 1, 1)])
+def test_volume_is_read_without_trailing_axes_of_one_voxel(tmp_path, shape):
+    path = save(tmp_path / "a.nii.gz", voxels_of(shape=shape))
+    expected = nib.load(path).get_fdata()
+    expected = expected if shape[3] == 3 else expected.reshape(SHAPE)
+    np.testing.assert_array_equal(read(path), expected)
+    loaded = LoadVolumesd("image")({"image": path})["image"].numpy()
+    np.testing.assert_array_equal(loaded, expected.astype(np.float32))
+
+
+def test_header_and_loading_agree_on_the_affine_when_pixdim_is_of_another_mind(tmp_path):
+    path = edited(tmp_path, bytes, pixdim=[1, 3, 3, 3, 0, 0, 0, 0], sform_code=1)
+    expected = nib.load(path).affine
+    np.testing.assert_array_equal(read_header(path).affine, expected)
+    loaded = LoadVolumesd("image")({"image": path})["image"]
+    np.testing.assert_array_equal(loaded.affine, expected)
+
+
+def test_header_knows_whether_the_file_is_oriented(tmp_path):
+    for sform, qform in ((0, 0), (1, 0), (0, 1), (2, 3)):
+        path = edited(tmp_path, bytes, sform_code=sform, qform_code=qform)
+        assert read_header(path).is_oriented == (sform + qform > 0)
+        np.testing.assert_array_equal(read_header(path).affine, nib.load(path).affine)
+
+
+def test_slabs_read_a_gzip_file_of_several_members(tmp_path):
+    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes()
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(b"".join(gzip.compress(part) for part in (raw[:400], b"", raw[400:])))
+    np.testing.assert_array_equal(read(str(path)), voxels_of())
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_slabs_pass_over_padding_after_the_voxels(tmp_path, name):
+    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(volume.MAX_TRAILING_BYTES)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    np.testing.assert_array_equal(read(str(path)), voxels_of())
+    longer = raw + b"\0"
+    path.write_bytes(gzip.compress(longer) if name.endswith("gz") else longer)
+    assert "bytes after the last voxel" in refusal(str(path))
+
+
+def test_slabs_of_a_dicom_series_agree_with_the_loader(tmp_path, monkeypatch):
+    monkeypatch.setattr(volume, "SLAB_VOXELS", 11)
+    stored = np.random.default_rng(0).integers(0, 999, (4, 5, 6))
+    write_series(tmp_path / "a", stored, np.diag([1.0, 2.0, 3.0, 1.0]))
+    path = str(tmp_path / "a")
+    loaded = LoadVolumesd("image")({"image": path})["image"]
+    affine = loaded.affine.numpy()
+    np.testing.assert_array_equal(read(path), loaded)
+    np.testing.assert_array_equal(read_header(path).affine, affine)
+    np.testing.assert_allclose(read_header(path).zooms, np.linalg.norm(affine[:3, :3], axis=0))
+
+
+# ---- what is not
+
+NAN = float("nan")
+CHANGES = {
+    "checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], {}, "CRC check failed"),
+    "length": (lambda b: b[:-1] + bytes([b[-1] ^ 1]), {}, "length"),
+    "cut off": (lambda b: b[: len(b) // 2], {}, "an end before that of its gzip stream"),
+    "checksum cut off": (lambda b: b[:-8], {}, "an end before that of its gzip stream"),
+    "bytes after the stream": (lambda b: b + b"more", {}, "Not a gzipped file"),
+    "no gzip": (gzip.decompress, {}, "Not a gzipped file"),
+    "empty": (lambda b: b"", {}, "no NIfTI header"),
+    "text": (lambda b: gzip.compress(b"words " * 200), {}, "no NIfTI header"),
+    "voxels cut off": (
+        lambda b: gzip.compress(gzip.decompress(b)[:-2]),
+        {},
+        "an end before the last voxel",
+    ),
+    "more than the file can hold": (
+        bytes,
+        {"dim": [3, 999, 999, 999, 1, 1, 1, 1]},
+        "in a file that can hold",
+    ),
+    "more voxels than anyone has": (
+        bytes,
+        {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
+        "claims 999700029999 voxels",
+    ),
+    "axis of no voxel": (bytes, {"dim": [3, 7, 0, 5, 1, 1, 1, 1]}, "a shape of (7, 0, 5)"),
+    "axis below 0": (bytes, {"dim": [3, -7, 6, 5, 1, 1, 1, 1]}, "a shape of (-7, 6, 5)"),
+    "no axis": (bytes, {"dim": [0] * 8}, "a shape of"),
+    "huge offset": (bytes, {"vox_offset": 2.0**30}, "voxels from byte 1073741824 on"),
+    "offset of infinity": (bytes, {"vox_offset": np.inf}, "infinity"),
+    "offset of NaN": (bytes, {"vox_offset": NAN}, "NaN"),
+    "offset within the header": (bytes, {"vox_offset": 0}, "voxels from byte 0 on"),
+    "voxels of bits": (bytes, {"datatype": 1}, "data code 1"),
+    "complex voxels": (bytes, {"datatype": 32}, "voxels of type complex64"),
+    "colours": (bytes, {"datatype": 128}, "voxels of type"),
+    "slope without intercept": (bytes, {"scl_slope": 2, "scl_inter": NAN}, "intercept"),
+    "quaternion that is none": (
+        bytes,
+        {"sform_code": 0, "qform_code": 1, "quatern_b": 1, "quatern_c": 1},
+        "w2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "header", "message"), CHANGES.values(), ids=CHANGES)
+def test_volume_is_refused(tmp_path, change, header, message):
+    assert message in refusal(edited(tmp_path, change, **header))
+
+
+def test_volume_is_refused_when_it_is_not_there(tmp_path):
+    assert refusal(str(tmp_path / "a.nii.gz")) == "No such file or directory"
+
+
+@pytest.mark.parametrize("reader", ["read_geometry", "read_series"])
+def test_series_is_refused_when_a_file_of_it_may_not_be_opened(tmp_path, monkeypatch, reader):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    write_series(tmp_path / "a", np.zeros((4, 5, 6), int), np.eye(4))
+    monkeypatch.setattr(volume, reader, refuse)
+    assert refusal(str(tmp_path / "a")) == "Permission denied"
+
+
+def test_plain_file_is_refused_when_it_is_cut_off(tmp_path):
+    path = edited(tmp_path, lambda b: b[:-1], name="a.nii")
+    assert "in a file that can hold" in refusal(path)
+
+
+def test_bomb_is_refused_in_little_memory(tmp_path):
+    """64 MB of zeros in 65 kB, behind a header that claims 210 voxels or 2 billion."""
+    for shape in ([3, 7, 6, 5, 1, 1, 1, 1], [3, 2047, 1024, 1023, 1, 1, 1, 1]):
+        path = edited(
+            tmp_path, lambda b: gzip.compress(gzip.decompress(b) + bytes(2**26)), dim=shape
+        )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tracemalloc.start()
+        refusal(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
+
+
+# ---- flipped bits
+
+
+def flips(content, number):
+    """`number` places of a bit, evenly over the file, and the file with it flipped."""
+    for place in np.linspace(0, 8 * len(content) - 1, number).astype(int):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << (place % 8)
+        yield int(place), bytes(changed)
+
+
+def outcome(reader, path, expected):
+    """`refused`, `same` or `other`, of what a reader makes of a file."""
+    try:
+        got, affine = reader(path)
+    except Exception:
+        return "refused"
+    same = got.shape == expected.shape and np.array_equal(got, expected)
+    return "same" if same and np.array_equal(affine, AFFINE) else "other"
+
+
+def ours(path):
+    return read(path), read_header(path).affine
+
+
+def nibabels(path):
+    image = nib.load(path)
+    return image.get_fdata(), image.affine
+
+
+def test_flipped_bit_is_seen_or_changes_nothing(tmp_path):
+    """Also where nibabel reads other voxels without a word."""
+    voxels = voxels_of()
+    content = Path(save(tmp_path / "a.nii.gz", voxels)).read_bytes()
+    seen = {"ours": [], "nibabel": []}
+    path = tmp_path / "b.nii.gz"
+    for _, changed in flips(content, 200):
+        path.write_bytes(changed)
+        for name, reader in (("ours", ours), ("nibabel", nibabels)):
+            seen[name].append(outcome(reader, str(path), voxels))
+    counts = {
+        name: {word: words.count(word) for word in ("refused", "same", "other")}
+        for name, words in seen.items()
+    }
+    assert counts["ours"]["other"] == 0
+    assert counts["ours"]["same"] < 200 * 0.1  # time, name and system in the gzip header
+    assert counts["nibabel"]["other"] > 0
