@@ -1,0 +1,101 @@
+"""From a dataset folder to what training needs of it: its cases, its soundness, its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data.datasets import Cases, load_cases
+from pipeline.data.phantom import make_phantom
+from pipeline.data.plan import AUTO, Plan, make_plan
+from pipeline.data.preflight import Preflight, preflight
+from pipeline.precision import resolve_device
+
+PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
+GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
+SHARE_OF_CARD = 0.8
+
+
+class Intake:
+    """How a config looks at its dataset.
+
+    Args:
+        bundle_root: Folder that relative paths start from.
+        dataset_dir: The dataset; `data/phantom` is made if it is not there.
+        cache_dir: Where what was read of it is kept.
+        split: Arguments of `load_cases` that say which cases there are and how they are split.
+        check: How much of the files preflight reads; see `preflight`.
+        settings: Values of the plan, or `auto`; see `make_plan`.
+        memory_budget_bytes: What a training step may take; `auto`: 8 GiB, less on a smaller card,
+            and 2 GiB on a CPU.
+        device: That it trains on.
+        base_channels: Of the network.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        dataset_dir: str,
+        cache_dir: str,
+        split: Mapping[str, Any],
+        check: str,
+        settings: Mapping[str, Any],
+        memory_budget_bytes: float | str,
+        device: str,
+        base_channels: int,
+    ) -> None:
+        root = Path(bundle_root).resolve()
+        self.dataset_dir = (root / dataset_dir).resolve()
+        self.cache_dir = (root / cache_dir).resolve()
+        self.is_phantom = self.dataset_dir == root / PHANTOM
+        file, folders = split["split_file"], split["data_roots"]
+        self.split = {
+            **split,
+            "split_file": file and root / file,
+            "data_roots": [root / folder for folder in folders],
+        }
+        self.check, self.settings = check, settings
+        self.memory_budget_bytes, self.device = memory_budget_bytes, device
+        self.base_channels = base_channels
+
+    def load(self) -> Cases:
+        """Read what cases there are.
+
+        Raises:
+            InputError: If there is no dataset, or it cannot be split as asked.
+        """
+        if self.is_phantom:
+            make_phantom(self.dataset_dir)
+        return load_cases(self.dataset_dir, **self.split)
+
+    def inspect(self, cases: Cases) -> Preflight:
+        """Look at the files of all cases."""
+        return preflight(cases, self.check, self.cache_dir)
+
+    def plan(self, found: Preflight) -> Plan:
+        """Decide what is `auto`.
+
+        Raises:
+            InputError: If the dataset has a fault, or a value does not fit it.
+        """
+        found.require_sound()
+        assert found.fingerprint is not None  # of what is sound there is one
+        return make_plan(
+            found.fingerprint,
+            self.settings,
+            dataset=found.cases,
+            budget_bytes=self._budget_bytes(),
+            base_channels=self.base_channels,
+        )
+
+    def _budget_bytes(self) -> float:
+        if self.memory_budget_bytes != AUTO:
+            return float(self.memory_budget_bytes)
+        device = resolve_device(self.device)
+        if device.type != "cuda":
+            return CPU_BUDGET_BYTES
+        total = torch.cuda.get_device_properties(device).total_memory
+        return min(GPU_BUDGET_BYTES, SHARE_OF_CARD * total)

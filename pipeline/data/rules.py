@@ -1,0 +1,176 @@
+"""The rules by which a plan is made: each returns a value and, in a sentence, why.
+
+Source: spacing, patch and batch size follow Isensee et al., nnU-Net, Nature Methods 18 (2021),
+Supplementary Note 2; where a rule differs it says so. Axes are R, A, S.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.datasets import Cases
+from pipeline.data.fingerprint import Fingerprint
+from pipeline.errors import InputError
+from transforms.augment import resolve_flip_axes
+
+Size = Sequence[int]
+StepBytes = Callable[[Size, int], float]  # of a patch size and a batch size
+
+NUM_POOLINGS = 3  # of the dense U-Net: its bottleneck is at 1/8
+LEAST_VOXELS = 4  # of an axis after pooling
+THICK_RATIO = 3  # between the coarsest and finest spacing; above it, slices are thick
+MIN_BATCH, MAX_BATCH_SHARE = 2, 0.05  # of all voxels of the dataset
+CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
+
+
+def names_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[str], str]:
+    """Names of the classes."""
+    if dataset.class_names:
+        return dataset.class_names, "declared by the dataset"
+    names = [entry["name"] for entry in fingerprint["classes"]]
+    if not names:
+        raise InputError(
+            "class_names: expected names, since the dataset declares none and its voxels were not "
+            "read, got auto. Name them, or set check to full."
+        )
+    return names, "label values found; the dataset declares no names"
+
+
+def crop_of(fingerprint: Fingerprint) -> tuple[bool, str]:
+    """Whether cutting off empty borders pays."""
+    share = fingerprint["occupied_share"]
+    if share is None:
+        return False, "voxels were not read"
+    return share < CROP_SHARE, f"{share:.0%} of the volumes is within their borders of zeros"
+
+
+def spacing_of(fingerprint: Fingerprint) -> tuple[list[float], str]:
+    """Median in mm; along the thick axis of anisotropic volumes the 10th percentile."""
+    spacings = np.array(fingerprint["spacings_mm"]["cases"])
+    spacing, reason = np.median(spacings, axis=0), "median spacing of the images"
+    shape = np.median(np.array(fingerprint["shapes"]["cases"]) * spacings / spacing, axis=0)
+    thick = int(spacing.argmax())
+    others = [axis for axis in range(3) if axis != thick]
+    is_thick = spacing[thick] > THICK_RATIO * spacing[others].max()
+    if is_thick and shape[thick] * THICK_RATIO < shape[others].min():
+        fine = np.percentile(spacings[:, thick], 10)
+        spacing[thick] = max(fine, spacing[others].max())
+        reason += f"; along axis {thick}, of thick slices, its 10th percentile"
+    return [float(f"{s:.4g}") for s in spacing], reason
+
+
+def normalization_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[Any], str]:
+    """Hounsfield units mean the same in every scan; the units of other modalities do not."""
+    names = dataset.channel_names or [""] * fingerprint["num_channels"]
+    facts = fingerprint["channels"] or [{}] * len(names)  # where voxels were not read
+    chosen = [_normalization(name, one) for name, one in zip(names, facts, strict=True)]
+    reasons = []
+    if any(isinstance(one, dict) for one in chosen):
+        reasons.append("CT: Hounsfield units, by the foreground of all cases")
+    if "percentile_zscore" in chosen:
+        reasons.append("CT: by each volume, since no foreground with contrast was read")
+    if "zscore" in chosen:
+        reasons.append("not CT: by each volume's own mean and deviation")
+    return chosen, "; ".join(reasons)
+
+
+def _normalization(name: str, facts: Mapping[str, Any]) -> Any:
+    if name.upper() != "CT":
+        return "zscore"
+    low, high = (
+        facts["foreground_percentiles"][level] if facts.get("foreground_std") else None
+        for level in ("0.5", "99.5")
+    )
+    if low is None or low == high:
+        return "percentile_zscore"
+    return {"clip": [low, high], "mean": facts["foreground_mean"], "std": facts["foreground_std"]}
+
+
+def strides_of(spacing: Sequence[float], size: Sequence[float]) -> tuple[list[list[int]], str]:
+    """Pool an axis unless another one is finer by more than the square root of 2.
+
+    Each level is then within a factor of 2 of isotropic, or nearer to it than the level above by
+    the square root of 2, as far as axes are long enough. nnU-Net pools up to a factor
+    of 2 between spacings, and deeper.
+    """
+    spaced, left = np.array(spacing, float), np.array(size, float)
+    strides: list[list[int]] = []
+    while len(strides) < NUM_POOLINGS and (left >= 2 * LEAST_VOXELS).any():
+        roomy = left >= 2 * LEAST_VOXELS
+        stride = np.where(roomy & (spaced <= math.sqrt(2) * spaced[roomy].min()), 2, 1)
+        strides.append(stride.tolist())
+        spaced, left = spaced * stride, left / stride
+    if not strides:
+        return [[1, 1, 1]], "the volumes are too small to be pooled"
+    return strides, "pooled along an axis where that brings a level nearer to isotropic"
+
+
+def patch_of(
+    median: np.ndarray,
+    spacing: Sequence[float],
+    strides: Sequence[Size],
+    step_bytes: StepBytes,
+    budget_bytes: float,
+) -> tuple[list[int], str]:
+    """The median volume, or of it as near to a cube in mm as the budget allows for two patches.
+
+    Raises:
+        InputError: If two of the smallest patches do not fit.
+    """
+    step = np.prod(np.array(strides), axis=0)
+    smallest = 2 * step
+    whole = np.maximum(np.ceil(median / step) * step, smallest).astype(int)
+    roi = whole.copy()
+    while (needed := step_bytes(roi.tolist(), MIN_BATCH)) > budget_bytes:
+        extent_mm = np.where(roi > smallest, roi * np.array(spacing), 0)
+        if not extent_mm.any():
+            raise InputError(
+                f"memory_budget_bytes: expected {needed:.0f} or more, for {MIN_BATCH} of the "
+                f"smallest patches, got {budget_bytes:.0f}. Raise it, or lower base_channels."
+            )
+        axis = int(extent_mm.argmax())
+        roi[axis] -= step[axis]
+    if (roi == whole).all():
+        return roi.tolist(), "the median volume, in multiples of what the strides divide by"
+    return roi.tolist(), (
+        f"the largest of which {MIN_BATCH} fit into {budget_bytes / 2**30:.3g} GiB; the median "
+        f"volume has {'x'.join(f'{n:.0f}' for n in median)} voxels"
+    )
+
+
+def batch_size_of(
+    roi_size: Size, total_voxels: float, step_bytes: StepBytes, budget_bytes: float
+) -> tuple[int, str]:
+    """What the budget holds, but no more than a small share of the dataset."""
+    each = step_bytes(roi_size, 2) - step_bytes(roi_size, 1)
+    by_memory = int((budget_bytes - step_bytes(roi_size, 0)) // each)
+    by_data = int(MAX_BATCH_SHARE * total_voxels // math.prod(roi_size))
+    if max(by_data, MIN_BATCH) <= by_memory:
+        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {MIN_BATCH} or more"
+        return max(by_data, MIN_BATCH), share
+    budget = f"{budget_bytes / 2**30:.3g} GiB"
+    if by_memory < 1:
+        needed = step_bytes(roi_size, 1) / 2**30
+        return (
+            1,
+            f"the least; one such patch needs {needed:.3g} GiB, more than {budget}",
+        )
+    return by_memory, f"what fits into {budget}"
+
+
+def foreground_ratio_of(roi_size: Size, median: np.ndarray) -> tuple[float, str]:
+    """nnU-Net's third where patches see most of a volume anyway, else two thirds."""
+    share = min(1.0, math.prod(roi_size) / float(median.prod()))
+    return (0.33 if share >= 0.5 else 0.67), f"a patch holds {share:.0%} of the median volume"
+
+
+def flip_axes_of(class_names: Sequence[str]) -> tuple[list[int], str]:
+    """All axes, but not left-right where the classes tell left from right."""
+    axes = list(resolve_flip_axes("auto", class_names))
+    if 0 in axes:
+        return axes, "no class name tells left from right"
+    return axes, "class names tell left from right, which mirroring along axis 0 would exchange"

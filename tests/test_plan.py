@@ -1,0 +1,436 @@
+"""The fingerprint of a dataset, and the plan that is made of it."""
+
+import itertools
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_dataset, write_case, write_dataset_json
+
+from networks.dense_unet import DenseUNet
+from pipeline.data import rules
+from pipeline.data.datasets import load_cases
+from pipeline.data.memory import step_bytes
+from pipeline.data.plan import AUTO, make_plan
+from pipeline.data.preflight import preflight
+from pipeline.errors import InputError
+from transforms.preprocess import preprocessing
+
+NAMES = (
+    "class_names", "num_classes", "in_channels", "crop_empty_borders", "spacing", "normalization",
+    "strides", "roi_size", "batch_size", "foreground_ratio", "flip_axes",
+)  # fmt: skip
+GIB = 2**30
+
+
+def spread(values):
+    return {"cases": np.array(values, float).tolist()}
+
+
+def fingerprint_of(spacings, shapes, **changes):
+    """One of a dataset whose cases have these grids."""
+    channel = {"foreground_std": None, "foreground_mean": None, "foreground_percentiles": {}}
+    return {
+        "num_cases": len(shapes),
+        "num_channels": 1,
+        "voxels_were_read": True,
+        "spacings_mm": spread(spacings),
+        "shapes": spread(shapes),
+        "occupied_shapes": spread(shapes),
+        "occupied_share": 1.0,
+        "channels": [channel],
+        "classes": [{"name": "background"}, {"name": "tumour"}],
+        **changes,
+    }
+
+
+class Declared:
+    """What a plan asks of a dataset."""
+
+    def __init__(self, class_names=None, channel_names=None, ignore_value=None):
+        self.class_names, self.channel_names = class_names, channel_names
+        self.ignore_value = ignore_value
+
+
+def plan_of(fingerprint, dataset=None, *, budget=8 * GIB, base_channels=32, **given):
+    settings = {**dict.fromkeys(NAMES, AUTO), **given}
+    return make_plan(
+        fingerprint,
+        settings,
+        dataset=dataset or Declared(),
+        budget_bytes=budget,
+        base_channels=base_channels,
+    )
+
+
+def faults_of(*arguments, **keywords):
+    with pytest.raises(InputError) as caught:
+        plan_of(*arguments, **keywords)
+    return caught.value.faults
+
+
+# ---- fingerprint
+
+
+def rotated(spacing, order, signs, degrees=0):
+    affine = np.zeros((4, 4))
+    for n in range(3):
+        affine[order[n], n] = signs[n] * spacing[n]
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    affine[:3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ affine[:3]
+    affine[:, 3] = (3, -4, 5, 1)
+    return affine
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(("signs", "degrees"), [((1, 1, 1), 0), ((-1, 1, -1), 20)])
+def test_fingerprint_has_the_axes_that_nibabel_makes_of_a_file(tmp_path, order, signs, degrees):
+    affine = rotated((1.0, 1.5, 4.0), order, signs, degrees)
+    for n in (1, 2):
+        write_case(tmp_path, f"c{n}", seed=n, size=(20, 18, 12), affine=affine)
+        path = tmp_path / "imagesTr" / f"c{n}.nii.gz"
+        voxels = np.asarray(nib.load(path).dataobj).copy()
+        voxels[:3], voxels[:, 15:] = 0, 0  # 17 x 15 x 12 are left
+        nib.save(nib.Nifti1Image(voxels, affine), path)
+    write_dataset_json(tmp_path, ["c1", "c2"])
+    found = preflight(load_cases(tmp_path, num_folds=2))
+    assert found.findings == []
+    image = nib.as_closest_canonical(nib.load(path))
+    left = [1 + np.ptp(axis) for axis in np.nonzero(image.get_fdata())]
+    for n in range(2):
+        assert found.fingerprint["shapes"]["cases"][n] == list(image.shape)
+        assert found.fingerprint["occupied_shapes"]["cases"][n] == left
+        np.testing.assert_allclose(
+            found.fingerprint["spacings_mm"]["cases"][n], image.header.get_zooms(), rtol=1e-6
+        )
+    assert found.fingerprint["occupied_share"] == pytest.approx(17 * 15 / (20 * 18))
+
+
+def test_fingerprint_counts_classes_and_grey_values(tmp_path):
+    cases = load_cases(make_dataset(tmp_path / "d", 4), num_folds=2)
+    got = preflight(cases).fingerprint
+    every = cases.train + cases.validation
+    images, labels = (
+        [nib.load(case[key]).get_fdata() for case in every] for key in ("image", "label")
+    )
+    assert [entry["name"] for entry in got["classes"]] == ["background", "dim", "bright"]
+    for value, entry in enumerate(got["classes"]):
+        counts = [(label == value).sum() for label in labels]
+        assert entry["num_cases"] == 4
+        assert entry["voxel_share"] == pytest.approx(sum(counts) / (4 * labels[0].size))
+        assert entry["median_volume_ml"] == pytest.approx(np.median(counts) * 1.5 / 1000)
+    (channel,) = got["channels"]
+    assert channel["mean"] == pytest.approx(np.mean([image.mean() for image in images]))
+    assert channel["std"] == pytest.approx(np.mean([image.std() for image in images]))
+    levels = (np.arange(200) + 0.5) / 200
+    pooled = [
+        np.quantile(i.ravel("F")[label.ravel("F") > 0], levels)
+        for i, label in zip(images, labels, strict=True)
+    ]
+    for name, value in channel["foreground_percentiles"].items():
+        assert value == pytest.approx(np.percentile(pooled, float(name)))
+    assert json.loads(json.dumps(got)) == got
+
+
+@pytest.mark.parametrize("level", ["fast", "off"])
+def test_fingerprint_is_of_headers_alone_when_voxels_are_not_to_be_read(tmp_path, level):
+    """Also when a cache knows the voxels."""
+    cases = load_cases(make_dataset(tmp_path / "d", 4), num_folds=2)
+    preflight(cases, cache_dir=tmp_path / "cache")
+    got = preflight(cases, level, tmp_path / "cache").fingerprint
+    assert got == preflight(cases, level).fingerprint
+    assert not got["voxels_were_read"]
+    assert (got["channels"], got["classes"], got["occupied_share"]) == ([], [], None)
+    plan = plan_of(got, cases)
+    assert plan.crop_empty_borders is False
+    assert plan.normalization == ["zscore"]
+
+
+@pytest.mark.parametrize("level", ["full", "fast", "off"])
+@pytest.mark.parametrize("shape", [(20, 18), (20, 18, 1), (20, 18, 12, 2, 2)])
+def test_preflight_names_a_case_that_no_plan_is_made_of(tmp_path, level, shape):
+    root = make_dataset(tmp_path / "d", 4)
+    path = root / "imagesTr" / "tiny_002.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), path)
+    found = preflight(load_cases(root, num_folds=2), level)
+    assert {finding.case_id for finding in found.faults} == {"tiny_002"}
+    assert found.fingerprint is None
+
+
+# ---- spacing
+
+
+def test_spacing_is_the_median():
+    spacings = [[1.0, 1.0, 2.0], [0.78125, 0.78125, 1.5], [0.5, 0.5, 2.5]]
+    got = plan_of(fingerprint_of(spacings, [[64] * 3] * 3))
+    assert got.spacing == [0.7812, 0.7812, 2.0]
+    micro = plan_of(fingerprint_of([[0.0014] * 3], [[64] * 3]))
+    assert micro.spacing == [0.0014] * 3
+
+
+@pytest.mark.parametrize("thick", range(3))
+def test_spacing_along_thick_slices_is_a_low_percentile_but_not_below_the_others(thick):
+    coarse = np.array([3.0, 4, 5, 6, 7, 7, 7, 7, 7, 7, 7])
+    for fine in (1.0, 2.0):
+        spacings = np.full((11, 3), fine)
+        spacings[:, thick] = coarse * fine
+        shapes = np.full((11, 3), 200.0)
+        shapes[:, thick] = 20
+        got = plan_of(fingerprint_of(spacings, shapes)).spacing
+        expected = [fine] * 3
+        expected[thick] = np.percentile(coarse * fine, 10)
+        assert got == expected
+        shapes[:, thick] = 70  # slices enough
+        expected[thick] = np.median(coarse * fine)
+        assert plan_of(fingerprint_of(spacings, shapes)).spacing == expected
+    spacings[:2] = 1.0
+    spacings[2:] = np.where(np.arange(3) == thick, 8.0, 2.0)
+    shapes[:, thick] = 10
+    assert plan_of(fingerprint_of(spacings, shapes)).spacing == [2.0] * 3
+
+
+# ---- strides and patch
+
+
+def grids(number, seed=0):
+    """Random spacings and shapes, some anisotropic, some tiny."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        spacing = np.exp(rng.uniform(np.log(0.3), np.log(8), 3))
+        shape = np.exp(rng.uniform(np.log(2), np.log(700), 3)).astype(int)
+        yield [spacing.tolist()], [shape.tolist()], np.exp(rng.uniform(np.log(1e8), np.log(4e10)))
+
+
+def test_strides_leave_slices_alone_until_they_are_no_longer_thick():
+    assert rules.strides_of([1, 1, 4], [160, 160, 40])[0] == [[2, 2, 1], [2, 2, 1], [2, 2, 2]]
+    assert rules.strides_of([1, 1, 1], [160, 160, 160])[0] == [[2, 2, 2]] * 3
+    assert rules.strides_of([1, 1, 1.5], [160, 160, 10])[0] == [[2, 2, 1], [2, 2, 2], [2, 2, 1]]
+    assert rules.strides_of([1, 1, 1], [7, 7, 7])[0] == [[1, 1, 1]]
+
+
+def test_strides_bring_levels_nearer_to_isotropic():
+    for (spacing,), (shape,), _ in grids(300):
+        strides, _ = rules.strides_of(spacing, shape)
+        spaced, left = np.array(spacing), np.array(shape, float)
+        if strides == [[1, 1, 1]]:
+            assert left.max() < 8
+            continue
+        for stride in strides:
+            roomy = left >= 8  # axes that keep 4 voxels
+            before = np.ptp(np.log(spaced[roomy]))
+            assert np.array(stride)[~roomy].tolist() == [1] * int((~roomy).sum())
+            spaced, left = spaced * stride, left / stride
+            after = np.ptp(np.log(spaced[roomy]))
+            assert after <= max(np.log(2), before - np.log(2) / 2) + 1e-9
+        assert len(strides) == 3 or left.max() < 8
+
+
+def test_roi_size_fits_strides_and_budget():
+    fitted = whole = 0
+    for spacings, shapes, budget in grids(300, seed=1):
+        try:
+            plan = plan_of(fingerprint_of(spacings, shapes), budget=budget)
+        except InputError:
+            continue  # see below
+        step = np.prod(plan.strides, axis=0)
+        size = np.array(plan.roi_size)
+        assert (size % step == 0).all()
+        assert (size >= 2 * step).all()
+
+        def needed(roi, number, plan=plan):
+            return step_bytes(roi, number, plan.strides, 32, 2)
+
+        assert needed(plan.roi_size, 2) <= budget
+        assert needed(plan.roi_size, plan.batch_size) <= budget
+        median = np.maximum(np.rint(np.array(shapes[0]) * spacings[0] / plan.spacing), 1)
+        largest = np.maximum(np.ceil(median / step) * step, 2 * step)
+        assert (size <= largest).all()
+        if (size < largest).any():
+            fitted += 1
+            # the one cut last, put back, would be too much
+            assert max(needed(size + step * (np.arange(3) == n), 2) for n in range(3)) > budget
+        else:
+            whole += 1
+    assert min(fitted, whole) > 50
+
+
+def test_roi_size_is_refused_when_two_of_the_smallest_do_not_fit():
+    (fault,) = faults_of(fingerprint_of([[1] * 3], [[64] * 3]), budget=1e6)
+    assert fault.startswith("memory_budget_bytes: expected ")
+    assert "got 1000000. Raise it, or lower base_channels." in fault
+
+
+def test_roi_size_is_the_median_volume_when_rounding_is_all_that_differs():
+    """40 voxels of 0.3 mm at 0.3 mm are 40, and not 40.000000000000007."""
+    for spacing, shape in (([0.3, 0.7, 1.1], [40, 48, 56]), ([1 / 3] * 3, [512, 512, 64])):
+        fingerprint = fingerprint_of([spacing], [shape])
+        assert plan_of(fingerprint, strides=[2, 2, 2], budget=1e12).roi_size == shape
+
+
+def test_network_takes_every_planned_patch():
+    for spacings, shapes, budget in grids(20, seed=2):
+        try:
+            plan = plan_of(fingerprint_of(spacings, shapes), budget=budget)
+        except InputError:
+            continue
+        with torch.device("meta"):
+            network = DenseUNet(1, 2, 2, plan.strides, num_dense_layers=1, growth_rate=4)
+            for number in (1, plan.batch_size):
+                logits = network(torch.zeros(number, 1, *plan.roi_size))
+                assert logits.shape == (number, 2, *plan.roi_size)
+            deepest = np.array(plan.roi_size) // np.prod(plan.strides, axis=0)
+        assert (deepest >= 2).all()
+
+
+def test_memory_formula_meets_what_was_measured():
+    measured = json.loads((REPOSITORY / "benchmarks" / "gpu_memory.json").read_text())["readings"]
+    readings = [one for one in measured if one["precision"] == "float32"]
+    assert len(readings) == 10
+    for one in readings:
+        formula = step_bytes(
+            *(one[key] for key in ("roi_size", "batch_size", "strides", "base_channels")),
+            one["num_classes"],
+        )
+        assert formula == pytest.approx(one["peak_bytes"], rel=0.05)
+
+
+def test_memory_formula_counts_voxels_times_channels_of_all_levels():
+    channels = 3 * (1 + 2 / 4 + 4 / 32)  # levels of 3, 6 and 12 channels
+    expected = 56 * 2 * 512 * channels + 17.5 * 2 * 512 * 5 + 85e3 * 9
+    assert step_bytes([8, 8, 8], 2, [[2, 2, 1], 2], 3, 5) == pytest.approx(expected)
+
+
+# ---- batch, intensities, borders, axes
+
+
+@pytest.mark.parametrize(
+    ("cases", "budget", "batch"),
+    [(1, 8 * GIB, 2), (400, 8 * GIB, 13), (4000, 1e12, 200), (4000, 1e6, 1)],
+)
+def test_batch_size_is_a_share_of_the_data_as_far_as_memory_goes(cases, budget, batch):
+    """A patch more was measured to take 0.65 GB, the rest 0.08 GB: 13 fit into 8 GiB."""
+    got = plan_of(
+        fingerprint_of([[1] * 3] * cases, [[64] * 3] * cases), roi_size=[64] * 3, budget=budget
+    )
+    assert got.batch_size == batch
+    assert ("more than" in got.reasons["batch_size"]) == (budget == 1e6)
+
+
+CT = {
+    "name": "CT",
+    "foreground_mean": 40.0,
+    "foreground_std": 20.0,
+    "foreground_percentiles": {"0.5": -60.0, "99.5": 200.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "expected"),
+    [
+        (["CT"], [CT], [{"clip": [-60.0, 200.0], "mean": 40.0, "std": 20.0}]),
+        (["ct"], [], ["percentile_zscore"]),
+        (["CT"], [{**CT, "foreground_std": None}], ["percentile_zscore"]),
+        (["CT"], [{**CT, "foreground_percentiles": {"0.5": 7.0, "99.5": 7.0}}],
+         ["percentile_zscore"]),
+        (["T1", "CT"], [CT, CT], ["zscore", {"clip": [-60.0, 200.0], "mean": 40.0, "std": 20.0}]),
+        (["MRI"], [CT], ["zscore"]),
+        (None, [], ["zscore"] * 3),
+        (None, [CT] * 3, ["zscore"] * 3),
+    ],
+)  # fmt: skip
+def test_normalization_is_by_hounsfield_units_for_ct_alone(names, channels, expected):
+    number = len(names or "123")
+    fingerprint = fingerprint_of(
+        [[1] * 3], [[64] * 3], channels=channels, num_channels=number,
+        voxels_were_read=bool(channels),
+    )  # fmt: skip
+    plan = plan_of(fingerprint, Declared(channel_names=names))
+    assert plan.normalization == expected
+    preprocessing(plan.spacing, plan.normalization)  # takes it
+
+
+@pytest.mark.parametrize(("share", "crop"), [(0.5, True), (0.8, False), (None, False)])
+def test_borders_are_cut_off_when_that_pays_and_the_patch_is_of_what_is_left(share, crop):
+    got = plan_of(
+        fingerprint_of(
+            [[1] * 3], [[128] * 3], occupied_shapes=spread([[64, 72, 80]]), occupied_share=share
+        ),
+        budget=1e12,
+    )
+    assert got.crop_empty_borders is crop
+    assert got.roi_size == ([64, 72, 80] if crop else [128] * 3)
+
+
+def test_borders_are_cut_off_on_demand_when_voxels_were_not_read():
+    unread = {"voxels_were_read": False, "occupied_shapes": None, "occupied_share": None}
+    got = plan_of(fingerprint_of([[1] * 3], [[64] * 3], **unread), crop_empty_borders=True)
+    assert (got.crop_empty_borders, got.roi_size) == (True, [64] * 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "axes"),
+    [(["background", "liver"], [0, 1, 2]), (["background", "left kidney"], [1, 2])],
+)
+def test_left_and_right_are_not_mirrored_when_classes_tell_them_apart(names, axes):
+    assert plan_of(fingerprint_of([[1] * 3], [[64] * 3]), Declared(names)).flip_axes == axes
+
+
+def test_foreground_is_drawn_more_when_a_patch_sees_little_of_a_volume():
+    fingerprint = fingerprint_of([[1] * 3], [[128] * 3])
+    assert plan_of(fingerprint, roi_size=[64] * 3).foreground_ratio == 0.67
+    assert plan_of(fingerprint, roi_size=[128, 128, 64]).foreground_ratio == 0.33
+
+
+# ---- the plan as a whole
+
+
+def test_given_values_are_kept_and_others_are_chosen_around_them():
+    fingerprint = fingerprint_of([[1, 1, 4]] * 4, [[160, 160, 40]] * 4)
+    plan = plan_of(fingerprint, spacing=[1, 1, 1])
+    assert plan.strides == [[2, 2, 2]] * 3  # isotropic now
+    assert plan.reasons["spacing"] == "given"
+    plan = plan_of(fingerprint, strides=[2, 2])
+    assert plan.strides == [2, 2]
+    assert (np.array(plan.roi_size) % 4 == 0).all()
+    plan = plan_of(fingerprint, roi_size=[32, 32, 8])
+    assert plan.roi_size == [32, 32, 8]
+    assert np.prod(plan.strides, axis=0).tolist() == [8, 8, 2]
+    plan = plan_of(fingerprint, class_names=["a", "b", "left", "right"])
+    assert (plan.num_classes, plan.flip_axes) == (4, [1, 2])
+    fewer = plan_of(fingerprint, base_channels=16, budget=2e9)
+    assert np.prod(fewer.roi_size) > np.prod(plan_of(fingerprint, budget=2e9).roi_size)
+
+
+def test_every_value_has_a_reason_and_a_line():
+    plan = plan_of(fingerprint_of([[1] * 3], [[64] * 3]), Declared(["a", "b"], ["CT"], 9))
+    assert set(plan.reasons) == set(NAMES)
+    assert all(plan.reasons.values())
+    assert len(plan.lines()) == len(NAMES)
+    assert plan.ignore_value == 9
+    assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict() | {}
+
+
+def test_values_that_do_not_fit_the_dataset_are_refused_all_at_once():
+    fingerprint = fingerprint_of([[1] * 3], [[64] * 3])
+    faults = faults_of(
+        fingerprint, Declared(["a", "b", "c"]), in_channels=2, num_classes=2, class_names=["a"]
+    )
+    assert [fault.split(":")[0] for fault in faults] == [
+        "in_channels",
+        "class_names",
+        "num_classes",
+    ]
+
+
+def test_fewer_classes_than_were_found_are_refused_when_none_are_declared():
+    classes = [{"name": "background"}, {"name": "class_1"}, {"name": "class_2"}]
+    fingerprint = fingerprint_of([[1] * 3], [[64] * 3], classes=classes)
+    (fault,) = faults_of(fingerprint, class_names=["background", "liver"])
+    assert fault.startswith("num_classes: expected 3 or more")
+
+
+def test_names_are_asked_for_when_neither_declared_nor_read():
+    (fault,) = faults_of(fingerprint_of([[1] * 3], [[64] * 3], classes=[]))
+    assert fault.startswith("class_names: expected names")
