@@ -13,17 +13,16 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import ClassesToIndices
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pipeline.data.cache import VolumeCache
 from pipeline.data.datasets import Case
-
-MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
+from pipeline.data.positions import draw_centre, sampling_positions
+from pipeline.errors import InputError
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -36,8 +35,9 @@ class PatchDataset(Dataset):
     """Random patches of cached cases.
 
     A share `foreground_ratio` of the patches is centred on a voxel of a class drawn from those
-    present in the case; the others on any voxel. The centre is then moved so that the patch of
-    `roi_size` lies inside the volume where it fits. `patch_size` is what is cut out around it:
+    present in the case; the others on any voxel, or any annotated one where the case has voxels of
+    `ignore_value`. The centre is then moved so that the patch of `roi_size` lies inside the volume
+    where it fits. `patch_size` is what is cut out around it:
     larger than `roi_size` by the margin that the augmentation's resampling needs.
 
     Args:
@@ -48,9 +48,12 @@ class PatchDataset(Dataset):
         num_classes: Classes, background included.
         seed: Of the run.
         samples_per_epoch: N above.
+        cache: Where preprocessed cases are; a sample is read from it when it is asked for.
         foreground_ratio: Share of patches centred on foreground, 0 to 1.
+        ignore_value: Label of voxels that nobody annotated; no patch is centred on one.
 
     Raises:
+        InputError: If a case has no annotated voxel, or cannot be cached.
         ValueError: If there is no case, or a size or ratio is out of range.
     """
 
@@ -63,7 +66,9 @@ class PatchDataset(Dataset):
         num_classes: int,
         seed: int,
         samples_per_epoch: int,
+        cache: VolumeCache,
         foreground_ratio: float = 0.67,
+        ignore_value: int | None = None,
     ) -> None:
         if not data:
             raise ValueError("training cases: expected at least one, got none.")
@@ -76,13 +81,12 @@ class PatchDataset(Dataset):
         self.patch_size = np.asarray(patch_size)
         self.seed, self.samples_per_epoch = seed, samples_per_epoch
         self.foreground_ratio = foreground_ratio
-        self._positions = ClassesToIndices(
-            num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS
-        )
+        self.num_classes, self.ignore_value = num_classes, ignore_value
         # for each worker its process id and 1 + the sample it is at; negative when it is through
         self.loading: Any = []
-        with ThreadPoolExecutor() as pool:
-            self.cases = list(pool.map(self._load, data))
+        self.cached = cache.fill(
+            data, self._prepare, form="patches", num_classes=num_classes, ignore_value=ignore_value
+        )
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -106,60 +110,44 @@ class PatchDataset(Dataset):
 
     def case_id(self, number: int) -> str:
         """Case of training sample `number`."""
-        return self.cases[self._case_index(number)]["case_id"]
+        return self.data[self._case_index(number)]["case_id"]
 
     def _sample(self, number: int) -> dict[str, Any]:
         epoch, index = divmod(number, self.samples_per_epoch)
         rng = generator(self.seed, epoch, index)
-        case = self.cases[self._case_index(number)]
-        origin = self._centre(case, rng) - self.patch_size // 2
+        with self.cached.open(self._case_index(number)) as case:
+            centre = draw_centre(case, self.num_classes, self.foreground_ratio, rng)
+            origin = self._inside(centre, case["label"].shape[1:]) - self.patch_size // 2
+            image, label = (case[key].cut(origin, self.patch_size) for key in ("image", "label"))
         return {
-            "image": _cut(case["image"], origin, self.patch_size),
-            "label": _cut(case["label"], origin, self.patch_size),
+            "image": image,
+            "label": label,
             "seed": int(rng.integers(2**63)),
             "number": number,
-            "case_id": case["case_id"],
+            "case_id": self.case_id(number),
             "origin": torch.as_tensor(origin),
         }
 
-    def _load(self, case: Case) -> dict[str, Any]:
+    def _prepare(self, case: Case) -> dict[str, Any]:
         loaded = self.transform(case)
-        image, label = (loaded[key].as_tensor().contiguous() for key in ("image", "label"))
-        positions = [np.asarray(p, dtype=np.int64) for p in self._positions(label)]
-        return {
-            "case_id": case["case_id"],
-            "image": image,
-            "label": label,
-            "foreground": [p for p in positions[1:] if len(p)],
-        }
+        volumes = {key: loaded[key] for key in ("image", "label")}
+        try:
+            positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
+        except ValueError as error:
+            raise InputError(f"{case['case_id']}: {error} Leave the case out.") from None
+        return {**volumes, **positions}
 
     def _case_index(self, number: int) -> int:
         """Cases come in rounds: every case once per round, each round in an order of its own."""
         round_number, place = divmod(number, len(self.data))
         return int(generator(self.seed, "order", round_number).permutation(len(self.data))[place])
 
-    def _centre(self, case: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-        size = np.asarray(case["label"].shape[1:])
-        on_foreground = rng.random() < self.foreground_ratio and case["foreground"]
-        if on_foreground:
-            positions = case["foreground"][rng.integers(len(case["foreground"]))]
-            centre = np.array(np.unravel_index(positions[rng.integers(len(positions))], size))
-        else:
-            centre = rng.integers(size)
+    def _inside(self, centre: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The centre, moved so that the roi lies inside the volume where it fits."""
+        size = np.asarray(shape)
         low = self.roi_size // 2
         high = size - (self.roi_size - low)
         return np.where(high > low, np.clip(centre, low, np.maximum(high, low)), size // 2)
-
-
-def _cut(volume: torch.Tensor, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:
-    """Copy `(C, *size)` from `volume` `(C, H, W, D)`, zero outside it."""
-    patch = torch.zeros((volume.shape[0], *size.tolist()), dtype=volume.dtype)
-    shape = np.asarray(volume.shape[1:])
-    first, last = np.maximum(origin, 0), np.minimum(origin + size, shape)
-    source = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
-    target = tuple(slice(a, b) for a, b in zip(first - origin, last - origin, strict=True))
-    patch[(slice(None), *target)] = volume[(slice(None), *source)]
-    return patch
 
 
 class EpochSampler(Sampler[int]):

@@ -1,0 +1,198 @@
+"""Preprocessed cases on disk, so that the memory of a run does not grow with their number.
+
+Each case is a file of its own under a key: the bytes of its image and label, the recipe of its
+preprocessing, and the versions of the libraries that do it. What is there is verified once, when a
+run begins, and what is missing or damaged is made; afterwards it is opened, read and closed for
+each sample, so that no page of it stays with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.data.content import ContentHashes, sha256_of
+from pipeline.data.datasets import Case
+from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
+from pipeline.data.progress_bar import ProgressBar
+from pipeline.data.store import EntryStore
+from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 8  # each holds a case in memory
+ATTEMPTS = 3  # to open an entry that other processes keep removing
+LIBRARIES = ("monai", "torch", "numpy", "nibabel")
+
+Preprocess = Callable[[Case], Mapping[str, Any]]
+
+
+class VolumeCache:
+    """A directory of preprocessed cases, shared by runs and processes.
+
+    Args:
+        directory: Made when it is first filled.
+        limit_bytes: That all entries together may take, those of other recipes included; what was
+            used longest ago is removed, but nothing that this run needs.
+        recipe: All that decides what preprocessing makes of a file, JSON.
+    """
+
+    def __init__(self, directory: str | Path, limit_bytes: int, recipe: Mapping[str, Any]) -> None:
+        self.directory, self.recipe = Path(directory), recipe
+        self.store = EntryStore(self.directory, limit_bytes)
+
+    def fill(self, cases: Sequence[Case], transform: Preprocess, **facts: Any) -> CachedCases:
+        """Make the entries that are missing or damaged, several at a time.
+
+        Args:
+            cases: To be there afterwards.
+            transform: Makes of a case a dictionary, of which arrays and tensors are kept.
+            facts: What decides what `transform` makes, beside the recipe; JSON.
+
+        Raises:
+            InputError: If a case cannot be read, the cache cannot be written, or this run's cases
+                do not fit into `limit_bytes`.
+        """
+        self.store.prepare()
+        hashes = ContentHashes(self.directory / "hashes.json")
+        with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+            contents = list(pool.map(lambda case: _content(hashes, case), cases))
+            hashes.save()
+            keys = [self._key(content, facts) for content in contents]
+            cached = CachedCases(self.store, cases, transform, keys, contents)
+            numbers = {key: n for n, key in enumerate(keys)}  # equal cases share an entry
+            self.store.need(numbers)
+            whole = dict(zip(numbers, pool.map(self.store.is_whole, numbers), strict=True))
+            self.store.require_room()
+            missing = [n for key, n in numbers.items() if not whole[key]]
+            if missing:
+                log.info(
+                    "Preprocessing %d of %d cases into %s", len(missing), len(cases), self.directory
+                )
+                made = pool.map(cached.make, missing)
+                list(ProgressBar(made, desc="Preprocessing", total=len(missing)))
+        self.store.evict()  # once more: other processes may have written meanwhile
+        return cached
+
+    def _key(self, content: str, facts: Mapping[str, Any]) -> str:
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        return sha256_of([FORMAT, versions, self.recipe, facts, content])
+
+
+class CachedCases:
+    """The entries of some cases, in their order; `VolumeCache.fill` makes them.
+
+    Args:
+        store: Where they are.
+        cases: Whose they are.
+        transform: That makes them.
+        keys: Of the entries.
+        contents: Of the cases, as `ContentHashes.of_case` gives them.
+    """
+
+    def __init__(
+        self,
+        store: EntryStore,
+        cases: Sequence[Case],
+        transform: Preprocess,
+        keys: Sequence[str],
+        contents: Sequence[str],
+    ) -> None:
+        self.store, self.cases, self.transform = store, cases, transform
+        self.keys, self.contents = keys, contents
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @contextlib.contextmanager
+    def open(self, number: int) -> Iterator[Entry]:
+        """Entry of a case, made anew if another process has removed it; closed at the end.
+
+        Raises:
+            InputError: If it cannot be made anew.
+        """
+        with contextlib.ExitStack() as stack:
+            yield self._enter(number, stack)
+
+    def make(self, number: int) -> None:
+        """Preprocess a case and write its entry."""
+        made = self.transform(self.cases[number])
+        kinds = (np.ndarray, torch.Tensor)
+        kept = {name: value for name, value in made.items() if isinstance(value, kinds)}
+        self.store.write(self.keys[number], kept)
+
+    def _enter(self, number: int, stack: contextlib.ExitStack) -> Entry:
+        key = self.keys[number]
+        for _ in range(ATTEMPTS):
+            self.store.touch(key)
+            try:
+                return stack.enter_context(open_entry(self.store.path(key), key))
+            except BROKEN as error:
+                log.warning("%s IS LOST: %s. It is made anew.", self.store.path(key), error)
+                self._make_anew(number)
+        return stack.enter_context(open_entry(self.store.path(key), key))
+
+    def _make_anew(self, number: int) -> None:
+        case = self.cases[number]
+        hashes = ContentHashes(self.store.directory / "hashes.json")
+        if _content(hashes, case) != self.contents[number]:
+            raise InputError(
+                f"{case['case_id']}: expected the files that the run began with, got others. "
+                "Restore them, or start the run again."
+            )
+        self.store.recount()
+        self.make(number)
+
+
+class CachedDataset(Dataset):
+    """Whole preprocessed cases, as MONAI's CacheDataset gives them, but read when they are asked.
+
+    Args:
+        data: Cases, as dictionaries with `case_id`, `image` and `label`.
+        transform: Deterministic preprocessing, applied once per case.
+        cache: Where its results are.
+    """
+
+    def __init__(self, data: Sequence[Case], transform: Preprocess, cache: VolumeCache) -> None:
+        self.data = data
+        self.cached = cache.fill(data, transform, form="whole")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The case, file names replaced by volumes.
+
+        Returns:
+            `image` `(C, H, W, D)` float32 and `label` `(1, H, W, D)` uint8, MetaTensors with
+            `affine`, `original_affine`, `spatial_shape`, `space` and `filename_or_obj`; every
+            other tensor that the preprocessing made; the rest of the case as it is.
+        """
+        case = self.data[index]
+        with self.cached.open(index) as entry:
+            return {**case, **{n: entry.whole(n, _filename(case, n)) for n in sorted(entry.names)}}
+
+
+def _content(hashes: ContentHashes, case: Case) -> str:
+    try:
+        return hashes.of_case(case)
+    except OSError as error:
+        raise InputError(
+            f"{case['case_id']}: expected files that can be read, got: {error}."
+        ) from None
+
+
+def _filename(case: Case, name: str) -> str:
+    """As MONAI's LoadImage names it: of several files the first."""
+    value = case.get(name, "")
+    return str(value[0] if isinstance(value, list) else value)

@@ -1,0 +1,738 @@
+"""The cache of preprocessed cases: what it gives, and what happens to it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from monai.data import CacheDataset, MetaTensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pipeline.data import content, entry
+from pipeline.data.cache import CachedDataset, VolumeCache
+from pipeline.data.content import ContentHashes
+from pipeline.data.datasets import load_cases
+from pipeline.data.entry import encode, open_entry
+from pipeline.errors import InputError
+from transforms.postprocess import ToOriginalGridd
+from transforms.preprocess import ValidationPreprocessing, preprocessing
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def cases(dataset):
+    """Four training cases that no test changes."""
+    return load_cases(dataset, num_folds=3).train
+
+
+@pytest.fixture
+def writable(tmp_path):
+    """Cases whose files a test may change."""
+    return load_cases(make_dataset(tmp_path / "data", num_cases=3), num_folds=3).train
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files count as settled at once."""
+    monkeypatch.setattr(content, "SETTLED_S", -1)
+
+
+def load(case):
+    """Stands for preprocessing: reads the voxels, notes nothing else."""
+    image, label = (np.asarray(nib.load(case[key]).dataobj)[None] for key in ("image", "label"))
+    return {**case, "image": MetaTensor(image), "label": MetaTensor(label)}
+
+
+class Counted:
+    """`load`, and how often and of which cases it was asked."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, case):
+        self.seen.append(case["case_id"])
+        return load(case)
+
+
+def cache_in(folder, limit_bytes=10**9, **recipe):
+    return VolumeCache(folder / "cache", limit_bytes, recipe)
+
+
+def entries_in(folder):
+    return sorted((folder / "cache").glob("*.safetensors"))
+
+
+def refuse(case):
+    raise AssertionError("expected nothing to be made")
+
+
+def image_of(cached, number):
+    with cached.open(number) as entry:
+        return entry["image"][:].numpy()
+
+
+# ---- what it gives
+
+
+def test_cached_dataset_gives_what_cache_dataset_gives(cases, tmp_path):
+    transform = ValidationPreprocessing(preprocessing([1, 1, 1], keys=("image", "label")))
+    ours = CachedDataset(cases, transform, cache_in(tmp_path))
+    theirs = CacheDataset(cases, transform, copy_cache=False, progress=False)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["case_id"] == b["case_id"]
+        assert a.keys() == b.keys()
+        for key in ("image", "label"):
+            assert type(a[key]) is type(b[key]) is MetaTensor
+            assert a[key].dtype == b[key].dtype
+            assert torch.equal(a[key].as_tensor(), b[key].as_tensor())
+            assert torch.equal(a[key].affine, b[key].affine)
+            assert a[key].affine.dtype == b[key].affine.dtype
+            for name in ("original_affine", "spatial_shape"):
+                np.testing.assert_array_equal(a[key].meta[name], b[key].meta[name])
+            for name in ("filename_or_obj", "space"):
+                assert a[key].meta[name] == b[key].meta[name]
+
+
+def test_cached_dataset_gives_what_the_way_back_to_the_files_grid_needs(cases, tmp_path):
+    transform = ValidationPreprocessing(preprocessing([2, 1, 1]))
+    ours = CachedDataset(cases, transform, cache_in(tmp_path))[0]
+    theirs = transform(cases[0])
+    logits = torch.randn(3, *ours["image"].shape[1:])
+    a, b = (ToOriginalGridd()({**case, "pred": logits}) for case in (ours, theirs))
+    assert torch.equal(a["pred"].as_tensor(), b["pred"].as_tensor())
+    assert a["pred"].shape[1:] == a["label"].shape[1:]
+    assert ours["image"].meta["filename_or_obj"] == cases[0]["image"]
+
+
+def test_cached_dataset_names_the_file_from_the_case_not_from_the_cache(writable, tmp_path):
+    CachedDataset(writable, preprocessing([1, 1, 1]), cache_in(tmp_path))
+    moved = Path(writable[0]["image"]).with_name("elsewhere.nii.gz")
+    Path(writable[0]["image"]).rename(moved)
+    case = {**writable[0], "image": str(moved)}
+    got = CachedDataset([case], refuse, cache_in(tmp_path))[0]
+    assert got["image"].meta["filename_or_obj"] == str(moved)
+
+
+def test_cache_holds_no_name_of_a_file_or_case_or_text_of_a_header(tmp_path, settled):
+    cases = load_cases(make_dataset(tmp_path / "secret", num_cases=3), num_folds=3).train
+    for case in cases:
+        file = nib.load(case["image"])
+        file = nib.Nifti1Image(np.asarray(file.dataobj), file.affine)
+        file.header["descrip"] = b"secret"
+        nib.save(file, case["image"])
+    CachedDataset(cases, preprocessing([1, 1, 1]), cache_in(tmp_path))
+    files = [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
+    assert len(files) == len(cases) + 1  # the hashes of the files
+    for path in files:
+        for word in (b"secret", b"tiny_00"):
+            assert word not in path.read_bytes()
+            assert word not in path.name.encode()
+
+
+def test_cache_keeps_arrays_and_leaves_the_rest(cases, tmp_path):
+    def transform(case):
+        return {**load(case), "weight": np.arange(5, dtype=np.float16), "note": "text"}
+
+    got = CachedDataset(cases[:1], transform, cache_in(tmp_path))[0]
+    np.testing.assert_array_equal(got["weight"], np.arange(5))
+    assert got["weight"].dtype == torch.float16
+    assert "note" not in got
+
+
+def test_entry_reads_a_slice_without_the_rest(tmp_path, cases):
+    volume = np.zeros((1, 4096, 4096), np.float32)  # 64 MB
+    cached = cache_in(tmp_path).fill(cases[:1], lambda case: {"image": volume})
+    before = status("RssAnon")
+    with cached.open(0) as entry:
+        assert entry["image"][:, 5:6, 7:9].shape == (1, 1, 2)
+        assert status("RssAnon") - before < 8000
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_reading_leaves_no_entry_in_resident_memory(tmp_path, cases):
+    volume = np.random.default_rng(0).normal(size=(1, 128, 256, 256)).astype(np.float32)  # 32 MB
+    cached = cache_in(tmp_path).fill(cases, lambda case: {"image": volume})
+    image_of(cached, 0)
+    before = status("VmRSS")
+    for number in range(len(cases)):
+        with cached.open(number) as entry:
+            entry["image"][:, ::1].sum()
+    assert status("VmRSS") - before < 16_000
+
+
+def status(name):
+    """kB of this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[name].split()[0])
+
+
+# ---- what is made, and made anew
+
+
+def test_fill_makes_nothing_twice(cases, tmp_path):
+    made = Counted()
+    cache_in(tmp_path).fill(cases, made)
+    assert sorted(made.seen) == sorted(case["case_id"] for case in cases)
+    cache_in(tmp_path).fill(cases, refuse)
+
+
+def test_fill_makes_equal_cases_once(cases, tmp_path):
+    made = Counted()
+    cached = cache_in(tmp_path).fill([cases[0], {**cases[0], "case_id": "twin"}], made)
+    assert len(made.seen) == 1
+    np.testing.assert_array_equal(image_of(cached, 0), image_of(cached, 1))
+
+
+def test_fill_says_what_it_makes_and_nothing_else(cases, tmp_path, caplog, capfd):
+    caplog.set_level(logging.INFO)
+    cache_in(tmp_path).fill(cases, load)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"Preprocessing 4 of 4 cases into {tmp_path / 'cache'}"
+    ]
+    caplog.clear()
+    cache_in(tmp_path).fill(cases, load)
+    assert not caplog.records
+    assert capfd.readouterr().err == ""  # a bar is for terminals
+
+
+def test_fill_shows_a_bar_on_a_terminal(cases, tmp_path, monkeypatch):
+    class Terminal:
+        text = ""
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    cache_in(tmp_path).fill(cases, load)
+    assert "Preprocessing: 100%" in terminal.text
+    assert "4/4" in terminal.text
+    assert not [thread for thread in threading.enumerate() if "TMonitor" in repr(thread)]
+
+
+class Bomb:
+    """Goes off when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/it_was_unpickled",)
+
+
+def alter(place):
+    def change(path):
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+
+    return change
+
+
+def replace_by(make):
+    def change(path):
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def rewrite_header(path):
+    """Another shape of as many voxels: a header that is right in itself."""
+    data = path.read_bytes()
+    assert b"[1,20,18,12]" in data
+    path.write_bytes(data.replace(b"[1,20,18,12]", b"[1,18,20,12]"))
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "cut within its header": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "last voxel altered": alter(-1),
+    "a voxel altered": alter(5000),
+    "header altered": alter(30),
+    "another shape": rewrite_header,
+    "pickle": lambda path: path.write_bytes(pickle.dumps(Bomb())),
+    "torch": lambda path: torch.save({"image": torch.zeros(3)}, path),
+    "directory": replace_by(lambda path: (path / "below").mkdir(parents=True)),
+    "pipe": replace_by(os.mkfifo),
+    "link to nothing": replace_by(lambda path: path.symlink_to("nothing")),
+    "another case's": lambda path: shutil.copy(
+        next(p for p in path.parent.glob("*.safetensors") if p != path), path
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_fill_makes_a_damaged_entry_anew(cases, tmp_path, caplog, damage):
+    cache_in(tmp_path).fill(cases[:2], load)
+    path = entries_in(tmp_path)[0]
+    before = path.read_bytes()
+    damage(path)
+    made = Counted()
+    cached = cache_in(tmp_path).fill(cases[:2], made)
+    assert len(made.seen) == 1
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith(f"{path} IS DAMAGED: ")
+    assert path.stat().st_size == len(before)
+    for number in range(2):
+        np.testing.assert_array_equal(image_of(cached, number), load(cases[number])["image"])
+    assert not Path("/tmp/it_was_unpickled").exists()
+    cache_in(tmp_path).fill(cases[:2], refuse)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "pickle", "another case's", "directory"])
+def test_open_makes_an_entry_anew_that_is_damaged_during_the_run(cases, tmp_path, caplog, kind):
+    cached = cache_in(tmp_path).fill(cases[:2], load)
+    DAMAGE[kind](cached.store.path(cached.keys[0]))
+    np.testing.assert_array_equal(image_of(cached, 0), load(cases[0])["image"])
+    assert "IS LOST" in caplog.text
+
+
+def test_open_makes_an_entry_anew_that_was_removed(cases, tmp_path):
+    cached = cache_in(tmp_path).fill(cases, load)
+    for path in entries_in(tmp_path):
+        path.unlink()
+    np.testing.assert_array_equal(image_of(cached, 2), load(cases[2])["image"])
+    assert entries_in(tmp_path) == [cached.store.path(cached.keys[2])]
+
+
+def test_workers_make_an_entry_anew_that_was_removed(cases, tmp_path):
+    ours = CachedDataset(cases, load, cache_in(tmp_path))
+    for path in entries_in(tmp_path):
+        path.unlink()
+    loader = DataLoader(ours, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for got, case in zip(loader, cases, strict=True):
+        np.testing.assert_array_equal(got["image"], load(case)["image"])
+    assert len(entries_in(tmp_path)) == len(cases)
+
+
+def test_open_refuses_to_make_an_entry_anew_from_other_files(writable, tmp_path):
+    cached = cache_in(tmp_path).fill(writable, load)
+    entry = cached.store.path(cached.keys[0])
+    entry.unlink()
+    shutil.copy(writable[1]["image"], writable[0]["image"])
+    with pytest.raises(InputError, match=f"^{writable[0]['case_id']}: expected the files"):
+        image_of(cached, 0)
+    assert not entry.exists()
+
+
+def test_fill_names_the_case_whose_file_is_missing(writable, tmp_path):
+    Path(writable[1]["image"]).unlink()
+    with pytest.raises(InputError, match=rf"^{writable[1]['case_id']}: expected files .*$"):
+        cache_in(tmp_path).fill(writable, load)
+
+
+# ---- keys
+
+
+def keys_of(folder, cases, recipe=None, **facts):
+    return VolumeCache(folder / "cache", 10**9, recipe or {}).fill(cases, load, **facts).keys
+
+
+def test_key_is_that_of_the_content_not_of_the_place(writable, tmp_path):
+    before = keys_of(tmp_path, writable)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.nii.gz"):
+        path.rename(path.with_name("new_" + path.name))
+        os.utime(path.with_name("new_" + path.name))
+    copies = [
+        {
+            "case_id": "new_" + case["case_id"],
+            **{
+                key: case[key].replace("/data/", "/copy/").replace("tiny_", "new_tiny_")
+                for key in ("image", "label")
+            },
+        }
+        for case in writable
+    ]
+    assert keys_of(tmp_path, copies) == before
+    assert len(set(before)) == len(before)
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_key_differs_when_a_file_differs_in_one_byte(writable, tmp_path, key):
+    before = keys_of(tmp_path, writable)
+    path = Path(writable[0][key])
+    voxels = nib.load(path)
+    changed = np.asarray(voxels.dataobj).copy()
+    changed[3, 3, 3] += 1
+    nib.save(nib.Nifti1Image(changed, voxels.affine), path)
+    after = keys_of(tmp_path, writable)
+    assert after[0] != before[0]
+    assert after[1:] == before[1:]
+
+
+def test_key_differs_with_recipe_facts_and_what_the_case_says(cases, tmp_path):
+    one = cases[:1]
+    keys = [
+        *keys_of(tmp_path, one),
+        *keys_of(tmp_path, one, recipe={"spacing": [1, 1, 1]}),
+        *keys_of(tmp_path, one, recipe={"spacing": [1, 1, 2]}),
+        *keys_of(tmp_path, one, form="patches"),
+        *keys_of(tmp_path, [{**one[0], "session": 2}]),
+        *keys_of(
+            tmp_path,
+            [{k: v for k, v in one[0].items() if k != "session"} | {"label": one[0]["image"]}],
+        ),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("library", ["monai", "torch", "numpy", "nibabel"])
+def test_key_differs_with_the_version_of(library, cases, tmp_path, monkeypatch):
+    before = keys_of(tmp_path, cases)
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0" if name == library else real(name)
+    )
+    assert not set(keys_of(tmp_path, cases)) & set(before)
+
+
+def test_key_counts_all_files_of_an_image(tmp_path):
+    hashes = ContentHashes(tmp_path / "hashes.json")
+    folder = tmp_path / "dicom"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.dcm").write_bytes(b"a")
+    (folder / "below" / "b.dcm").write_bytes(b"b")
+    for name in ("c.hdr", "c.img", "c.txt.img"):
+        (tmp_path / name).write_bytes(name.encode())
+
+    def key(image):
+        return ContentHashes(hashes.path).of_case({"case_id": "x", "image": image})
+
+    files = [str(tmp_path / "dicom" / "a.dcm"), str(tmp_path / "dicom" / "below" / "b.dcm")]
+    images = [str(folder), files, files[::-1], files[0], str(tmp_path / "c.hdr")]
+    keys = [key(image) for image in images]
+    assert len(set(keys)) == len(keys)
+    (folder / "below" / "b.dcm").write_bytes(b"B")
+    (tmp_path / "c.img").write_bytes(b"other voxels")
+    assert set(map(key, images)) & set(keys) == {keys[3]}
+
+
+# ---- the memory of hashes
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How many files were hashed."""
+    seen = []
+    real = content.hashlib.file_digest
+    monkeypatch.setattr(
+        content.hashlib, "file_digest", lambda *args: (seen.append(args), real(*args))[1]
+    )
+    return seen
+
+
+def test_hashes_are_remembered(cases, tmp_path, settled, reads):
+    first = keys_of(tmp_path, cases)
+    assert len(reads) == 2 * len(cases)
+    assert keys_of(tmp_path, cases) == first
+    assert len(reads) == 2 * len(cases)
+
+
+def test_hashes_of_files_that_changed_just_now_are_not_remembered(writable, tmp_path, reads):
+    keys_of(tmp_path, writable)
+    keys_of(tmp_path, writable)
+    assert len(reads) == 4 * len(writable)
+
+
+def test_hashes_are_read_again_when_a_file_was_touched(writable, tmp_path, settled, reads):
+    keys_of(tmp_path, writable)
+    os.utime(writable[0]["image"])
+    keys_of(tmp_path, writable)
+    assert len(reads) == 2 * len(writable) + 1
+
+
+def forget_one(text):
+    files = json.loads(text)["files"]
+    name = next(iter(files))
+    return text.replace(files[name], "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: text[:-20],
+        lambda text: "[1, 2]",
+        lambda text: '{"sha256": 1, "files": 3}',
+        lambda text: "[" * 100_000,
+        lambda text: "\x80abc",
+        forget_one,
+    ],
+)
+def test_hashes_do_no_harm_when_their_memory_is_corrupt(cases, tmp_path, settled, reads, change):
+    before = keys_of(tmp_path, cases)
+    path = tmp_path / "cache" / "hashes.json"
+    path.write_text(change(path.read_text()), encoding="latin-1")
+    assert keys_of(tmp_path, cases) == before
+    assert len(reads) == 4 * len(cases)
+    assert keys_of(tmp_path, cases) == before
+    assert len(reads) == 4 * len(cases)
+
+
+def test_hashes_do_no_harm_when_they_cannot_be_kept(cases, tmp_path, settled):
+    (tmp_path / "cache" / "hashes.json").mkdir(parents=True)
+    assert keys_of(tmp_path, cases) == keys_of(tmp_path, cases)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+# ---- limits
+
+
+def use(folder, cases, number, at, **recipe):
+    """Make an entry whose last use was at a time."""
+    cached = cache_in(folder, **recipe).fill([cases[number]], load)
+    path = cached.store.path(cached.keys[0])
+    os.utime(path, (at, at))
+    return path
+
+
+def test_fill_removes_what_was_used_longest_ago(cases, tmp_path):
+    times = [5, 3, 8, 1, 6, 2, 7, 4]
+    paths = {at: use(tmp_path, cases, 0, at, entry=at) for at in times}
+    limit = 6 * max(path.stat().st_size for path in paths.values()) + 500
+    cache_in(tmp_path, limit).fill(cases[3:], load)
+    assert [at for at in sorted(paths) if paths[at].exists()] == [4, 5, 6, 7, 8]
+    assert sum(path.stat().st_size for path in entries_in(tmp_path)) <= limit
+
+
+def test_fill_counts_what_others_wrote_meanwhile(cases, tmp_path):
+    theirs = cache_in(tmp_path, other=1)
+    size = use(tmp_path, cases, 0, 1).stat().st_size
+
+    def while_they_write(case):
+        theirs.fill(cases[:3], load)
+        return load(case)
+
+    cache = cache_in(tmp_path, 3 * size + 500)
+    cache.fill(cases[2:3], load)  # from now on it knows what there is
+    cache.fill(cases[3:], while_they_write)
+    assert len(entries_in(tmp_path)) == 3
+
+
+def test_fill_counts_entries_it_finds_as_used_now(cases, tmp_path):
+    paths = [use(tmp_path, cases, n, at) for n, at in enumerate((100, 200, 300))]
+    cache_in(tmp_path).fill(cases[:1], refuse)
+    size = max(path.stat().st_size for path in paths)
+    cache_in(tmp_path, 3 * size + 500, other=1).fill(cases[3:], load)
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_open_counts_as_use_when_the_last_is_long_ago(cases, tmp_path):
+    cached = cache_in(tmp_path).fill(cases[:1], load)
+    path = cached.store.path(cached.keys[0])
+    os.utime(path, (1, 1))
+    image_of(cached, 0)
+    noted = path.stat().st_mtime_ns
+    assert time.time() - noted / 1e9 < 60
+    image_of(cached, 0)
+    assert path.stat().st_mtime_ns == noted
+
+
+def test_fill_never_removes_what_this_run_needs(cases, tmp_path):
+    size = use(tmp_path, cases, 0, 500).stat().st_size
+    cache = cache_in(tmp_path, 2 * size + 500, fresh=1)
+    cached = cache.fill(cases[:1], load)
+    mine = cached.store.path(cached.keys[0])
+    os.utime(mine, (1, 1))  # the oldest, and yet it stays
+    cache.fill(cases[1:2], load, form="another dataset of the run")
+    assert mine.exists()
+    assert len(entries_in(tmp_path)) == 2
+
+
+def test_fill_refuses_a_run_that_does_not_fit(cases, tmp_path):
+    theirs = use(tmp_path, cases, 0, 100)
+    limit = int(2.5 * theirs.stat().st_size)
+    with pytest.raises(InputError) as caught:
+        cache_in(tmp_path, limit, mine=1).fill(cases, load)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("cache_limit_bytes: expected room for the 4 cases of this run, got")
+    assert f"got {limit} bytes" in line
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert sum(path.stat().st_size for path in entries_in(tmp_path)) <= limit
+    advised = int(line.split("about ")[1].rstrip("."))
+    cache_in(tmp_path, advised + 100, mine=1).fill(cases, load)
+
+
+def test_fill_refuses_before_it_makes_anything_when_entries_are_there(cases, tmp_path):
+    cache_in(tmp_path).fill(cases[:3], load)
+    before = entries_in(tmp_path)
+    with pytest.raises(InputError, match="cache_limit_bytes"):
+        cache_in(tmp_path, before[0].stat().st_size).fill(cases, refuse)
+    assert entries_in(tmp_path) == before
+
+
+def test_fill_tells_of_a_full_disk_in_one_line(cases, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # for a disk that takes no more
+    try:
+        with pytest.raises(
+            InputError,
+            match=r"^cache_dir: expected to write \d+ bytes, .*File too large.*Make room.*\.$",
+        ):
+            cache_in(tmp_path).fill(cases, load)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".json"]
+
+
+def test_fill_tells_of_a_directory_that_cannot_be(cases, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        InputError, match=r"^cache_dir: expected a directory that can be written.*$"
+    ):
+        cache_in(tmp_path).fill(cases, load)
+
+
+def test_fill_removes_what_dead_writers_left(cases, tmp_path):
+    (tmp_path / "cache").mkdir()
+    abandoned, fresh = (tmp_path / "cache" / f"{name}.tmp" for name in ("abandoned", "fresh"))
+    abandoned.touch()
+    fresh.touch()
+    os.utime(abandoned, (time.time() - 4000,) * 2)
+    cache_in(tmp_path).fill(cases, load)
+    assert not abandoned.exists()
+    assert fresh.exists()
+
+
+# ---- several processes
+
+
+def test_fill_takes_an_entry_that_is_replaced_while_it_is_verified(cases, tmp_path, monkeypatch):
+    cached = cache_in(tmp_path).fill(cases[:1], load)
+    path, real = cached.store.path(cached.keys[0]), entry.open_entry
+
+    @contextlib.contextmanager
+    def then_replaced(*args):
+        with real(*args) as opened:
+            yield opened
+        path.write_bytes(b"".join(another))
+
+    tensors = {name: load(cases[0])[name] for name in ("image", "label")}
+    another = encode(tensors | {"more": np.zeros(1)}, path.stem)  # whole as well
+    monkeypatch.setattr(entry, "open_entry", then_replaced)
+    cache_in(tmp_path).fill(cases[:1], refuse)
+
+
+def fill_slowly(folder, cases, started):
+    def slow(case):
+        started.set()
+        time.sleep(0.05)
+        return load(case)
+
+    cache_in(folder).fill(cases, slow)
+
+
+def hold_the_bars_lock(held):
+    with tqdm.get_lock():
+        held.set()
+        time.sleep(60)
+
+
+def test_fill_goes_on_when_a_process_was_killed_that_drew_its_bar(cases, tmp_path):
+    tqdm.get_lock()  # made before the fork, it is shared
+    held = FORK.Event()
+    process = FORK.Process(target=hold_the_bars_lock, args=(held,))
+    process.start()
+    assert held.wait(60)
+    process.kill()
+    process.join()
+    try:
+        cache_in(tmp_path).fill(cases, load)  # hangs otherwise
+    finally:
+        tqdm.set_lock(threading.RLock())  # for the tests that follow
+
+
+def test_processes_fill_one_cache_at_once(cases, tmp_path):
+    fillers = [
+        FORK.Process(target=fill_slowly, args=(tmp_path, cases, FORK.Event())) for _ in range(4)
+    ]
+    for process in fillers:
+        process.start()
+    for process in fillers:
+        process.join(60)
+    assert [process.exitcode for process in fillers] == [0] * 4
+    cached = cache_in(tmp_path).fill(cases, refuse)
+    for number, case in enumerate(cases):
+        np.testing.assert_array_equal(image_of(cached, number), load(case)["image"])
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def die_while_writing(folder, cases):
+    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    cache_in(folder).fill(cases, load)
+
+
+def test_a_writer_killed_before_the_end_leaves_no_entry(cases, tmp_path):
+    process = FORK.Process(target=die_while_writing, args=(tmp_path, cases))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not entries_in(tmp_path)
+    assert list((tmp_path / "cache").glob("*.tmp"))
+    cached = cache_in(tmp_path).fill(cases, load)
+    np.testing.assert_array_equal(image_of(cached, 1), load(cases[1])["image"])
+
+
+def test_a_filler_killed_at_any_time_leaves_a_right_cache(cases, tmp_path):
+    for delay in (0.0, 0.02, 0.06, 0.1):
+        started = FORK.Event()
+        process = FORK.Process(target=fill_slowly, args=(tmp_path, cases, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        for path in entries_in(tmp_path):
+            with open_entry(path, path.stem):
+                pass
+        cached = cache_in(tmp_path).fill(cases, load)
+        for number, case in enumerate(cases):
+            np.testing.assert_array_equal(image_of(cached, number), load(case)["image"])
+        entries_in(tmp_path)[0].unlink()
+
+
+def rotate(folder, cases, limit_bytes, rounds):
+    """Fill with one case after the other, each of which pushes others out."""
+    for n in range(rounds):
+        case = cases[(n + os.getpid()) % len(cases)]
+        cached = cache_in(folder, limit_bytes).fill([case], load)
+        np.testing.assert_array_equal(image_of(cached, 0), load(case)["image"])
+
+
+def test_processes_that_evict_one_anothers_entries_read_right_ones(cases, tmp_path):
+    size = use(tmp_path, cases, 0, 1).stat().st_size
+    limit = int(1.5 * size)
+    processes = [FORK.Process(target=rotate, args=(tmp_path, cases, limit, 15)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert len(entries_in(tmp_path)) <= 1
