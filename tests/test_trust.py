@@ -1,0 +1,269 @@
+"""The trust boundary: what a config cannot make the program do."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from conftest import REPOSITORY
+from monai.bundle import ComponentLocator, ConfigParser, ReferenceResolver
+
+from pipeline import targets, trust
+from pipeline.compose import compose, parse_overrides
+from pipeline.errors import InputError
+from pipeline.run import _workflow, main
+
+AMP = "configs/amp.json"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(at_the_root):
+    """Configs are named as the user names them."""
+
+
+def refused(tmp_path, overlay: dict, capfd) -> str:
+    """What `pipeline.run` says to an overlay file, which it must refuse."""
+    file = tmp_path / "overlay.json"
+    file.write_text(json.dumps(overlay))
+    assert main([AMP, str(file), "--output_dir", str(tmp_path / "r")]) == 2
+    assert not (tmp_path / "r").exists()
+    return capfd.readouterr().err
+
+
+# --- the list
+
+
+def test_listed_names_are_there_and_are_what_monai_resolves():
+    locator = ComponentLocator()
+    for name in targets.names():
+        assert callable(targets.find(name)), name
+    for name, dotted in targets.BARE.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of two classes with the same name
+            module = locator.get_component_module_name(name)
+        assert isinstance(module, str), name
+        assert targets._locate(f"{module}.{name}") is targets.find(dotted)
+
+
+@pytest.mark.parametrize(
+    "name", ["DiceLoss", "monai.losses.DiceLoss", "monai.losses.dice.DiceLoss"]
+)
+def test_class_is_allowed_by_each_of_its_names(name):
+    assert targets.is_allowed(name)
+    assert targets.find(name) is targets.find("DiceLoss")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system", "torch.os.system", "builtins.eval", "builtins.exec", "eval", "subprocess.run",
+        "torch.utils.collect_env.run", "monai.bundle.run", "monai.bundle.scripts.run", "run",
+        "monai.bundle.ConfigParser", "torch.load", "torch.hub.load", "torch.jit.load",
+        "torch.optim.lr_scheduler.LambdaLR", "LoadImaged", "LoadImage", "Lambdad", "RandLambdad",
+        "PersistentDataset", "DecathlonDataset", "PatchInferer", "NumpyReader", "TorchVisiond",
+        "monai.losses.os.DiceLoss", "monai.losses..DiceLoss", "DiceLoss ", "networks.dense_unet.nn",
+        "pipeline.lifecycle.shutil.rmtree", "monai.utils.module.instantiate", "@name", "$@x.y",
+        "%x",
+        "", ".", "pathlib.Path.unlink", "pipeline.run.main", "poison.PoisonedAugment",
+    ],
+)  # fmt: skip
+def test_other_targets_are_refused_in_files(tmp_path, capfd, name):
+    error = refused(tmp_path, {"network_def#_target_": name}, capfd)
+    assert "overlay.json:1: network_def#_target_: expected a class or function of the list" in error
+    assert f"got '{name}'" in error
+
+
+@pytest.mark.parametrize("name", [7, None, ["os.system"], {"_target_": "os.system"}])
+def test_target_that_is_no_string_is_refused(tmp_path, capfd, name):
+    assert "expected the name of a class" in refused(tmp_path, {"precision#_target_": name}, capfd)
+
+
+def test_refused_target_is_not_imported(tmp_path, capfd, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil.json").write_text('{"loss_function": {"_target_": "evil_module.Loss"}}')
+    words = ["--loss_function#smooth", "2", "--loss_function#anything", "1"]
+    assert main([AMP, str(tmp_path / "evil.json"), *words]) == 2
+    assert "imported" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--allow", "poison.BreakWeights"], ["--allow=a.b,poison.BreakWeights"]]
+)
+def test_allow_extends_the_list_for_this_command(tmp_path, words):
+    overlay = {"+train#handlers": [{"_target_": "poison.BreakWeights", "step": 3}]}
+    (tmp_path / "mine.json").write_text(json.dumps(overlay))
+    allow, rest = trust.split_allow(["--seed", "1", *words])
+    assert rest == ["--seed", "1"]
+    assert compose([AMP, str(tmp_path / "mine.json")], {}, allow)["seed"] == 0
+    with pytest.raises(InputError, match=r"--allow poison\.BreakWeights"):
+        compose([AMP, str(tmp_path / "mine.json")], {})
+
+
+@pytest.mark.parametrize("name", ["", "a b", "os.system()", "a..b", "*"])
+def test_allow_takes_exact_names_only(name):
+    with pytest.raises(InputError, match="expected a name such as"):
+        trust.split_allow(["--allow", name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer#_mode_": "debug"}, {"optimizer#_mode_": "$@x"}, {"optimizer#_debug_": True},
+        {"optimizer#_disabled_": "$@x"}, {"optimizer#_requires_": "$import os"},
+        {"optimizer#_requires_": ["$__import__('os')"]}, {"optimizer#__path": "os.system"},
+        {"validate#postprocessing": {"_target_": "SaveImaged", "keys": "p", "writer": "os.system"}},
+    ],
+)  # fmt: skip
+def test_special_keys_are_no_way_in(tmp_path, capfd, changes):
+    assert refused(tmp_path, changes, capfd)
+
+
+def test_forbidden_arguments_are_refused_under_every_name():
+    for name in (
+        "SaveImaged",
+        "monai.transforms.SaveImaged",
+        "monai.transforms.io.dictionary.SaveImaged",
+    ):
+        found = list(trust.faults({"a": {"_target_": name, "keys": "x", "writer": "a.B"}}))
+        assert [path for path, _ in found] == [("a", "writer")]
+
+
+# --- expressions
+
+ATTACKS = [
+    "$__import__('os').system('true')", "$torch.os.system('true')", "$import os",
+    "$from os import *",
+    "$monai.utils.optional_import('os')", "$np.load('x')", "$open('x')", "$1", "$'a'", "$", "$ @x",
+    "$(lambda: 0)()", "$lambda: @x", "$[@x for _ in (1,)]", "${@x}", "$(@x,)", "$[@x]", "$(@x)",
+    "$@x.__class__", "$@x.forward.__globals__", "$@x._private", "$@x.a._b", "$@x.run.__self__",
+    "$@x.rmdir()", "$@x.run_dir.unlink()", "$@x.run_dir.unlink", "$@x.run_dir.rename",
+    "$@x.os.system",
+    "$@x.logger.manager", "$@x.torch.hub.load", "$@x.system('true')", "$@x()", "$@x.run()()",
+    "$@x.run().a",
+    "$@x.a.run()", "$@x.run(@x.place())", "$@x.run(*@y)", "$@x.run(**@y)",
+    "$@x.run(__import__('os'))",
+    "$@x.run(lambda: 0)", "$@x.run([1])", "$@x.run(a)", "$@x.run(_a=1)", "$@x.run(y := 1)",
+    "$@x.run(f'{1}')",
+    "$@x.run(f'{@x}')", "$@x.run('@x')", "$@x.run('@')", "$@x.run('@or')", "$@x.run(b'a')",
+    "$@x.run(...)",
+    "$@x[0]", "$@x['a']", "$@x + @y", "$@x @ @y", "$-@x", "$not @x", "$@x or @y",
+    "$@x if @y else @z",
+    "$@x == @y", "$@x, @y", "$@x; @y", "$@x\n.run()\n@y", "$await @x", "$@x.run(yield)", "$@x := 1",
+    "$@x.run(__local_refs['y'])", "$__local_refs['x']", "$@x.run(__local_refs['@'])",
+    "$@x.\uff3f\uff3fclass__", "$@x.__cl\u1d43ss__", "$@x.\uff52\uff4d\uff44\uff49\uff52",
+    "$\uff20x.run()",
+    "$@x.run(\uff3f\uff3fimport__('os'))", "$@", "$@.run()", "$@x.run(@)", "$@x.run() # @y",
+    "$@x.run(1j)", "$@x.run(" + "(" * 300 + "@x" + ")" * 300 + ")", "$@x" + ".a" * 20000 + ".__b",
+    "$@x.run(None\x00)", "$@x.append(1)", "$@x.__init__()", "$@x.run(@y.__dict__)", "$@x.run(-1)",
+    "%configs/amp.json", "%seed", "%/etc/hosts.json#a", "%#x", "%##x", "%",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_expression_or_macro_is_refused_wherever_it_stands(text):
+    for source in (
+        text,
+        {"x": text},
+        {"x": [[text]]},
+        {"x": {"y": {"z": text}}},
+        {"_meta_": {"a": text}},
+    ):
+        assert [fault for _, fault in trust.faults({"k": source})], source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$@x", "$@x.a", "$@x#y.a.b", "$@x::0.a", "$@x.run()", "$@x#y.place(@z)", "$@##x.run()",
+        "$@x.leave(@a, @b#c.d, 1, 'two', None, True, k=2.5)", "$@train#trainer.named_parameters()",
+        "@x", "@x#y", "plain", "100 %", "a@b.c", "^([^_]+)_\\d+$", "C:\\$x",
+    ],
+)  # fmt: skip
+def test_expression_of_the_grammar_is_taken(text):
+    assert list(trust.faults({"a": {"b": {"c": text}}})) == []
+
+
+def test_expression_is_judged_as_monai_resolves_it():
+    """A relative id puts the keys above it into the text that is evaluated."""
+    evil = "x, __import__('os').system('true'), "
+    source = {evil: {"a": {"b": "$@##y.run()"}}}
+    resolved = ConfigParser.resolve_relative_ids(f"{evil}::a::b", "$@##y.run()")
+    assert "__import__" in ReferenceResolver.update_refs_pattern(resolved, {"x": None})
+    assert [path for path, _ in trust.faults(source)] == [(evil, "a", "b")]
+
+
+def test_relative_id_out_of_the_config_is_refused():
+    assert list(trust.faults({"a": "@####b"}))
+
+
+def test_expressions_are_refused_in_a_file(tmp_path, capfd):
+    overlay = {"initialize": ["$@lifecycle.enter()", "$@lifecycle.run_dir.rmdir()"], "seed": "%x"}
+    error = refused(tmp_path, overlay, capfd)
+    assert "overlay.json:1: initialize#1: expected an expression on an id" in error
+    assert "overlay.json:1: seed: expected no macro" in error
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--learning_rate", "$__import__('os').system('true')"), ("--learning_rate=$@seed",),
+        ("--roi_size", '["$__import__(\'os\')", 1, 1]'),
+        ("--augmentation", '{"a": {"b": "@seed"}}'),
+        ("--augmentation", '{"a": [{"_target_": "os.system", "command": "true"}]}'),
+        ("--augmentation", '{"\\u005ftarget_": "os.system"}'), ("--output_dir", '"\\u0024@seed"'),
+        ("--loss_function#_target_", "os.system"), ("--loss_function::_target_", "DiceLoss"),
+        ("--loss_function#_mode_", "debug"), ("--seed", "%configs/amp.json"), ("--seed", "@fold"),
+        ("--seed", " $@fold"), ("--initialize", '["$import os"]'),
+        ("--output_dir", "{_target_: os.system}"),
+        ("--transforms_after", '[{"_target_": "Identityd", "keys": "image"}]'), ("--seed", "%#x"),
+    ],
+)  # fmt: skip
+def test_override_that_is_more_than_a_value_is_refused(words, capfd):
+    assert main([AMP, *words]) == 2
+    error = capfd.readouterr().err
+    assert f"{words[0].split('=')[0]}: expected a JSON value or a plain string" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["tracking", "config_file", "meta_file", "logging_file", "init_id"])
+def test_override_is_no_argument_of_monais_workflow(key, capfd):
+    assert main([AMP, f"--{key}", "x"]) == 2
+    assert f"--{key}: expected a known key" in capfd.readouterr().err
+
+
+# --- what MONAI reads beside the config
+
+
+def test_metadata_beside_the_config_is_judged_too(tmp_path, capfd, dataset):
+    (tmp_path / "amp.json").write_text((REPOSITORY / AMP).read_text())
+    (tmp_path / "metadata.json").write_text('{"version": "$import os"}')
+    words = ["--dataset_dir", str(dataset), "--output_dir", str(tmp_path / "r")]
+    assert main([str(tmp_path / "amp.json"), *words]) == 2
+    assert "_meta_#version: expected an expression on an id" in capfd.readouterr().err
+
+
+def test_logging_conf_and_modules_beside_the_config_are_not_used(tmp_path, dataset, monkeypatch):
+
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "amp.json").write_text((REPOSITORY / AMP).read_text())
+    (folder / "metadata.json").write_text("{}")
+    logs = (REPOSITORY / "configs/logging.conf").read_text()
+    written = tmp_path / "written.txt"
+    logs = logs.replace("StreamHandler", "FileHandler").replace("sys.stdout", f"'{written}'")
+    (folder / "logging.conf").write_text(logs)
+    workflow = _workflow([str(folder / "amp.json")], parse_overrides(["--seed", "1"]), ())
+    assert not written.exists()
+    assert str(tmp_path) not in str(workflow.config_root_path.resolve())
+
+
+def test_override_may_be_any_text_that_monai_leaves_alone():
+    words = ["--output_dir", "runs/a_target_b", "--group_pattern", r"^([^@%$]+)_\d+$"]
+    assert parse_overrides(words) == {
+        "output_dir": "runs/a_target_b", "group_pattern": r"^([^@%$]+)_\d+$",
+    }  # fmt: skip
