@@ -4,15 +4,49 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
+from monai.bundle import ConfigParser, ReferenceResolver
+from monai.bundle.utils import merge_kv
 
+from pipeline import located, targets, trust
 from pipeline.config import KEYS, Config
+from pipeline.doctor.signatures import signature_of
 from pipeline.errors import InputError, nearest
+
+
+@dataclass
+class Composed:
+    """A merged config, and where each of its values comes from.
+
+    Attributes:
+        source: The config, unevaluated.
+        places: For paths in it, `file:line` or `--key`.
+    """
+
+    source: Config
+    places: dict[trust.Path, str] = field(default_factory=dict)
+
+    def place(self, path: trust.Path) -> str:
+        """Where the value at a path comes from, or else what contains it."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "")
+
+    def tell(self, path: trust.Path, fault: str) -> str:
+        """One line: place, id path, and what is expected there."""
+        place, name = self.place(path), "#".join(path)
+        told = [place] if place == f"--{name}" else [place, name]
+        return ": ".join([*filter(None, told), fault])
+
+    def put(self, path: trust.Path, places: dict[trust.Path, str]) -> None:
+        """Forget the places at and below a path, and note others there instead."""
+        kept = {at: place for at, place in self.places.items() if at[: len(path)] != path}
+        self.places = kept | {path + at: place for at, place in places.items()}
 
 
 def parse_overrides(words: Sequence[str]) -> Config:
@@ -22,6 +56,7 @@ def parse_overrides(words: Sequence[str]) -> Config:
         InputError: If a key or value is missing, or a value is an expression or reference.
     """
     overrides: Config = {}
+    faults: list[str] = []
     pairs = iter(words)
     for word in pairs:
         if not word.startswith("--"):
@@ -30,69 +65,140 @@ def parse_overrides(words: Sequence[str]) -> Config:
         text = value if given else next(pairs, None)
         if text is None:
             raise InputError(f"--{key}: expected a value after it, got none.")
-        if text[:1] in ("$", "@", "%") or "_target_" in text:
-            raise InputError(
-                f"--{key}: expected a JSON value or a plain string, got {text!r}. "
-                "Expressions and references belong into a file."
-            )
         try:
             overrides[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             overrides[key] = text
+        faults += filter(None, [trust.override_fault(key, overrides[key])])
+    if faults:
+        raise InputError(*faults)
     return overrides
 
 
-def compose(files: Sequence[str], overrides: Config) -> Config:
+def compose(files: Sequence[str], overrides: Config, allow: Collection[str] = ()) -> Config:
+    """The merged config alone; see `compose_located`.
+
+    Raises:
+        InputError: As there, and if the config says what configs may not say.
+    """
+    merged = compose_located(files, overrides, allow)
+    faults = [merged.tell(*fault) for fault in trust.faults(merged.source, allow)]
+    if faults:
+        raise InputError(*faults)
+    return merged.source
+
+
+def compose_located(
+    files: Sequence[str], overrides: Config, allow: Collection[str] = ()
+) -> Composed:
     """Merge config files in order, then overrides, as MONAI's ConfigParser does.
+
+    Args:
+        files: Names of the files.
+        overrides: Value by key.
+        allow: Names that `_target_` may hold beside the list.
 
     Raises:
         InputError: If a file is missing or is not a JSON object, or a key has no place.
     """
-    for file in files:
-        if not Path(file).is_file():
-            known = [str(path) for path in Path(file).parent.glob("*.json")]
-            hint = nearest(file, known) if known else "Check the path."
-            raise InputError(f"{file}: expected a config file, found none. {hint}")
-        try:
-            content = ConfigParser.load_config_file(file)
-        except ValueError as error:
-            raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
-    parser = ConfigParser(ConfigParser.load_config_files(list(files)))
+    merged = Composed({})
+    parser = ConfigParser(merged.source)
+    contents = [(file, *_read(file)) for file in files]
+    for file, content, lines in contents:
+        merged.places.setdefault((), f"{file}:1")
+        for key, value in content.items():
+            places = {at[1:]: f"{file}:{n}" for at, n in lines.items() if at[:1] == (key,)}
+            _merge(merged, parser, key, value, places)
+    faults = []
     for key, value in overrides.items():
-        _check_place(parser, key)
+        path = tuple(ReferenceResolver.split_id(key))
+        fault = _place_fault(merged.source, path, allow)
+        if fault:
+            faults.append(f"--{key}: {fault}")
+            continue
         parser[key] = value
-    return parser.get()
+        merged.put(path, {(): f"--{key}"})
+    if faults:
+        raise InputError(*faults)
+    return merged
 
 
-def _check_place(parser: ConfigParser, key: str) -> None:
-    """Refuse an override whose key neither exists nor is an argument of its component."""
-    parts = ReferenceResolver.split_id(key)
-    node: Any = parser.get()
-    for depth, part in enumerate(parts):
-        valid = list(KEYS) if depth == 0 else _children(node)
+def _read(file: str) -> tuple[Config, dict[trust.Path, int]]:
+    """Content and lines of one file."""
+    if not Path(file).is_file():
+        known = [str(path) for path in Path(file).parent.glob("*.json")]
+        hint = nearest(file, known) if known else "Check the path."
+        raise InputError(f"{file}: expected a config file, found none. {hint}")
+    if Path(file).suffix.lower() != ".json":  # MONAI goes by the name
+        raise InputError(f"{file}: expected a file named *.json. Rename it.")
+    try:
+        content, lines = located.read_json(Path(file).read_text(), file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
+    return content, lines
+
+
+def _merge(
+    merged: Composed, parser: ConfigParser, key: str, value: Any, places: dict[trust.Path, str]
+) -> None:
+    """One top-level key of a file: `a#b` is a part, `+a` is added to what is there."""
+    adding = key.startswith("+")
+    path = tuple(ReferenceResolver.split_id(key[adding:]))
+    node: Any = merged.source
+    for part in path if adding else path[:-1]:
+        valid = _keys(node)
         if part not in valid:
-            raise InputError(f"--{key}: expected a known key, got '{part}'. {nearest(part, valid)}")
+            hint = nearest(part, valid) if valid else "Set it first."
+            raise InputError(f"{places[()]}: {key}: expected a known key, got '{part}'. {hint}")
+        node = node[part] if isinstance(node, dict) else node[int(part)]
+    if adding and not (isinstance(value, (dict, list)) and type(value) is type(node)):
+        kind = "object" if isinstance(node, dict) else "list"
+        raise InputError(f"{places[()]}: {key}: expected a {kind}, got {json.dumps(value)[:60]}.")
+    if not adding and isinstance(node, list) and path[-1] not in _keys(node):
+        raise InputError(f"{places[()]}: {key}: expected 0 to {len(node) - 1}, got '{path[-1]}'.")
+    if not adding and not isinstance(node, (dict, list)):
+        raise InputError(f"{places[()]}: {key}: expected a key of an object, got {node!r} there.")
+    offset = len(node) if adding and isinstance(node, list) else 0
+    merge_kv(parser, key, deepcopy(value))
+    if not adding:
+        return merged.put(path, places)
+    for name in {at[0] for at in places if at}:
+        below = {at[1:]: place for at, place in places.items() if at[:1] == (name,)}
+        merged.put((*path, str(int(name) + offset) if offset else name), below)
+
+
+def _place_fault(source: Config, path: trust.Path, allow: Collection[str]) -> str | None:
+    """Why an override has no place: it neither exists nor is an argument of its component."""
+    node: Any = source
+    for depth, part in enumerate(path):
+        valid = [*KEYS, *source] if depth == 0 else _children(node, allow)
+        if part not in valid:
+            return f"expected a known key, got '{part}'. {nearest(part, valid)}"
         missing = isinstance(node, dict) and part not in node
-        if missing and depth < len(parts) - 1:
-            raise InputError(f"--{key}: expected '{part}' to be set before its parts.")
+        if missing and depth < len(path) - 1:
+            return f"expected '{part}' to be set before its parts."
         node = None if missing else node[part] if isinstance(node, dict) else node[int(part)]
+    return None
 
 
-def _children(node: Any) -> list[str]:
-    """Keys that may stand below `node`: those there, and the arguments of its `_target_`."""
+def _keys(node: Any) -> list[str]:
+    """Keys below `node`."""
     if isinstance(node, list):
         return [str(n) for n in range(len(node))]
-    if not isinstance(node, dict):
-        return []
-    keys = list(node)
-    if isinstance(node.get("_target_"), str):
-        component = ConfigComponent({"_target_": node["_target_"], "_mode_": "callable"})
-        target: Any = component.instantiate()
-        parameters = inspect.signature(target).parameters.values()
-        keys += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return keys
+    return list(node) if isinstance(node, dict) else []
+
+
+def _children(node: Any, allow: Collection[str]) -> list[str]:
+    """Keys that may stand below `node`: those there, and the arguments of its `_target_`."""
+    name = node.get("_target_") if isinstance(node, dict) else None
+    # to look at a class is to execute its module
+    allowed = isinstance(name, str) and targets.is_allowed(name, allow)
+    target = targets.find(str(name)) if allowed else None
+    if target is None:
+        return _keys(node)
+    return [*_keys(node), *signature_of(target).hints]
 
 
 def source_being_resolved() -> Config:

@@ -353,6 +353,18 @@ def _is_valid(key: str, value: Any) -> bool:
     return bool(is_number and RULES[key][1](array))
 
 
+def setting_faults(where: str, given: Any) -> list[str]:
+    """What is wrong with the argument `spatial` or `intensity` of `Augment`, a line for each.
+
+    Args:
+        where: Which of the two.
+        given: Its value.
+    """
+    faults: list[str] = []
+    _merge(where, given, {"spatial": SPATIAL, "intensity": INTENSITY}[where], faults)
+    return faults
+
+
 def _merge(where: str, given: Any, defaults: Settings, faults: list[str]) -> dict[str, Any]:
     """The defaults with what is given in their place; what is wrong is added to `faults`."""
     merged, given = dict(defaults), {} if given is None else given

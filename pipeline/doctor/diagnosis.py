@@ -1,0 +1,115 @@
+"""The config doctor: what is wrong with a config, before data are read or an object is made.
+
+A mistake is one line: where it was written (`file:line` or `--key`), the id path, what was expected
+and the nearest that is valid. What only follows from a mistake is not told: nothing is concluded
+from a place that something is wrong with.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+from pipeline import config, trust
+from pipeline.compose import Composed, compose_located
+from pipeline.doctor import objects, references
+from pipeline.doctor.chart import Chart
+from pipeline.errors import InputError, nearest
+
+# ids that MONAI's commands know, beside those of `config.KEYS`
+KNOWN = {
+    *(path[0] for path in references.KNOWN),
+    "imports", "dataloader", "evaluate", "initialize", "run", "finalize",
+}  # fmt: skip
+
+
+def check(
+    files: Sequence[str],
+    overrides: config.Config,
+    allow: Collection[str] = (),
+    training: bool | None = None,
+) -> config.Config:
+    """Compose a config and look for mistakes; the config, if there are none.
+
+    Args:
+        files: Names of its files, merged in this order.
+        overrides: Values by key, over them.
+        allow: Names that `_target_` may hold beside the list.
+        training: Whether it must have every key of `config.KEYS`; by default if it has a
+            `train` or `lifecycle`.
+
+    Raises:
+        InputError: A line for each mistake.
+    """
+    composed = compose_located(files, overrides, allow)
+    faults = diagnose(composed, allow, training)
+    if faults:
+        raise InputError(*faults)
+    return composed.source
+
+
+def check_source(source: config.Config) -> None:
+    """Look for mistakes in a training config that is being executed, whoever began that.
+
+    Neither the lines of its files nor what the user allowed are known here; the boundary of trust
+    was passed before, or never asked for (`python -m monai.bundle`).
+
+    Raises:
+        InputError: A line for each mistake.
+    """
+    faults = diagnose(Composed(source), None, training=True)
+    if faults:
+        raise InputError(*faults)
+
+
+def diagnose(
+    composed: Composed, allow: Collection[str] | None = (), training: bool | None = None
+) -> list[str]:
+    """The mistakes in a config, a line for each; see `check`.
+
+    Args:
+        composed: The config, and where its values come from.
+        allow: Names that `_target_` may hold beside the list; `None`: any, and expressions too.
+        training: As for `check`.
+    """
+    source = composed.source
+    chart = Chart(composed, allow)
+    if allow is not None:
+        for path, fault in trust.faults(source, allow):
+            special = path[-1:] and path[-1].startswith("_")
+            chart.note(path, fault, *([path[:-1]] if special else []))
+    if training is None:
+        training = "train" in source or "lifecycle" in source
+    _check_keys(chart, training)
+    objects.check_arguments(chart)
+    objects.check_metrics_and_handlers(chart)
+    references.check_references(chart)
+    references.check_strings(chart)
+    references.check_circles(chart)
+    return chart.lines()
+
+
+def _check_keys(chart: Chart, training: bool) -> None:
+    """Top-level keys: unknown, missing, or not of the type that the table gives them."""
+    source, keys = chart.composed.source, config.KEYS
+    missing = [key for key in keys if key not in source] if training else []
+    used = {target[0] for target in chart.graph.targets}
+    wanted = [*missing, *sorted(used - source.keys())]
+    for key in source:
+        if key in keys or key == "_meta_" or (not training and key in used | KNOWN):
+            continue
+        near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
+        if near and near[0] not in KNOWN.union(keys):
+            continue  # it, or the reference to it: `check_references` tells
+        hint = nearest(key, near or (keys if training else sorted(KNOWN.union(keys))))
+        chart.note((key,), f"expected a known key, got '{key}'. {hint}", *((k,) for k in near))
+        missing = [other for other in missing if other not in near]
+    for key in missing:
+        chart.note((key,), f"expected a value ({keys[key].meaning}), got none. Add it.")
+    try:
+        config.check({key: value for key, value in source.items() if key in keys})
+    except InputError as error:
+        for fault in error.faults:
+            key, _, text = fault.partition(": ")
+            if key in source:
+                chart.note((key,), text)

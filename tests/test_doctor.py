@@ -1,0 +1,562 @@
+"""The config doctor: mistakes that were made on purpose, and configs in which there are none."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, TINY
+from monai.bundle import ConfigParser
+
+from pipeline import certify, config
+from pipeline.compose import Composed, compose_located
+from pipeline.doctor import diagnosis
+from pipeline.doctor.diagnosis import diagnose
+from pipeline.errors import InputError
+from pipeline.run import main
+
+CONFIGS = sorted(
+    path for path in (REPOSITORY / "configs").glob("*.json") if path.name != "metadata.json"
+)
+AMP = "configs/amp.json"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(at_the_root):
+    """Configs are named as the user names them."""
+
+
+# --- mutations: every key of every config, in every way that makes a mistake of it
+#
+# A string is never changed into another that may be as good, and a free name (`FREE`) never
+# renamed: those make other legal configs. What another type makes legal by chance (a list of
+# strings is an iterable, which is all that is asked of a loader) counts as missed.
+
+
+def walk(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Every key below a node, those of objects in lists too, with its value."""
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, child in children:
+        if isinstance(node, dict) or isinstance(child, str):
+            yield (*path, key), child
+        if isinstance(child, (dict, list)):
+            yield from walk(child, (*path, key))
+
+
+def at(node: Any, path: tuple) -> Any:
+    for key in path:
+        node = node[key]
+    return node
+
+
+def another_type(value: Any, source: dict) -> Any:
+    """A value of another type; "auto" and expressions stand for a value of any plain type."""
+    while isinstance(value, str) and value.startswith("@"):
+        value = at(source, tuple(value[1:].split("#")))
+    if value is None or value == "auto" or str(value).startswith("$"):
+        return {"wrong": [True]}
+    if isinstance(value, bool):
+        return "perhaps"
+    if isinstance(value, str):
+        return 7
+    if isinstance(value, (int, float)):
+        return "seven"
+    return ["wrong"] if isinstance(value, dict) else {"wrong": 1}
+
+
+# Names that are free: a metric may be called anything, and so may what a checkpoint calls the
+# network. A rename there makes another legal config, and is no mistake.
+FREE = {("validate", "key_metric", "mean_dice"), ("handlers", 0, "load_dict", "model")}
+
+
+def mutations(source: dict) -> Iterator[tuple[str, tuple, dict]]:
+    """Kind, path and mutated config."""
+    for path, value in walk(source):
+        parent, key = path[:-1], path[-1]
+
+        def changed(new: Any, parent=parent, key=key) -> dict:
+            mutated = deepcopy(source)
+            at(mutated, parent)[key] = new
+            return mutated
+
+        if isinstance(key, str) and path not in FREE:
+            mutated = deepcopy(source)
+            place = at(mutated, parent)
+            items = [(key + "x" if k == key else k, v) for k, v in place.items()]
+            place.clear()
+            place.update(items)
+            yield "rename", path, mutated
+        if not isinstance(key, int):
+            yield "wrong type", path, changed(another_type(value, source))
+        yield "missing id", path, changed("@no_such_id")
+        if isinstance(value, str) and value[:1] in ("@", "$"):
+            yield "@ dropped", path, changed(value.replace("@", "", 1))
+            yield "misspelt id", path, changed(misspelt(value))
+        if key == "_target_":
+            yield "misspelt target", path, changed(value[:-2] + value[-1])
+            yield "unknown target", path, changed("os.system")
+
+
+def misspelt(value: str) -> str:
+    """One letter of the id twice."""
+    start = value.index("@")
+    return value[: start + 3] + value[start + 2] + value[start + 3 :]
+
+
+def located(source: dict, name: str) -> Composed:
+    """A config as if read from a file with a line for each key, without the file."""
+    places: dict[tuple[str, ...], str] = {(): f"{name}:1"}
+    line = 1
+
+    def number(node: Any, path: tuple[str, ...]) -> None:
+        nonlocal line
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            line += 1
+            places[(*path, str(key))] = f"{name}:{line}"
+            if isinstance(child, (dict, list)):
+                number(child, (*path, str(key)))
+
+    number(source, ())
+    return Composed(source, places)
+
+
+def is_pinpointed(lines: list[str], composed: Composed, kind: str, path: tuple) -> bool:
+    """Whether a line begins with place and id of what was mutated, and there are at most ten.
+
+    For a rename the key under its new or its old name, or the object that holds it. Where a key
+    and the one reference to it differ, either may be meant; then both places must be named.
+    """
+    path = tuple(map(str, path))
+    spots = [path]
+    if kind == "rename":
+        spots = [(*path[:-1], path[-1] + "x"), path, path[:-1]]
+    for spot in spots:
+        start = ": ".join(filter(None, [composed.place(spot), "#".join(spot)])) + ":"
+        below = start[:-1] + "#"  # a part of the mutated value, which may have a line of its own
+        name = ": " + "#".join(spot) + "#"
+        whole = kind != "rename" and any(name in line.split(" expected ")[0] for line in lines)
+        if whole or any(line.startswith((start, below)) for line in lines):
+            return len(lines) <= 10
+    both = f"'@{'#'.join(spots[0])}' ({composed.place(spots[0])})"
+    return kind == "rename" and any(both in line for line in lines) and len(lines) <= 10
+
+
+def test_diagnosis_pinpoints_mutations_of_every_key(monkeypatch):
+    monkeypatch.setattr("pipeline.data.intake.load_cases", None)  # no data are looked at
+    monkeypatch.setattr("nibabel.load", None)
+    caught: Counter[str] = Counter()
+    missed: dict[str, list[str]] = defaultdict(list)
+    longest = 0
+    for file in CONFIGS:
+        for kind, path, mutated in mutations(json.loads(file.read_text())):
+            composed = located(mutated, file.name)
+            lines = diagnose(composed)
+            longest = max(longest, len(lines))
+            if is_pinpointed(lines, composed, kind, path):
+                caught[kind] += 1
+            else:
+                missed[kind].append(f"{file.name} {'#'.join(map(str, path))}: {lines[:2]}")
+    print("\nkind              mutations  pinpointed   share")
+    for kind in [*caught, "all"]:
+        hits = caught[kind] if kind != "all" else sum(caught.values())
+        misses = len(missed[kind]) if kind != "all" else sum(map(len, missed.values()))
+        print(f"{kind:<16}  {hits + misses:>9}  {hits:>10}  {hits / (hits + misses):6.1%}")
+    print(f"longest answer: {longest} lines; not pinpointed:")
+    for kind, cases in missed.items():
+        print(*(f"  {kind}: {case}" for case in cases), sep="\n")
+    least = {"wrong type": 0.9}
+    for kind in caught:
+        share = caught[kind] / (caught[kind] + len(missed[kind]))
+        assert share >= least.get(kind, 0.97), kind
+    total = sum(caught.values()) + sum(map(len, missed.values()))
+    assert total >= 300
+    assert sum(caught.values()) >= 0.95 * total
+    assert longest <= 10
+
+
+# --- configs in which nothing is wrong
+
+UNET = {
+    "_target_": "UNet", "spatial_dims": 3, "in_channels": "@in_channels",
+    "out_channels": "@num_classes", "channels": [8, 16, 32], "strides": [2, 2],
+    "num_res_units": 1, "norm": ["INSTANCE", {"affine": True}], "act": "LEAKYRELU",
+}  # fmt: skip
+LEGAL = {
+    "nothing": {},
+    "unet": {"network_def": UNET},
+    "dynunet": {
+        "network_def": {
+            "_target_": "monai.networks.nets.DynUNet", "spatial_dims": 3,
+            "in_channels": "@in_channels", "out_channels": "@num_classes",
+            "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2],
+        }
+    },
+    "part of an object": {"network_def#dropout": 0.25, "train::trainer::grad_clip": 3},
+    "sgd": {
+        "optimizer": {
+            "_target_": "torch.optim.SGD", "params": "$@network.parameters()",
+            "lr": "@learning_rate", "momentum": 0.99, "nesterov": True,
+        }
+    },
+    "names that are ids too": {
+        "validate#key_metric": {"cases": {"_target_": "MeanDice"}},
+        "validate#handlers": [
+            {"_target_": "MetricsSaver", "save_dir": "x", "metrics": ["cases"]},
+            {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler"},
+            {"_target_": "ConfusionMatrix", "metric_name": ["sensitivity", "precision"]},
+        ],
+    },
+    "step scheduler": {
+        "lr_scheduler": {
+            "_target_": "torch.optim.lr_scheduler.StepLR", "optimizer": "@optimizer",
+            "step_size": 10,
+        }
+    },
+    "loss of monai": {
+        "loss_function": {
+            "_target_": "monai.losses.dice.DiceCELoss", "softmax": True, "to_onehot_y": True,
+            "lambda_ce": 2,
+        }
+    },
+    "further handlers": {
+        "+train#handlers": [
+            {"_target_": "StatsHandler", "tag_name": "loss", "iteration_log": False},
+            {"_target_": "ignite.handlers.EMAHandler", "model": "@network", "momentum": 0.01},
+            {"_target_": "GarbageCollector", "_desc_": "frees memory"},
+        ],
+        "validate#handlers": [
+            {"_target_": "MetricsSaver", "save_dir": "$@lifecycle.run_dir", "metrics": "mean_dice"},
+            {"_target_": "MetricsSaver", "save_dir": "x", "metrics": ["*"], "_disabled_": True},
+        ],
+    },
+    "further metric": {
+        "validate#more": {"loss": {"_target_": "ignite.metrics.Average"}},
+        "validate#evaluator#additional_metrics": "@validate#more",
+        "+validate#handlers": [
+            {"_target_": "MetricsSaver", "save_dir": "x", "metrics": ["mean_dice", "loss"]}
+        ],
+    },
+    "transforms": {
+        "transforms_before": [{"_target_": "EnsureTyped", "keys": ["image", "label"]}],
+        "transforms_after": [
+            {"_target_": "ScaleIntensityd", "keys": "image", "minv": 0, "maxv": 1.0},
+            {
+                "_target_": "OneOf",
+                "transforms": [
+                    {"_target_": "RandGaussianNoised", "keys": "image", "prob": 0.1, "std": 0.1},
+                    {"_target_": "Identityd", "keys": "image"},
+                ],
+            },
+        ],
+    },
+    "relative ids": {"train#sampler#batch_size": "@###batch_size", "train#inferer2": "@#inferer"},
+    "values as monai.bundle passes them": {"amp": "false", "network_def#deep_supervision": "true"},
+    "augmentation off": {"augmentation": {"spatial": {"flip": {"prob": 0}}, "intensity": {}}},
+    "inner inferer": {
+        "validate#inferer": {
+            "_target_": "SliceInferer", "roi_size": [48, 48], "spatial_dim": 2,
+            "sw_batch_size": "@sw_batch_size",
+        }
+    },
+    "a file's own remark": {"_meta_": {"version": "1", "note": "any text, 100 %"}},
+    "no groups": {"group_pattern": "^([^_]+)_\\d+$"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
+def test_config_as_it_is_draws_no_complaint(file):
+    assert diagnosis.check([str(file)], {})
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_legal_overlay_draws_no_complaint(tmp_path, name):
+    (tmp_path / "mine.json").write_text(json.dumps(LEGAL[name], indent=1))
+    assert diagnosis.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
+
+
+def test_config_with_overrides_draws_no_complaint():
+    assert diagnosis.check([AMP], {**TINY, "learning_rate": 1, "amp": "true"}, training=True)
+
+
+def test_source_in_a_running_workflow_draws_no_complaint():
+    parser = ConfigParser(json.loads((REPOSITORY / AMP).read_text()))
+    parser.parse()
+    diagnosis.check_source(parser.get())
+
+
+def test_source_in_a_running_workflow_is_looked_at():
+    source = json.loads((REPOSITORY / AMP).read_text())
+    source["optimizer"]["_target_"] = "torch.optim.lr_scheduler.LambdaLR"  # not on the list
+    source["network_def"]["dropuot"] = 0.1
+    source["train"]["inferer"] = "$__import__('os')"
+    with pytest.raises(InputError) as error:
+        diagnosis.check_source(source)
+    assert [fault.split(": ")[0] for fault in error.value.faults] == [
+        "network_def#dropuot", "optimizer#_target_",
+    ]  # fmt: skip
+
+
+# --- one mistake each
+
+CASES = {
+    "unknown key": (
+        {"learning_rat": 1},
+        "{file}:2: learning_rat: expected a known key, got 'learning_rat'. "
+        "Did you mean 'learning_rate'?",
+    ),
+    "unknown argument": (
+        {"network_def#dropuot": 0.5},
+        "{file}:2: network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
+        "Did you mean 'dropout'?",
+    ),
+    "another class": (
+        {"optimizer#_target_": "torch.optim.lr_scheduler.StepLR"},
+        "{file}:2: optimizer#_target_: expected a class that takes params, lr, weight_decay, got "
+        "StepLR, which takes optimizer, step_size, gamma, last_epoch. Name another.",
+    ),
+    "argument missing": (
+        {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},
+        "{file}:2: optimizer#params: expected params for SGD, got none. Add it.",
+    ),
+    "wrong type": (
+        {"train#trainer#grad_clip": "twelve"},
+        '{file}:2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.',
+    ),
+    "word for no boolean": (
+        {"loss_function#batch_dice": "yes"},
+        '{file}:2: loss_function#batch_dice: expected true or false, got "yes". Correct it.',
+    ),
+    "boolean as a number": (
+        {"network_def#base_channels": True},
+        "{file}:2: network_def#base_channels: expected an integer, got true. Correct it.",
+    ),
+    "wrong type in a list": (
+        {"loss_function#class_weights": [1, "2"]},
+        '{file}:4: loss_function#class_weights#1: expected a number, got "2". Correct it.',
+    ),
+    "reference of another type": (
+        {"optimizer#lr": "@network"},
+        '{file}:2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module. '
+        "Refer to something else.",
+    ),
+    "expression of another type": (
+        {"optimizer#lr": "$@cases.train"},
+        "{file}:2: optimizer#lr: expected a number or Tensor, got",
+    ),
+    "value that its only use does not take": (
+        {"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
+        "{file}:2: validate#limit: expected a list (a number each) or a number for "
+        'validate#inferer#overlap, got "x". Correct it.',
+    ),
+    "no such id": (
+        {"train#sampler#batch_size": "@batch_sise"},
+        "{file}:2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. "
+        "Did you mean '@batch_size' (configs/amp.json:",
+    ),
+    "no such id in an expression": (
+        {"finalize": ["$@lifecycle.leave(@train#trainr)"]},
+        "{file}:3: finalize#0: expected an id that is there, got '@train#trainr'. "
+        "Did you mean '@train#trainer' (configs/amp.json:",
+    ),
+    "no such attribute": (
+        {"steps_per_epoch": "$@plan.batch_sise"},
+        "{file}:2: steps_per_epoch: expected an attribute of @plan (a Plan), got 'batch_sise'. "
+        "Did you mean 'batch_size'?",
+    ),
+    "no such attribute of an object": (
+        {"cases": "$@lifecycle.casez"},
+        "{file}:2: cases: expected an attribute of @lifecycle (a Lifecycle), got 'casez'. "
+        "Did you mean 'cases'?",
+    ),
+    "method of another object": (
+        {"initialize": ["$@precision.enter()"]},
+        "{file}:3: initialize#0: expected an attribute of @precision (a Precision), got 'enter'.",
+    ),
+    "unknown method": (
+        {"run": ["$@train#trainer.runn()"]},
+        "{file}:3: run#0: expected an expression on an id, got '$@train#trainer.runn()', which "
+        "calls runn(). Did you mean 'run'.",
+    ),
+    "@ forgotten before a number": (
+        {"train#sampler#batch_size": "batch_size"},
+        '{file}:2: train#sampler#batch_size: expected an integer, got "batch_size". '
+        "Did you mean '@batch_size'?",
+    ),
+    "@ forgotten before a string": (
+        {"lifecycle#bundle_root": "bundle_root"},
+        "{file}:2: lifecycle#bundle_root: expected a reference, got the string "
+        "\"bundle_root\". Did you mean '@bundle_root'?",
+    ),
+    "$ forgotten": (
+        {"train#dataset#data": "@cases.train"},
+        '{file}:2: train#dataset#data: expected a list (an object each), got "@cases.train". '
+        "Did you mean '$@cases.train'?",
+    ),
+    "misspelt target": (
+        {"loss_function": {"_target_": "DiceCELos"}},
+        "{file}:3: loss_function#_target_: expected a class or function of the list, got "
+        "'DiceCELos'. Did you mean 'DiceCELoss'? If you trust it: --allow DiceCELos",
+    ),
+    "misspelt _target_": (
+        {"loss_function": {"_targt_": "DiceCELoss"}},
+        "{file}:3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
+        "_target_, got '_targt_'. Did you mean '_target_'?",
+    ),
+    "metric that nobody defines": (
+        {"+validate#handlers": [{"_target_": "MetricsSaver", "save_dir": "x",
+                                 "metrics": ["mean_dicee"]}]},
+        "{file}:7: validate#handlers#0#metrics#0: expected a metric that an evaluator or trainer "
+        "defines, got 'mean_dicee'. Did you mean 'mean_dice'?",
+    ),
+    "key metric that nobody defines": (
+        {"+train#handlers": [{"_target_": "CheckpointSaver", "save_dir": "x",
+                              "save_dict": {"network": "@network"},
+                              "key_metric_name": "val_dice"}]},
+        "{file}:9: train#handlers#6#key_metric_name: expected a metric that an evaluator or "
+        "trainer defines, got 'val_dice'.",
+    ),
+    "no handler": (
+        {"+train#handlers": [{"_target_": "DiceLoss"}]},
+        "{file}:3: train#handlers#6: expected a handler (with a method attach), got a DiceLoss.",
+    ),
+    "name in the place of a handler": (
+        {"validate#handlers": ["StatsHandler"]},
+        '{file}:3: validate#handlers#0: expected a handler (with a method attach), got '
+        '"StatsHandler".',
+    ),
+    "augmentation": (
+        {"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
+        "{file}:3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, "
+        "got 1.5.",
+    ),
+    "name in augmentation": (
+        {"augmentation#intensity#nois": {"prob": 0.1}},
+        "augmentation#intensity: expected one of noise, blur, brightness, contrast, "
+        "gamma_inverted, gamma, got 'nois'. Use 'noise'",
+    ),
+    "name in split": (
+        {"intake#split#group_patern": None},
+        "{file}:2: intake#split#group_patern: expected an argument of split, got "
+        "'group_patern'. Did you mean 'group_pattern'?",
+    ),
+    "transform": (
+        {"transforms_after": [{"_target_": "ScaleIntensityd", "key": "image"}]},
+        "{file}:5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. "
+        "Did you mean 'keys'?",
+    ),
+    "transform that is none": (
+        {"transforms_after": ["ScaleIntensityd"]},
+        "transforms_after#0: expected something to call for preprocessing#after, got "
+        '"ScaleIntensityd".',
+    ),
+    "circle": (
+        {"train#sampler#batch_size": "@train#dataloader#batch_size",
+         "train#dataloader#batch_size": "@train#sampler#batch_size"},
+        "expected no circle of references, got @train#",
+    ),
+    "renamed part": (
+        {"train": "renamed"},
+        "train: expected object (dataset, augmentation, handlers, trainer), got",
+    ),
+}  # fmt: skip
+
+
+def complaints(tmp_path: Path, overlay: dict, *files: str) -> list[str]:
+    """What the doctor says to an overlay of `configs/amp.json`."""
+    (tmp_path / "mine.json").write_text(json.dumps(overlay, indent=1))
+    try:
+        diagnosis.check([AMP, *files, str(tmp_path / "mine.json")], {}, training=True)
+    except InputError as error:
+        return list(error.faults)
+    return []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_one_line(tmp_path, name):
+    overlay, message = CASES[name]
+    lines = complaints(tmp_path, overlay)
+    assert len(lines) == 1, lines
+    message = message.replace("{file}", str(tmp_path / "mine.json"))
+    assert message in lines[0]
+
+
+def test_independent_mistakes_are_told_at_once(tmp_path):
+    overlay = {name: value for case, _ in list(CASES.values())[:3] for name, value in case.items()}
+    assert len(complaints(tmp_path, overlay)) == 3
+
+
+def test_override_is_named_in_the_place_of_file_and_line():
+    with pytest.raises(InputError) as error:
+        diagnosis.check([AMP], {"network_def#dropout": "much", "seed": "a"}, training=True)
+    assert error.value.faults == (
+        '--network_def#dropout: expected a number, got "much". Correct it.',
+        "--seed: expected int (of weights, sample order, crops, augmentation and dropout), "
+        'got "a".',
+    )
+
+
+def test_later_file_and_not_the_first_is_blamed(tmp_path):
+    (tmp_path / "a.json").write_text('{\n\n"seed": "a",\n"fold": "b"}')
+    lines = complaints(tmp_path, {"seed": 3}, str(tmp_path / "a.json"))
+    assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/a.json:4"]
+
+
+def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
+    (tmp_path / "mine.json").write_text(
+        '{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}'
+    )
+    with pytest.raises(InputError) as error:
+        diagnosis.check(["configs/inference.json", str(tmp_path / "mine.json")], {})
+    assert error.value.faults == (
+        f"{tmp_path}/mine.json:2: postprocesing: expected a known key, got 'postprocesing'. "
+        "Did you mean 'postprocessing'?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1,\n"seed": 2}', ":2: seed: expected a key once in an object, got it on line 1"),
+        ('{"seed": 1,\n"a": [1 2]}', ":2: expected JSON, got: Expecting ',' delimiter in column 9"),
+        ("[" * 100000, ": expected JSON, got: "),
+        ("[1]", ": expected a JSON object, got a list."),
+        ('{"train#trainr#max_epochs": 1}', ":1: train#trainr#max_epochs: expected a known key"),
+        ('{"+train#handlers": {}}', ":1: +train#handlers: expected a list, got {}."),
+        ('{"+nothing": []}', ":1: +nothing: expected a known key, got 'nothing'."),
+        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 5, got '9'."),
+    ],
+)
+def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(InputError) as error:
+        diagnosis.check([AMP, str(tmp_path / "mine.json")], {})
+    assert len(error.value.faults) == 1
+    assert str(error.value).startswith(f"{tmp_path}/mine.json{message}")
+
+
+def test_run_and_certify_end_with_status_2_before_data_are_read(tmp_path, capfd):
+    (tmp_path / "mine.json").write_text('{"optimizer#lr": "@network"}')
+    for command in (main, certify.main):
+        words = [AMP, str(tmp_path / "mine.json"), "--dataset_dir", str(tmp_path / "none")]
+        assert command(words) == 2
+        error = capfd.readouterr().err
+        assert "mine.json:1: optimizer#lr: expected a number" in error
+        assert error.count("\n") == 1
+
+
+def test_lines_are_those_of_the_file():
+    text = (REPOSITORY / AMP).read_text().splitlines()
+    composed = compose_located([AMP], {})
+    for path, place in composed.places.items():
+        if path and not path[-1].isdigit():
+            assert f'"{path[-1]}":' in text[int(place.rpartition(":")[2]) - 1]
+
+
+def test_keys_of_the_table_have_the_doctors_attention():
+    composed = compose_located([AMP], {})
+    assert set(config.KEYS) == set(composed.source)
