@@ -33,7 +33,7 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 WARM_UP, MEASURED = 8, 24
 REAL = [
     "--group_pattern", "pairs", "--spacing", "[1, 1, 1]", "--roi_size", "[48, 64, 48]",
-    "--base_channels", "32", "--network_def#strides", "[2, 2, 2]", "--network_def#norm", "batch",
+    "--base_channels", "32", "--strides", "[2, 2, 2]", "--network_def#norm", "batch",
     "--flip_axes", "auto", "--num_workers", "12", "--log_every", "1",
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import monai
 import torch
@@ -10,9 +11,18 @@ import torch
 
 def facts() -> dict[str, str | None]:
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "monai": monai.__version__,
         "python": platform.python_version(),
     }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")

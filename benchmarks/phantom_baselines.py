@@ -18,7 +18,6 @@ import torch
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
-    LoadImaged,
     NormalizeIntensityd,
     Orientationd,
     ResizeWithPadOrCrop,
@@ -26,6 +25,7 @@ from monai.transforms import (
 )
 
 from pipeline.data.phantom import make_phantom
+from transforms.volumes import LoadVolumesd
 
 SPACING_MM = (1.5, 1.5, 3.0)
 NUM_BINS = 256
@@ -40,7 +40,7 @@ def load_cases(dataset_dir: Path) -> tuple[list[str], list[Case], list[Case]]:
     keys = ("image", "label")
     load = Compose(
         [
-            LoadImaged(keys),
+            LoadVolumesd(keys),
             EnsureChannelFirstd(keys),
             Orientationd(keys, axcodes="RAS", labels=None),
             Spacingd(keys, pixdim=SPACING_MM, mode=("bilinear", "nearest")),

@@ -2,6 +2,7 @@
 
     python -m pipeline.certify CONFIG.json [MORE.json ...] [--key value ...]
         [--dtypes float32 tf32 float16 bfloat16] [--seeds 3] [--margin 0.005] [--jobs 1]
+        [--allow NAME]
 
 Trains the config with the same seeds, hence on the same batches, in each precision, and in float32
 with as many other seeds, as a control. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets
@@ -22,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
-from pipeline.compose import compose, parse_overrides
+from pipeline import config, trust
+from pipeline.compose import parse_overrides
+from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, nearest
 from pipeline.run import open_run, split_words
 from pipeline.trials import OWN_KEYS, PRECISIONS, Plan, RunFailed, train
@@ -72,6 +74,7 @@ def make_plan(words: list[str]) -> Plan:
         InputError: For a mistake in options or config.
     """
     files, rest = split_words(words)
+    allow, rest = trust.split_allow(rest)
     overrides = parse_overrides(_join_dtypes(rest))
     dtypes = overrides.pop("dtypes", list(PRECISIONS))
     seeds, jobs = overrides.pop("seeds", 3), overrides.pop("jobs", 1)
@@ -98,8 +101,9 @@ def make_plan(words: list[str]) -> Plan:
         faults.append("command line: expected a config file, got none. See --help.")
     if faults:
         raise InputError(*faults)
-    source = compose(files, overrides)
-    config.check(source)
+    source = diagnosis.check(files, overrides, allow, training=True)
+    if source["fold"] == "all":
+        raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")
     name = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
     out = Path(source["bundle_root"], source["output_dir"] or f"runs/{name}_certificate").resolve()
     overrides.pop("output_dir", None)
@@ -111,7 +115,7 @@ def make_plan(words: list[str]) -> Plan:
     middle, end = first + seeds, first + 2 * seeds
     return Plan(
         files, overrides, out, dtypes, list(range(first, middle)), list(range(middle, end)),
-        margin, jobs,
+        margin, jobs, allow,
     )  # fmt: skip
 
 
@@ -163,15 +167,16 @@ def certify(plan: Plan, command: str) -> dict[str, Any]:
         plan: Of the runs.
         command: The command line, for the record.
     """
-    from pipeline.data.datasets import person_of
+    from pipeline.data.splits import persons_of
     from pipeline.prediction.certificate import CONTROL, compare, stopped
     from pipeline.summary import device_name
     from pipeline.training.fixed_batch import measure
 
-    lifecycle, trainer = open_run(plan.files, plan.run_overrides("float32", plan.seeds[0]))
-    pattern = lifecycle.split["group_pattern"]
-    ids = [case["case_id"] for case in lifecycle.cases.validation]
-    persons = {case: person_of(case, pattern) for case in ids}
+    lifecycle, trainer = open_run(
+        plan.files, plan.run_overrides("float32", plan.seeds[0]), plan.allow
+    )
+    pattern = lifecycle.intake.split["group_pattern"]
+    persons = persons_of(lifecycle.cases.validation, pattern)
 
     def scores(dtype: str, seeds: list[int]) -> list[dict[str, Any]] | None:
         found = [plan.read(dtype, seed, "validation.json") for seed in seeds]
@@ -197,7 +202,7 @@ def certify(plan: Plan, command: str) -> dict[str, Any]:
         "margin": plan.margin,
         "seeds": plan.seeds,
         "control_seeds": plan.control_seeds,
-        "num_cases": len(ids),
+        "num_cases": len(persons),
         "num_persons": len(set(persons.values())),
         "classes": {
             name: compare(variant, reference, persons, plan.margin)

@@ -39,6 +39,8 @@ KEYS: dict[str, Key] = {
     "bundle_root": Key("str", FREE, "folder that relative paths start from"),
     "dataset_dir": Key("str", FREE, "folder with dataset.json; data/phantom makes itself"),
     "output_dir": Key("str null", FREE, "run directory; null: runs/<name of dataset_dir>"),
+    "cache_dir": Key("str", FREE, "folder for what was read and preprocessed, shared by runs"),
+    "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
     "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
     "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
     "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
@@ -64,28 +66,43 @@ KEYS: dict[str, Key] = {
     ),
     "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none", least=0),
     "worker_timeout_s": Key("float", CONTINUABLE, "seconds that a batch may take them", least=1),
-    "fold": Key("int", IDENTITY, "which of the folds is the validation fold"),
+    "check": Key(
+        "str", FREE, "preflight: headers and voxels, headers, or neither", ("full", "fast", "off")
+    ),
+    "data_roots": Key("names", FREE, "folders beside dataset_dir that its files may lie in"),
+    "exclude": Key("names", IDENTITY, "case ids to leave out"),
+    "fold": Key(
+        "int all", IDENTITY, "which of the folds is validated on; all: train on every case"
+    ),
     "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
     "split_seed": Key("int", IDENTITY, "which division into folds"),
+    "split_file": Key("str null", IDENTITY, "JSON of case ids, as nnU-Net's splits_final.json"),
+    "test_share": Key("float", IDENTITY, "share of the persons that is never looked at", least=0),
     "group_pattern": Key(
         "str object null",
         IDENTITY,
         "person of a case id: regular expression, or pairs (2k-1 and 2k are one person)",
     ),
-    "spacing": Key("triple", IDENTITY, "voxel size in mm that volumes are resampled to"),
-    "normalization": Key("str", IDENTITY, "zscore, percentile_zscore; by default by modality"),
+    "memory_budget_bytes": Key(
+        "int auto", FREE, "what roi_size and batch_size may need; auto: 8 GiB, on a CPU 2", least=1
+    ),
+    "spacing": Key("triple auto", IDENTITY, "voxel size in mm that volumes are resampled to"),
+    "crop_empty_borders": Key("bool auto", IDENTITY, "cut off what is zero around a volume"),
+    "normalization": Key(
+        "str list object auto", IDENTITY, "zscore, percentile_zscore, or clip, mean and std"
+    ),
     "transforms_before": Key("list", IDENTITY, "your MONAI transforms after loading"),
     "transforms_after": Key("list", IDENTITY, "your MONAI transforms after normalisation"),
-    "roi_size": Key("triple", IDENTITY, "network input in voxels"),
-    "foreground_ratio": Key("float", IDENTITY, "share of patches centred on foreground"),
-    "flip_axes": Key("str list", IDENTITY, "axes that may be mirrored; auto spares left-right"),
+    "roi_size": Key("triple auto", IDENTITY, "network input in voxels"),
+    "foreground_ratio": Key("float auto", IDENTITY, "share of patches centred on foreground"),
+    "flip_axes": Key("list auto", IDENTITY, "axes that may be mirrored; auto spares left-right"),
     "augmentation": Key("object", IDENTITY, "probability and range of each augmentation"),
-    "in_channels": Key("int", IDENTITY, "image channels; by default those of the dataset", least=1),
-    "num_classes": Key(
-        "int", IDENTITY, "classes, background included; by default the dataset's", least=2
-    ),
+    "in_channels": Key("int auto", IDENTITY, "image channels", least=1),
+    "num_classes": Key("int auto", IDENTITY, "classes, background included", least=2),
+    "class_names": Key("names auto", IDENTITY, "names of the classes, background first"),
+    "strides": Key("strides auto", IDENTITY, "pooling per level: an int, or one for each axis"),
     "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work", least=1),
-    "batch_size": Key("int", IDENTITY, "patches in a micro-batch", least=1),
+    "batch_size": Key("int auto", IDENTITY, "patches in a micro-batch", least=1),
     "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step", least=1),
     "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch", least=1),
     "max_epochs": Key("int", CONTINUABLE, "epochs to train", least=1),
@@ -99,8 +116,11 @@ KEYS: dict[str, Key] = {
     "overlap": Key("float", CONTINUABLE, "of sliding windows in validation, 0 to 1"),
     "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once", least=1),
     "log_every": Key("int", FREE, "steps between two points in TensorBoard", least=1),
+    "intake": Key("object", FREE, "how the dataset is looked at"),
     "lifecycle": Key("object", FREE, "the run from lock to last word"),
     "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
+    "plan": Key("object str", IDENTITY, "what the dataset needs: the values that are auto"),
+    "cache": Key("object", FREE, "the preprocessed cases on disk"),
     "precision": Key("object", CONTINUABLE, "owner of autocast and gradient scaler"),
     "network_def": Key("object", IDENTITY, "the network"),
     "network": Key("object str", IDENTITY, "the network on its device"),
@@ -125,10 +145,17 @@ NESTED = {
     "train::trainer::grace_s": FREE,
 }
 
+WORDS = ("auto", "all")  # that stand for themselves
 _TYPES = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "object": dict,
     "null": type(None),
 }  # fmt: skip
+
+_SHOWN = {
+    "triple": "[x, y, z], each above 0",
+    "names": "a list of strings",
+    "strides": "a list of whole numbers or [x, y, z], each above 0,",
+}
 
 
 def check(source: Config) -> None:
@@ -155,9 +182,9 @@ def check(source: Config) -> None:
             shown = ", ".join(json.dumps(choice) for choice in spec.choices)
             faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
         elif not any(_is_a(value, name) for name in spec.types.split()):
-            expected = spec.types.replace(" ", " or ").replace("triple", "[x, y, z], each above 0")
+            expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
             faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
-        elif spec.least is not None and value < spec.least:
+        elif spec.least is not None and not isinstance(value, str) and value < spec.least:
             faults.append(f"{key}: expected at least {spec.least} ({spec.meaning}), got {value}.")
     if faults:
         raise InputError(*faults)
@@ -169,7 +196,18 @@ def _is_a(value: Any, name: str) -> bool:
     if name == "triple":
         numbers = isinstance(value, list) and all(_is_a(n, "float") and n > 0 for n in value)
         return numbers and len(value) == 3
+    if name in WORDS:
+        return bool(value == name)
+    if name == "names":
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if name == "strides":
+        return isinstance(value, list) and bool(value) and all(map(_is_stride, value))
     return isinstance(value, _TYPES[name])  # type: ignore[arg-type]
+
+
+def _is_stride(value: Any) -> bool:
+    steps = value if isinstance(value, list) and len(value) == 3 else [value]
+    return all(_is_a(step, "int") and step > 0 for step in steps)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

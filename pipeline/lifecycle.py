@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.bundle.metadata import run_inference_config, run_metadata
 from pipeline.compose import source_being_resolved
-from pipeline.data.datasets import Cases, load_cases
-from pipeline.data.integrity import preflight
-from pipeline.data.phantom import make_phantom
+from pipeline.data.datasets import Cases
+from pipeline.data.intake import Intake
+from pipeline.data.plan import Plan
+from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped
 from pipeline.hold import Hold
+from pipeline.recipe import preprocessing_recipe
+from pipeline.run_configs import changes_since, portable, stored_plan, write_configs
 from pipeline.summary import log_whereabouts, summarize
 from pipeline.training.durable import CheckpointStore, make_directory, write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -31,9 +31,9 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 log = logging.getLogger(__name__)
 
 # what a run may leave that dies before its config is written
-BEGINNING = {".lock", "log.txt", "run.json", "run.json.tmp", "configs"}
-PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
-
+BEGINNING = {
+    ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp", "configs",
+}  # fmt: skip
 
 _HELD: dict[Path, Hold] = {}
 
@@ -43,39 +43,41 @@ class Lifecycle:
 
     Args:
         bundle_root: Folder that relative paths start from.
-        dataset_dir: Folder with `dataset.json`; `data/phantom` is made if it is not there.
         output_dir: The run directory; `None` stands for `runs/<name of dataset_dir>`.
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        split: Arguments of `load_cases` that say how the cases are split.
+        intake: Looks at the dataset.
 
     Attributes:
         run_dir: Absolute path of the run directory.
+        cache_dir: Absolute path of the folder where preprocessed cases are kept.
         cases: The dataset's `Cases`; there after `enter`.
+        plan: The dataset's `Plan`; there after `enter`.
         checkpoint: File that the run continues from, or None; there after `enter`.
     """
 
     def __init__(
         self,
         bundle_root: str,
-        dataset_dir: str,
         output_dir: str | None,
         resume: str | bool,
         max_epochs: int,
-        split: dict[str, Any],
+        intake: Intake,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
-        self.dataset_dir = (self.bundle_root / dataset_dir).resolve()
+        self.dataset_dir = intake.dataset_dir
         name = self.dataset_dir.name
         self.run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
+        self.cache_dir = intake.cache_dir
         self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
         self.max_epochs = max_epochs
-        self.split = split
+        self.intake = intake
         self.checkpoint: Path | None = None
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self._cases: Cases | None = None
+        self._plan: Plan | None = None
 
     @property
     def cases(self) -> Cases:
@@ -83,6 +85,18 @@ class Lifecycle:
         if self._cases is None:
             raise RuntimeError("lifecycle: expected enter() before cases, got it after.")
         return self._cases
+
+    @property
+    def plan(self) -> Plan:
+        """The dataset's plan, made by `enter`."""
+        if self._plan is None:
+            raise RuntimeError("lifecycle: expected enter() before plan, got it after.")
+        return self._plan
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What preprocessing does in this run, as the cache tells recipes apart."""
+        return preprocessing_recipe(self.source, self.plan)
 
     def enter(self) -> None:
         """Check config and data, then take the run directory.
@@ -98,18 +112,23 @@ class Lifecycle:
         if self._cases is not None:
             return
         try:
-            config.check(self.source)
-            if self.dataset_dir == self.bundle_root / PHANTOM:
-                make_phantom(self.dataset_dir)
-            self._cases = load_cases(self.dataset_dir, **self.split)
+            diagnosis.check_source(self.source)
+            self._cases = self.intake.load()
             with _told_to_user():
                 # voxels are read when the directory is right and ours, or before one is made
                 if self.run_dir.exists():
                     self._take_run_dir()
-                preflight(self._cases)
+                found = self.intake.inspect(self._cases)
+                found.require_sound()
+                # of a run that began: another card must not change it
+                begun = self.store.has_begun()
+                plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
                 self._take_run_dir()
+                for line in (*found.notes, *(finding.line for finding in found.warnings)):
+                    log.warning("%s", line)  # now that there is a log.txt
+                self._plan = plan
                 self.checkpoint = self.store.newest()
-                self._write_configs()
+                write_configs(self.run_dir, self._portable_source(), self.cases, plan)
         except InputError as error:
             self.release()
             print(error, file=sys.stderr)
@@ -122,15 +141,16 @@ class Lifecycle:
         Raises:
             InputError: If there is no run, or the config is another run's.
         """
-        config.check(self.source)
+        diagnosis.check_source(self.source)
         stored = self.run_dir / "configs" / "train.json"
         if not stored.is_file():
             raise InputError(
                 f"output_dir: expected a run directory, found none in {self.run_dir}. "
                 "Name that of the run you mean."
             )
-        self._cases = load_cases(self.dataset_dir, **self.split)
-        self._compare_with(stored)
+        self._cases = self.intake.load()
+        changes_since(self.run_dir, self._portable_source(), self.cases.fingerprint)
+        self._plan = stored_plan(self.run_dir)
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""
@@ -197,30 +217,10 @@ class Lifecycle:
                 "Use resume=auto to start one."
             )
         if self.store.has_begun():  # before, there is nothing to be true to
-            for key in self._compare_with(stored):
+            source = self._portable_source()
+            for key in changes_since(self.run_dir, source, self.cases.fingerprint):
                 log.info("Continuing with a changed %s", key)
             self._stop_if_finished()
-
-    def _compare_with(self, stored: Path) -> list[str]:
-        """Refuse another run than that of the `stored` config; returns what may change and did."""
-        try:
-            former = json.loads(stored.read_text())
-            recorded = json.loads((self.run_dir / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.run_dir}: expected configs/train.json and run.json of the run there, got: "
-                f"{error}. Restore them, or choose another output_dir."
-            ) from error
-        changed = config.changes(former, self._portable_source())
-        if recorded["fingerprint"] != self.cases.fingerprint:
-            changed[config.IDENTITY].append("dataset_dir (other cases)")
-        if changed[config.IDENTITY]:
-            raise InputError(
-                f"{self.run_dir}: expected the config of the run there, got other values of "
-                f"{', '.join(changed[config.IDENTITY])}. "
-                "Choose another output_dir, or leave them as they were."
-            )
-        return changed[config.CONTINUABLE]
 
     def _stop_if_finished(self) -> None:
         path = self.run_dir / "summary.json"
@@ -232,35 +232,17 @@ class Lifecycle:
 
     def _portable_source(self) -> config.Config:
         """The source as a bundle in the run directory states it: paths relative to that root."""
-        source = {key: value for key, value in self.source.items() if key != "_meta_"}
-        source["bundle_root"] = "."
-        source["dataset_dir"] = os.path.relpath(self.dataset_dir, self.run_dir)
-        source["output_dir"] = f"../{self.run_dir.name}_again"
-        return source
-
-    def _write_configs(self) -> None:
-        """Make the run directory a bundle."""
-        target, source = self.run_dir / "configs", self._portable_source()
-        repository = self.bundle_root / "configs"
-        make_directory(target)
-        write_json(self.run_dir / "run.json", {"fingerprint": self.cases.fingerprint})
-        write_json(target / "train.json", source)
-        if (repository / "logging.conf").is_file():
-            shutil.copyfile(repository / "logging.conf", target / "logging.conf")
-        for name, make in (("inference", run_inference_config), ("metadata", run_metadata)):
-            template = repository / f"{name}.json"
-            if template.is_file():
-                made = make(json.loads(template.read_text()), source, self.cases)
-                write_json(target / f"{name}.json", made)
-            else:
-                log.warning("%s is not there: the run directory gets no %s", template, name)
+        return portable(self.source, self.bundle_root, self.dataset_dir, self.run_dir)
 
     def _log_start(self) -> None:
         cases = self.cases
         log.info(
-            "Dataset %s: %d training and %d validation cases, classes %s",
-            cases.name, len(cases.train), len(cases.validation), ", ".join(cases.class_names),
+            "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded",
+            cases.name, cases.layout, len(cases.train), len(cases.validation), len(cases.test),
+            len(cases.excluded),
         )  # fmt: skip
+        for line in self.plan.lines():
+            log.info("  %s", line)
         log.info("Run directory %s", self.run_dir)
 
 

@@ -2,7 +2,8 @@
 
 Checks the config, then hands the same files and overrides to MONAI's bundle workflow, so that it
 does exactly what `python -m monai.bundle run` does. With `--replay_step N` it trains nothing, but
-looks again for what was not finite in a skipped step of the run that is there.
+looks again for what was not finite in a skipped step of the run that is there. `--allow NAME` lets
+`_target_` hold a name that is not on the list; see `pipeline.trust`.
 
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
@@ -12,16 +13,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, trust
 from pipeline.compose import compose, parse_overrides
+from pipeline.doctor import diagnosis
 from pipeline.errors import InputError
 
 USAGE = (
-    "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--replay_step N]"
+    "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
+    "[--replay_step N]"
 )
+LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,18 +37,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
+        allow, rest = trust.split_allow(rest)
         if "--help" in rest or "-h" in rest:
-            print(help_text(compose(files or ["configs/amp.json"], {})))
+            print(help_text(compose(files or ["configs/amp.json"], {}, allow)))
             return 0
         if not files:
             raise InputError(f"command line: expected a config file, got none. {USAGE}")
         overrides = parse_overrides(rest)
         replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
-        config.check(compose(files, overrides))
+        diagnosis.check(files, overrides, allow, training=True)
         if replaying:
-            print(json.dumps(replay(files, overrides, step), indent=2))
+            print(json.dumps(replay(files, overrides, step, allow), indent=2))
         else:
-            run_workflow(files, overrides)
+            run_workflow(files, overrides, allow)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -56,16 +62,19 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first_key], words[first_key:]
 
 
-def run_workflow(files: Sequence[str], overrides: config.Config) -> None:
+def run_workflow(
+    files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()
+) -> None:
     """Initialize, run and finalize the config as a MONAI bundle workflow.
 
     Raises:
-        InputError: If an object of the config refuses its arguments.
+        InputError: If the config says what configs may not say, or an object of it refuses its
+            arguments.
     """
     from pipeline.training.signals import interruptible_at_once
 
     with interruptible_at_once():
-        workflow = _workflow(files, overrides)
+        workflow = _workflow(files, overrides, allow)
         try:
             workflow.initialize()
             _trainer(workflow)
@@ -75,20 +84,24 @@ def run_workflow(files: Sequence[str], overrides: config.Config) -> None:
             workflow.parser.get_parsed_content("lifecycle").release()
 
 
-def open_run(files: Sequence[str], overrides: config.Config) -> tuple[Any, Any]:
+def open_run(
+    files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Lifecycle and trainer of a run that is there, without handlers: nothing is written.
 
     Raises:
         InputError: If the run is not there or is another one, or an object refuses its arguments.
     """
-    workflow = _workflow(files, {**overrides, "initialize": [], "train#handlers": []})
+    workflow = _workflow(files, {**overrides, "initialize": [], "train#handlers": []}, allow)
     workflow.initialize()
     lifecycle = workflow.parser.get_parsed_content("lifecycle")
     lifecycle.look()
     return lifecycle, _trainer(workflow)
 
 
-def replay(files: Sequence[str], overrides: config.Config, step: object) -> dict[str, Any]:
+def replay(
+    files: Sequence[str], overrides: config.Config, step: object, allow: Collection[str] = ()
+) -> dict[str, Any]:
     """Replay a skipped step of the run that the config names; see `recorder.replay_kept`.
 
     Raises:
@@ -98,17 +111,23 @@ def replay(files: Sequence[str], overrides: config.Config, step: object) -> dict
         raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
     from pipeline.training.recorder import replay_kept
 
-    lifecycle, trainer = open_run(files, overrides)
+    lifecycle, trainer = open_run(files, overrides, allow)
     return replay_kept(trainer, lifecycle.run_dir, step)
 
 
-def _workflow(files: Sequence[str], overrides: config.Config) -> Any:
+def _workflow(files: Sequence[str], overrides: config.Config, allow: Collection[str]) -> Any:
     # imported here, so that a mistake on the command line is answered at once
     from monai.bundle import ConfigWorkflow
 
     # it warns of files in more than one folder, which is how an overlay of one's own is meant
     logging.getLogger(ConfigWorkflow.__module__).setLevel(logging.ERROR)
-    return ConfigWorkflow(list(files), workflow_type="train", **overrides)
+    # a logging.conf beside the config could name files to write, and modules there would come
+    # before Python's own: neither is data
+    logs = str(LOGGING) if LOGGING.is_file() else False
+    workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type="train", **overrides)
+    workflow.config_root_path = Path()
+    trust.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
+    return workflow
 
 
 def _trainer(workflow: Any) -> Any:

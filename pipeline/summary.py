@@ -54,6 +54,9 @@ def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
     if summary["best_epoch"] is not None and (run_dir / "models" / "model.pt").exists():
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
         log.info("  best model   %s/models/model.pt", here)
+    elif (run_dir / "models" / "model.pt").exists():
+        log.info("There was no validation; the model is the last network")
+        log.info("  model        %s/models/model.pt", here)
     log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
     log.info("  summary      %s/summary.json", here)
     log.info("  log          %s/log.txt", here)

@@ -36,6 +36,7 @@ class Plan:
         control_seeds: Of float32 as a control, as many again.
         margin: Difference of Dice that does not matter.
         jobs: Runs that train at the same time.
+        allow: Names that `_target_` may hold beside the list.
         children: Their processes.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     control_seeds: list[int]
     margin: float
     jobs: int
+    allow: list[str] = field(default_factory=list)
     children: Children = field(default_factory=lambda: Children(), compare=False)
 
     def run_overrides(self, dtype: str, seed: int) -> config.Config:
@@ -137,6 +139,7 @@ def _train_one(plan: Plan, dtype: str, seed: int) -> None:
         return
     values = plan.run_overrides(dtype, seed).items()
     words = [word for key, value in values for word in (f"--{key}", json.dumps(value))]
+    words += [word for name in plan.allow for word in ("--allow", name)]
     command = [sys.executable, "-m", "pipeline.run", *plan.files, *words]
     status, output, errors = plan.children.run(command)
     if status == 0:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,13 +20,20 @@ from scipy.ndimage import gaussian_filter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# of all runs of a session; gone with the interpreter
+CACHE = tempfile.TemporaryDirectory(prefix="cache_")
+
 TINY = {
+    "cache_dir": CACHE.name,
     "spacing": [1, 1, 1],
     "roi_size": [16, 16, 8],
     "base_channels": 2,
     "network_def#num_dense_layers": 1,
     "network_def#growth_rate": 4,
-    "network_def#strides": [[2, 2, 1], [2, 2, 2]],
+    "strides": [[2, 2, 1], [2, 2, 2]],
+    "batch_size": 2,
+    "foreground_ratio": 0.67,
+    "flip_axes": [],
     "num_folds": 3,
     "steps_per_epoch": 2,
     "max_epochs": 2,
@@ -41,6 +50,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A run sets it up for its process, which here goes on."""
+    before, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = before
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +176,7 @@ def poisoned(
         }
         file = tmp_path / "poisoned.json"
         file.write_text(json.dumps(overlay))
-        return run(output_dir, str(file), **changes)
+        return run(output_dir, str(file), allow="poison.PoisonedAugment", **changes)
 
     return run_poisoned
 

@@ -36,9 +36,11 @@ class PoisonedAugment(Augment):
 class UndefinedDice(MeanDice):
     """Mean Dice that is NaN at the validations of the given numbers, the first being 1."""
 
-    def __init__(self, class_names: Sequence[str], undefined_at: Sequence[int]) -> None:
+    def __init__(
+        self, class_names: Sequence[str], undefined_at: Sequence[int], ignore_value: int | None
+    ) -> None:
         self.undefined_at, self.validations = list(undefined_at), 0
-        super().__init__(class_names)
+        super().__init__(class_names, ignore_value)
 
     def compute(self) -> float:
         self.validations += 1

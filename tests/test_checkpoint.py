@@ -276,8 +276,9 @@ def test_run_whose_weights_became_nan_stops_and_keeps_its_files(run, tmp_path, c
     (tmp_path / "overlay.json").write_text(
         json.dumps({"+train#handlers": [{"_target_": "poison.BreakWeights", "step": 3}]})
     )
+    overlay = str(tmp_path / "overlay.json")
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "r", str(tmp_path / "overlay.json"), amp=False, max_epochs=3)
+        run(tmp_path / "r", overlay, amp=False, max_epochs=3, allow="poison.BreakWeights")
     assert stopped.value.code == 1
     message = (
         "step_000000004_pending.pt: expected finite values, got NaN or infinity in network.enc"

@@ -8,11 +8,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import REPOSITORY
+from monai.bundle import ConfigParser
 from scipy.stats import ttest_rel
 
 from benchmarks.phantom_baselines import measure
 from pipeline.data import phantom
 from pipeline.data.phantom import ORGANS, make_case, make_phantom
+from pipeline.data.plan import SETTINGS
 from pipeline.errors import InputError
 
 NUM_CASES = 24
@@ -70,6 +73,20 @@ def test_make_phantom_is_deterministic_and_cases_do_not_depend_on_their_number(d
     assert len(again) == 4
     assert all(first[name] == content for name, content in again.items())
     assert not np.array_equal(make_case(0, 0)[0], make_case(1, 0)[0])
+
+
+def test_inference_config_states_the_plan_of_the_phantom(dataset, tmp_path):
+    source = json.loads((REPOSITORY / "configs/amp.json").read_text())
+    source |= {"dataset_dir": str(dataset), "cache_dir": str(tmp_path), "device": "cpu"}
+    intake = ConfigParser(source).get_parsed_content("intake")
+    plan = intake.plan(intake.inspect(intake.load())).as_dict()
+    inference = json.loads((REPOSITORY / "configs/inference.json").read_text())
+    shared = {*SETTINGS} & inference.keys()
+    assert len(shared) == 8
+    assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
+    metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
+    for side in metadata["network_data_format"].values():
+        assert [value["spatial_shape"] for value in side.values()] == [plan["roi_size"]]
 
 
 def test_every_class_is_present_in_every_case(arrays):

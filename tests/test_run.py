@@ -64,7 +64,7 @@ def test_saved_config_is_the_merged_source(run, tmp_path, dataset):
     saved = json.loads((tmp_path / "r/configs/train.json").read_text())
     assert saved["train"]["trainer"]["max_epochs"] == 1
     assert saved["roi_size"] == [16, 16, 8]
-    assert saved["num_classes"] == "$@cases.num_classes"  # unevaluated
+    assert saved["num_classes"] == "auto"  # undecided
     assert (tmp_path / "r" / saved["dataset_dir"]).resolve() == dataset
     assert saved["bundle_root"] == "."
 
@@ -253,7 +253,7 @@ def test_command_line_mistake_is_one_line(words, message, capfd, monkeypatch):
 def test_broken_json_is_one_line(tmp_path, capfd):
     (tmp_path / "a.json").write_text('{"seed": 1,}')
     assert main([str(tmp_path / "a.json")]) == 2
-    assert "a.json: expected JSON, got: " in capfd.readouterr().err
+    assert "a.json:1: expected JSON, got: " in capfd.readouterr().err
 
 
 def test_unknown_key_in_a_file_is_named(tmp_path, capfd):
@@ -268,7 +268,13 @@ def test_unknown_key_in_a_file_is_named(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: (root / "dataset.json").unlink(), "expected a folder with dataset.json"),
+        (
+            lambda root: (
+                [(root / name).rename(root / name[:2]) for name in ("imagesTr", "labelsTr")]
+                + [(root / "dataset.json").unlink()]
+            ),
+            "expected a folder with dataset.json",
+        ),
         (lambda root: (root / "dataset.json").write_text("{"), "dataset.json: expected JSON"),
         (
             lambda root: (root / "imagesTr/tiny_002.nii.gz").unlink(),
@@ -310,17 +316,29 @@ def test_bad_dataset_writes_nothing_into_an_existing_run(run, tmp_path):
     [
         ({"network_def#norm": "layer"}, "layer"),
         ({"roi_size": [2, 2, 2]}, "Choose a larger roi_size"),
-        ({"device": "cuda:77"}, "device: expected one of"),
         ({"augmentation#spatial#scale#range": [2, 1]}, "augment"),
     ],
 )
 def test_value_that_an_object_refuses_is_one_line(run, tmp_path, capfd, changes, message):
-    assert run(tmp_path / "r", **changes) == 2
+    try:
+        status = run(tmp_path / "r", **changes)
+    except SystemExit as ended:  # of `initialize`, where it ends `monai.bundle run` as well
+        status = ended.code
+    assert status == 2
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
     # what was refused does not bind the directory: the corrected command runs there
     assert run(tmp_path / "r") == 0
+
+
+def test_device_that_is_not_there_is_one_line(run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit:  # a plan is for a device
+        run(tmp_path / "r", device="cuda:77", memory_budget_bytes="auto")
+    assert exit.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("device: expected one of")
+    assert not (tmp_path / "r").exists()
 
 
 # --- help and table

@@ -12,13 +12,16 @@ from ignite.metrics import Metric
 from monai.utils import convert_to_tensor
 
 
-def dice_per_class(pred: torch.Tensor, label: torch.Tensor, num_classes: int) -> np.ndarray:
+def dice_per_class(
+    pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
+) -> np.ndarray:
     """Dice of every foreground class.
 
     Args:
         pred: `(H, W, D)` integer label map.
         label: `(H, W, D)` integer reference on the same grid.
         num_classes: Classes, background (0) included.
+        ignore_value: Label of voxels that do not count.
 
     Returns:
         `(num_classes - 1,)` float64; `nan` where a class is absent from both.
@@ -31,6 +34,9 @@ def dice_per_class(pred: torch.Tensor, label: torch.Tensor, num_classes: int) ->
     if pred.shape != label.shape:
         raise ValueError(f"pred: expected the label's shape {label.shape}, got {pred.shape}.")
     pred, label = pred.long().flatten(), label.long().flatten()
+    if ignore_value is not None:
+        counted = label != ignore_value
+        pred, label = pred[counted], label[counted]
     for name, values in (("pred", pred), ("label", label)):
         if len(values) and (values.min() < 0 or values.max() >= num_classes):
             raise ValueError(
@@ -58,10 +64,12 @@ class MeanDice(Metric):
 
     Args:
         class_names: Names of all classes, background first.
+        ignore_value: Label of voxels that do not count; `None`: all do.
     """
 
-    def __init__(self, class_names: Sequence[str]) -> None:
+    def __init__(self, class_names: Sequence[str], ignore_value: int | None = None) -> None:
         self.class_names = list(class_names)
+        self.ignore_value = ignore_value
         super().__init__()
 
     def reset(self) -> None:
@@ -84,6 +92,7 @@ class MeanDice(Metric):
                 convert_to_tensor(result["pred"][0]),
                 convert_to_tensor(result["label"][0]),
                 len(self.class_names),
+                self.ignore_value,
             )
 
     def compute(self) -> float:

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.errors import STOPS, InputError
 from pipeline.training.durable import CheckpointStore, WriteError, make_directory, save
-from pipeline.training.evaluator import metric_at_end_of
+from pipeline.training.evaluator import has_run, metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
@@ -67,7 +67,8 @@ class CheckpointHandler:
     training stops, and the files from before stay.
 
     Args:
-        run_dir: Gets `checkpoints/`, `models/model.pt` (best) and `models/last.pt`.
+        run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where
+            no validation ever was, as with fold `all`) and `models/last.pt`.
         validator: Its key metric decides which network is the best.
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
@@ -100,7 +101,7 @@ class CheckpointHandler:
             restore(trainer, load_checkpoint(self.checkpoint))
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
             if trainer.progress.phase != EPOCH_END_PENDING and _is_through(trainer):
-                self._save_model(trainer, "last.pt")  # max_epochs may have been lowered
+                self._save_last(trainer)  # max_epochs may have been lowered
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
 
@@ -136,9 +137,14 @@ class CheckpointHandler:
             self._save_model(trainer, "model.pt")
         if _is_through(trainer):
             # before the checkpoint, after which nothing is left to be done
-            self._save_model(trainer, "last.pt")
+            self._save_last(trainer)
         trainer.end_epoch()
         self._save_checkpoint(trainer, f"step_{trainer.progress.step:09d}.pt")
+
+    def _save_last(self, trainer: MixedPrecisionTrainer) -> None:
+        self._save_model(trainer, "last.pt")
+        if trainer.progress.best_metric is None and not has_run(self.validator):
+            self._save_model(trainer, "model.pt")  # which a bundle predicts with
 
     def _save_model(self, trainer: MixedPrecisionTrainer, name: str) -> None:
         weights = trainer.network.state_dict()

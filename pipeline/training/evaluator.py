@@ -35,6 +35,11 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
             **kwargs,
         )
 
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
+        """Predict all cases; where there are none, do nothing."""
+        if self.state.epoch_length != 0:
+            super().run(global_epoch)
+
     def _iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -50,5 +55,10 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
 def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
     """The validator's key metric, if it ran at the end of the trainer's `epoch`."""
     state = validator.state
-    ran = state.key_metric_name in state.metrics and state.epoch == epoch
+    ran = has_run(validator) and state.epoch == epoch
     return state.metrics[state.key_metric_name] if ran else None
+
+
+def has_run(validator: Evaluator) -> bool:
+    """Whether there was a validation in this session."""
+    return validator.state.key_metric_name in validator.state.metrics

@@ -120,7 +120,8 @@ class Run:
     def __init__(self, folder: Path, dataset: Path, **changes: Any) -> None:
         self.folder, self.dir = folder, folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
-        values = {**SETTINGS, "dataset_dir": str(dataset), "output_dir": str(self.dir), **changes}
+        values = {**SETTINGS, "dataset_dir": str(dataset), "output_dir": str(self.dir),
+                  "cache_dir": str(folder.parent / "cache"), **changes}  # fmt: skip
         self.words = ["configs/amp.json"]
         for key, value in values.items():
             self.words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]

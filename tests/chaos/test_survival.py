@@ -135,7 +135,7 @@ def test_signal_is_no_crash_to_an_elastic_launcher(dataset, tmp_path):
 def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
     overlay = tmp_path / "faults.json"
     overlay.write_text(json.dumps({"train#dataset#_target_": "faults.HangingDataset"}))
-    run = Run(tmp_path, dataset, grace_s=1)
+    run = Run(tmp_path, dataset, grace_s=1, allow="faults.HangingDataset")
     run.words.insert(1, str(overlay))
     process = run.start()
     wait_for(lambda: run.last_step() >= EVERY)  # the next step's sample never comes
@@ -232,7 +232,7 @@ def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
 def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, part, kind, message):
     overlay = tmp_path / "faults.json"
     overlay.write_text(json.dumps({f"train#{part}#_target_": f"faults.{kind}"}))
-    run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2)
+    run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2, allow=f"faults.{kind}")
     run.words.insert(1, str(overlay))
     assert run.finish() == 1
     line = next(line for line in run.output.splitlines() if "expected a loader worker" in line)

@@ -1,0 +1,113 @@
+"""What a run directory says about its run: configs, plan and data, to go on from and to share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.bundle.metadata import run_inference_config, run_metadata
+from pipeline.data.datasets import Cases
+from pipeline.data.plan import AUTO, Plan
+from pipeline.errors import InputError
+from pipeline.training.durable import make_directory, write_json
+
+# this repository's own: those beside a config may be anybody's
+TEMPLATES = Path(__file__).resolve().parents[1] / "configs"
+PATHS = ("cache_dir", "split_file", "data_roots")  # that start from bundle_root, or null
+
+
+def portable(
+    source: config.Config, bundle_root: Path, dataset_dir: Path, run_dir: Path
+) -> config.Config:
+    """The source as a bundle in the run directory states it: paths relative to that root."""
+
+    def moved(path: Any) -> Any:
+        if isinstance(path, list):
+            return [moved(one) for one in path]
+        return path and os.path.relpath(bundle_root / path, run_dir)
+
+    return {
+        **{key: value for key, value in source.items() if key != "_meta_"},
+        **{key: moved(source[key]) for key in PATHS},
+        "bundle_root": ".",
+        "dataset_dir": os.path.relpath(dataset_dir, run_dir),
+        "output_dir": f"../{run_dir.name}_again",
+    }
+
+
+def write_configs(run_dir: Path, source: config.Config, cases: Cases, plan: Plan) -> None:
+    """Make the run directory a bundle.
+
+    Args:
+        run_dir: Of the run.
+        source: Its config, `portable`.
+        cases: Of its dataset.
+        plan: For its dataset.
+    """
+    target = run_dir / "configs"
+    make_directory(target)
+    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint})
+    write_json(run_dir / "plan.json", plan.as_dict())
+    write_json(target / "train.json", source)
+    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
+    for name, make in (("inference", run_inference_config), ("metadata", run_metadata)):
+        template = json.loads((TEMPLATES / f"{name}.json").read_text())
+        write_json(target / f"{name}.json", make(template, source, cases, plan))
+
+
+def stored_plan(run_dir: Path) -> Plan:
+    """The plan that the run there was begun with.
+
+    Raises:
+        InputError: If it is not there or is none.
+    """
+    path = run_dir / "plan.json"
+    try:
+        return Plan(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the plan of the run there, got: {error}. Restore it, or choose "
+            "another output_dir."
+        ) from error
+
+
+def changes_since(run_dir: Path, source: config.Config, fingerprint: str) -> list[str]:
+    """Values of a run's config that are others now, and may be.
+
+    Args:
+        run_dir: Of the run.
+        source: The config of now, `portable`.
+        fingerprint: Of the dataset of now.
+
+    Raises:
+        InputError: If it would be another run, or what there was cannot be read.
+    """
+    try:
+        former = json.loads((run_dir / "configs" / "train.json").read_text())
+        recorded = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{run_dir}: expected configs/train.json and run.json of the run there, got: "
+            f"{error}. Restore them, or choose another output_dir."
+        ) from error
+    planned = stored_plan(run_dir).as_dict()
+    changed = config.changes(_decided(former, planned), _decided(source, planned))
+    if recorded["fingerprint"] != fingerprint:
+        changed[config.IDENTITY].append("dataset_dir (other cases)")
+    if changed[config.IDENTITY]:
+        raise InputError(
+            f"{run_dir}: expected the config of the run there, got other values of "
+            f"{', '.join(changed[config.IDENTITY])}. "
+            "Choose another output_dir, or leave them as they were."
+        )
+    return changed[config.CONTINUABLE]
+
+
+def _decided(source: config.Config, planned: Mapping[str, Any]) -> config.Config:
+    """What is `auto` is what it was decided to be, and no other where it is given now."""
+    return {k: planned.get(k, v) if v == AUTO else v for k, v in source.items()}

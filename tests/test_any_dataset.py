@@ -1,0 +1,331 @@
+"""Training with nothing set but the dataset, whatever its layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import any_datasets
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import CACHE, REPOSITORY
+from monai.bundle import ConfigWorkflow
+
+from pipeline.run import main
+
+# small, so that a test is quick; nothing that a plan decides
+SMALL = {
+    "cache_dir": CACHE.name,
+    "base_channels": 2,
+    "network_def#num_dense_layers": 1,
+    "network_def#growth_rate": 4,
+    "num_folds": 3,
+    "steps_per_epoch": 2,
+    "max_epochs": 1,
+    "val_interval": 1,
+    "warmup_steps": 1,
+}
+
+Train = Callable[..., int]
+
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    return [
+        word
+        for key, value in values.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """`pipeline.run` into `tmp_path / "r"`: `train(dataset, key=value, ...)` → exit status."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def run(dataset: Path, **changes: Any) -> int:
+        values = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "r"), **SMALL}
+        try:
+            return main(["configs/amp.json", *words_of({**values, **changes})])
+        except SystemExit as error:
+            return int(error.code or 0)
+
+    return run
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def predict(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that the bundle in a run directory predicts."""
+    monkeypatch.chdir(run_dir)
+    workflow = ConfigWorkflow(
+        "configs/inference.json", workflow_type="inference", logging_file=False
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return sorted((run_dir / "predictions").iterdir())
+
+
+@pytest.mark.parametrize("make", any_datasets.MAKERS, ids=lambda make: make.__name__)
+def test_run_trains_on_any_layout_with_nothing_set(train, tmp_path, make):
+    dataset = make(tmp_path / "data")
+    assert train(dataset) == 0
+    out = tmp_path / "r"
+    plan, inference = read(out / "plan.json"), read(out / "configs/inference.json")
+    assert "auto" not in [value for key, value in inference.items() if key in plan]
+    shared = inference.keys() & plan.keys()
+    assert len(shared) == 8
+    assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
+    assert read(out / "configs/train.json")["spacing"] == "auto"
+    summary = read(out / "summary.json")
+    assert summary["steps"] == 2
+    assert summary["best_mean_dice"] is not None
+    assert all((out / f"models/{name}.pt").is_file() for name in ("model", "last"))
+    assert [case for case in read(out / "validation.json")["cases"]]
+
+
+# --- what the bundle in the run directory predicts
+
+
+@pytest.mark.parametrize("name", ["nnunet", "dicom", "csv_table"])
+def test_inference_of_a_run_predicts_on_the_grid_of_the_files(train, tmp_path, monkeypatch, name):
+    assert train(getattr(any_datasets, name)(tmp_path / "data")) == 0
+    predicted = predict(tmp_path / "r", monkeypatch)
+    assert [path.name for path in predicted] == [
+        f"{case}_pred.nii.gz" for case in any_datasets.case_ids()
+    ]
+    for path in predicted:
+        pred = nib.load(path)
+        assert pred.shape == any_datasets.SIZE
+        assert np.allclose(pred.affine, any_datasets.AFFINE, atol=1e-4)
+        assert set(np.unique(pred.dataobj)) <= {0, 1, 2}
+
+
+def test_inference_of_a_run_says_background_outside_when_borders_were_cut_off(
+    train, tmp_path, monkeypatch
+):
+    dataset = any_datasets.with_borders(tmp_path / "data")
+    assert train(dataset) == 0
+    out = tmp_path / "r"
+    assert read(out / "plan.json")["crop_empty_borders"] is True
+    weights = torch.load(out / "models/model.pt", weights_only=True)
+    # finds class 2 everywhere
+    weights["head.bias"][:] = torch.tensor([0.0, 0.0, 99.0])
+    torch.save(weights, out / "models/model.pt")
+    for path in predict(out, monkeypatch):
+        image = nib.load(dataset / "images" / path.name.replace("_pred", ""))
+        pred = nib.load(path)
+        assert np.allclose(pred.affine, image.affine, atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(pred.dataobj) == 2, image.get_fdata() != 0)
+
+
+# --- voxels that nobody annotated, and intensities that mean the same everywhere
+
+
+def test_run_knows_the_value_that_counts_nowhere(train, tmp_path):
+    assert train(any_datasets.nnunet(tmp_path / "data")) == 0
+    plan = read(tmp_path / "r/plan.json")
+    assert (plan["ignore_value"], plan["num_classes"], plan["in_channels"]) == (3, 3, 2)
+    metadata = read(tmp_path / "r/configs/metadata.json")["network_data_format"]["outputs"]["pred"]
+    assert list(metadata["channel_def"].values()) == ["background", "dim", "bright"]
+
+
+def test_run_validates_on_annotated_voxels_alone(train, tmp_path, monkeypatch):
+    dataset = any_datasets.nnunet(tmp_path / "data")
+    assert train(dataset) == 0
+    scores = read(tmp_path / "r/validation.json")["cases"]
+    predict(tmp_path / "r", monkeypatch)  # one epoch: the best network is the validated one
+    for case, dice in scores.items():
+        label = np.asarray(nib.load(dataset / f"labelsTr/{case}.nii.gz").dataobj)
+        pred = np.asarray(nib.load(tmp_path / f"r/predictions/{case}_pred.nii.gz").dataobj)
+        assert pred[label == 3].any()  # there is something to leave out
+        for value, name in ((1, "dim"), (2, "bright")):
+            p, t = (pred == value)[label != 3], (label == value)[label != 3]
+            expected = 2 * (p & t).sum() / (p.sum() + t.sum())
+            assert dice[name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_run_normalises_hounsfield_units_by_the_foreground_of_all_cases(train, tmp_path):
+    dataset = any_datasets.ct(tmp_path / "data")
+    assert train(dataset) == 0
+    (planned,) = read(tmp_path / "r/plan.json")["normalization"]
+    foreground = np.concatenate([voxels[label > 0] for voxels, label in ct_cases(dataset)])
+    assert planned["mean"] == pytest.approx(foreground.mean(), rel=0.02)
+    assert planned["std"] == pytest.approx(foreground.std(), rel=0.02)
+    assert planned["clip"] == pytest.approx(np.percentile(foreground, [0.5, 99.5]), abs=2)
+    assert read(tmp_path / "r/configs/inference.json")["normalization"] == [planned]
+
+
+def ct_cases(dataset):
+    for case in any_datasets.case_ids():
+        label = np.asarray(nib.load(dataset / f"labelsTr/{case}.nii.gz").dataobj)
+        voxels = nib.load(dataset / f"imagesTr/{case}_0000.nii.gz").get_fdata()
+        yield voxels, np.where(label == 3, 0, label)
+
+
+# --- splits
+
+
+def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, capfd, monkeypatch):
+    assert train(any_datasets.folders(tmp_path / "data"), fold="all") == 0
+    out = capfd.readouterr().out
+    assert "6 training, 0 validation and 0 test cases" in out
+    assert "There was no validation; the model is the last network" in out
+    models = tmp_path / "r/models"
+    last, model = (torch.load(models / f"{x}.pt", weights_only=True) for x in ("last", "model"))
+    assert all(torch.equal(last[name], model[name]) for name in last)
+    assert read(tmp_path / "r/summary.json")["best_mean_dice"] is None
+    assert len(predict(tmp_path / "r", monkeypatch)) == 6
+
+
+def test_run_keeps_a_test_share(train, tmp_path, capfd):
+    assert train(any_datasets.csv_table(tmp_path / "data"), test_share=0.3, num_folds=2) == 0
+    assert "2 training, 2 validation and 2 test cases" in capfd.readouterr().out
+
+
+def test_run_follows_a_split_file(train, tmp_path):
+    a, b, c, *_ = any_datasets.case_ids()
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"train": [a, b], "val": [c]}))
+    assert train(any_datasets.folders(tmp_path / "data"), split_file=str(file)) == 0
+    assert list(read(tmp_path / "r/validation.json")["cases"]) == [c]
+    assert "case_005: expected the case in " in (tmp_path / "r/log.txt").read_text()
+
+
+# --- the same command again
+
+
+def test_run_goes_on_with_its_plan_when_the_budget_is_another(train, tmp_path):
+    dataset = any_datasets.folders(tmp_path / "data")
+    assert train(dataset) == 0
+    before = (tmp_path / "r/plan.json").read_text()
+    assert train(dataset, max_epochs=2, memory_budget_bytes=10) == 0
+    assert (tmp_path / "r/plan.json").read_text() == before
+    assert read(tmp_path / "r/summary.json")["steps"] == 4
+
+
+def test_run_goes_on_when_a_value_is_given_that_was_chosen(train, tmp_path, capfd):
+    dataset = any_datasets.folders(tmp_path / "data")
+    assert train(dataset) == 0
+    chosen = read(tmp_path / "r/plan.json")
+    given = {key: chosen[key] for key in ("spacing", "roi_size", "strides", "class_names")}
+    assert train(dataset, max_epochs=2, **given) == 0
+    capfd.readouterr()
+    other = {"spacing": [1, 1, 2], "batch_size": 1}
+    assert train(dataset, max_epochs=3, **other) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "got other values of batch_size, spacing" in line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"spacing": [1, 1, 1]}', None])
+def test_run_refuses_a_damaged_plan_in_one_line(train, tmp_path, capfd, text):
+    dataset = any_datasets.folders(tmp_path / "data")
+    assert train(dataset) == 0
+    plan = tmp_path / "r/plan.json"
+    plan.write_text(text) if text else plan.unlink()
+    capfd.readouterr()
+    assert train(dataset, max_epochs=2) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{plan}: expected the plan of the run there, got: ")
+
+
+def test_run_starts_after_a_try_that_a_planned_value_ended(train, tmp_path, capfd):
+    dataset = any_datasets.folders(tmp_path / "data")
+    for _ in range(2):
+        assert train(dataset, normalization="zscor") == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("normalization: expected one of zscore, percentile_zscore")
+    assert train(dataset) == 0
+    assert read(tmp_path / "r/plan.json")["normalization"] == ["zscore"]
+
+
+def test_run_logs_warnings_and_goes_on(train, tmp_path):
+    dataset = any_datasets.folders(tmp_path / "data")
+    any_datasets.save(dataset / "labels/case_005.nii.gz", np.zeros(any_datasets.SIZE, np.uint8))
+    assert train(dataset) == 0
+    log = (tmp_path / "r/log.txt").read_text()
+    assert "case_005: expected foreground in the label, got background alone." in log
+
+
+def test_run_tells_all_faults_before_there_is_a_directory(train, tmp_path, capfd):
+    dataset = any_datasets.folders(tmp_path / "data")
+    (dataset / "images/case_001.nii.gz").write_bytes(b"")
+    any_datasets.save(dataset / "labels/case_002.nii.gz", np.full(any_datasets.SIZE, 0.5))
+    assert train(dataset) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["case_001", "case_002"]
+    assert not (tmp_path / "r").exists()
+
+
+def test_run_reads_voxels_for_preflight_once(train, tmp_path, monkeypatch):
+    from pipeline.data import facts
+
+    dataset = any_datasets.folders(tmp_path / "data")
+    changes = {"cache_dir": str(tmp_path / "cache")}
+    assert train(dataset, **changes) == 0
+    monkeypatch.setattr(facts, "measure_voxels", None)
+    assert train(dataset, output_dir=str(tmp_path / "again"), **changes) == 0
+    plans = [read(tmp_path / name / "plan.json") for name in ("r", "again")]
+    assert plans[0] == plans[1]
+
+
+def test_certify_refuses_fold_all_before_training(tmp_path, monkeypatch, capsys):
+    from pipeline import certify
+
+    monkeypatch.chdir(REPOSITORY)
+    words = ["configs/amp.json", "--fold", "all", "--output_dir", str(tmp_path / "c")]
+    assert certify.main([*words, "--dtypes", "bfloat16"]) == 2
+    assert "fold: expected one of the folds, to compare on, got 'all'" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+# --- what a person would mistype
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("spacing", "auto2", "--spacing: expected [x, y, z], each above 0 or auto"),
+        ("spacing", [1, 1], "--spacing: expected [x, y, z], each above 0 or auto"),
+        ("spacing", [0.001, 0.001, 0.0005], "spacing: expected mm that leave 1 to 10000 voxels"),
+        ("spacing", [1000, 1, 1], "spacing: expected mm that leave 1 to 10000 voxels"),
+        ("roi_size", 64, "--roi_size: expected [x, y, z], each above 0 or auto"),
+        ("roi_size", [1.5, 8, 8], "roi_size#0: expected an integer"),
+        ("strides", [], "--strides: expected a list of whole numbers or [x, y, z]"),
+        ("strides", [[2, 2]], "--strides: expected a list of whole numbers or [x, y, z]"),
+        ("strides", [0], "--strides: expected a list of whole numbers or [x, y, z]"),
+        ("strides", [2.5], "--strides: expected a list of whole numbers or [x, y, z]"),
+        ("normalization", ["zscore", "zscore"], "normalization: expected 1 entries, one per"),
+        ("class_names", ["a"], "num_classes: expected 3 or more, the classes of the dataset"),
+        ("class_names", ["a", "b", "b"], "class_names: expected different names, got a, b, b."),
+        ("class_names", [0, 1, 2], "--class_names: expected a list of strings or auto"),
+        ("num_classes", 2, "class_names: expected 2 names, background included, got 3."),
+        ("in_channels", 4, "in_channels: expected 1, the channels of the images, got 4."),
+        ("memory_budget_bytes", 10, "memory_budget_bytes: expected 4"),
+        ("memory_budget_bytes", "8GB", "--memory_budget_bytes: expected int or auto"),
+        ("fold", "al", "--fold: expected int or all"),
+        ("test_share", 2, "test_share: expected 0 to below 1, got 2."),
+        ("split_file", "missing.json", "missing.json: expected JSON, got: "),
+        ("cache_limit_bytes", 10, "cache_limit_bytes: expected room for the 4 cases"),
+        ("check", "none", '--check: expected one of "full", "fast", "off", got "none".'),
+        ("exclude", "case_001", "--exclude: expected a list of strings (case ids to leave out)"),
+        ("exclude", [1], "--exclude: expected a list of strings (case ids to leave out)"),
+        ("data_roots", [3], "--data_roots: expected a list of strings"),
+    ],
+)
+def test_run_answers_a_mistyped_value_and_starts_without_it(
+    train, tmp_path, capfd, key, value, message
+):
+    dataset = any_datasets.folders(tmp_path / "data")
+    assert train(dataset, **{key: value}) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert message in lines[0]
+    assert len(lines) == 1 + (key == "num_classes")  # too few, and fewer than there are names
+    assert not (tmp_path / "r/checkpoints").exists()
+    assert train(dataset) == 0

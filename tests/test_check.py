@@ -1,0 +1,159 @@
+"""`python -m pipeline.check`: what it tells of sound and broken datasets, and of mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import any_datasets
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import CACHE, REPOSITORY
+
+from pipeline.check import main
+
+Check = Callable[..., int]
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Check:
+    """The command, from the repository's root."""
+    monkeypatch.chdir(REPOSITORY)
+    return lambda *words: main([*map(str, words), "--cache_dir", CACHE.name])
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Folders of six cases, of which the first four have a fault and the last a warning."""
+    root = any_datasets.folders(tmp_path / "data")
+    a, b, c, d, _, f = any_datasets.case_ids()
+    (root / f"labels/{a}.nii.gz").unlink()
+    (root / f"images/{b}.nii.gz").write_bytes(b"no image")
+    image, label = any_datasets.volumes(2)
+    image[0, 0, 0] = np.nan
+    any_datasets.save(root / f"images/{c}.nii.gz", image)
+    moved = any_datasets.AFFINE + np.eye(4)[[3, 0, 0, 0]].T * 5
+    nib.save(nib.Nifti1Image(label, moved), root / f"labels/{d}.nii.gz")
+    any_datasets.save(root / f"labels/{f}.nii.gz", np.zeros_like(label))
+    return root
+
+
+def test_check_tells_that_a_dataset_is_sound(check, dataset, capsys):
+    assert check(dataset) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "tiny (msd): 4 train, 2 validation, 0 test"
+    assert last == "0 faults in 0 cases, 0 warnings; 6 cases were looked at"
+
+
+def test_check_shows_the_plan_with_reasons(check, dataset, capsys):
+    assert check(dataset, "--plan") == 0
+    lines = capsys.readouterr().out.split("Plan:\n")[1].splitlines()
+    assert len(lines) == 11
+    assert all(line.endswith(")") for line in lines)
+    assert "  spacing            [1.0, 1.0, 1.5]  (median spacing of the images)" in lines
+
+
+def test_check_writes_a_report_for_programs(check, dataset, tmp_path):
+    assert check(dataset, "--json", tmp_path / "r.json", "--exclude", '["tiny_002"]') == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["dataset"], report["layout"], report["num_cases"]) == ("tiny", "msd", 5)
+    assert report["excluded"] == ["tiny_002"]
+    assert (report["faults"], report["warnings"]) == ([], [])
+    assert sum(map(len, report["split"].values())) == 5
+    assert report["fingerprint"]["num_cases"] == 5
+    assert report["plan"]["class_names"] == ["background", "dim", "bright"]
+
+
+def test_check_reports_why_there_is_no_plan(check, dataset, tmp_path, capsys):
+    assert check(dataset, "--json", tmp_path / "r.json", "--memory_budget_bytes", 10) == 2
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["faults"] == []
+    assert report["plan_faults"] == capsys.readouterr().err.splitlines()
+    assert report["plan_faults"][0].startswith("memory_budget_bytes: expected ")
+
+
+def test_check_finds_all_faults_at_once_and_blames_no_other_case(check, broken, tmp_path, capsys):
+    assert check(broken, "--plan", "--json", tmp_path / "r.json") == 2
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [(f["case_id"], f["check"]) for f in report["faults"]] == [
+        ("case_000", "unpaired"),
+        ("case_001", "unreadable"),
+        ("case_002", "finite"),
+        ("case_003", "affine"),
+    ]
+    assert [(f["case_id"], f["check"]) for f in report["warnings"]] == [
+        ("case_005", "no_foreground")
+    ]
+    assert "case_004" not in out
+    assert "Plan:" not in out
+    assert "plan" not in report
+    assert "4 faults in 4 cases, 1 warning;" in out
+    assert all(f["message"] in out for f in report["faults"])
+
+
+def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
+    assert check(broken, "--check", "fast", "--json", tmp_path / "r.json") == 2
+    faults = json.loads((tmp_path / "r.json").read_text())["faults"]
+    assert [f["check"] for f in faults] == ["unpaired", "unreadable", "affine"]
+
+
+def test_check_passes_what_can_be_read_when_off(check, broken):
+    excluded = '["case_000", "case_001"]'
+    words = [broken, "--check", "off", "--exclude", excluded, "--class_names", '["a", "b", "c"]']
+    assert check(*words, "--num_folds", 3) == 0
+
+
+def test_check_does_without_excluded_cases(check, broken, capsys):
+    excluded = json.dumps([f"case_00{n}" for n in range(3)])
+    assert check(broken, "--exclude", excluded, "--num_folds", 3) == 2
+    out = capsys.readouterr().out
+    assert "Excluded: case_000, case_001, case_002" in out
+    assert "1 fault in 1 case" in out
+
+
+def test_check_takes_another_config(check, dataset, tmp_path, capsys):
+    source = json.loads((REPOSITORY / "configs/amp.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**source, "fold": "all"}))
+    assert check(dataset, "--config", tmp_path / "mine.json") == 0
+    assert "6 train, 0 validation" in capsys.readouterr().out
+
+
+def test_check_helps(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("DATASET_DIR", "--plan", "--json FILE", "--exclude", "--check fast", "status"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "command line: expected a dataset first, got none. usage: "),
+        (["{tmp}/no"], "dataset_dir: expected a folder with dataset.json"),
+        (["{tmp}/file.txt"], "dataset_dir: expected a folder, or a .csv or .json file"),
+        (["{data}", "--fld", "1"], "--fld: expected a known key, got 'fld'. Did you mean 'fold'?"),
+        (["{data}", "{data}"], "expected --key value, got a word without key"),
+        (["{data}", "--json"], "--json: expected a value after it, got none."),
+        (["{data}", "--json", "{tmp}/no/r.json"], "--json: expected a file in a folder that is"),
+        (["{data}", "--json", "{tmp}"], "--json: expected a file that can be written, got: "),
+        (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),
+        (["{data}", "--exclude", "nobody"], "--exclude: expected a list of strings"),
+        (["{data}", "--exclude", '["nobody"]'], "exclude: expected cases of the dataset, got"),
+        (["{data}", "--check", "none"], '--check: expected one of "full", "fast", "off", got'),
+        (["{data}", "--config", "no.json"], "no.json: expected a config file, found none."),
+        (["{data}", "--memory_budget_bytes", "10"], "memory_budget_bytes: expected "),
+    ],
+)
+def test_check_answers_a_mistake_in_one_line(
+    dataset, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(REPOSITORY)
+    (tmp_path / "file.txt").touch()
+    named = [word.format(tmp=tmp_path, data=dataset) for word in words]
+    cache = [] if named[-1:] == ["--json"] or not named else ["--cache_dir", CACHE.name]
+    assert main([*named, *cache]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
