@@ -173,14 +173,15 @@ def main() -> None:
     parser.add_argument("dataset_dir", type=Path)
     parser.add_argument("--before", help="a commit without the cache, to compare with")
     arguments = parser.parse_args()
-    model = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
+    from benchmarks.machine import processor  # not in a child, which has another tree's modules
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         datasets = {f"hippocampus_{n}": subset(arguments.dataset_dir, folder / f"h{n}", n)
                     for n in (20, 200)}  # fmt: skip
         datasets |= {f"synthetic_96_{n}": synthetic(folder / f"s{n}", n) for n in (20, 80)}
         result = {
-            "machine": {"cpu": model.split(": ")[1], "cores": os.cpu_count(),
+            "machine": {"cpu": processor(), "cores": os.cpu_count(),
                         "python": platform.python_version()},
             "unit": "MB, as /proc/self/status has it",
             "with_cache": measure(ROOT, datasets, folder / "after"),

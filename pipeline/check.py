@@ -98,8 +98,9 @@ def table(found: Any) -> list[str]:
         found: A `Preflight`.
     """
     cases = found.cases
-    sides = [f"{len(getattr(cases, side))} {side}" for side in ("train", "validation", "test")]
-    lines = [f"{cases.name} ({cases.layout}): {', '.join(sides)}"]
+    counts = {side: len(getattr(cases, side)) for side in ("train", "validation", "test")}
+    sides = ", ".join(f"{count} {side}" for side, count in counts.items())
+    lines = [f"{cases.name} ({cases.layout}): {sides}"]
     if cases.excluded:
         lines.append(f"Excluded: {', '.join(cases.excluded)}")
     lines += found.notes
@@ -108,11 +109,10 @@ def table(found: Any) -> list[str]:
     for finding in ordered:
         kind = "warning" if finding.warning else "fault  "
         lines.append(f"{kind}  {finding.case_id:<{width}}  {finding.check:<13}  {finding.message}")
-    total = sum(len(getattr(cases, side)) for side in ("train", "validation", "test"))
     unsound = {finding.case_id for finding in found.faults}
     lines.append(
         f"{_count(found.faults, 'fault')} in {_count(unsound, 'case')}, "
-        f"{_count(found.warnings, 'warning')}; {total} cases were looked at"
+        f"{_count(found.warnings, 'warning')}; {sum(counts.values())} cases were looked at"
     )
     return lines
 

@@ -55,9 +55,11 @@ def write_configs(run_dir: Path, source: config.Config, cases: Cases, plan: Plan
     write_json(run_dir / "plan.json", plan.as_dict())
     write_json(target / "train.json", source)
     shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
-    for name, make in (("inference", run_inference_config), ("metadata", run_metadata)):
-        template = json.loads((TEMPLATES / f"{name}.json").read_text())
-        write_json(target / f"{name}.json", make(template, source, cases, plan))
+    inference, metadata = (
+        json.loads((TEMPLATES / f"{name}.json").read_text()) for name in ("inference", "metadata")
+    )
+    write_json(target / "inference.json", run_inference_config(inference, source, cases, plan))
+    write_json(target / "metadata.json", run_metadata(metadata, cases, plan))
 
 
 def stored_plan(run_dir: Path) -> Plan:

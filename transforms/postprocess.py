@@ -35,15 +35,10 @@ def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
     if size == shape:
         return resampled
     after = [n - a - b for n, a, b in zip(shape, start, size, strict=True)]
-    margins = [width for pair in zip(start, after, strict=True) for width in pair]
-    whole = torch.nn.functional.pad(resampled.as_tensor(), _last_axis_first(margins))
+    pairs = list(zip(start, after, strict=True))
+    margins = [width for pair in pairs[::-1] for width in pair]  # torch pads the last axis first
+    whole = torch.nn.functional.pad(resampled.as_tensor(), margins)
     return MetaTensor(whole, meta={**resampled.meta, "affine": original})
-
-
-def _last_axis_first(margins: list[int]) -> list[int]:
-    """Pairs of margins in the order that torch pads in."""
-    pairs = [margins[2 * n : 2 * n + 2] for n in range(3)]
-    return [width for pair in pairs[::-1] for width in pair]
 
 
 class ToOriginalGridd(MapTransform):

@@ -36,14 +36,11 @@ class PlannedValues(Protocol):
     def as_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-def run_metadata(
-    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
-) -> Config:
+def run_metadata(template: Config, cases: DatasetFacts, plan: PlannedValues) -> Config:
     """`configs/metadata.json` of a run.
 
     Args:
         template: The repository's metadata, of the phantom.
-        source: The run's config.
         cases: Facts of its dataset.
         plan: Its values that fit the dataset.
     """

@@ -68,7 +68,9 @@ class VolumeCache:
         with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
             contents = list(pool.map(lambda case: _content(hashes, case), cases))
             hashes.save()
-            keys = [self._key(content, facts) for content in contents]
+            versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+            made_by = [FORMAT, versions, self.recipe, facts]
+            keys = [sha256_of([*made_by, content]) for content in contents]
             cached = CachedCases(self.store, cases, transform, keys, contents)
             numbers = {key: n for n, key in enumerate(keys)}  # equal cases share an entry
             self.store.need(numbers)
@@ -83,10 +85,6 @@ class VolumeCache:
                 list(ProgressBar(made, desc="Preprocessing", total=len(missing)))
         self.store.evict()  # once more: other processes may have written meanwhile
         return cached
-
-    def _key(self, content: str, facts: Mapping[str, Any]) -> str:
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        return sha256_of([FORMAT, versions, self.recipe, facts, content])
 
 
 class CachedCases:

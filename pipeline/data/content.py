@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.volume import files_of
+
 MOST_FILES = 100_000  # remembered, the latest
 SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
 HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file
@@ -44,9 +46,8 @@ class ContentHashes:
             OSError: If a file cannot be read.
         """
         files = {
-            name: [[self.of_file(file) for file in _files(path)] for path in _paths(case[name])]
-            for name in ("image", "label")
-            if name in case
+            name: [[self.of_file(file) for file in _files(Path(path).absolute())] for path in paths]
+            for name, paths in files_of(case).items()
         }
         rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
         return sha256_of([files, rest])
@@ -68,12 +69,8 @@ class ContentHashes:
         if not self._new:
             return
         files = dict(list({**_remembered(self.path), **self._new}.items())[-MOST_FILES:])
-        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
-            os.replace(temporary, self.path)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+            write_whole(self.path, json.dumps({"sha256": sha256_of(files), "files": files}))
         self._new = {}
 
 
@@ -81,6 +78,21 @@ def sha256_of(value: Any) -> str:
     """SHA-256 of a value's JSON; of what JSON does not have, its text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that others, who may write it at the same time, see it whole or not at all.
+
+    Raises:
+        OSError: If the system refuses; the file is then as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _remembered(path: Path) -> dict[str, str]:
@@ -96,10 +108,6 @@ def _remembered(path: Path) -> dict[str, str]:
 def _identity(path: Path) -> str:
     facts = path.stat()
     return sha256_of([str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
-
-
-def _paths(value: str | Path | list[str]) -> list[Path]:
-    return [Path(path).absolute() for path in (value if isinstance(value, list) else [value])]
 
 
 def _files(path: Path) -> Iterator[Path]:

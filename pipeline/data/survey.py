@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.data import facts
-from pipeline.data.content import ContentHashes, sha256_of
+from pipeline.data.content import ContentHashes, sha256_of, write_whole
 from pipeline.data.datasets import Case
 from pipeline.data.facts import Facts
 from pipeline.data.progress_bar import ProgressBar
@@ -111,18 +109,14 @@ class FactStore:
         """Keep facts, unless the voxels could not be read: the file may be mended in place."""
         if key is None or "error" in measured or not self.is_writable:
             return
-        # threads that measure two cases of the same content write the same file
-        temporary = self.directory / f"{key}.{uuid.uuid4().hex}.tmp"
         content = {"sha256": sha256_of([key, measured]), "facts": measured}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content))
-            os.replace(temporary, self.directory / f"{key}.json")
+            # threads that measure two cases of the same content write the same file
+            write_whole(self.directory / f"{key}.json", json.dumps(content))
         except OSError as error:
             log.warning("%s: expected to keep facts there, got: %s", self.directory, error)
             self.is_writable = False
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def close(self) -> None:
         """Remember what the files' content was."""

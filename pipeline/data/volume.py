@@ -11,7 +11,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -212,7 +212,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def files_of(case: dict[str, Any]) -> dict[str, list[str]]:
+def files_of(case: Mapping[str, Any]) -> dict[str, list[str]]:
     """Files of a case by key, as lists: `{"image": [...], "label": [...]}`."""
     return {
         key: [case[key]] if isinstance(case[key], str) else list(case[key])
