@@ -6,8 +6,10 @@ from typing import cast
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
+
+from transforms.file_grid import FileGrid
 
 
 def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
@@ -23,22 +25,12 @@ def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
     Returns:
         `(C, *shape of the file)` float32.
     """
-    moving = MetaTensor(convert_to_tensor(volume).float(), affine=image.affine)
-    original = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
-    affine = original.clone()
-    shape = [int(n) for n in image.meta["spatial_shape"]]
-    start = [int(n) for n in image.meta.get("crop_start", (0, 0, 0))]
-    size = [int(n) for n in image.meta.get("crop_size", shape)]
-    affine[:3, 3] += affine[:3, :3] @ torch.tensor(start, dtype=torch.float64)
-    resample = SpatialResample(mode="bilinear", padding_mode="border")
-    resampled = cast(MetaTensor, resample(moving, dst_affine=affine, spatial_size=size))
-    if size == shape:
-        return resampled
-    after = [n - a - b for n, a, b in zip(shape, start, size, strict=True)]
-    pairs = list(zip(start, after, strict=True))
-    margins = [width for pair in pairs[::-1] for width in pair]  # torch pads the last axis first
-    whole = torch.nn.functional.pad(resampled.as_tensor(), margins)
-    return MetaTensor(whole, meta={**resampled.meta, "affine": original})
+    grid = FileGrid(image)
+    values = convert_to_tensor(volume).float()
+    whole = values.new_zeros((len(values), *grid.shape))
+    for piece in grid.pieces(values):
+        piece.write(piece.values, whole)
+    return MetaTensor(whole, affine=torch.as_tensor(grid.affine))
 
 
 class ToOriginalGridd(MapTransform):

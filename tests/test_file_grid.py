@@ -1,0 +1,113 @@
+"""Values on the preprocessed grid at the voxels of the file, against SciPy, whole and in blocks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+from test_transforms import GRIDS, make_affine
+
+from transforms.file_grid import FileGrid
+
+FILE, SOURCE = (13, 11, 12), (17, 9, 14)
+SHEAR = np.array([[1, 0.3, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def grid_of(affine, crop=None):
+    """A volume of noise whose grid overlaps that of a file, and the file's grid."""
+    step = np.diag([0.8, 1.3, 0.9, 1.0])
+    turn = affine @ np.diag([1 / n for n in np.linalg.norm(affine[:3, :3], axis=0)] + [1])
+    own = turn @ step
+    meta = {"original_affine": affine, "spatial_shape": np.array(FILE)}
+    if crop:
+        meta |= {"crop_start": crop[0], "crop_size": crop[1]}
+    voxels = np.random.default_rng(0).normal(size=(3, *SOURCE)).astype(np.float32)
+    volume = MetaTensor(torch.as_tensor(voxels), affine=torch.as_tensor(own), meta=meta)
+    return volume, own
+
+
+def expected(volume, own, affine):
+    inverse = np.linalg.inv(own) @ affine
+    ijk = np.stack(np.meshgrid(*map(np.arange, FILE), indexing="ij")).reshape(3, -1)
+    places = (inverse[:3, :3] @ ijk + inverse[:3, 3:]).reshape(3, *FILE)
+    channels = volume.numpy().astype(np.float64)
+    return np.stack(
+        [ndimage.map_coordinates(one, places, order=1, mode="nearest") for one in channels]
+    )
+
+
+def written(grid, blocks):
+    whole = torch.full((3, *FILE), torch.nan)
+    for first, block in blocks:
+        for piece in grid.pieces(block, first):
+            place = whole[(..., *piece.box)]
+            mask = torch.ones_like(place[0], dtype=torch.bool) if piece.mask is None else piece.mask
+            assert place[:, mask].isnan().all(), "a voxel belongs to one block only"
+            piece.write(piece.values, whole)
+    return whole.numpy()
+
+
+AFFINES = {name: make_affine(*grid) for name, grid in GRIDS.items()}
+AFFINES["sheared"] = AFFINES["RAS"] @ SHEAR
+AFFINES["sheared, permuted, flipped"] = AFFINES["oblique, permuted, flipped"] @ SHEAR
+
+
+@pytest.fixture(params=AFFINES.values(), ids=AFFINES)
+def affine(request):
+    return request.param
+
+
+def in_blocks(values, along, across, cuts, lanes):
+    """Parts of a volume that overlap in one plane, lane by lane."""
+    for (a, b), (c, d) in itertools.product(itertools.pairwise(lanes), itertools.pairwise(cuts)):
+        first, last = [0, 0, 0], list(SOURCE)
+        first[across], last[across] = max(a - 1, 0), b
+        first[along], last[along] = max(c - 1, 0), d
+        yield first, values[(slice(None), *map(slice, first, last))]
+
+
+def test_file_grid_agrees_with_scipy(affine):
+    volume, own = grid_of(affine)
+    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    np.testing.assert_allclose(got, expected(volume, own, affine), atol=2e-6)
+
+
+@pytest.mark.parametrize(("along", "across"), [(0, 1), (1, 2), (2, 0)])
+def test_file_grid_gives_the_same_bits_however_the_volume_is_cut(affine, along, across):
+    volume, _ = grid_of(affine)
+    values, grid = volume.as_tensor(), FileGrid(volume)
+    whole = written(grid, [((0, 0, 0), values)])
+    cuts = [0, 1, 4, 5, SOURCE[along]]
+    lanes = [0, 3, SOURCE[across]]
+    np.testing.assert_array_equal(
+        written(grid, in_blocks(values, along, across, cuts, lanes)), whole
+    )
+
+
+def test_file_grid_gives_the_same_bits_in_small_chunks(affine, monkeypatch):
+    volume, _ = grid_of(affine)
+    whole = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    monkeypatch.setattr("transforms.file_grid.CHUNK", 500)
+    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    np.testing.assert_array_equal(got, whole)
+
+
+def test_file_grid_leaves_what_was_cut_off(affine):
+    start, size = [2, 3, 1], [6, 5, 9]
+    volume, own = grid_of(affine, (start, size))
+    grid = FileGrid(volume)
+    got = written(grid, [((0, 0, 0), volume.as_tensor())])
+    inside = (slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))
+    np.testing.assert_allclose(got[inside], expected(volume, own, affine)[inside], atol=2e-6)
+    got[inside] = np.nan
+    assert np.isnan(got).all()
+
+
+def test_file_grid_of_the_same_grid_changes_no_bit():
+    volume, _ = grid_of(np.eye(4))
+    meta = {"original_affine": np.eye(4), "spatial_shape": np.array(SOURCE)}
+    same = MetaTensor(volume.as_tensor(), affine=torch.eye(4), meta=meta)
+    (piece,) = FileGrid(same).pieces(same.as_tensor())
+    assert torch.equal(piece.values, same.as_tensor())
