@@ -1,0 +1,481 @@
+"""Scores against sets and all pairwise distances in float64, and their summary by hand."""
+
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import cdist
+
+from pipeline.errors import InputError
+from pipeline.prediction import scores
+from pipeline.prediction.metrics import MeanDice
+from pipeline.prediction.scores import COLUMNS, read_scores, score_case, write_scores
+
+NAN = float("nan")
+NAMES = ["background", "dim", "bright"]
+SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.7, 3.0), (2.5, 0.4, 1.2)]
+MEASURES = COLUMNS[4:]
+
+
+# ---- an independent implementation
+
+
+def voxels_of(mask):
+    return set(map(tuple, np.argwhere(np.asarray(mask)).tolist()))
+
+
+def surface_of(voxels):
+    """Those that one of six neighbours is not among; what is outside of the volume never is."""
+    steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+    return [
+        v for v in voxels if any(tuple(np.add(v, step).tolist()) not in voxels for step in steps)
+    ]
+
+
+def percentile_95(values):
+    """Between the two nearest ranks, linearly."""
+    ordered, place = sorted(values), 0.95 * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def brute(pred, label, spacing, tolerance):
+    """Scores of two masks that are not empty, from sets and every pair of surface voxels."""
+    p, q = voxels_of(pred), voxels_of(label)
+    between = cdist(*(np.array(surface_of(v)) * np.array(spacing) for v in (p, q)))
+    there, back = between.min(axis=1).tolist(), between.min(axis=0).tolist()
+    voxel_ml = spacing[0] * spacing[1] * spacing[2] / 1000
+    return {
+        "dice": 2 * len(p & q) / (len(p) + len(q)),
+        "iou": len(p & q) / len(p | q),
+        "sensitivity": len(p & q) / len(q),
+        "precision": len(p & q) / len(p),
+        "hd95_mm": max(percentile_95(there), percentile_95(back)),
+        "assd_mm": (math.fsum(there) + math.fsum(back)) / len(there + back),
+        "nsd": sum(d <= tolerance for d in there + back) / len(there + back),
+        "volume_difference_ml": (len(p) - len(q)) * voxel_ml,
+        "label_volume_ml": len(q) * voxel_ml,
+        "pred_volume_ml": len(p) * voxel_ml,
+    }
+
+
+def blobs(seed, size=(15, 12, 10)):
+    """Smooth regions of two classes that touch the borders; prediction and label are alike."""
+    rng = np.random.default_rng(seed)
+    common = gaussian_filter(rng.normal(size=size), 1.5)
+    maps = []
+    for _ in range(2):
+        field = common + 0.5 * gaussian_filter(rng.normal(size=size), 1)
+        maps.append(np.digitize(field, np.quantile(field, [0.6, 0.85])).astype(np.uint8))
+    return maps
+
+
+def filled(*boxes, size=(9, 8, 7)):
+    mask = np.zeros(size, np.uint8)
+    for box in boxes:
+        mask[box] = 1
+    return mask
+
+
+def box(*ends):
+    return tuple(slice(a, b) for a, b in ends)
+
+
+EVERYTHING = (slice(None),) * 3
+SHAPES = {
+    "one voxel and itself": (filled((4, 3, 2)), filled((4, 3, 2))),
+    "two voxels far apart": (filled((0, 0, 0)), filled((8, 7, 6))),
+    "corner voxel and all": (filled((8, 0, 6)), filled(EVERYTHING)),
+    "all and all": (filled(EVERYTHING), filled(EVERYTHING)),
+    "a plane on the border": (filled(box((0, 1), (0, 8), (0, 7))), filled(box((2, 3), (1, 5)))),
+    "a hollow and a solid": (
+        np.where(filled(box((3, 5), (3, 5), (3, 4))), 0, filled(box((1, 8), (1, 7), (1, 6)))),
+        filled(box((1, 8), (1, 7), (1, 6))),
+    ),
+    "disjoint, one in parts": (
+        filled(box((0, 2), (0, 2), (0, 2)), (8, 7, 6)),
+        filled(box((5, 7), (4, 6), (3, 7))),
+    ),
+}
+
+
+def compared(pred, label, spacing, tolerance, names, device="cpu"):
+    """Largest relative disagreement over all classes and measures."""
+    rows = score_case(
+        pred, label, spacing_mm=spacing, class_names=names, tolerance_mm=tolerance, device=device
+    )
+    worst = 0.0
+    for value, row in enumerate(rows, 1):
+        expected = brute(pred == value, label == value, spacing, tolerance)
+        assert row["status"] == "scored"
+        for name, number in expected.items():
+            worst = max(worst, abs(row[name] - number) / max(abs(number), 1e-3))
+    return worst
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_score_case_agrees_with_every_pair_of_surface_voxels(spacing, device):
+    worst = {}
+    for seed, tolerance in itertools.product(range(8), (0.9, 2.9)):
+        pred, label = blobs(seed)
+        worst[seed] = compared(pred, label, spacing, tolerance, NAMES, device)
+    for name, (pred, label) in SHAPES.items():
+        worst[name] = compared(pred, label, spacing, 1.9, ["background", "shape"], device)
+    print(f"\nlargest disagreement at {spacing} mm: {max(worst.values()):.1e} relative")
+    assert max(worst.values()) < 1e-6, worst
+
+
+def one_class(pred, label, spacing=(1, 1, 1), tolerance=1.0):
+    (row,) = score_case(
+        pred, label, spacing_mm=spacing, class_names=["background", "shape"], tolerance_mm=tolerance
+    )
+    return row
+
+
+def test_distances_are_in_mm_along_each_axis():
+    row = one_class(filled((1, 2, 3)), filled((3, 2, 4)), spacing=(0.5, 100, 3))
+    assert row["hd95_mm"] == pytest.approx(math.hypot(2 * 0.5, 3), rel=1e-6)
+    assert row["assd_mm"] == pytest.approx(math.hypot(2 * 0.5, 3), rel=1e-6)
+    assert (row["dice"], row["nsd"]) == (0, 0)
+    assert row["label_volume_ml"] == pytest.approx(0.15)
+
+
+def test_hd95_is_the_larger_of_the_two_directions_and_not_of_them_together():
+    # 60 voxels of a line that agree, and one 8 voxels off in the prediction alone
+    line = np.zeros((60, 3, 12), np.uint8)
+    line[:, 1, 1] = 1
+    short = line.copy()
+    short[40:] = 0
+    row = one_class(line, short)
+    there = [max(0, n - 39) for n in range(60)]
+    assert row["hd95_mm"] == pytest.approx(percentile_95(there))
+    assert row["hd95_mm"] != pytest.approx(percentile_95(there + [0] * 40))
+    swapped = one_class(short, line)
+    assert swapped["hd95_mm"] == row["hd95_mm"]
+    assert (swapped["sensitivity"], swapped["precision"]) == (row["precision"], row["sensitivity"])
+
+
+@pytest.mark.parametrize("size", [1.2, float(np.float32(1.2)), 0.1 * 3, 1e-3 * 7])
+def test_nsd_counts_what_lies_one_voxel_of_the_tolerance_off(size):
+    """Though in float32, as MONAI gives distances, 1.2 is more than 1.2."""
+    tolerance = round(size, 6)
+    off = filled((4, 3, 2)), filled((5, 3, 2))
+    assert one_class(*off, spacing=(size, 9, 9), tolerance=tolerance)["nsd"] == 1
+    assert one_class(*off, spacing=(size, 9, 9), tolerance=0.999 * tolerance)["nsd"] == 0
+
+
+def test_score_case_is_the_same_for_every_order_and_direction_of_axes():
+    pred, label = blobs(3)
+    how = {"class_names": NAMES, "tolerance_mm": 1.5}
+    first = score_case(pred, label, spacing_mm=(2.5, 0.4, 1.2), **how)
+    for order in itertools.permutations(range(3)):
+        spacing = [(2.5, 0.4, 1.2)[axis] for axis in order]
+        turned = (np.flip(v.transpose(order), 1) for v in (pred, label))
+        for row, expected in zip(
+            score_case(*turned, spacing_mm=spacing, **how), first, strict=True
+        ):
+            assert row == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64, torch.int32, MetaTensor])
+def test_score_case_takes_arrays_and_tensors(dtype):
+    pred, label = blobs(0)
+    how = {"spacing_mm": (1, 2, 3), "class_names": NAMES, "tolerance_mm": 2.5}
+    expected = score_case(pred, label, **how)
+    if dtype is MetaTensor:
+        pred, label = MetaTensor(torch.as_tensor(pred)), MetaTensor(torch.as_tensor(label))
+    elif isinstance(dtype, torch.dtype):
+        pred, label = torch.as_tensor(pred).to(dtype), torch.as_tensor(label).to(dtype)
+    else:
+        pred, label = pred.astype(dtype), label.astype(dtype)
+    assert score_case(pred, label, **how) == expected
+    assert all(type(row["dice"]) is float for row in expected)
+
+
+def test_score_case_measures_each_class_in_the_box_around_it(monkeypatch):
+    """Else many classes in a large volume cannot be scored."""
+    sizes = []
+    measure = scores.surface_measures
+    monkeypatch.setattr(
+        scores,
+        "surface_measures",
+        lambda pred, label, **how: sizes.append(pred.shape) or measure(pred, label, **how),
+    )
+    pred, label = np.zeros((2, 40, 40, 40), np.uint8)
+    pred[3:6, 5, 5], label[4:8, 5:7, 5] = 1, 1
+    pred[30, 30, 30], label[30, 35, 39] = 3, 3
+    names = ["background", "a", "b", "c"]
+    rows = score_case(pred, label, spacing_mm=(1, 1, 1), class_names=names, tolerance_mm=1)
+    assert sizes == [(5, 2, 1), (1, 6, 10)]
+    assert [row["status"] for row in rows] == ["scored", "absent", "scored"]
+
+
+# ---- empty sets and ignored voxels
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "expected"),
+    [
+        (0, 1, ("missed", 0, 0, 0, NAN, NAN, NAN, 0, -0.006, 0.006, 0)),
+        (1, 0, ("spurious", 0, 0, NAN, 0, NAN, NAN, 0, 0.006, 0, 0.006)),
+        (0, 0, ("absent", NAN, NAN, NAN, NAN, NAN, NAN, NAN, 0, 0, 0)),
+        (1, 1, ("scored", 1, 1, 1, 1, 0, 0, 1, 0, 0.006, 0.006)),
+    ],
+)
+def test_status_tells_what_is_empty(pred, label, expected):
+    mask = filled((4, 3, 2))
+    row = one_class(mask * pred, mask * label, spacing=(1, 2, 3))
+    assert list(row) == [name for name in COLUMNS if name not in ("case_id", "person")]
+    assert row["status"] == expected[0]
+    assert [row[name] for name in MEASURES] == pytest.approx(list(expected[1:]), nan_ok=True)
+
+
+def test_ignored_voxels_count_nowhere():
+    pred, label = blobs(5)
+    # of one class each, whatever is predicted there, be it no class at all
+    label[:, 5:8], pred[:, 5:8, 5:] = 255, 77
+    assert (pred[:, 5:8] == 1).any()
+    how = {"spacing_mm": (1, 2, 3), "class_names": NAMES, "tolerance_mm": 2.5}
+    rows = score_case(pred, label, ignore_value=255, **how)
+    pred[:, 5:8] = label[:, 5:8] = 0
+    for value, row in enumerate(rows, 1):
+        expected = brute(pred == value, label == value, (1, 2, 3), 2.5)
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_class_that_is_predicted_in_ignored_voxels_alone_is_absent():
+    pred, label = filled((1, 1, 1)), filled((1, 1, 1)) * 255
+    how = {"spacing_mm": (1, 1, 1), "class_names": ["background", "a"], "tolerance_mm": 1}
+    assert score_case(pred, label, ignore_value=255, **how)[0]["status"] == "absent"
+
+
+SMALL = np.zeros((4, 3, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "message"),
+    [
+        (SMALL, SMALL.T, r"one shape \(H, W, D\), got \(4, 3, 2\) and \(2, 3, 4\)\. Resample"),
+        (SMALL[None], SMALL[None], r"one shape \(H, W, D\), got \(1, 4, 3, 2\)"),
+        (SMALL.astype(np.float32), SMALL, "integer values in the prediction, got float32"),
+        (SMALL, SMALL.astype(np.float64), "integer values in the label, got float64"),
+        (SMALL + np.uint8(3), SMALL, r"values 0 to 2 in the prediction, got 3\. Name all"),
+        (SMALL, SMALL - np.int16(1), r"values 0 to 2 in the label, got -1\. Name all"),
+        (
+            np.arange(24).reshape(4, 3, 2),
+            SMALL,
+            r"values 0 to 2 in the prediction, got 3, 4, 5, 6, 7, …\. ",
+        ),
+    ],
+)
+def test_score_case_refuses(pred, label, message):
+    with pytest.raises(InputError, match=message):
+        score_case(pred, label, spacing_mm=(1, 1, 1), class_names=NAMES, tolerance_mm=1)
+
+
+# ---- over cases
+
+
+def made_row(case_id, person, name, status, dice, hd95=NAN, volume=0.0):
+    row = dict.fromkeys(COLUMNS, NAN)
+    words = {"case_id": case_id, "person": person, "class": name, "status": status}
+    return row | words | {"dice": dice, "hd95_mm": hd95, "volume_difference_ml": volume}
+
+
+ROWS = [
+    made_row("case_1", "ann", "dim", "scored", 0.9, 2.0, 1.0),
+    made_row("case_1", "ann", "bright", "scored", 0.5, 4.0, -2.0),
+    made_row("case_2", "ann", "dim", "scored", 0.7, 8.0),
+    made_row("case_2", "ann", "bright", "absent", NAN),
+    made_row("case_3", "bob", "dim", "missed", 0.0),
+    made_row("case_3", "bob", "bright", "spurious", 0.0),
+    made_row("case_4", "cat", "dim", "absent", NAN),
+    made_row("case_4", "cat", "bright", "absent", NAN),
+    made_row("case_5", "dan", "dim", "scored", 0.8, 6.0),
+    made_row("case_5", "dan", "bright", "absent", NAN),
+]
+
+
+def write(directory, rows=ROWS, **changes):
+    how = {"class_names": NAMES, "tolerance_mm": 1.5, **changes}
+    return write_scores(directory, rows, **how)
+
+
+def test_summary_agrees_with_numbers_by_hand(tmp_path):
+    summary = write(tmp_path, refused={"case_9": "expected one thing, got another. Mend it."})
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    # of 0.7, 0.7, 0 and 0.8; over all values it would be 0.483
+    assert summary["mean_dice"] == pytest.approx((0.7 + 0.7 + 0 + 0.8) / 4)
+    assert (summary["num_cases"], summary["num_persons"]) == (5, 4)
+    assert summary["tolerance_mm"] == 1.5
+    assert summary["refused"] == {"case_9": "expected one thing, got another. Mend it."}
+    dim, bright = summary["classes"]["dim"], summary["classes"]["bright"]
+    assert dim["status"] == {"scored": 3, "missed": 1, "spurious": 0, "absent": 1}
+    assert bright["status"] == {"scored": 1, "missed": 0, "spurious": 1, "absent": 3}
+    dim["dice"].pop("interval")
+    expected = {"n": 4, "mean": 0.6, "median": 0.75, "q1": 0.525, "q3": 0.825}
+    assert dim["dice"] == pytest.approx(expected)
+    dim["hd95_mm"].pop("interval")
+    expected = {"n": 3, "mean": 16 / 3, "median": 6, "q1": 4, "q3": 7}
+    assert dim["hd95_mm"] == pytest.approx(expected)
+    assert (bright["hd95_mm"]["n"], bright["hd95_mm"]["mean"]) == (1, 4)
+    assert bright["volume_difference_ml"]["mean"] == pytest.approx(-0.4)
+    over = summary["over_classes"]
+    assert (over["hd95_mm"]["n"], over["hd95_mm"]["mean"]) == (3, pytest.approx((3 + 8 + 6) / 3))
+    assert over["dice"]["median"] == pytest.approx(0.7)
+    assert summary["mean_dice_interval"] == over["dice"]["interval"]
+    names = {"dice", "iou", "sensitivity", "precision", "hd95_mm", "assd_mm", "nsd"}
+    assert set(summary["definitions"]) > names | {"mean_dice", "surface", "absent"}
+
+
+def test_summary_has_null_where_nothing_is_defined(tmp_path):
+    figures = write(tmp_path)["classes"]["dim"]["nsd"]
+    keys = ("mean", "median", "q1", "q3", "interval")
+    assert figures == {"n": 0, **dict.fromkeys(keys)}
+    assert write(tmp_path, rows=[])["mean_dice"] is None
+
+
+def test_worst_cases_are_the_lowest_first_and_none_without_a_score(tmp_path):
+    worst = write(tmp_path)["worst_cases"]
+    # of equal scores by name
+    assert [case["case_id"] for case in worst] == ["case_3", "case_1", "case_2", "case_5"]
+    assert [case["mean_dice"] for case in worst] == pytest.approx([0, 0.7, 0.7, 0.8])
+    assert write(tmp_path, num_worst=2)["worst_cases"] == worst[:2]
+
+
+def test_mean_dice_is_that_of_validation(tmp_path):
+    metric, rows = MeanDice(NAMES), []
+    for seed in range(6):
+        pred, label = blobs(seed, size=(6, 5, 4))
+        if seed % 2:
+            pred[pred == 2], label[label == 2] = 0, 0
+        if seed == 3:
+            pred[:] = label[:] = 0
+        pair = {"pred": torch.as_tensor(pred[None]), "label": torch.as_tensor(label[None])}
+        metric.update(([{"case_id": f"case_{seed}"}], [pair]))
+        found = score_case(pred, label, spacing_mm=(1, 1, 1), class_names=NAMES, tolerance_mm=1)
+        rows += [{"case_id": f"case_{seed}", "person": f"{seed}", **row} for row in found]
+    assert write(tmp_path, rows=rows)["mean_dice"] == pytest.approx(metric.compute(), abs=1e-12)
+
+
+def test_interval_agrees_with_persons_drawn_otherwise(tmp_path):
+    """Drawn case by case it would be too narrow by much, since a person's cases are alike."""
+    source = random.Random(0)
+    of_person = {}
+    for number in range(14):
+        level = source.uniform(0.2, 0.9)
+        count = source.choice([1, 3, 4])
+        of_person[f"person_{number}"] = [level + source.uniform(0, 0.02) for _ in range(count)]
+    rows = [
+        made_row(f"{person}_{n}", person, "dim", "scored", dice)
+        for person, values in of_person.items()
+        for n, dice in enumerate(values)
+    ]
+    rows.append(made_row("none", "person_0", "dim", "absent", NAN))
+    means = []
+    for _ in range(6000):
+        drawn = source.choices(list(of_person), k=len(of_person))
+        values = [value for person in drawn for value in of_person[person]]
+        means.append(statistics.fmean(values))
+    ends = [statistics.quantiles(means, n=40)[n] for n in (0, 38)]
+    figures = write(tmp_path, rows=rows)["classes"]["dim"]["dice"]
+    # ends vary by 0.06 and 0.04 of a standard error; drawn case by case they are 0.6 further in
+    assert figures["interval"] == pytest.approx(ends, abs=0.3 * statistics.stdev(means))
+    assert figures["mean"] == pytest.approx(statistics.fmean(itertools.chain(*of_person.values())))
+
+
+def test_one_person_has_no_interval(tmp_path):
+    summary = write(tmp_path, rows=ROWS[:4])
+    assert summary["mean_dice"] == pytest.approx(0.7)
+    assert summary["mean_dice_interval"] is None
+    # bob has a score of each class, ann has too, cat has none
+    bright = write(tmp_path, rows=ROWS[:8])["classes"]["bright"]
+    assert bright["dice"]["interval"] == [0, 0.5]
+    assert bright["hd95_mm"]["interval"] is None
+
+
+# ---- files
+
+
+def test_metrics_csv_comes_back_as_it_was(tmp_path):
+    pred, label = blobs(1)
+    pred[pred == 2] = 0
+    rows = [
+        {"case_id": 'a, "b"\nc', "person": "01", **row}
+        for row in score_case(
+            pred, label, spacing_mm=(0.3, 0.7, 1.1), class_names=NAMES, tolerance_mm=1
+        )
+    ]
+    rows[0]["class"] = "links, größer"
+    write(tmp_path, rows=rows, class_names=["background", "links, größer", "bright"])
+    back = read_scores(tmp_path / "metrics.csv")
+    assert [list(row) for row in back] == [list(COLUMNS)] * 2
+    for row, expected in zip(back, rows, strict=True):
+        assert [row[name] for name in COLUMNS[:4]] == [expected[name] for name in COLUMNS[:4]]
+        np.testing.assert_array_equal(*([r[name] for name in MEASURES] for r in (row, expected)))
+    assert back[1]["status"] == "missed"
+
+
+def test_metrics_csv_has_exactly_these_columns_and_blanks(tmp_path):
+    write(tmp_path)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert ",".join(table[0]) == (
+        "case_id,person,class,status,dice,iou,sensitivity,precision,hd95_mm,assd_mm,nsd,"
+        "volume_difference_ml,label_volume_ml,pred_volume_ml"
+    )
+    assert len(table) == 1 + len(ROWS)
+    assert table[1][:6] == ["case_1", "ann", "dim", "scored", "0.9", ""]
+    assert table[4][4:] == [""] * 7 + ["0.0", "", ""]
+
+
+def test_write_scores_leaves_the_old_files_when_it_fails(tmp_path, monkeypatch):
+    write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"metrics.csv", "summary.json"}
+
+    def refuse(*_):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match="no room"):
+            write(tmp_path, rows=ROWS[:2])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path, rows=ROWS[:2])
+    assert (tmp_path / "metrics.csv").read_bytes() != before["metrics.csv"]
+
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a metrics.csv, got: .*No such file.*Check the path"),
+        (b"", "expected the columns case_id,.*, got none"),
+        (b"case_id,dice\na,1\n", "expected the columns case_id,.*, got case_id,dice"),
+        (b"\xff\xfe\x00", "expected a metrics.csv, got: .*decode"),
+        (
+            f"{HEADER}\na,b,c,scored,high,,,,,,,,,\n".encode(),
+            "words and numbers in row 1, got: .*'high'",
+        ),
+        (f"{HEADER}\na,b,c,scored,1,1\n".encode(), "words and numbers in row 1, got: .*shorter"),
+    ],
+)
+def test_read_scores_refuses(content, message, tmp_path):
+    path = tmp_path / "metrics.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_scores(path)
