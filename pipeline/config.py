@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,11 @@ IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
 KEYS: dict[str, Key] = {
     "bundle_root": Key("str", FREE, "folder that relative paths start from"),
     "dataset_dir": Key("str", FREE, "folder with dataset.json; data/phantom makes itself"),
-    "output_dir": Key("str null", FREE, "run directory; null: runs/<name of dataset_dir>"),
+    "output_dir": Key(
+        "str null",
+        FREE,
+        "run directory; null: runs/<name of dataset_dir>; of predictions: their folder",
+    ),
     "cache_dir": Key("str", FREE, "folder for what was read and preprocessed, shared by runs"),
     "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
     "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
@@ -116,6 +120,11 @@ KEYS: dict[str, Key] = {
     "overlap": Key("float", CONTINUABLE, "of sliding windows in validation, 0 to 1"),
     "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once", least=1),
     "log_every": Key("int", FREE, "steps between two points in TensorBoard", least=1),
+    "final_scores": Key(
+        "bool", FREE, "at the end score validation and test, best and last weights"
+    ),
+    "tolerance_mm": Key("float", FREE, "within which surfaces agree, in scores", least=0),
+    "report": Key("bool", FREE, "write report/index.html at the end"),
     "intake": Key("object", FREE, "how the dataset is looked at"),
     "lifecycle": Key("object", FREE, "the run from lock to last word"),
     "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
@@ -130,9 +139,36 @@ KEYS: dict[str, Key] = {
     "preprocessing": Key("object", IDENTITY, "from files to regular volumes"),
     "train": Key("object", IDENTITY, "dataset, augmentation, handlers, trainer"),
     "validate": Key("object", CONTINUABLE, "dataset, inferer, metric, evaluator"),
+    "scoring": Key("object", FREE, "scores the run at its end"),
     "initialize": Key("list", FREE, "what happens first"),
     "run": Key("list", FREE, "what happens then"),
     "finalize": Key("list", FREE, "what happens last"),
+}
+
+# of an inference config, beside those that it has in common with training
+PREDICTION_KEYS: dict[str, Key] = {
+    "input": Key("str", FREE, "file or folder to predict: NIfTI, or DICOM series"),
+    "weights": Key("str", FREE, "state dict of the network, as a path from bundle_root"),
+    "ensemble": Key("names", FREE, "further run directories; probabilities are averaged"),
+    "mirror": Key("bool", FREE, "average over mirror images along flip_axes"),
+    "sums_bytes": Key("int", FREE, "memory for the sums of a slab of all classes", least=1),
+    "min_volume_ml": Key(
+        "float object", FREE, "parts that are smaller become background; by class, or one number"
+    ),
+    "keep_largest": Key("names all", FREE, "classes of which only the largest part is kept"),
+    "fill_holes": Key("names all", FREE, "classes whose holes are filled"),
+    "probabilities": Key("bool", FREE, "write the probabilities of all classes as well"),
+    "strict": Key("bool", FREE, "stop at the first case that cannot be predicted"),
+    "trained_on": Key("object null", FREE, "what training images are like, to warn of others"),
+    "dataset": Key("object", FREE, "the volumes, preprocessed"),
+    "dataloader": Key("object", FREE, "of the dataset"),
+    "inferer": Key("object", FREE, "the sliding window"),
+    "cleanup": Key("object", FREE, "what is done to label maps at the end"),
+    "segmenter": Key("object", FREE, "from a preprocessed image to labels on the file's grid"),
+    "prediction": Key("object", FREE, "from files to files"),
+    "postprocessing": Key("object", FREE, "of the evaluator"),
+    "handlers": Key("list", FREE, "of the evaluator"),
+    "evaluator": Key("object", FREE, "predicts whole volumes in all class channels, for clients"),
 }
 
 # where the class of a nested key differs from that of its top-level key
@@ -158,18 +194,22 @@ _SHOWN = {
 }
 
 
-def check(source: Config) -> None:
-    """Compare the top-level keys with the table.
+def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
+    """Compare the top-level keys with a table.
+
+    Args:
+        source: A config.
+        keys: What it must hold.
 
     Raises:
         InputError: One line for each key that is unknown, missing, or of another type.
     """
     faults = [
-        f"{key}: expected a known key, got '{key}'. {nearest(key, KEYS)}"
+        f"{key}: expected a known key, got '{key}'. {nearest(key, keys)}"
         for key in source
-        if key not in KEYS and key != "_meta_"
+        if key not in keys and key != "_meta_"
     ]
-    for key, spec in KEYS.items():
+    for key, spec in keys.items():
         if key not in source:
             faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
             continue

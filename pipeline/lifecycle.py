@@ -20,7 +20,7 @@ from pipeline.data.datasets import Cases
 from pipeline.data.intake import Intake
 from pipeline.data.plan import Plan
 from pipeline.doctor import diagnosis
-from pipeline.errors import InputError, TrainingStopped
+from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.hold import Hold
 from pipeline.recipe import preprocessing_recipe
 from pipeline.run_configs import changes_since, portable, stored_plan, write_configs
@@ -48,6 +48,7 @@ class Lifecycle:
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
         intake: Looks at the dataset.
+        report: Whether to write `report/index.html` at the end.
 
     Attributes:
         run_dir: Absolute path of the run directory.
@@ -64,6 +65,7 @@ class Lifecycle:
         resume: str | bool,
         max_epochs: int,
         intake: Intake,
+        report: bool | str = True,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
@@ -74,6 +76,7 @@ class Lifecycle:
         self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
         self.max_epochs = max_epochs
         self.intake = intake
+        self.report = as_bool(report, "report")
         self.checkpoint: Path | None = None
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self._cases: Cases | None = None
@@ -128,7 +131,9 @@ class Lifecycle:
                     log.warning("%s", line)  # now that there is a log.txt
                 self._plan = plan
                 self.checkpoint = self.store.newest()
-                write_configs(self.run_dir, self._portable_source(), self.cases, plan)
+                write_configs(
+                    self.run_dir, self._portable_source(), self.cases, plan, found.fingerprint
+                )
         except InputError as error:
             self.release()
             print(error, file=sys.stderr)
@@ -154,11 +159,12 @@ class Lifecycle:
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""
-        if self.run_dir not in _HELD:
+        if not self.is_held:
             return
         trainer.finish()
         summary = summarize(
             trainer,
+            self.run_dir,
             dataset_hash=self.cases.fingerprint,
             config_hash=config.identity_hash(self._portable_source()),
         )
@@ -167,21 +173,38 @@ class Lifecycle:
         except OSError as error:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
+        if self.report:
+            self._write_report()
         log_whereabouts(self.run_dir, summary)
         self.release()
 
+    def _write_report(self) -> None:
+        """A run whose report cannot be made is trained all the same."""
+        from pipeline.prediction.report import write_report  # it takes a second to import
+
+        try:
+            write_report(self.run_dir)
+        except Exception as error:
+            log.warning("report: expected to write it, got: %s", error)
+            log.debug("", exc_info=True)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has the run directory, between `enter` and `leave`."""
+        return self.run_dir in _HELD
+
     def lost(self) -> str | None:
         """Who has the run directory now, if it was taken from this process; see `Hold.lost`."""
-        return _HELD[self.run_dir].lost() if self.run_dir in _HELD else None
+        return _HELD[self.run_dir].lost() if self.is_held else None
 
     def release(self) -> None:
         """Let go of the run directory; for a run that fails as well."""
-        if self.run_dir in _HELD:
+        if self.is_held:
             _HELD.pop(self.run_dir).close()
 
     def _take_run_dir(self) -> None:
         """Lock the directory of a run that may start or continue there."""
-        if self.run_dir in _HELD:
+        if self.is_held:
             return
         self._require_right_run_dir()
         make_directory(self.run_dir)

@@ -1,5 +1,7 @@
 """The main job: `python -m pipeline.run configs/amp.json [more.json ...] [--key value ...]`.
 
+An inference config predicts, with the values of the run that `--run_dir RUN` names.
+
 Checks the config, then hands the same files and overrides to MONAI's bundle workflow, so that it
 does exactly what `python -m monai.bundle run` does. With `--replay_step N` it trains nothing, but
 looks again for what was not finite in a skipped step of the run that is there. `--allow NAME` lets
@@ -12,19 +14,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import config, trust
-from pipeline.compose import compose, parse_overrides
+from pipeline.compose import compose, compose_located, parse_overrides
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError
 
 USAGE = (
     "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
-    "[--replay_step N]"
+    "[--replay_step N] [--run_dir RUN]"
 )
 LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
 
@@ -39,11 +42,15 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         allow, rest = trust.split_allow(rest)
         if "--help" in rest or "-h" in rest:
-            print(help_text(compose(files or ["configs/amp.json"], {}, allow)))
+            source = compose(files or ["configs/amp.json"], {}, allow)
+            print(help_text(source))
             return 0
         if not files:
             raise InputError(f"command line: expected a config file, got none. {USAGE}")
         overrides = parse_overrides(rest)
+        if not is_training(files):
+            predict(*in_run(files, overrides), allow)
+            return 0
         replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
         diagnosis.check(files, overrides, allow, training=True)
         if replaying:
@@ -77,11 +84,69 @@ def run_workflow(
         workflow = _workflow(files, overrides, allow)
         try:
             workflow.initialize()
-            _trainer(workflow)
+            _content(workflow, "train::trainer")
             workflow.run()
             workflow.finalize()
         finally:
             workflow.parser.get_parsed_content("lifecycle").release()
+
+
+def is_training(files: Sequence[str]) -> bool:
+    """Whether a config trains; else it predicts.
+
+    Raises:
+        InputError: If a file cannot be read.
+    """
+    source = compose_located(files, {}).source
+    return not {"train", "lifecycle"}.isdisjoint(source) or not {"prediction", "evaluator"} & {
+        *source
+    }
+
+
+def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], config.Config]:
+    """An inference config with the values of the run that `--run_dir` names.
+
+    Args:
+        files: An inference config, and files that are merged over it.
+        overrides: Of the command line; `run_dir` may be a list, of an ensemble.
+
+    Returns:
+        The files, that of the run after the first, and the overrides for it. Paths of the command
+        line start from the working directory, those of the run from its own.
+
+    Raises:
+        InputError: If there is no run.
+    """
+    run_dirs = overrides.get("run_dir")
+    if run_dirs is None:
+        return [*files], overrides
+    from pipeline.predictor import CONFIG, read_inference_config
+
+    first, *others = [run_dirs] if isinstance(run_dirs, str) else run_dirs
+    read_inference_config(first)
+    values = {key: value for key, value in overrides.items() if key != "run_dir"}
+    values |= {k: os.path.abspath(values[k]) for k in ("input", "output_dir") if k in values}
+    if members := [*others, *values.get("ensemble", [])]:
+        values["ensemble"] = [os.path.abspath(other) for other in members]
+    own = str(Path(first, CONFIG))
+    return [files[0], own, *files[1:]], {**values, "bundle_root": os.path.abspath(first)}
+
+
+def predict(files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()) -> None:
+    """Run an inference config as a MONAI bundle workflow.
+
+    Raises:
+        InputError: If there is a mistake in the config, or an object of it refuses its arguments.
+    """
+    from pipeline.training.signals import interruptible_at_once
+
+    diagnosis.check(files, overrides, allow, training=False)
+    with interruptible_at_once():
+        workflow = _workflow(files, overrides, allow, "inference")
+        workflow.initialize()
+        _content(workflow, "prediction")
+        workflow.run()
+        workflow.finalize()
 
 
 def open_run(
@@ -96,7 +161,7 @@ def open_run(
     workflow.initialize()
     lifecycle = workflow.parser.get_parsed_content("lifecycle")
     lifecycle.look()
-    return lifecycle, _trainer(workflow)
+    return lifecycle, _content(workflow, "train::trainer")
 
 
 def replay(
@@ -115,7 +180,9 @@ def replay(
     return replay_kept(trainer, lifecycle.run_dir, step)
 
 
-def _workflow(files: Sequence[str], overrides: config.Config, allow: Collection[str]) -> Any:
+def _workflow(
+    files: Sequence[str], overrides: config.Config, allow: Collection[str], kind: str = "train"
+) -> Any:
     # imported here, so that a mistake on the command line is answered at once
     from monai.bundle import ConfigWorkflow
 
@@ -124,16 +191,16 @@ def _workflow(files: Sequence[str], overrides: config.Config, allow: Collection[
     # a logging.conf beside the config could name files to write, and modules there would come
     # before Python's own: neither is data
     logs = str(LOGGING) if LOGGING.is_file() else False
-    workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type="train", **overrides)
+    workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type=kind, **overrides)
     workflow.config_root_path = Path()
     trust.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
     return workflow
 
 
-def _trainer(workflow: Any) -> Any:
-    """The config's trainer; what one of its objects refuses is a mistake of the user's."""
+def _content(workflow: Any, name: str) -> Any:
+    """An object of the config; what it or one that it needs refuses is a mistake of the user's."""
     try:
-        return workflow.parser.get_parsed_content("train::trainer")
+        return workflow.parser.get_parsed_content(name)
     except (RuntimeError, ValueError) as error:
         raise InputError(_reason(error)) from error
 
@@ -147,9 +214,11 @@ def _reason(error: BaseException) -> str:
 
 def help_text(source: config.Config) -> str:
     """Usage and, for each top-level key, its value in `source` and its meaning."""
-    width = max(map(len, config.KEYS))
+    known = config.KEYS if "train" in source else {**config.PREDICTION_KEYS, **config.KEYS}
+    keys = {key: spec for key, spec in known.items() if key in source or known is config.KEYS}
+    width = max(map(len, keys))
     lines = [USAGE, "", "Top-level keys, their values here, and what they mean:", ""]
-    for key, spec in config.KEYS.items():
+    for key, spec in keys.items():
         value = source.get(key)
         plain = not isinstance(value, (dict, list)) or len(json.dumps(value)) < 30
         shown = json.dumps(value) if plain else "{...}" if isinstance(value, dict) else "[...]"

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import config
 from pipeline.bundle.metadata import run_inference_config, run_metadata
 from pipeline.data.datasets import Cases
+from pipeline.data.fingerprint import Fingerprint, training_range
 from pipeline.data.plan import AUTO, Plan
 from pipeline.errors import InputError
 from pipeline.training.durable import make_directory, write_json
@@ -40,7 +41,9 @@ def portable(
     }
 
 
-def write_configs(run_dir: Path, source: config.Config, cases: Cases, plan: Plan) -> None:
+def write_configs(
+    run_dir: Path, source: config.Config, cases: Cases, plan: Plan, fingerprint: Fingerprint | None
+) -> None:
     """Make the run directory a bundle.
 
     Args:
@@ -48,6 +51,7 @@ def write_configs(run_dir: Path, source: config.Config, cases: Cases, plan: Plan
         source: Its config, `portable`.
         cases: Of its dataset.
         plan: For its dataset.
+        fingerprint: Of its training and validation cases.
     """
     target = run_dir / "configs"
     make_directory(target)
@@ -58,7 +62,9 @@ def write_configs(run_dir: Path, source: config.Config, cases: Cases, plan: Plan
     inference, metadata = (
         json.loads((TEMPLATES / f"{name}.json").read_text()) for name in ("inference", "metadata")
     )
-    write_json(target / "inference.json", run_inference_config(inference, source, cases, plan))
+    trained_on = training_range(fingerprint) if fingerprint else None
+    inference = run_inference_config(inference, source, cases, plan, trained_on)
+    write_json(target / "inference.json", inference)
     write_json(target / "metadata.json", run_metadata(metadata, cases, plan))
 
 

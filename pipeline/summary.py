@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 log = logging.getLogger(__name__)
 
 
-def summarize(trainer: MixedPrecisionTrainer, **hashes: str) -> dict[str, Any]:
+def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **hashes: str) -> dict[str, Any]:
     """What came of a run, with which precision, versions and device; plain values for JSON.
 
     Args:
         trainer: Of the run, at its end.
+        run_dir: Of the run; its scores are taken from there.
         hashes: Names of what the run was made from, and their hashes.
     """
     progress, device = trainer.progress, trainer.precision.device
@@ -28,6 +31,7 @@ def summarize(trainer: MixedPrecisionTrainer, **hashes: str) -> dict[str, Any]:
         "best_mean_dice": progress.best_metric,
         "best_epoch": progress.best_epoch,
         "last_mean_dice": progress.last_metric,
+        "scores": final_scores(run_dir),
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
@@ -43,9 +47,19 @@ def summarize(trainer: MixedPrecisionTrainer, **hashes: str) -> dict[str, Any]:
             "monai": monai.__version__,
         },
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         **hashes,
         "progress": progress.state_dict(),
     }
+
+
+def final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Mean Dice and its interval, for each split and weights that were scored."""
+    found = {}
+    for path in sorted((run_dir / "scores").glob("*/summary.json")):
+        summary = json.loads(path.read_text())
+        found[path.parent.name] = {k: summary[k] for k in ("mean_dice", "mean_dice_interval")}
+    return found
 
 
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -58,6 +72,9 @@ def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
         log.info("There was no validation; the model is the last network")
         log.info("  model        %s/models/model.pt", here)
     log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
+    for name, title in (("report/index.html", "report"), ("scores", "scores")):
+        if (run_dir / name).exists():
+            log.info("  %-12s %s/%s", title, here, name)
     log.info("  summary      %s/summary.json", here)
     log.info("  log          %s/log.txt", here)
     log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)

@@ -54,6 +54,7 @@ class Plan:
     def run_overrides(self, dtype: str, seed: int) -> config.Config:
         """Config values of one run."""
         own = {"output_dir": str(self.run_dir(dtype, seed)), "seed": seed, "resume": "auto"}
+        own |= {"final_scores": False, "report": False}  # a certificate is of validation.json
         return {**self.overrides, **PRECISIONS[dtype], **own}
 
     def run_dir(self, dtype: str, seed: int) -> Path:

@@ -80,7 +80,7 @@ def test_run_trains_on_any_layout_with_nothing_set(train, tmp_path, make):
     plan, inference = read(out / "plan.json"), read(out / "configs/inference.json")
     assert "auto" not in [value for key, value in inference.items() if key in plan]
     shared = inference.keys() & plan.keys()
-    assert len(shared) == 8
+    assert len(shared) == 9
     assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
     assert read(out / "configs/train.json")["spacing"] == "auto"
     summary = read(out / "summary.json")
@@ -98,7 +98,7 @@ def test_inference_of_a_run_predicts_on_the_grid_of_the_files(train, tmp_path, m
     assert train(getattr(any_datasets, name)(tmp_path / "data")) == 0
     predicted = predict(tmp_path / "r", monkeypatch)
     assert [path.name for path in predicted] == [
-        f"{case}_pred.nii.gz" for case in any_datasets.case_ids()
+        f"{case}.nii.gz" for case in any_datasets.case_ids()
     ]
     for path in predicted:
         pred = nib.load(path)
@@ -119,7 +119,7 @@ def test_inference_of_a_run_says_background_outside_when_borders_were_cut_off(
     weights["head.bias"][:] = torch.tensor([0.0, 0.0, 99.0])
     torch.save(weights, out / "models/model.pt")
     for path in predict(out, monkeypatch):
-        image = nib.load(dataset / "images" / path.name.replace("_pred", ""))
+        image = nib.load(dataset / "images" / path.name)
         pred = nib.load(path)
         assert np.allclose(pred.affine, image.affine, atol=1e-4)
         np.testing.assert_array_equal(np.asarray(pred.dataobj) == 2, image.get_fdata() != 0)
@@ -143,7 +143,7 @@ def test_run_validates_on_annotated_voxels_alone(train, tmp_path, monkeypatch):
     predict(tmp_path / "r", monkeypatch)  # one epoch: the best network is the validated one
     for case, dice in scores.items():
         label = np.asarray(nib.load(dataset / f"labelsTr/{case}.nii.gz").dataobj)
-        pred = np.asarray(nib.load(tmp_path / f"r/predictions/{case}_pred.nii.gz").dataobj)
+        pred = np.asarray(nib.load(tmp_path / f"r/predictions/{case}.nii.gz").dataobj)
         assert pred[label == 3].any()  # there is something to leave out
         for value, name in ((1, "dim"), (2, "bright")):
             p, t = (pred == value)[label != 3], (label == value)[label != 3]

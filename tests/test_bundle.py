@@ -102,7 +102,7 @@ def test_run_directory_predicts_as_a_bundle(finished, dataset):
     assert done.returncode == 0, done.stderr
     for path in sorted((dataset / "imagesTr").iterdir()):
         image = nib.load(path)
-        pred = nib.load(finished / "predictions" / path.name.replace(".nii", "_pred.nii"))
+        pred = nib.load(finished / "predictions" / path.name)
         assert pred.shape == image.shape
         assert np.allclose(pred.affine, image.affine, atol=1e-4)
         assert pred.get_data_dtype() == np.uint8

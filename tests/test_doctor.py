@@ -350,8 +350,8 @@ CASES = {
     ),
     "value that its only use does not take": (
         {"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
-        "{file}:2: validate#limit: expected a list (a number each) or a number for "
-        'validate#inferer#overlap, got "x". Correct it.',
+        "{file}:2: validate#limit: expected a number for validate#inferer#overlap, got "
+        '"x". Correct it.',
     ),
     "no such id": (
         {"train#sampler#batch_size": "@batch_sise"},

@@ -82,7 +82,7 @@ def test_inference_config_states_the_plan_of_the_phantom(dataset, tmp_path):
     plan = intake.plan(intake.inspect(intake.load())).as_dict()
     inference = json.loads((REPOSITORY / "configs/inference.json").read_text())
     shared = {*SETTINGS} & inference.keys()
-    assert len(shared) == 8
+    assert len(shared) == 9
     assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     for side in metadata["network_data_format"].values():

@@ -27,6 +27,8 @@ from transforms.grid import OnImageGridd, on_grid
 from transforms.normalize import Normalization, NormalizeChannelsd
 from transforms.volumes import LoadVolumesd
 
+LOADING_STEPS = 2  # of `preprocessing`, after which a volume is `(C, H, W, D)` as in its file
+
 
 def preprocessing(
     spacing: Sequence[float],

@@ -68,7 +68,11 @@ def run_metadata(template: Config, cases: DatasetFacts, plan: PlannedValues) -> 
 
 
 def run_inference_config(
-    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
+    template: Config,
+    source: Config,
+    cases: DatasetFacts,
+    plan: PlannedValues,
+    trained_on: Config | None,
 ) -> Config:
     """`configs/inference.json` of a run: the repository's, with the run's own values.
 
@@ -77,10 +81,12 @@ def run_inference_config(
         source: The run's config; keys that both have are taken from here.
         cases: Facts of its dataset.
         plan: The values that fit the dataset; keys that both have are taken from here.
+        trained_on: What the training images are like, to warn of others.
     """
     inference = deepcopy(template)
-    own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan")
+    own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan", "cases")
     values = {**source, **plan.as_dict()}
     inference.update({k: values[k] for k in template if k in values and k not in own})
+    inference["trained_on"] = trained_on
     inference["dataset_dir"] = cases.image_dir(source["dataset_dir"])
     return inference

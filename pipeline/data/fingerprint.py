@@ -90,6 +90,8 @@ def _channel(name: str, channels: list[Facts]) -> dict[str, Any]:
         "name": name,
         "mean": float(np.mean([channel["mean"] for channel in channels])),
         "std": float(np.mean([channel["std"] for channel in channels])),
+        "means": _ends([channel["mean"] for channel in channels]),
+        "stds": _ends([channel["std"] for channel in channels]),
         "min": min(channel["min"] for channel in channels),
         "max": max(channel["max"] for channel in channels),
         "foreground_mean": float(pooled.mean()) if len(pooled) else None,
@@ -98,6 +100,27 @@ def _channel(name: str, channels: list[Facts]) -> dict[str, Any]:
             f"{level:g}": None if value is None else float(value)
             for level, value in zip(PERCENTILES, percentiles, strict=True)
         },
+    }
+
+
+def _ends(values: list[float]) -> list[float]:
+    return [min(values), max(values)]
+
+
+def training_range(fingerprint: Fingerprint) -> dict[str, Any]:
+    """What images a network was trained on: nothing of a single one of them.
+
+    Returns:
+        `spacing_mm`: smallest and largest along R, A, S; `channels`: where voxels were read, for
+        each `name`, and the smallest and largest of the images' `means` and `stds`.
+    """
+    spacings = fingerprint["spacings_mm"]
+    return {
+        "spacing_mm": [spacings["min"], spacings["max"]],
+        "channels": [
+            {key: channel[key] for key in ("name", "means", "stds")}
+            for channel in fingerprint["channels"]
+        ],
     }
 
 

@@ -19,9 +19,8 @@ MAX_LABEL_VALUE = 254  # labels are kept in a byte
 
 
 def header_findings(case: Case, headers: Facts, num_channels: int | None) -> list[Finding]:
-    """What the headers of one case tell."""
-    named = [("image", n, entry) for n, entry in enumerate(headers["image"])]
-    named.append(("label", 0, headers["label"][0]))
+    """What the headers of one case tell; it may have no label."""
+    named = [(key, n, entry) for key in headers for n, entry in enumerate(headers[key])]
     unreadable = [
         _unreadable(case, key, number, entry) for key, number, entry in named if "error" in entry
     ]
@@ -30,12 +29,13 @@ def header_findings(case: Case, headers: Facts, num_channels: int | None) -> lis
     problems = list(_shape_problems(headers, num_channels))
     if not any(problem.check == "shape" for problem in problems):
         # else nothing is known of axes that are not there
-        image, label = headers["image"][0], headers["label"][0]
+        image = headers["image"][0]
         for key, number, entry in named:
             problems += _geometry_problems(_name(case, key, number), entry)
         for other in headers["image"][1:]:
             problems += _grid_problems("channel", image, other)
-        problems += _grid_problems("label", image, label)
+        for label in headers.get("label", ()):
+            problems += _grid_problems("label", image, label)
     return [make_finding(case, problem) for problem in problems]
 
 
@@ -120,14 +120,15 @@ def _geometry_problems(name: str, entry: Facts) -> Iterator[Problem]:
 
 
 def _shape_problems(headers: Facts, num_channels: int | None) -> Iterator[Problem]:
-    images, label = headers["image"], headers["label"][0]
+    images = headers["image"]
     of_image = "an image of shape (H, W, D)"
     most = 3
     if len(images) == 1:  # a file per channel has no channels in it
         of_image, most = f"{of_image} or (H, W, D, channels)", 4
     named = [(entry, most, of_image) for entry in images]
+    named += [(entry, 3, "a label of shape (H, W, D)") for entry in headers.get("label", ())]
     misshapen = False
-    for entry, axes, form in [*named, (label, 3, "a label of shape (H, W, D)")]:
+    for entry, axes, form in named:
         shape = tuple(entry["shape"])
         if not 3 <= len(shape) <= axes or min(shape[:3]) < 2:
             misshapen = True

@@ -91,7 +91,8 @@ def diagnose(
 
 def _check_keys(chart: Chart, training: bool) -> None:
     """Top-level keys: unknown, missing, or not of the type that the table gives them."""
-    source, keys = chart.composed.source, config.KEYS
+    source = chart.composed.source
+    keys = config.KEYS if training else {**config.PREDICTION_KEYS, **config.KEYS}
     missing = [key for key in keys if key not in source] if training else []
     used = {target[0] for target in chart.graph.targets}
     wanted = [*missing, *sorted(used - source.keys())]
@@ -107,7 +108,7 @@ def _check_keys(chart: Chart, training: bool) -> None:
     for key in missing:
         chart.note((key,), f"expected a value ({keys[key].meaning}), got none. Add it.")
     try:
-        config.check({key: value for key, value in source.items() if key in keys})
+        config.check({key: value for key, value in source.items() if key in keys}, keys)
     except InputError as error:
         for fault in error.faults:
             key, _, text = fault.partition(": ")

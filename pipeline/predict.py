@@ -1,0 +1,228 @@
+"""Predicts a file or a folder with a trained run; `configs/inference.json` is the config.
+
+    python -m pipeline.run configs/inference.json --run_dir RUN --input FILE_OR_FOLDER \\
+        --output_dir OUT [--key value ...]
+
+A case that cannot be predicted is named and left out, the others are predicted, and the exit status
+is 1; with `strict` the first one ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.config import Config
+from pipeline.data.facts import measure_headers
+from pipeline.data.integrity import header_findings
+from pipeline.data.listing import Case, paths_of
+from pipeline.data.volume import VolumeError, read_header, slabs
+from pipeline.errors import InputError, as_bool
+from pipeline.prediction.files import save_like
+from pipeline.prediction.segmenter import PredictionError, Segmenter
+from pipeline.training.durable import make_directory
+from transforms.dicom import DicomError
+from transforms.preprocess import LOADING_STEPS
+
+log = logging.getLogger(__name__)
+
+# what a volume that cannot be predicted raises, in reading, preprocessing and prediction
+FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError)
+OURS = (VolumeError, DicomError, PredictionError, InputError)  # which say all that is to be said
+SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
+CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
+
+
+class Prediction:
+    """Predicts cases and writes label maps.
+
+    Args:
+        cases: Dictionaries with `case_id` and `image`, a path or one per channel.
+        preprocessing: As `transforms.preprocess.preprocessing` makes it.
+        segmenter: Predicts.
+        bundle_root: Folder that relative paths start from.
+        output_dir: Gets `<case_id>.nii.gz` for each case.
+        in_channels: Of an image.
+        trained_on: As `training_range` makes it; `None`: nothing is compared.
+        probabilities: Whether to write `<case_id>_probabilities.nii.gz` too: float32
+            `(H, W, D, num_classes)`.
+        strict: Whether to stop at the first case that cannot be predicted.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        preprocessing: Compose,
+        segmenter: Segmenter,
+        bundle_root: str,
+        output_dir: str,
+        in_channels: int,
+        trained_on: Config | None = None,
+        probabilities: bool | str = False,
+        strict: bool | str = False,
+    ) -> None:
+        self.cases, self.preprocessing, self.segmenter = cases, preprocessing, segmenter
+        self.output_dir = Path(bundle_root).resolve() / output_dir
+        self.in_channels, self.trained_on = in_channels, trained_on
+        self.probabilities = as_bool(probabilities, "probabilities")
+        self.strict = as_bool(strict, "strict")
+
+    def run(self) -> None:
+        """Predict all cases.
+
+        Raises:
+            SystemExit: With status 1 if a case could not be predicted, with 2 if the output
+                directory cannot be used.
+        """
+        try:
+            self._prepare_output()
+        except InputError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        faults: dict[str, str] = {}
+        predicted = 0
+        with logging_redirect_tqdm():
+            for case in tqdm(self.cases, unit="case", disable=not sys.stderr.isatty()):
+                try:
+                    self._predict(case)
+                    predicted += 1
+                except FAULTS as error:
+                    faults[case["case_id"]] = reason(error)
+                    log.error("%s: %s", case["case_id"], reason(error))
+                    log.debug("", exc_info=True)
+                    if self.strict:
+                        break
+        log.info("%d of %d cases predicted, in %s", predicted, len(self.cases), self.output_dir)
+        if faults:
+            print(f"Not predicted: {len(faults)} of {len(self.cases)}", file=sys.stderr)
+            print(*(f"  {case}: {why}" for case, why in faults.items()), sep="\n", file=sys.stderr)
+            raise SystemExit(1)
+
+    def _prepare_output(self) -> None:
+        """Make the output directory.
+
+        Raises:
+            InputError: If it cannot be made, or is where the images are.
+        """
+        inputs = {os.path.realpath(path) for case in self.cases for path in paths_of(case)}
+        own = {os.path.realpath(self._target(case)) for case in self.cases}
+        if inputs & own:
+            raise InputError(
+                f"output_dir: expected another folder than that of the images, got "
+                f"{self.output_dir}. Predictions have the images' names; choose another."
+            )
+        try:
+            make_directory(self.output_dir)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: expected a folder that can be made, got: {error}. Choose another."
+            ) from None
+
+    def _target(self, case: Case, kind: str = "") -> Path:
+        return self.output_dir / f"{case['case_id']}{kind}.nii.gz"
+
+    def _predict(self, case: Case) -> None:
+        findings = header_findings(case, measure_headers(case), self.in_channels)
+        for finding in findings:
+            if not finding.warning:
+                raise PredictionError(finding.message)
+            log.warning("%s", finding.line)
+        paths = paths_of(case)
+        with ThreadPoolExecutor(1) as pool:
+            # the checksum is at the end of a file, where nibabel does not look
+            checked = pool.submit(read_to_end, paths)
+            try:
+                found = self.segmenter(
+                    self._preprocessed(case), with_probabilities=self.probabilities
+                )
+            except Exception:
+                checked.result()  # of a broken file it knows what is broken
+                raise
+            checked.result()
+        save_like(found.labels, paths[0], self._target(case))
+        if found.probabilities is not None:
+            voxels = np.moveaxis(found.probabilities, 0, -1)
+            save_like(voxels, paths[0], self._target(case, "_probabilities"))
+
+    def _preprocessed(self, case: Case) -> MetaTensor:
+        loaded = self.preprocessing(case, end=LOADING_STEPS)
+        image = loaded["image"]
+        if wrong := int((~torch.isfinite(image)).sum()):
+            raise PredictionError(
+                f"expected finite voxels, got {wrong} that are NaN or infinite. Replace them."
+            )
+        for line in unlike_training(image, self.trained_on):
+            log.warning("%s: %s", case["case_id"], line)
+        return self.preprocessing(loaded, start=LOADING_STEPS)["image"]
+
+
+def read_to_end(paths: Sequence[str]) -> None:
+    """Read files to their ends.
+
+    Raises:
+        PredictionError: If one is cut off, or its checksum is wrong.
+        DicomError: If a slice cannot be decoded.
+    """
+    for path in paths:
+        try:
+            for _ in slabs(path, read_header(path)):
+                pass
+        except VolumeError as error:
+            raise PredictionError(
+                f"expected a readable NIfTI file {Path(path).name}, got {error}. Replace the file."
+            ) from None
+
+
+def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
+    """In which ways an image is far from those that the network was trained on.
+
+    Args:
+        image: `(C, H, W, D)`, with the intensities of its file.
+        trained_on: As `training_range` makes it; `None`: nothing is known.
+    """
+    if trained_on is None:
+        return
+    affine = np.asarray(image.affine)
+    order = np.argsort(nib.io_orientation(affine)[:, 0])
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
+    low, high = np.array(trained_on["spacing_mm"])
+    if (spacing < low / SPACING_FACTOR).any() or (spacing > high * SPACING_FACTOR).any():
+        yield (
+            f"expected voxels of {_triple(low)} to {_triple(high)} mm (R, A, S), as in training, "
+            f"got {_triple(spacing)} mm. It is predicted all the same; look at the result."
+        )
+    for channel, facts in zip(image, trained_on["channels"], strict=False):
+        std, mean = (float(one) for one in torch.std_mean(channel.as_tensor(), correction=0))
+        (lowest, highest), (least, most) = facts["means"], facts["stds"]
+        is_shifted = not lowest - most <= mean <= highest + most
+        if is_shifted or not least / CONTRAST_FACTOR <= std <= most * CONTRAST_FACTOR:
+            yield (
+                f"expected intensities of {facts['name']} as in training (means {lowest:.4g} to "
+                f"{highest:.4g}, deviations {least:.4g} to {most:.4g}), got mean {mean:.4g} and "
+                f"deviation {std:.4g}. It is predicted all the same; look at the result."
+            )
+
+
+def reason(error: BaseException) -> str:
+    """What the innermost exception says, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "expected a volume that fits into the device's memory, got more. Use device cpu."
+    while error.__cause__ is not None and not isinstance(error, OURS):
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _triple(values: np.ndarray) -> str:
+    return "x".join(f"{value:.3g}" for value in values)

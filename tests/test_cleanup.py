@@ -1,0 +1,99 @@
+"""Small parts away, the largest kept, holes filled."""
+
+import numpy as np
+import pytest
+from monai.transforms import FillHoles
+
+from transforms.cleanup import Cleanup
+
+NAMES = ["background", "a", "b"]
+SPACING = (1.0, 2.0, 5.0)  # a voxel is 0.01 ml
+
+
+@pytest.fixture
+def labels():
+    """Class 1: parts of 27 and 8 voxels, 1 more at a corner of the second; class 2: 8 and 1."""
+    made = np.zeros((14, 12, 10), np.uint8)
+    made[0:3, 0:3, 0:3] = 1
+    made[6:8, 6:8, 6:8] = 1
+    made[8, 8, 8] = 1
+    made[10:12, 0:2, 0:2] = 2
+    made[13, 11, 9] = 2
+    return made
+
+
+def clean(labels, **values):
+    return Cleanup(NAMES, **values)(labels, SPACING)
+
+
+def test_cleanup_is_off_by_default(labels):
+    np.testing.assert_array_equal(clean(labels), labels)
+
+
+def test_keep_largest_keeps_one_part_of_the_classes_named(labels):
+    before = labels.copy()
+    got = clean(labels, keep_largest=["a"])
+    expected = labels.copy()
+    expected[5:9, 5:9, 5:9] = 0
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(labels, before)
+    expected[13, 11, 9] = 0
+    np.testing.assert_array_equal(clean(labels, keep_largest="all"), expected)
+
+
+def test_parts_touch_at_corners(labels):
+    """8 voxels and the one at their corner are a part of 9."""
+    got = clean(labels, min_volume_ml={"a": 0.085})
+    np.testing.assert_array_equal(got, labels)
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0.09, {27, 9}), (0.091, {27}), (0.28, set())])
+def test_min_volume_is_in_ml(labels, least, kept):
+    got = clean(labels, min_volume_ml={"a": least})
+    assert (got == 1).sum() == sum(kept)
+    assert (got == 2).sum() == 9
+
+
+def test_min_volume_as_one_number_is_of_all_classes(labels):
+    got = clean(labels, min_volume_ml=0.02)
+    assert ((got == 1).sum(), (got == 2).sum()) == (36, 8)
+
+
+def test_fill_holes_takes_enclosed_background_alone():
+    labels = np.zeros((9, 9, 9), np.uint8)
+    labels[1:8, 1:8, 1:8] = 1
+    labels[3:6, 3:6, 3:6] = 0  # a hole
+    labels[4, 4, 4] = 2  # in which there is something
+    labels[1:3, 7, 7] = 0  # not a hole
+    got = clean(labels, fill_holes=["a"])
+    assert got[3, 3, 3] == 1
+    assert got[4, 4, 4] == 2
+    assert got[1, 7, 7] == 0
+    assert (got != labels).sum() == 26
+
+
+def test_fill_holes_agrees_with_monai():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((12, 12, 12)) < 0.9).astype(np.uint8)
+    theirs = FillHoles(applied_labels=1, connectivity=1)(labels[None].copy())[0]
+    got = clean(labels, fill_holes="all")
+    np.testing.assert_array_equal(got, theirs)
+    assert (got != labels).any()
+
+
+def test_cleanup_in_the_order_of_its_arguments(labels):
+    """What is too small is gone before the largest part is looked for."""
+    got = clean(labels, min_volume_ml=1, keep_largest="all")
+    assert not got.any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"keep_largest": ["liver"]}, "keep_largest: expected classes of a, b, got liver"),
+     ({"fill_holes": "a"}, "fill_holes: expected classes of a, b, got a"),
+     ({"min_volume_ml": {"c": 1}}, "min_volume_ml: expected classes of a, b, got c"),
+     ({"min_volume_ml": -1}, "min_volume_ml: expected 0 or more")],
+)  # fmt: skip
+def test_cleanup_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        Cleanup(NAMES, **values)

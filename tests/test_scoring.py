@@ -1,0 +1,170 @@
+"""The scores of a run at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_dataset, run_tiny
+
+from pipeline import scoring
+from pipeline.evaluate import main as evaluate
+from pipeline.prediction.scores import read_scores
+from pipeline.prediction.segmenter import PredictionError, Segmenter
+
+SPLITS = ("validation", "test")
+
+
+@pytest.fixture(scope="module")
+def scored(dataset, tmp_path_factory) -> Path:
+    """A run with a test share, whose best weights are not its last."""
+    out = tmp_path_factory.mktemp("runs") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        values = {"test_share": 0.2, "num_folds": 2, "max_epochs": 3}
+        assert run_tiny(dataset, out, final_scores=True, **values) == 0
+    return out
+
+
+def weights_of(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "models" / name, weights_only=True)
+
+
+def test_run_scores_both_splits_with_both_weights(scored):
+    folders = sorted(path.name for path in (scored / "scores").iterdir())
+    assert folders == ["test_best", "test_last", "validation_best", "validation_last"]
+    for name in folders:
+        folder = scored / "scores" / name
+        rows = read_scores(folder / "metrics.csv")
+        cases = json.loads((folder / "cases.json").read_text())
+        assert {row["case_id"] for row in rows} == cases.keys()
+        assert len(rows) == 2 * len(cases) == 4
+        assert {row["class"] for row in rows} == {"dim", "bright"}
+        for case_id, files in cases.items():
+            (image,), (label,) = files["image"], files["label"]
+            assert (scored / label).is_file()
+            pred = nib.load(folder / f"{case_id}.nii.gz")
+            np.testing.assert_array_equal(pred.affine, nib.load(scored / image).affine)
+    summary = json.loads((scored / "summary.json").read_text())
+    assert sorted(summary["scores"]) == folders
+    assert summary["command"].startswith("python")
+
+
+def test_scores_of_the_last_weights_are_those_of_the_last_validation(scored):
+    validation = json.loads((scored / "validation.json").read_text())["cases"]
+    rows = read_scores(scored / "scores/validation_last/metrics.csv")
+    for row in rows:
+        assert row["dice"] == pytest.approx(validation[row["case_id"]][row["class"]])
+    summary = json.loads((scored / "summary.json").read_text())
+    scores = summary["scores"]
+    assert scores["validation_last"]["mean_dice"] == pytest.approx(summary["last_mean_dice"])
+    assert scores["validation_best"]["mean_dice"] == pytest.approx(summary["best_mean_dice"])
+
+
+def test_evaluate_of_what_was_predicted_gives_the_same_scores(scored, dataset, tmp_path, capsys):
+    folder = scored / "scores/test_best"
+    # labels of other cases have no prediction there, which it says
+    out = tmp_path / "scores"
+    assert evaluate([str(folder), str(dataset / "labelsTr"), "--output_dir", str(out)]) == 1
+    assert "expected a prediction in" in capsys.readouterr().err
+    assert (out / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
+
+
+def test_scoring_leaves_the_models_as_they_were(scored, dataset, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        values = {"test_share": 0.2, "num_folds": 2, "max_epochs": 3}
+        assert run_tiny(dataset, tmp_path / "r", **values) == 0
+    assert not (tmp_path / "r/scores").exists()
+    for name in ("model.pt", "last.pt"):
+        with_scores, without = weights_of(scored, name), weights_of(tmp_path / "r", name)
+        assert all(torch.equal(with_scores[key], without[key]) for key in without)
+
+
+def test_run_that_dies_while_it_is_scored_goes_on_there(run, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "write_scores", kill)
+        with pytest.raises(Killed):
+            run(tmp_path / "r", final_scores=True)
+    assert not (tmp_path / "r/summary.json").exists()
+    before = (tmp_path / "r/models/last.pt").read_bytes()
+    assert run(tmp_path / "r", final_scores=True) == 0
+    assert (tmp_path / "r/models/last.pt").read_bytes() == before
+    assert (tmp_path / "r/scores/validation_last/metrics.csv").exists()
+    with pytest.raises(SystemExit) as end:  # finished now
+        run(tmp_path / "r", final_scores=True)
+    assert end.value.code == 0
+
+
+def test_case_that_cannot_be_predicted_is_named_and_the_rest_scored(
+    run, tmp_path, monkeypatch, capsys
+):
+    predicted = []
+    call = Segmenter.__call__
+
+    def fails_once(self, image, **values):
+        predicted.append(1)
+        if len(predicted) == 1:
+            raise PredictionError("expected finite logits in float16, got NaN or infinity.")
+        return call(self, image, **values)
+
+    monkeypatch.setattr(Segmenter, "__call__", fails_once)
+    assert run(tmp_path / "r", final_scores=True) == 0
+    told = capsys.readouterr().out
+    summary = json.loads((tmp_path / "r/scores/validation_best/summary.json").read_text())
+    ((case_id, why),) = summary["refused"].items()
+    assert why.startswith("expected finite logits")
+    assert f"{case_id}: expected finite logits" in told
+    rows = read_scores(tmp_path / "r/scores/validation_best/metrics.csv")
+    assert len({row["case_id"] for row in rows}) == 1
+
+
+def test_ignored_voxels_count_in_no_score(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    import any_datasets
+
+    dataset = any_datasets.nnunet(tmp_path / "data")
+    out = tmp_path / "r"
+    values = {"roi_size": "auto", "spacing": "auto", "strides": "auto", "num_folds": 2}
+    assert run_tiny(dataset, out, final_scores=True, max_epochs=1, **values) == 0
+    validation = json.loads((out / "validation.json").read_text())["cases"]
+    for row in read_scores(out / "scores/validation_last/metrics.csv"):
+        assert row["dice"] == pytest.approx(validation[row["case_id"]][row["class"]])
+
+
+def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
+    run, tmp_path, monkeypatch, capsys
+):
+    assert run(tmp_path / "a", report=True, final_scores=True) == 0
+    assert "report/index.html" in capsys.readouterr().out
+    assert "<html" in (tmp_path / "a/report/index.html").read_text()[:200].lower()
+
+    def fail(_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("pipeline.prediction.report.write_report", fail)
+    assert run(tmp_path / "b", report=True) == 0
+    assert "report: expected to write it, got: no room" in capsys.readouterr().out
+    assert (tmp_path / "b/summary.json").exists()
+
+
+def test_persons_are_told_apart_as_in_the_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    dataset = make_dataset(tmp_path / "data", 8)
+    out = tmp_path / "r"
+    values = {"group_pattern": "pairs", "num_folds": 2, "max_epochs": 1}
+    assert run_tiny(dataset, out, final_scores=True, **values) == 0
+    rows = read_scores(out / "scores/validation_best/metrics.csv")
+    persons = {row["case_id"]: row["person"] for row in rows}
+    assert len(persons) == 4
+    assert len(set(persons.values())) == 2

@@ -1,0 +1,147 @@
+"""Windows blended slab by slab, against MONAI's whole volumes."""
+
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import dense_patch_slices
+from monai.inferers import sliding_window_inference
+
+from pipeline.prediction import sliding_window
+from pipeline.prediction.sliding_window import SlidingWindow, window_starts
+
+CASES = [
+    # volume, window, overlap
+    ((30, 41, 25), (16, 16, 8), 0.5),
+    ((25, 30, 41), (16, 8, 16), 0.25),
+    ((10, 41, 25), (16, 16, 8), 0.5),  # narrower than a window
+    ((9, 7, 5), (16, 16, 8), 0.5),  # smaller than one
+    ((33, 20, 17), (8, 16, 16), 0.7),
+    ((33, 20, 50), (8, 16, 16), 0.0),
+]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Conv3d(2, 5, 3, padding=1).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("sums_bytes", [2**32, 200_000, 1], ids=["one lane", "lanes", "narrow"])
+@pytest.mark.parametrize(("shape", "roi", "overlap"), CASES)
+def test_sliding_window_agrees_with_monai(network, shape, roi, overlap, sums_bytes):
+    volume = torch.randn(2, 2, *shape, dtype=torch.float64)
+    expected = sliding_window_inference(volume, roi, 3, network, overlap, "gaussian")
+    window = SlidingWindow(roi, 5, 3, overlap, sums_bytes=sums_bytes)
+    got = window(volume, network)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    assert torch.equal(got.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("shape", [(30, 41, 25), (9, 41, 25)])
+@pytest.mark.parametrize("sums_bytes", [2**32, 60_000])
+def test_blocks_tile_the_volume_in_order(network, shape, sums_bytes):
+    window = SlidingWindow((16, 16, 8), 5, 3, sums_bytes=sums_bytes)
+    seen = torch.zeros(shape)
+    before = None
+    lanes = set()
+    for block in window.blocks(torch.randn(2, *shape, dtype=torch.float64), [network]):
+        ends = zip(block.first, block.logits.shape[2:], strict=True)
+        seen[tuple(slice(a, a + n) for a, n in ends)] += 1
+        place = (block.first[block.across], block.first[block.along])
+        lanes.add(place[0])
+        assert before is None or place > before
+        before = place
+    assert (seen == 1).all()
+    assert (len(lanes) > 1) == (sums_bytes < 2**32)
+
+
+def test_mirror_averages_over_all_mirror_images(network):
+    volume = torch.randn(1, 2, 16, 16, 8, dtype=torch.float64)
+    axes = (2, 4)
+    window = SlidingWindow((16, 16, 8), 5, mirror=True, flip_axes=(0, 2))
+    flips = [some for n in range(3) for some in itertools.combinations(axes, n)]
+    assert len(flips) == 4
+    expected = sum(network(volume.flip(some)).flip(some) for some in flips) / 4
+    np.testing.assert_allclose(window(volume, network), expected, atol=1e-6)
+    off = SlidingWindow((16, 16, 8), 5, mirror=False, flip_axes=(0, 2))
+    np.testing.assert_allclose(off(volume, network), network(volume), atol=1e-6)
+
+
+def test_sums_are_float32_whatever_the_networks_dtype():
+    """In float16 products with weights would be off by a thousandth."""
+
+    def half(windows):
+        return torch.full((len(windows), 2, 8, 8, 8), 1025.0, dtype=torch.float16)
+
+    got = SlidingWindow((8, 8, 8), 2, overlap=0.75)(torch.zeros(1, 1, 20, 20, 20), half)
+    np.testing.assert_allclose(got, 1025.0, rtol=1e-5)
+
+
+def test_result_of_a_metatensor_is_one_with_its_affine(network):
+    affine = np.diag([2.0, 1, 1, 1])
+    volume = MetaTensor(torch.randn(1, 2, 9, 9, 9, dtype=torch.float64), affine=affine)
+    got = SlidingWindow((16, 16, 8), 5)(volume, network)
+    assert isinstance(got, MetaTensor)
+    np.testing.assert_array_equal(got.affine, affine)
+    assert got.shape == (1, 5, 9, 9, 9)
+
+
+def most_alive(monkeypatch, size, sums_bytes):
+    """Most elements of sums that were alive at once, over a volume `size` windows long."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = []
+
+    class Watched(sliding_window.WeightedSums):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(sum(one.logits.numel() for one in alive))
+
+    monkeypatch.setattr(sliding_window, "WeightedSums", Watched)
+    window = SlidingWindow((8, 8, 8), 7, sums_bytes=sums_bytes)
+    for _ in window.blocks(
+        torch.zeros(1, 8 * size, 40, 16), [lambda w: w.expand(-1, 7, -1, -1, -1)]
+    ):
+        pass
+    return max(most)
+
+
+def test_memory_grows_with_a_slab_and_not_with_the_volume(monkeypatch):
+    slab = 8 * 40 * 16 * 7
+    assert most_alive(monkeypatch, 10, 2**32) == most_alive(monkeypatch, 40, 2**32) <= slab
+
+
+def test_memory_keeps_within_what_it_may_take(monkeypatch):
+    slab = 8 * 40 * 16 * 7
+    assert most_alive(monkeypatch, 10, 4 * slab // 2) <= slab // 2
+
+
+def test_windows_of_many_classes_are_fewer_at_once():
+    assert SlidingWindow((16, 16, 16), 2, 4)._batch_size() == 4
+    logits = 4 * 100 * 16**3
+    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=8 * 2 * logits)._batch_size() == 2
+    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=logits)._batch_size() == 1
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.6, 0.9])
+def test_window_starts_are_monais(overlap):
+    for size, roi in itertools.product(range(1, 40, 3), range(1, 12)):
+        if size >= roi:
+            step = max(int(roi * (1 - overlap)), 1) if roi != size else roi
+            theirs = dense_patch_slices((size,), (roi,), (step,))
+            assert window_starts(size, roi, overlap) == [one[0].start for one in theirs]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"flip_axes": [0, 3]}, "flip_axes: expected axes 0 to 2, got"),
+     ({"overlap": 1.0}, "overlap: expected 0 to below 1, got 1.0")],
+)  # fmt: skip
+def test_sliding_window_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        SlidingWindow((8, 8, 8), 2, **values)
