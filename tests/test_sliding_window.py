@@ -121,8 +121,10 @@ def test_memory_keeps_within_what_it_may_take(monkeypatch):
     assert most_alive(monkeypatch, 10, 4 * slab // 2) <= slab // 2
 
 
-def test_windows_of_many_classes_are_fewer_at_once():
+def test_windows_of_many_classes_or_voxels_are_fewer_at_once():
     assert SlidingWindow((16, 16, 16), 2, 4)._batch_size() == 4
+    assert SlidingWindow((128, 128, 128), 2, 4)._batch_size() == 2
+    assert SlidingWindow((256, 256, 256), 2, 4)._batch_size() == 1
     logits = 4 * 100 * 16**3
     assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=8 * 2 * logits)._batch_size() == 2
     assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=logits)._batch_size() == 1

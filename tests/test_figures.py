@@ -1,0 +1,266 @@
+"""Figures and pictures: what is drawn is what was given, the right way round and to scale."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from scipy import ndimage
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.prediction import figures, page, slices
+from pipeline.prediction.run_files import read_curves
+
+
+def pixels(figure) -> np.ndarray:
+    """`(H, W, 3)` float."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
+
+
+def largest_white(figure) -> tuple[slice, slice]:
+    """Rows and columns of the largest white thing; letters are smaller."""
+    found, count = ndimage.label((pixels(figure) > 200).all(axis=2))
+    sizes = ndimage.sum_labels(found > 0, found, range(1, count + 1))
+    return ndimage.find_objects(found)[int(np.argmax(sizes))]
+
+
+def tinted(figure) -> int:
+    """Number of pixels in the colour of voxels that differ, over the grey 0.5."""
+    red, green, blue = np.moveaxis(pixels(figure), 2, 0)
+    return int(((red - green > 50) & (blue > 60)).sum())
+
+
+def volumes(label: np.ndarray, pred: np.ndarray, ignore_value=None, spacing=(1, 1, 1)):
+    counted = label != (-1 if ignore_value is None else ignore_value)
+    image = np.full(label.shape, 0.5)
+    image[..., 0], image[..., -1] = 0, 1  # so that all between is in the middle of the window
+    return slices.CaseVolumes(
+        "case", image, label * counted, pred * counted, counted, np.array(spacing)
+    )
+
+
+def write(tmp_path, name: str, ras: np.ndarray, spacing=(1, 1, 1), axes: str = "RAS"):
+    """A volume given along R, A, S, in a file whose axes are others."""
+    image = nib.Nifti1Image(ras, np.diag([*spacing, 1.0]))
+    ornt = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
+    )
+    path = tmp_path / f"{name}.nii.gz"
+    nib.save(image.as_reoriented(ornt), path)
+    return path
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA"])
+def test_plane_shows_right_anterior_superior_at_the_upper_left(tmp_path, axes):
+    image, label = np.zeros((40, 36, 30), np.int16), np.zeros((40, 36, 30), np.uint8)
+    image[30:38, 26:34, 20:28] = 100  # right, anterior, superior
+    label[30:38, 26:34, 20:28] = label[0, 0, 0] = 1
+    paths = {
+        "image": write(tmp_path, "image", image, axes=axes),
+        "label": write(tmp_path, "label", label, axes=axes[::-1]),  # the same grid otherwise
+    }
+    case = slices.read_case("case", paths)
+    np.testing.assert_array_equal(case.image, image)
+    np.testing.assert_array_equal(case.label, label)
+    for name in slices.PLANES:
+        figure = slices.plane(case, name)
+        rows, columns = largest_white(figure)
+        height, width, _ = pixels(figure).shape
+        assert rows.stop < height / 2, name
+        assert columns.stop < width / 2, name
+
+
+@pytest.mark.parametrize(
+    ("name", "across_mm", "up_mm"),
+    [("axial", 10, 20), ("coronal", 10, 40), ("sagittal", 20, 40)],
+)
+def test_plane_is_to_scale_in_mm(tmp_path, name, across_mm, up_mm):
+    image = np.zeros((60, 40, 20), np.float32)
+    image[25:35, 15:25, 5:15] = 1
+    spacing = (1, 2, 4)
+    label = np.zeros(image.shape, np.uint8)
+    paths = {
+        "image": write(tmp_path, "image", image, spacing, "ASL"),
+        "label": write(tmp_path, "label", label, spacing, "ASL"),
+    }
+    figure = slices.plane(slices.read_case("case", paths), name)
+    rows, columns = largest_white(figure)
+    height, width = (s.stop - s.start for s in (rows, columns))
+    assert width / height == pytest.approx(across_mm / up_mm, rel=0.06)  # a pixel or two
+
+
+def test_plane_tints_what_differs_also_where_only_the_class_does():
+    label = np.zeros((30, 30, 30), int)
+    label[5:15, 5:15, 5:15], label[16:26, 5:15, 5:15] = 1, 2
+    swapped = np.choose(label, [0, 2, 1])
+    assert tinted(slices.plane(volumes(label, label), "axial")) == 0
+    assert tinted(slices.plane(volumes(label, swapped), "axial")) > 5_000
+    half = label * (np.arange(30) > 9)[:, None, None]
+    assert tinted(slices.plane(volumes(label, half), "axial")) > 1_000
+
+
+def test_plane_leaves_ignored_voxels_alone():
+    label, pred = np.zeros((2, 30, 30, 30), int)
+    label[8:20, 8:20, 8:20] = 255
+    label[1, 1, 1] = 1
+    pred[label > 0] = 1
+    assert tinted(slices.plane(volumes(label, pred), "axial")) > 0
+    assert tinted(slices.plane(volumes(label, pred, 255), "axial")) == 0
+
+
+def test_case_has_no_prediction_where_the_label_is_ignored(tmp_path):
+    label = np.zeros((6, 5, 4), np.uint8)
+    label[0], label[1] = 255, 1
+    paths = {key: write(tmp_path, key, label) for key in ("image", "label")}
+    paths["pred"] = write(tmp_path, "pred", np.ones_like(label))
+    case = slices.read_case("case", paths, 255)
+    assert case.label[:2].max(axis=(1, 2)).tolist() == [0, 1]
+    assert case.pred[:2].max(axis=(1, 2)).tolist() == [0, 1]
+
+
+def test_gallery_is_to_scale_in_mm():
+    label = np.zeros((20, 20, 20), int)
+    label[5:15, 5:15, 5:15] = 1
+    figure = slices.gallery([volumes(label, label, spacing=(1, 2, 4))] * 2, ["a", "b"])
+    figure.draw_without_rendering()
+    boxes = [part.axes[0].get_window_extent() for part in figure.subfigs]
+    assert [box.height / box.width for box in boxes] == pytest.approx([2, 2])
+
+
+def test_plane_outlines_label_and_prediction_in_their_colours():
+    label, pred = np.zeros((2, 30, 30, 30), int)
+    label[5:15, 5:15, 5:15], pred[5:15, 10:25, 5:15] = 1, 1
+    figure = slices.plane(volumes(label, pred), "axial")
+    figure.set_dpi(300)  # lines of more than a pixel
+    image = pixels(figure)
+    for colour in (slices.LABEL, slices.PREDICTION):
+        wanted = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
+        assert (np.abs(image - wanted).max(axis=2) < 12).sum() > 100
+
+
+def test_case_is_refused_when_its_prediction_is_on_another_grid(tmp_path):
+    paths = {
+        key: write(tmp_path, key, np.zeros((8, 8, 8), np.uint8), spacing)
+        for key, spacing in (("image", (1, 1, 1)), ("label", (1, 1, 1)), ("pred", (1, 1, 2)))
+    }
+    with pytest.raises(ValueError, match="expected pred and image on one grid"):
+        slices.read_case("case", paths)
+
+
+def test_case_has_the_first_of_its_channels(tmp_path):
+    first, second = np.random.default_rng(0).normal(size=(2, 6, 5, 4)).astype(np.float32)
+    label = write(tmp_path, "label", np.zeros((6, 5, 4), np.uint8))
+    files = [write(tmp_path, "a", first), write(tmp_path, "b", second)]
+    together = tmp_path / "both.nii.gz"
+    nib.save(nib.Nifti1Image(np.stack([first, second], axis=3), np.eye(4)), together)
+    for image in (files, together):
+        case = slices.read_case("case", {"image": image, "label": label})
+        np.testing.assert_array_equal(case.image, first)
+
+
+# --- plots
+
+
+def test_curves_are_those_of_the_event_files_without_what_was_lost(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(1, 7):
+            writer.add_scalar("train/loss", step, step)
+    with SummaryWriter(str(tmp_path), purge_step=4) as writer:  # as after a resume
+        writer.add_scalar("train/loss", 40, 4)
+    curve = read_curves(tmp_path)["train/loss"]
+    np.testing.assert_array_equal(curve, [[1, 1], [2, 2], [3, 3], [4, 40]])
+    assert read_curves(tmp_path / "nothing") == {}
+
+
+def test_loss_leaves_out_what_is_not_finite():
+    steps = np.arange(1.0, 201)
+    values = np.where(steps == 50, np.nan, 1 / steps)
+    ax = figures.loss({"train/loss": np.column_stack([steps, values])}, [50]).axes[0]
+    logged, smooth, skipped = ax.lines
+    assert len(logged.get_xdata()) == 199
+    assert np.isfinite(smooth.get_ydata()).all()
+    assert np.ptp(np.diff(smooth.get_ydata())) < np.ptp(np.diff(logged.get_ydata()))
+    assert skipped.get_xdata().tolist() == [50]
+
+
+def test_loss_scale_marks_skipped_steps_on_the_curve():
+    scale = np.array([[1, 64], [2, 64], [3, 64], [4, 32], [9, 32]], float)
+    line, skipped = figures.loss_scale({"AMP/loss_scale": scale}, [3]).axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), scale[[0, 2, 3, 4]])
+    np.testing.assert_array_equal(skipped.get_xydata(), [[3, 64]])
+
+
+def test_boxes_are_the_quartiles_of_what_is_defined():
+    values = np.array([0.1, 0.4, np.nan, 0.5, 0.9, 0.95])
+    ax = figures.boxes({"first": np.array([0.2]), "second": values}, "Dice", 1.0).axes[0]
+    ends = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 5][1]
+    low, high = np.nanpercentile(values, [25, 75])
+    assert (min(ends), max(ends)) == pytest.approx((low, high))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second"]
+    dots = ax.collections[1].get_offsets()
+    assert sorted(dots[:, 0]) == sorted(values[~np.isnan(values)])
+
+
+def test_long_curves_are_thinned_before_they_are_drawn():
+    steps = np.arange(100_000.0)
+    noise = np.random.default_rng(0).normal(size=len(steps))
+    curves = {
+        "train/loss": np.column_stack([steps, noise]),
+        "AMP/loss_scale": np.c_[steps, steps + 1],
+    }
+    for figure in (
+        figures.loss(curves, list(range(len(steps)))),
+        figures.loss_scale(curves, list(range(len(steps)))),
+    ):
+        assert len(page.drawing(figure, "x")) < 100_000
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_scale", "learning_rate"])
+def test_curve_that_is_not_there_is_an_empty_figure(name):
+    assert all(len(line.get_xdata()) == 0 for line in getattr(figures, name)({}).axes[0].lines)
+
+
+def test_classes_look_different():
+    looks = {tuple(figures.class_style(number).values()) for number in range(30)}
+    assert len(looks) == 30
+
+
+def test_figures_leave_the_caller_s_style_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    page.drawing(figures.dice({}, ["$", "_x", "a" * 80]), "x")
+    assert dict(matplotlib.rcParams) == before
+
+
+# --- the page's colours
+
+
+@pytest.mark.parametrize(
+    ("colours", "paper"), [(figures.COLOURS, "#ffffff"), (page.DARK, "#14171b")]
+)
+def test_colours_can_be_read_on_their_paper(colours, paper):
+    def luminance(colour: str) -> float:  # WCAG 2.2, relative luminance
+        parts = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    assert colours.keys() == figures.COLOURS.keys()
+    for name, colour in colours.items():
+        low, high = sorted((luminance(colour), luminance(paper)))
+        assert (high + 0.05) / (low + 0.05) >= (1 if name == "rule" else 4.5), name
+
+
+def test_drawing_has_ids_of_its_own():
+    curves = {"LR": np.array([[1, 1.0], [2, 3.0]]), "val/mean_dice": np.array([[1, 0.5]])}
+    first, second = (page.drawing(figures.dice(curves, ["a"]), alt) for alt in ("one", "two"))
+    ids = [set(part.split('"')[0] for part in svg.split(' id="')[1:]) for svg in (first, second)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    assert "#1c2126" not in first  # exchanged for the page's

@@ -1,0 +1,88 @@
+"""The notebooks run from top to bottom on a tiny run, and are stored without output."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from test_report import finished_run
+
+FOLDER = REPOSITORY / "notebooks"
+NAMES = {"dataset": 4, "run": 4, "predictions": 3}  # and how many figures they show
+LOGIC = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If,
+    ast.Try, ast.With, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+)  # fmt: skip
+__all__ = ["finished_run"]  # a fixture
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts this interpreter, whatever kernels are registered on the machine."""
+
+    @property
+    def kernel_spec(self):
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="this Python", language="python")
+
+
+def read(name: str):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code(name: str) -> list:
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def test_notebooks_are_those_that_are_tested():
+    assert sorted(NAMES) == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_stored_without_output(name):
+    assert [cell.outputs for cell in code(name)] == [[] for _ in code(name)]
+    assert {cell.execution_count for cell in code(name)} == {None}
+    assert "parameters" in code(name)[0].metadata["tags"]
+    assert str(REPOSITORY) not in (FOLDER / f"{name}.ipynb").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_holds_no_logic(name):
+    for cell in code(name):
+        lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+        nodes = list(ast.walk(ast.parse("\n".join(lines))))
+        assert [node for node in nodes if isinstance(node, LOGIC)] == []
+        assert len(lines) <= 14
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs_and_shows_every_figure(
+    name, finished_run: Path, dataset: Path, tmp_path, monkeypatch
+):
+    for key, value in {
+        "RUN_DIR": finished_run,
+        "DATASET_DIR": dataset,
+        "CACHE_DIR": tmp_path / "cache",
+        "IPYTHONDIR": tmp_path / "ipython",
+        "JUPYTER_RUNTIME_DIR": tmp_path / "runtime",
+        "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }.items():
+        monkeypatch.setenv(key, str(value))
+    notebook = read(name)
+    place = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, kernel_manager_class=ThisPython, resources=place).execute()
+    shown = [
+        sum("image/png" in output.get("data", {}) for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    assert max(shown) == 1
+    assert sum(shown) == NAMES[name]

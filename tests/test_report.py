@@ -1,0 +1,424 @@
+"""The report: what it says, what it does where something is missing, and how a browser shows it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPOSITORY, run_tiny
+
+from pipeline.errors import InputError
+from pipeline.prediction.report import write_report
+from pipeline.prediction.run_files import read_run
+from pipeline.prediction.scores import score_case, write_scores
+from pipeline.prediction.scores_shown import chosen
+from pipeline.report import main
+
+NAMES = ["background", "dim", "bright"]
+SCALE = {"precision#init_scale": 2.0**22, "amp": True, "amp_dtype": "float16", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def finished_run(dataset: Path) -> Path:
+    """A run in float16 with skipped steps, and scores of six cases; of all modules the same."""
+    return make_run(dataset)
+
+
+@functools.cache
+def make_run(dataset: Path) -> Path:
+    run_dir = dataset.parent / "reported" / "a run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert run_tiny(dataset, run_dir, max_epochs=3, **SCALE) == 0
+    shutil.rmtree(run_dir / "scores", ignore_errors=True)
+    add_scores(run_dir, dataset)
+    write_report(run_dir)
+    return run_dir
+
+
+def add_scores(run_dir: Path, dataset: Path) -> None:
+    """Scores as a run leaves them: from an exact prediction to shifted ones, one class missed."""
+    folder, rows, cases = run_dir / "scores" / "validation_best", [], {}
+    folder.mkdir(parents=True)
+    for shift, label_file in enumerate(sorted((dataset / "labelsTr").glob("*.nii.gz"))):
+        case = label_file.name.removesuffix(".nii.gz")
+        image = nib.load(label_file)
+        label = np.asarray(image.dataobj)
+        pred = np.roll(label, shift, axis=0)
+        if shift == 3:
+            pred[pred == 2] = 0  # missed
+        if shift == 4:
+            label, pred = label * (label < 2), pred * (pred < 2)  # absent
+        nib.save(nib.Nifti1Image(pred, image.affine), folder / label_file.name)
+        paths = {"image": dataset / "imagesTr" / label_file.name, "label": label_file}
+        cases[case] = {key: os.path.relpath(path, run_dir) for key, path in paths.items()}
+        scored = score_case(pred, label, spacing_mm=(1, 1, 1.5), class_names=NAMES, tolerance_mm=1)
+        rows += [{"case_id": case, "person": case, **row} for row in scored]
+    write_scores(folder, rows, class_names=NAMES, tolerance_mm=1)
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
+@pytest.fixture
+def html(finished_run: Path) -> str:
+    """The run's report."""
+    return (finished_run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def a_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may spoil, as far from the data as the run."""
+    return Path(shutil.copytree(finished_run, finished_run.with_name(tmp_path.name)))
+
+
+class Tags(HTMLParser):
+    """Collects tags with their attributes, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def html_of(run_dir: Path) -> str:
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_report_holds_every_part(html):
+    tags = Tags(html)
+    parts = {section["id"] for section in tags.of("section")}
+    assert parts == {
+        "scores", "validation", "training", "precision", "skipped", "plan", "reproduce"
+    }  # fmt: skip
+    assert len(tags.of("svg")) == 2 + 4  # Dice, HD95; loss, Dice, loss scale, learning rate
+    assert len(tags.of("img")) == 3 * 3
+    assert all(img["alt"] for img in tags.of("img"))
+    assert all(svg["aria-label"] for svg in tags.of("svg"))
+    ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for said in ("given", "declared by the dataset", "float16", "4,194,304", "head", "backward"):
+        assert said in tags.text
+    assert len(html) < 1_000_000
+
+
+def test_report_asks_for_nothing(html):
+    tags = Tags(html)
+    policy = next(m for m in tags.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"].startswith("default-src 'none'; script-src 'sha256-")
+    for _, attributes in tags.found:
+        for key in ("src", "href", "xlink:href", "srcset", "action"):
+            assert re.match(r"data:|#", attributes.get(key) or "#")
+
+
+def test_report_names_no_other_place_of_the_machine(html, finished_run, dataset):
+    assert str(dataset) not in html
+    assert str(REPOSITORY) not in html
+    assert str(Path.home()) not in html.replace(str(finished_run), "")
+
+
+def test_report_tells_how_to_make_the_run_again(html, finished_run, a_copy):
+    text = Tags(html).text
+    again = "PYTHONPATH=<repo> python -m pipeline.run configs/train.json"
+    assert f"cd '{finished_run}' && {again}" in text  # there is a blank in its name
+    summary = json.loads((a_copy / "summary.json").read_text())
+    typed = "python -m pipeline.run configs/amp.json --seed 3 < x"
+    (a_copy / "summary.json").write_text(json.dumps({**summary, "command": typed}))
+    assert typed in Tags(html_of(a_copy)).text
+
+
+def test_report_escapes_what_data_say(tmp_path):
+    evil = '<script>alert(1)</script><img src="x" onerror=alert(2)>&"\''
+    names = ["background", evil, "$x_1$", "_hidden"]
+    plan = {"class_names": names, "reasons": {evil: evil}, evil: evil}
+    summary = {"command": evil, "device_name": evil, "versions": {evil: evil}, "steps": 3}
+    skipped = {"step": 1, "first_module": evil, "non_finite_cases": [evil]}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.json").write_text(json.dumps({"dataset_dir": evil}))
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "overflow.jsonl").write_text(json.dumps(skipped) + '\n{"step": 2, torn')
+    label = np.zeros((4, 4, 4), int)
+    label[1:3, 1:3, 1:3] = 1
+    scored = score_case(label, label, spacing_mm=(1, 1, 1), class_names=names, tolerance_mm=1)
+    rows = [{"case_id": evil, "person": evil, **row} for row in scored]
+    write_scores(tmp_path / "scores" / "test_last", rows, class_names=names, tolerance_mm=1)
+    html = html_of(tmp_path)
+    tags = Tags(html)
+    assert len(tags.of("script")) == 1
+    assert tags.of("img") == []
+    assert not [a for _, attributes in tags.found for a in attributes if a.startswith("on")]
+    assert tags.text.count(evil) >= 10
+    assert html.count("$x_1$</text>") == 2  # no formula in the box plots
+    assert "_hidden" in tags.text
+
+
+def test_report_says_what_is_missing(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.json").write_text("{}")
+    (tmp_path / "summary.json").write_text('{"torn')
+    text = Tags(html_of(tmp_path)).text
+    for sentence in ("no scores", "no curves", "has not ended", "no plan.json", "No step was"):
+        assert sentence in text
+
+
+def test_report_says_that_data_have_moved(a_copy):
+    file = a_copy / "scores" / "validation_best" / "cases.json"
+    file.write_text(file.read_text().replace("imagesTr", "elsewhere"))
+    tags = Tags(html_of(a_copy))
+    assert tags.text.count("No picture: image, label or prediction of this case is not") == 3
+    assert tags.of("img") == []
+    assert "tiny_004" in tags.text  # the table stays
+
+
+def test_report_says_that_float32_has_no_loss_scale(a_copy):
+    shutil.rmtree(a_copy / "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(a_copy / "tensorboard")) as writer:
+        writer.add_scalar("train/loss", 1.0, 1)
+        writer.add_scalar("AMP/loss_scale", 1.0, 1)
+    tags = Tags(html_of(a_copy))
+    assert "There is no curve of the loss scale" in tags.text
+    assert "There was no validation" in tags.text
+    assert len(tags.of("svg")) == 2 + 2
+
+
+def test_report_stays_as_it_was_when_it_cannot_be_written(a_copy, monkeypatch, capsys):
+    before = (a_copy / "report" / "index.html").read_text()
+
+    def refuse(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert main([str(a_copy)]) == 1
+    assert "no room" in capsys.readouterr().err
+    assert [path.name for path in (a_copy / "report").iterdir()] == ["index.html"]
+    assert (a_copy / "report" / "index.html").read_text() == before
+
+
+def test_command_says_where_the_report_is(finished_run, capsys):
+    assert main([str(finished_run)]) == 0
+    out = capsys.readouterr().out
+    assert str(finished_run / "report" / "index.html") in out
+    assert (finished_run / "report" / "index.html").as_uri() in out
+
+
+@pytest.mark.parametrize("words", [[], ["a", "b"], ["no/such/run"], ["--output", "x"]])
+def test_command_refuses_what_is_no_run(words, capsys):
+    assert main(words) == 2
+    assert re.match(r"\S+( line)?: expected a run directory, got .+\. .+", capsys.readouterr().err)
+
+
+def test_run_without_a_config_is_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"configs/train\.json. Name the output_dir of a run"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "expected"),
+    [
+        ("", {}),
+        ("a", {"a": "Worst"}),
+        ("ab", {"a": "Worst", "b": "Best"}),
+        ("abc", {"a": "Worst", "b": "Median", "c": "Best"}),
+        ("abcdef", {"a": "Worst", "c": "Median", "f": "Best"}),
+    ],
+)
+def test_chosen_are_the_worst_the_median_and_the_best(ranked, expected):
+    assert chosen(list(ranked)) == expected
+
+
+def test_scores_are_ranked_by_the_mean_of_what_is_defined(finished_run):
+    scores = read_run(finished_run).scores["validation", "best"]
+    means, rows = scores.means("dice"), scores.rows
+    assert scores.ranked()[-1] == "tiny_001"  # the exact prediction
+    assert means["tiny_004"] == pytest.approx(rows["tiny_004"]["dim"]["dice"] / 2)  # one missed
+    assert means["tiny_005"] == pytest.approx(rows["tiny_005"]["dim"]["dice"])  # one absent
+    assert sorted(means, key=means.__getitem__) == scores.ranked()
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """Headless Chromium that logs what it asks for."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed here")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    switches = (
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync "
+        "disable-background-networking disable-component-update"
+    )
+    for switch in [*switches.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, finished_run):
+    """The browser with the run's report."""
+    browser.get((finished_run / "report" / "index.html").as_uri())
+    return browser
+
+
+def column(browser, name: str) -> list[str]:
+    """Cells of the column with a heading, from top to bottom, as they are seen."""
+    return browser.execute_script(
+        """
+        const button = [...document.querySelectorAll("th button")]
+          .find(button => button.textContent === arguments[0]);
+        const rows = [...document.querySelectorAll(".cases tbody tr")];
+        return rows.map(row => row.cells[button.dataset.column].innerText.trim());
+        """,
+        name,
+    )
+
+
+def press(browser, name: str) -> str | None:
+    """Press a heading with the keyboard; what it then says of its order."""
+    from selenium.webdriver.common.keys import Keys
+
+    button = browser.find_element("xpath", f"//th/button[text()='{name}']")
+    button.send_keys(Keys.ENTER)
+    return button.find_element("xpath", "..").get_attribute("aria-sort")
+
+
+def test_page_shows_every_figure_and_complains_of_nothing(opened):
+    assert opened.get_log("browser") == []
+    for width in (1280, 400):
+        opened.set_window_size(width, 900)
+        sizes = opened.execute_script(
+            """
+            return [...document.querySelectorAll("figure > :is(svg, img)")].map(figure => {
+              const box = figure.getBoundingClientRect();
+              return [box.width, box.height, figure.naturalWidth ?? 1];
+            });
+            """
+        )
+        assert len(sizes) == 6 + 9
+        assert np.min(sizes) > 0
+        assert np.min(np.array(sizes)[:, :2]) > 50
+        assert opened.execute_script(
+            "return document.documentElement.scrollWidth <= window.innerWidth"
+        )
+
+
+def test_page_sends_no_request(opened, finished_run):
+    opened.get_log("performance")
+    opened.refresh()
+    press(opened, "dim")
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    urls = {
+        message["params"]["request"]["url"].partition(",")[0]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
+    file = (finished_run / "report" / "index.html").as_uri()
+    assert file in urls
+    assert {url for url in urls if not url.startswith("data:")} == {file}
+
+
+def test_policy_forbids_requests_and_foreign_scripts(opened):
+    blocked = opened.execute_async_script(
+        """
+        const done = arguments[0], seen = [];
+        document.addEventListener("securitypolicyviolation", event => {
+          seen.push(event.effectiveDirective);
+          if (seen.length === 3) done(seen);
+        });
+        fetch("https://example.org/").catch(() => {});
+        document.body.append(Object.assign(new Image(), { src: "https://example.org/x.png" }));
+        document.body.append(Object.assign(document.createElement("script"), { text: "0" }));
+        """
+    )
+    assert sorted(blocked) == ["connect-src", "img-src", "script-src-elem"]
+
+
+def test_table_begins_with_the_worst_case(opened):
+    means = [float(value) for value in column(opened, "Mean Dice")]
+    assert means == sorted(means)
+    assert opened.find_elements("css selector", "th[aria-sort]")[0].text.startswith("Mean Dice")
+
+
+def test_table_sorts_numbers_both_ways_with_blanks_last(opened):
+    opened.find_element("css selector", "input[value=hd95_mm]").click()
+    opened.execute_script(
+        """
+        const cells = [...document.querySelectorAll(".cases tbody tr")].map(row => row.cells[2]);
+        cells.forEach((cell, n) => {
+          cell.dataset.sort = ["9", "10", "", "100", "1.5", "-2"][n];
+          cell.textContent = cell.dataset.sort;
+        });
+        """
+    )
+    assert press(opened, "Mean HD95, mm") == "ascending"
+    assert column(opened, "Mean HD95, mm") == ["-2", "1.5", "9", "10", "100", ""]
+    assert press(opened, "Mean HD95, mm") == "descending"
+    assert column(opened, "Mean HD95, mm") == ["100", "10", "9", "1.5", "-2", ""]
+    assert len(opened.find_elements("css selector", "[aria-sort]")) == 1
+    assert press(opened, "Case") == "ascending"
+    assert column(opened, "Case") == [f"tiny_00{n}" for n in range(1, 7)]
+    assert press(opened, "Case") == "descending"
+    assert column(opened, "Case")[0] == "tiny_006"
+
+
+def test_table_shows_the_measure_that_is_asked_for(opened):
+    def shown() -> set[str]:
+        cells = opened.find_elements("css selector", ".cases thead tr:first-child th")
+        return {cell.text for cell in cells if cell.is_displayed()} - {""}
+
+    assert shown() == {"Dice"}
+    opened.find_element("css selector", "input[value=nsd]").click()
+    assert shown() == {"NSD"}
+
+
+def test_table_says_what_a_class_is_where_it_is_not_scored(opened):
+    cases, cells = column(opened, "Case"), column(opened, "bright")
+    words = dict(zip(cases, cells, strict=True))
+    assert words["tiny_004"] == "missed 0.000"
+    assert words["tiny_005"] == "absent"
+
+
+def test_page_is_dark_where_the_screen_is(opened):
+    colours = []
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        colours.append(
+            opened.execute_script(
+                """
+                const text = document.querySelector("figure > svg text");
+                const page = getComputedStyle(document.body).backgroundColor;
+                return [page, getComputedStyle(text).fill];
+                """
+            )
+        )
+    assert colours[0][0] == "rgb(255, 255, 255)"
+    assert colours[0][0] != colours[1][0]
+    assert colours[0][1] != colours[1][1]  # of the figures as well
