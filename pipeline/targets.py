@@ -41,7 +41,7 @@ OURS = {
     "pipeline.precision": "Precision",
     "pipeline.predict": "Prediction",
     "pipeline.prediction.metrics": "MeanDice",
-    "pipeline.prediction.segmenter": "Segmenter",
+    "pipeline.prediction.segmenter": "Segmenter SlidingWindowLabels",
     "pipeline.prediction.sliding_window": "SlidingWindow",
     "pipeline.predictor": "load_networks",
     "pipeline.scoring": "Scoring",

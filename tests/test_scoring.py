@@ -110,15 +110,15 @@ def test_case_that_cannot_be_predicted_is_named_and_the_rest_scored(
     run, tmp_path, monkeypatch, capsys
 ):
     predicted = []
-    call = Segmenter.__call__
 
-    def fails_once(self, image, **values):
-        predicted.append(1)
-        if len(predicted) == 1:
-            raise PredictionError("expected finite logits in float16, got NaN or infinity.")
-        return call(self, image, **values)
+    class FailsOnce(Segmenter):
+        def __call__(self, image, **values):
+            predicted.append(1)
+            if len(predicted) == 1:
+                raise PredictionError("expected finite logits in float16, got NaN or infinity.")
+            return super().__call__(image, **values)
 
-    monkeypatch.setattr(Segmenter, "__call__", fails_once)
+    monkeypatch.setattr(scoring, "Segmenter", FailsOnce)
     assert run(tmp_path / "r", final_scores=True) == 0
     told = capsys.readouterr().out
     summary = json.loads((tmp_path / "r/scores/validation_best/summary.json").read_text())

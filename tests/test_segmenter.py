@@ -5,14 +5,15 @@ import logging
 import numpy as np
 import pytest
 import torch
+from monai.data import list_data_collate
 from monai.inferers import sliding_window_inference
 from test_file_grid import AFFINES, expected, grid_of
 
 from pipeline.precision import Precision
-from pipeline.prediction.segmenter import PredictionError, Segmenter
+from pipeline.prediction.segmenter import PredictionError, Segmenter, SlidingWindowLabels
 from pipeline.prediction.sliding_window import SlidingWindow
 from transforms.cleanup import Cleanup
-from transforms.postprocess import to_original_grid
+from transforms.postprocess import ToOriginalGridd, to_original_grid
 
 ROI = (8, 8, 8)
 FLOAT32 = Precision("cpu", amp=False)
@@ -107,6 +108,36 @@ def test_logits_that_are_not_finite_are_refused(value):
     network.bias.data[1] = value
     with pytest.raises(PredictionError, match="expected finite logits in float32, got NaN or inf"):
         Segmenter([network], FLOAT32, SlidingWindow(ROI, 4))(volume)
+
+
+def as_batch(*volumes):
+    """Preprocessed cases as an evaluator gets them."""
+    return list_data_collate([{"image": volume} for volume in volumes])["image"]
+
+
+def test_labels_in_an_evaluator_are_the_segmenters():
+    volumes = [grid_of(affine)[0] for affine in (AFFINES["oblique"], AFFINES["permuted"])]
+    network = Net()
+    inferer = SlidingWindowLabels(FLOAT32, ROI, 4, sums_bytes=30_000)
+    got = inferer(as_batch(*volumes), network)
+    assert (got.shape, got.dtype) == ((2, 1, 13, 11, 12), torch.uint8)
+    for labels, volume in zip(got, volumes, strict=True):
+        expected = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4))(volume).labels
+        np.testing.assert_array_equal(labels[0], expected)
+        data = ToOriginalGridd()({"image": volume, "pred": labels, "case_id": "a"})
+        np.testing.assert_array_equal(data["pred"][0], expected)
+        np.testing.assert_allclose(data["pred"].affine, volume.meta["original_affine"])
+        assert data["pred"].meta["filename_or_obj"] == "a.nii.gz"
+
+
+def test_logits_that_are_not_finite_are_background_in_an_evaluator(caplog):
+    volume, _ = grid_of(AFFINES["RAS"])
+    network = Net()
+    network.bias.data[1] = torch.nan
+    with caplog.at_level(logging.WARNING):
+        got = SlidingWindowLabels(FLOAT32, ROI, 4)(as_batch(volume), network)
+    assert not got.any()
+    assert "Validation: expected finite logits" in caplog.text
 
 
 class Greedy(Net):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -37,7 +35,8 @@ class ToOriginalGridd(MapTransform):
     """Turns `pred` (logits) into labels on the grid of the input file, and `image` with it.
 
     Probabilities are interpolated, not labels, so that boundaries fall between voxels. `pred`
-    becomes `(1, *shape of the file)` uint8; `image` becomes `(C, *shape of the file)` float32.
+    becomes `(1, *shape of the file)` uint8; where it is uint8 it is that already, and keeps its
+    values. `image` becomes `(C, *shape of the file)` float32.
     """
 
     def __init__(self) -> None:
@@ -45,10 +44,12 @@ class ToOriginalGridd(MapTransform):
 
     def __call__(self, data: dict) -> dict:
         """Turn one case's logits into labels."""
-        image = data["image"]
-        probabilities = torch.softmax(convert_to_tensor(data["pred"]).float(), dim=0)
-        resampled = to_original_grid(probabilities, image)
-        labels = cast(MetaTensor, resampled.argmax(dim=0, keepdim=True).to(torch.uint8))
+        image, pred = data["image"], convert_to_tensor(data["pred"])
+        if pred.dtype != torch.uint8:
+            probabilities = torch.softmax(pred.float(), dim=0)
+            pred = to_original_grid(probabilities, image).argmax(dim=0, keepdim=True)
+        affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
+        labels = MetaTensor(convert_to_tensor(pred, dtype=torch.uint8), affine=affine)
         # names the saved file; of an image that is a folder, a dot in the name begins no ending
         name = f"{data['case_id']}.nii.gz" if "case_id" in data else image.meta["filename_or_obj"]
         labels.meta["filename_or_obj"] = name

@@ -6,13 +6,14 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, decollate_batch
 
 from pipeline.precision import Precision
-from pipeline.prediction.sliding_window import Block, Network, SlidingWindow
+from pipeline.prediction.sliding_window import SUMS_BYTES, Block, Network, SlidingWindow
 from transforms.cleanup import Cleanup
 from transforms.file_grid import FileGrid
 
@@ -139,6 +140,57 @@ class Segmenter:
                 return network(windows)
 
         return predict
+
+
+class SlidingWindowLabels(SlidingWindow):
+    """An evaluator's inferer that gives labels on the grids of the files instead of logits.
+
+    What `Segmenter` does, in the same memory. Where logits are not finite there is background, with
+    a warning: training, which watches its own steps, goes on.
+
+    Args:
+        precision: Owns device and autocast.
+        roi_size: As for `SlidingWindow`, like all that follow.
+        num_classes: See there.
+        sw_batch_size: See there.
+        overlap: See there.
+        sums_bytes: See there.
+    """
+
+    def __init__(
+        self,
+        precision: Precision,
+        roi_size: Sequence[int],
+        num_classes: int,
+        sw_batch_size: int = 4,
+        overlap: float = 0.5,
+        sums_bytes: int = SUMS_BYTES,
+    ) -> None:
+        super().__init__(roi_size, num_classes, sw_batch_size, overlap, sums_bytes=sums_bytes)
+        self._segmenter = Segmenter([], precision, copy.copy(self))
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Labels of preprocessed images.
+
+        Args:
+            inputs: `(B, C, H, W, D)` MetaTensor whose metadata remember the files' grid.
+            network: Gives logits of windows.
+            args: Not used.
+            kwargs: Not used.
+
+        Returns:
+            `(B, 1, *shape of the files)` uint8.
+        """
+        self._segmenter.networks = [network]
+        return torch.stack([self._labels(image) for image in decollate_batch(inputs)])
+
+    def _labels(self, image: MetaTensor) -> torch.Tensor:
+        try:
+            labels = self._segmenter(image).labels
+        except PredictionError as error:
+            log.warning("Validation: %s", error)
+            labels = np.zeros(FileGrid(image).shape, dtype=np.uint8)
+        return torch.as_tensor(labels)[None]
 
 
 def joined(blocks: Iterable[Block]) -> Iterator[tuple[list[int], torch.Tensor]]:
