@@ -1,4 +1,4 @@
-"""Prediction of 512 x 512 x 400 on a card: the window alone beside stock MONAI, memory, file to file.
+"""Prediction of 512 x 512 x 400 on a card: beside stock MONAI, memory, and file to file.
 
     python -m benchmarks.gpu_inference OUTPUT.json
 

@@ -23,6 +23,7 @@ SPLITS = ("validation", "test")
 def scored(dataset, tmp_path_factory) -> Path:
     """A run with a test share, whose best weights are not its last."""
     out = tmp_path_factory.mktemp("runs") / "r"
+    torch.set_num_threads(1)  # as in the tests, whose runs it is compared with
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
         values = {"test_share": 0.2, "num_folds": 2, "max_epochs": 3}
