@@ -27,7 +27,7 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
 from networks.dense_unet import DenseUNet
-from pipeline.data.datasets import list_images
+from pipeline.data.images import list_images
 from pipeline.precision import Precision
 from pipeline.predict import Prediction
 from pipeline.prediction.segmenter import Segmenter

@@ -19,6 +19,8 @@ class InputError(ValueError):
         super().__init__("\n".join(faults))
 
 
+OWN = ("pipeline", "transforms", "networks")  # whose exceptions say all that is to be said
+
 # in the diagnosis of a run whose numbers went wrong, and of no other
 STOPS = "Training stops"
 
@@ -54,6 +56,16 @@ class TrainingInterrupted(SystemExit):
 def interrupted_status() -> int:
     """Exit status of an interrupted run; see `TrainingInterrupted`."""
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception that those around it were raised from, such as the config system's.
+
+    What this project says itself is not looked behind.
+    """
+    while error.__cause__ is not None and type(error).__module__.split(".")[0] not in OWN:
+        error = error.__cause__
+    return error
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -162,7 +162,7 @@ def _description(label_dir: Path, options: Mapping[str, Any]) -> Layout:
 
 def _classes(known: Layout, options: Mapping[str, Any]) -> tuple[list[str] | None, int | None]:
     """Names of the classes, `None` if not known, and the value to ignore."""
-    names = options["class_names"] or known.class_names
+    names = known.class_names if options["class_names"] is None else options["class_names"]
     ignored = options["ignore_value"] or known.ignore_value
     if names is not None and not 2 <= len(set(names)) == len(names) <= MAX_VALUE + 1:
         raise InputError(

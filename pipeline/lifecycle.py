@@ -173,6 +173,7 @@ class Lifecycle:
         except OSError as error:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
+        (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
         if self.report:
             self._write_report()
         log_whereabouts(self.run_dir, summary)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,26 +22,26 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.config import Config
 from pipeline.data.facts import measure_headers
+from pipeline.data.findings import some
 from pipeline.data.integrity import header_findings
 from pipeline.data.listing import Case, paths_of
+from pipeline.data.progress_bar import ProgressBar
 from pipeline.data.volume import VolumeError, read_header, slabs
-from pipeline.errors import InputError, as_bool
-from pipeline.prediction.files import save_like
-from pipeline.prediction.segmenter import PredictionError, Segmenter
+from pipeline.errors import InputError, as_bool, innermost
+from pipeline.prediction.files import is_prediction, save_like
+from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
 from pipeline.training.durable import make_directory
-from transforms.dicom import DicomError
 from transforms.preprocess import LOADING_STEPS
 
 log = logging.getLogger(__name__)
 
 # what a volume that cannot be predicted raises, in reading, preprocessing and prediction
-FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError)
-OURS = (VolumeError, DicomError, PredictionError, InputError)  # which say all that is to be said
+FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
+KINDS = LABELS, PROBABILITIES = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
 
@@ -93,47 +94,61 @@ class Prediction:
             raise SystemExit(2) from None
         faults: dict[str, str] = {}
         predicted = 0
-        with logging_redirect_tqdm():
-            for case in tqdm(self.cases, unit="case", disable=not sys.stderr.isatty()):
-                try:
-                    self._predict(case)
-                    predicted += 1
-                except FAULTS as error:
-                    faults[case["case_id"]] = reason(error)
-                    log.error("%s: %s", case["case_id"], reason(error))
-                    log.debug("", exc_info=True)
-                    if self.strict:
-                        break
-        log.info("%d of %d cases predicted, in %s", predicted, len(self.cases), self.output_dir)
+        try:
+            with logging_redirect_tqdm(tqdm_class=ProgressBar):
+                for case in ProgressBar(self.cases, desc="Predicting", total=len(self.cases)):
+                    try:
+                        self._predict(case)
+                        predicted += 1
+                    except FAULTS as error:
+                        faults[case["case_id"]] = reason(error)
+                        log.error("%s: %s", case["case_id"], reason(error))
+                        log.debug("", exc_info=True)
+                        if self.strict:
+                            break
+        finally:  # an interruption included
+            log.info("%d of %d cases predicted, in %s", predicted, len(self.cases), self.output_dir)
+            if faults:
+                print(f"Not predicted: {len(faults)} of {len(self.cases)}", file=sys.stderr)
+                for case_id, why in faults.items():
+                    print(f"  {case_id}: {why}", file=sys.stderr)
         if faults:
-            print(f"Not predicted: {len(faults)} of {len(self.cases)}", file=sys.stderr)
-            print(*(f"  {case}: {why}" for case, why in faults.items()), sep="\n", file=sys.stderr)
             raise SystemExit(1)
 
     def _prepare_output(self) -> None:
-        """Make the output directory.
+        """Make the output directory, and see that nothing else is in the way of the results.
 
         Raises:
-            InputError: If it cannot be made, or is where the images are.
+            InputError: If it cannot be written to, is where the images are, or has files of the
+                results' names that are no predictions.
         """
-        inputs = {os.path.realpath(path) for case in self.cases for path in paths_of(case)}
-        own = {os.path.realpath(self._target(case)) for case in self.cases}
-        if inputs & own:
+        out = Path(os.path.realpath(self.output_dir))
+        images = [Path(os.path.realpath(path)) for case in self.cases for path in paths_of(case)]
+        if out in {image.parent for image in images} or {out, *out.parents} & {*images}:
             raise InputError(
                 f"output_dir: expected another folder than that of the images, got "
-                f"{self.output_dir}. Predictions have the images' names; choose another."
+                f"{self.output_dir}. Choose another."
+            )
+        targets = [self._target(case, kind) for case in self.cases for kind in KINDS]
+        if foreign := [path.name for path in targets if path.exists() and not is_prediction(path)]:
+            raise InputError(
+                f"output_dir: expected a folder without other files of the results' names, got "
+                f"{some(foreign)} in {self.output_dir}. Choose another."
             )
         try:
             make_directory(self.output_dir)
+            tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             raise InputError(
-                f"output_dir: expected a folder that can be made, got: {error}. Choose another."
+                f"output_dir: expected a folder that can be written, got: {error}. Choose another."
             ) from None
 
-    def _target(self, case: Case, kind: str = "") -> Path:
+    def _target(self, case: Case, kind: str = LABELS) -> Path:
         return self.output_dir / f"{case['case_id']}{kind}.nii.gz"
 
     def _predict(self, case: Case) -> None:
+        if "fault" in case:  # of its files as they are named
+            raise PredictionError(case["fault"])
         findings = header_findings(case, measure_headers(case), self.in_channels)
         for finding in findings:
             if not finding.warning:
@@ -154,7 +169,7 @@ class Prediction:
         save_like(found.labels, paths[0], self._target(case))
         if found.probabilities is not None:
             voxels = np.moveaxis(found.probabilities, 0, -1)
-            save_like(voxels, paths[0], self._target(case, "_probabilities"))
+            save_like(voxels, paths[0], self._target(case, PROBABILITIES))
 
     def _preprocessed(self, case: Case) -> MetaTensor:
         loaded = self.preprocessing(case, end=LOADING_STEPS)
@@ -217,10 +232,9 @@ def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[st
 
 def reason(error: BaseException) -> str:
     """What the innermost exception says, in one line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "expected a volume that fits into the device's memory, got more. Use device cpu."
-    while error.__cause__ is not None and not isinstance(error, OURS):
-        error = error.__cause__
+    error = innermost(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from pipeline import trust
+from pipeline import config, trust
 from pipeline.compose import source_being_resolved
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, innermost
 from transforms.preprocess import LOADING_STEPS
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
@@ -24,6 +24,7 @@ COMMON = (
     "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
     "roi_size", "in_channels", "num_classes", "class_names",
 )  # fmt: skip
+PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark")  # the first run's, for all
 
 
 class Predictor:
@@ -32,27 +33,37 @@ class Predictor:
     Args:
         run_dir: Of the run.
         others: Of further runs of the same plan.
+        allow: Names that `_target_` may hold beside the list, as `--allow` gives them.
         values: Of keys of its `configs/inference.json`, such as `device="cpu"`.
 
     Raises:
         InputError: If there is no such run, or it has no weights, or a value is none.
     """
 
-    def __init__(self, run_dir: str | Path, *others: str | Path, **values: Any) -> None:
+    def __init__(
+        self, run_dir: str | Path, *others: str | Path, allow: Collection[str] = (), **values: Any
+    ) -> None:
         source = read_inference_config(run_dir)
         if unknown := values.keys() - source.keys():
             raise InputError(f"Predictor: expected keys of {CONFIG}, got {', '.join(unknown)}.")
-        source |= {**values, "ensemble": [str(Path(other).absolute()) for other in others]}
-        trust.check(source)
+        members = [*others, *values.pop("ensemble", [])]
+        source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
+        trust.check(source, allow)
+        keys = {**config.PREDICTION_KEYS, **config.KEYS}
+        known = {key: spec for key, spec in keys.items() if key in source}
+        config.check({key: source[key] for key in known}, known)
         parser = ConfigParser(source)
         self.in_channels = source["in_channels"]
-        self.preprocessing = parser.get_parsed_content("preprocessing")
-        self.segmenter = parser.get_parsed_content("segmenter")
+        try:
+            self.preprocessing = parser.get_parsed_content("preprocessing")
+            self.segmenter = parser.get_parsed_content("segmenter")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(str(innermost(error))) from error
 
     def __call__(
         self, image: np.ndarray | torch.Tensor, affine: np.ndarray | None = None
     ) -> MetaTensor:
-        """Labels of one volume.
+        """Labels of one volume, which stays as it is.
 
         Args:
             image: `(H, W, D)`, or `(C, H, W, D)` of several channels, intensities as in the files
@@ -63,14 +74,21 @@ class Predictor:
             `(H, W, D)` uint8 on the same grid, with its affine.
 
         Raises:
-            ValueError: If the image has no affine, or not the channels of the network.
+            ValueError: If the image has no affine of three directions, or other channels.
         """
         if affine is None:
             if not isinstance(image, MetaTensor):
                 raise ValueError("image: expected a MetaTensor or an affine, got neither. Give it.")
-            affine = image.affine.numpy()
-        affine = np.asarray(affine, dtype=np.float64)
-        voxels = torch.as_tensor(np.asarray(image), dtype=torch.float32)
+            affine = image.affine.cpu().numpy()
+        affine = np.array(affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not abs(np.linalg.det(affine)) > 0:
+            raise ValueError(
+                f"affine: expected (4, 4) with three directions, got {affine.tolist()}."
+            )
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().numpy()
+        # a copy, since MONAI's normalisation works in place
+        voxels = torch.from_numpy(np.array(image, dtype=np.float32, order="C"))
         voxels = voxels[None] if voxels.ndim == 3 else voxels
         if voxels.ndim != 4 or len(voxels) != self.in_channels:
             raise ValueError(
@@ -111,7 +129,7 @@ def load_networks(
     Args:
         bundle_root: Folder that relative paths start from: the run directory.
         network: On its device.
-        weights: State dict of the network.
+        weights: State dict of the network; a relative path is one in each run directory.
         ensemble: Other run directories.
 
     Raises:
@@ -128,10 +146,13 @@ def load_networks(
                 f"{other}: expected a run of the same plan, got another {', '.join(differing)}. "
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
-        trust.check(source)
-        parser = ConfigParser({**source, "device": own["device"]})
+        trust.check(
+            source, [value for path, value in trust.walk(own) if path[-1:] == ("_target_",)]
+        )
+        parser = ConfigParser({**source, **{key: own[key] for key in PRECISION}})
         networks.append(parser.get_parsed_content("network"))
-        load_weights(networks[-1], root / other / source["weights"])
+        name = source["weights"] if Path(weights).is_absolute() else weights
+        load_weights(networks[-1], root / other / name)
     return networks
 
 

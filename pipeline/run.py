@@ -23,12 +23,13 @@ from typing import Any
 from pipeline import config, trust
 from pipeline.compose import compose, compose_located, parse_overrides
 from pipeline.doctor import diagnosis
-from pipeline.errors import InputError
+from pipeline.errors import InputError, innermost
 
 USAGE = (
     "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
     "[--replay_step N] [--run_dir RUN]"
 )
+PATHS = ("run_dir", "ensemble", "input", "dataset_dir", "output_dir")  # of the command line
 LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
 
 
@@ -60,6 +61,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of a prediction; training ends by itself
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -117,19 +121,28 @@ def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], c
     Raises:
         InputError: If there is no run.
     """
-    run_dirs = overrides.get("run_dir")
-    if run_dirs is None:
+    if "run_dir" not in overrides:
         return [*files], overrides
     from pipeline.predictor import CONFIG, read_inference_config
 
-    first, *others = [run_dirs] if isinstance(run_dirs, str) else run_dirs
+    # a path may look like a number, which is then read as one
+    paths = {key: _words(key, overrides[key]) for key in PATHS if key in overrides}
+    first, *others = paths.pop("run_dir")
     read_inference_config(first)
-    values = {key: value for key, value in overrides.items() if key != "run_dir"}
-    values |= {k: os.path.abspath(values[k]) for k in ("input", "output_dir") if k in values}
-    if members := [*others, *values.get("ensemble", [])]:
+    values = {key: value for key, value in overrides.items() if key not in PATHS}
+    values |= {key: os.path.abspath(path) for key, (path, *_) in paths.items() if key != "ensemble"}
+    if members := [*others, *paths.get("ensemble", [])]:
         values["ensemble"] = [os.path.abspath(other) for other in members]
     own = str(Path(first, CONFIG))
     return [files[0], own, *files[1:]], {**values, "bundle_root": os.path.abspath(first)}
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """One path, or several where there may be."""
+    several = value if isinstance(value, list) and key in ("run_dir", "ensemble") else [value]
+    if not several or any(type(one) not in (str, int, float) for one in several):
+        raise InputError(f"--{key}: expected a path, got {json.dumps(value)}. Quote it.")
+    return [str(one) for one in several]
 
 
 def predict(files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()) -> None:
@@ -138,15 +151,12 @@ def predict(files: Sequence[str], overrides: config.Config, allow: Collection[st
     Raises:
         InputError: If there is a mistake in the config, or an object of it refuses its arguments.
     """
-    from pipeline.training.signals import interruptible_at_once
-
     diagnosis.check(files, overrides, allow, training=False)
-    with interruptible_at_once():
-        workflow = _workflow(files, overrides, allow, "inference")
-        workflow.initialize()
-        _content(workflow, "prediction")
-        workflow.run()
-        workflow.finalize()
+    workflow = _workflow(files, overrides, allow, "inference")
+    workflow.initialize()
+    _content(workflow, "prediction")
+    workflow.run()
+    workflow.finalize()
 
 
 def open_run(
@@ -202,14 +212,7 @@ def _content(workflow: Any, name: str) -> Any:
     try:
         return workflow.parser.get_parsed_content(name)
     except (RuntimeError, ValueError) as error:
-        raise InputError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the innermost exception says, without the config system's wrapping."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
+        raise InputError(str(innermost(error))) from error
 
 
 def help_text(source: config.Config) -> str:

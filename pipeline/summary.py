@@ -38,9 +38,7 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **hashes: str) -> d
         "wall_time_s": round(progress.wall_time_s, 1),
         **trainer.precision.describe(),
         "device_name": device_name(device),
-        "peak_memory_bytes": (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        ),
+        "peak_memory_bytes": trainer.peak_memory_bytes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

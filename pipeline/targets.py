@@ -33,7 +33,7 @@ from monai.bundle import ConfigComponent
 OURS = {
     "networks.dense_unet": "DenseUNet",
     "pipeline.data.cache": "CachedDataset VolumeCache",
-    "pipeline.data.datasets": "list_images",
+    "pipeline.data.images": "list_images",
     "pipeline.data.intake": "Intake",
     "pipeline.data.plan": "Plan",
     "pipeline.data.sampling": "EpochSampler PatchDataset PatchLoader",

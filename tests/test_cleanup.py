@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from monai.transforms import FillHoles
+from scipy import ndimage
 
 from transforms.cleanup import Cleanup
 
@@ -85,6 +86,50 @@ def test_cleanup_in_the_order_of_its_arguments(labels):
     """What is too small is gone before the largest part is looked for."""
     got = clean(labels, min_volume_ml=1, keep_largest="all")
     assert not got.any()
+
+
+def straightforward(labels, voxel_ml, min_volume_ml, keep_largest, fill_holes):
+    """One step and class after another, on the whole volume."""
+    labels = labels.copy()
+    for value, least in min_volume_ml.items():
+        parts, count = ndimage.label(labels == value, np.ones((3, 3, 3)))
+        for n in range(1, count + 1):
+            if (parts == n).sum() * voxel_ml < least:
+                labels[parts == n] = 0
+    for value in keep_largest:
+        parts, count = ndimage.label(labels == value, np.ones((3, 3, 3)))
+        if count:
+            sizes = [(parts == n).sum() for n in range(1, count + 1)]
+            labels[(parts > 0) & (parts != np.argmax(sizes) + 1)] = 0
+    for value in fill_holes:
+        labels[ndimage.binary_fill_holes(labels == value) & (labels == 0)] = value
+    return labels
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cleanup_agrees_with_a_straightforward_one(seed, monkeypatch):
+    """Of blobs that touch, lie within one another and reach the faces; class 5 is nowhere."""
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr("transforms.cleanup.CHUNK", 700)
+    noise = ndimage.gaussian_filter(rng.normal(size=(6, 22, 19, 17)), (0, 1, 1, 1))
+    labels = noise[:5].argmax(axis=0).astype(np.uint8)
+    labels[noise[5] > 0.1] = 0
+    labels[rng.random(labels.shape) < 0.05] = 0  # holes
+    least = {value: rng.choice([0, 0.05, 0.3, 9]) for value in range(1, 6)}
+    largest = [int(n) for n in rng.permutation(5)[: rng.integers(6)] + 1]
+    filled = [int(n) for n in rng.permutation(5)[: rng.integers(1, 6)] + 1]
+    names = ["background", *"abcde"]
+    cleanup = Cleanup(
+        names,
+        {names[value]: ml for value, ml in least.items()},
+        [names[n] for n in largest],
+        [names[n] for n in filled],
+    )
+    got = cleanup(labels, SPACING)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, straightforward(labels, 0.01, least, largest, filled))
+    assert ((got != 0) & (labels == 0)).any()
+    assert ((got == 0) & (labels != 0)).any()
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, write_case, write_dataset_json
-from dicom_series import write_series
 from monai.data import MetaTensor
 
 from pipeline.data.cache import VolumeCache
-from pipeline.data.datasets import list_images, load_cases
+from pipeline.data.datasets import load_cases
 from pipeline.data.preflight import preflight
 from pipeline.data.sampling import EpochSampler, PatchDataset, PatchLoader
 from pipeline.errors import InputError
@@ -235,76 +234,6 @@ def test_load_cases_refuses_labels_that_do_not_count_from_0(writable, labels):
     (fault,) = faults_of(load_cases, writable, num_folds=2)
     assert "without gaps" in fault
     assert str(list(labels)) in fault
-
-
-def test_list_images_finds_nifti_files_by_name(tmp_path):
-    for name in ("b.nii.gz", "a.b.nii", "._a.nii", "a.nii.gz.part", "notes.txt"):
-        (tmp_path / name).touch()
-    assert list_images(tmp_path) == [
-        {"case_id": "a.b", "image": str(tmp_path / "a.b.nii")},
-        {"case_id": "b", "image": str(tmp_path / "b.nii.gz")},
-    ]
-
-
-def listed(root, names, **keywords):
-    for name in names:
-        (root / f"{name}.nii.gz").touch()
-    return {
-        case["case_id"]: [Path(path).name for path in case["image"]]
-        if isinstance(case["image"], list)
-        else Path(case["image"]).name
-        for case in list_images(root, **keywords)
-    }
-
-
-def test_list_images_puts_channels_together(tmp_path):
-    assert listed(tmp_path, ["b_0000", "b_0001", "a_1_0000", "a_1_0001"]) == {
-        "a_1": ["a_1_0000.nii.gz", "a_1_0001.nii.gz"],
-        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
-    }
-
-
-def test_list_images_names_the_case_when_there_is_one_channel(tmp_path):
-    expected = {"a": "a_0000.nii.gz", "b": "b_0000.nii.gz"}
-    assert listed(tmp_path, ["a_0000", "b_0000"], num_channels=1) == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "num_channels"),
-    [
-        (["amos_0001", "amos_0002"], None),  # channels count from 0
-        (["amos_0000", "amos_0001"], 1),
-        (["a_0000", "a_0001", "b_0000"], None),
-        (["a_0000", "b"], None),
-    ],
-)
-def test_list_images_takes_files_for_cases_when_they_are_no_channels(tmp_path, names, num_channels):
-    expected = {name: f"{name}.nii.gz" for name in names}
-    assert listed(tmp_path, names, num_channels=num_channels) == expected
-
-
-def test_list_images_finds_dicom_series(tmp_path):
-    stored = np.zeros((4, 3, 2), int)
-    for name in ("1.2.840", ".hidden", "a_0000", "a_0001"):
-        write_series(tmp_path / name, stored, np.eye(4))
-    (tmp_path / "empty").mkdir()
-    found = [(case["case_id"], Path(case["image"]).name) for case in list_images(tmp_path)]
-    assert found == [(name, name) for name in ("1.2.840", "a_0000", "a_0001")]
-    one = tmp_path / "1.2.840"
-    assert list_images(one) == [{"case_id": "1.2.840", "image": str(one)}]
-
-
-def test_list_images_refuses_a_name_that_is_there_twice(tmp_path):
-    for name in ("a.nii", "a.nii.gz", "b.nii"):
-        (tmp_path / name).touch()
-    (fault,) = faults_of(list_images, tmp_path)
-    assert fault.startswith("a: expected one volume of this name")
-
-
-@pytest.mark.parametrize("folder", [".", "absent"])
-def test_list_images_refuses_a_folder_without_images(tmp_path, folder):
-    with pytest.raises(InputError, match=r"expected NIfTI files or DICOM series in .*, found none"):
-        list_images(tmp_path / folder)
 
 
 # ---- preflight

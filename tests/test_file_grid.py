@@ -9,17 +9,17 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from test_transforms import GRIDS, make_affine
 
-from transforms.file_grid import FileGrid
+from transforms.file_grid import PLACE, FileGrid
 
 FILE, SOURCE = (13, 11, 12), (17, 9, 14)
 SHEAR = np.array([[1, 0.3, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
 def grid_of(affine, crop=None):
-    """A volume of noise whose grid overlaps that of a file, and the file's grid."""
-    step = np.diag([0.8, 1.3, 0.9, 1.0])
-    turn = affine @ np.diag([1 / n for n in np.linalg.norm(affine[:3, :3], axis=0)] + [1])
-    own = turn @ step
+    """A volume of noise whose grid, of right angles, overlaps that of a file, and its affine."""
+    left, _, right = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    own = affine.copy()
+    own[:3, :3] = left @ right @ np.diag([0.8, 1.3, 0.9])
     meta = {"original_affine": affine, "spatial_shape": np.array(FILE)}
     if crop:
         meta |= {"crop_start": crop[0], "crop_size": crop[1]}
@@ -111,3 +111,61 @@ def test_file_grid_of_the_same_grid_changes_no_bit():
     same = MetaTensor(volume.as_tensor(), affine=torch.eye(4), meta=meta)
     (piece,) = FileGrid(same).pieces(same.as_tensor())
     assert torch.equal(piece.values, same.as_tensor())
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Shapes of the arrays that `_axes` makes."""
+    found = []
+    make = FileGrid._axes
+
+    def spy(self, box):
+        axes = make(self, box)
+        found.extend(values.shape for axis in axes for values in axis)
+        return axes
+
+    monkeypatch.setattr(FileGrid, "_axes", spy)
+    return found
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", ["oblique", "oblique, permuted, flipped"])
+def test_file_grid_takes_axes_one_by_one_when_a_header_rounded_them(name, cut, sizes):
+    """As float32 they are oblique to those of the preprocessed grid, by digits alone."""
+    volume, own = grid_of(AFFINES[name])
+    rounded = AFFINES[name].astype(np.float32).astype(np.float64)
+    coupled = np.abs(np.linalg.inv(own) @ rounded)[:3, :3]
+    assert (np.sort(coupled, axis=0)[:2] > 1e-9).any()
+    volume.meta["original_affine"] = rounded
+    blocks = [((0, 0, 0), volume.as_tensor())]
+    if cut:
+        blocks = list(in_blocks(volume.as_tensor(), 0, 1, [0, 4, 5, SOURCE[0]], [0, 3, SOURCE[1]]))
+    grid = FileGrid(volume)
+    np.testing.assert_allclose(written(grid, blocks), expected(volume, own, rounded), atol=1e-5)
+    assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
+    assert all(piece.mask is None for first, block in blocks for piece in grid.pieces(block, first))
+
+
+def test_file_grid_moves_no_place_by_more_than_a_thousandth_when_axes_are_coupled(sizes):
+    """As far as they may be and count as square."""
+    volume, own = grid_of(AFFINES["RAS"])
+    coupled = np.eye(4)
+    coupled[0, 1], coupled[2, 0] = 0.9e-3 / FILE[1], -0.9e-3 / FILE[0]
+    affine = own @ coupled
+    volume.meta["original_affine"] = affine
+    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    steepest = max(float(np.abs(np.diff(volume.numpy(), axis=n)).max()) for n in (1, 2, 3))
+    assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
+    error = np.abs(got - expected(volume, own, affine)).max()
+    assert 1e-4 < error < 1e-3 * steepest
+
+
+@pytest.mark.parametrize("lines", [0.5, 1, 2.9, 40])
+def test_file_grid_of_sheared_axes_holds_a_chunk_of_places(lines, sizes, monkeypatch):
+    volume, _ = grid_of(AFFINES["sheared"])
+    monkeypatch.setattr("transforms.file_grid.CHUNK", int(lines * FILE[2] * (3 + PLACE)))
+    for first, block in in_blocks(volume.as_tensor(), 0, 1, [0, 4, 5, SOURCE[0]], [0, SOURCE[1]]):
+        for piece in FileGrid(volume).pieces(block, first):
+            assert piece.values[0].numel() <= max(lines, 1) * FILE[2]
+    assert max(map(np.prod, sizes)) <= max(lines, 1) * FILE[2]
+    assert max(map(np.prod, sizes)) > 0.4 * lines * FILE[2]

@@ -44,9 +44,9 @@ def predict(runs, tmp_path, monkeypatch):
     """`predict(input, key=value, ...)` → exit status; results are in `tmp_path / "out"`."""
     monkeypatch.chdir(REPOSITORY)
 
-    def command(images, run_dir=None, **values) -> int:
+    def command(images, **values) -> int:
         given = {
-            "run_dir": run_dir or str(runs / "a"),
+            "run_dir": str(runs / "a"),
             "input": str(images),
             "output_dir": str(tmp_path / "out"),
             **values,
@@ -96,7 +96,7 @@ def test_prediction_lies_on_the_inputs_own_grid(predict, tmp_path, name, codes, 
     for field in ("sform_code", "qform_code", "xyzt_units", "srow_x", "quatern_b", "qoffset_x"):
         assert got.header[field] == pytest.approx(given.header[field]), field
     np.testing.assert_array_equal(got.header["pixdim"][:4], given.header["pixdim"][:4])
-    assert got.header["descrip"] == b""
+    assert b"somebody" not in got.header["descrip"].tobytes()
 
 
 def test_prediction_follows_the_image_when_its_axes_are_permuted(predict, tmp_path):
@@ -114,10 +114,18 @@ def test_prediction_follows_the_image_when_its_axes_are_permuted(predict, tmp_pa
 
 def test_prediction_of_a_dicom_series(predict, tmp_path):
     voxels = np.random.default_rng(0).integers(0, 99, (18, 16, 12)).astype(np.int16)
-    write_series(tmp_path / "images/one", voxels, make_affine(*GRIDS["RAS"]))
+    affine = make_affine(*GRIDS["RAS"])
+    write_series(tmp_path / "images/one", voxels, affine)
     assert predict(tmp_path / "images") == 0
     got = nib.load(tmp_path / "out/one.nii.gz")
     assert got.shape == (18, 16, 12)
+    # as a file its axes are turned, the labels lie where they lay
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "same.nii.gz")
+    assert predict(tmp_path / "same.nii.gz") == 0
+    same = nib.load(tmp_path / "out/same.nii.gz")
+    back, expected = (nib.as_closest_canonical(image) for image in (got, same))
+    np.testing.assert_allclose(back.affine, expected.affine, atol=1e-4)
+    assert (np.asarray(back.dataobj) == np.asarray(expected.dataobj)).mean() > 0.999
     assert (int(got.header["sform_code"]), int(got.header["qform_code"])) == (1, 1)
     assert got.header.get_xyzt_units()[0] == "mm"
 
@@ -225,6 +233,8 @@ def broken(folder: Path) -> dict[str, str]:
     flipped[len(good) // 2] ^= 4
     (images / "flipped.nii.gz").write_bytes(bytes(flipped))
     (images / "text.nii.gz").write_text("hello")
+    for ending in ("nii", "nii.gz"):
+        nib.save(nib.load(images / "good.nii.gz"), images / f"twice.{ending}")
     volumes = {
         "channels": rng.normal(size=(9, 8, 7, 3)),
         "five": rng.normal(size=(9, 8, 7, 3, 2)),
@@ -237,6 +247,7 @@ def broken(folder: Path) -> dict[str, str]:
         "cut": readable,
         "flipped": readable,
         "text": readable,
+        "twice": "expected one volume of this name in ",
         "channels": "expected 1 image channels, got 3",
         "five": "expected an image of shape (H, W, D) or (H, W, D, channels)",
         "nan": "expected finite voxels, got 4320",
@@ -247,7 +258,7 @@ def test_bad_cases_are_named_and_the_rest_is_done(predict, tmp_path, capsys):
     expected = broken(tmp_path)
     assert predict(tmp_path / "imagesTr") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
-    listed = capsys.readouterr().err.split(f"Not predicted: {len(expected)} of 7\n")[1]
+    listed = capsys.readouterr().err.split(f"Not predicted: {len(expected)} of 8\n")[1]
     lines = dict(line.strip().split(": ", 1) for line in listed.splitlines())
     assert lines.keys() == expected.keys()
     for case_id, words in expected.items():
@@ -258,7 +269,7 @@ def test_strict_stops_at_the_first(predict, tmp_path, capsys):
     broken(tmp_path)
     assert predict(tmp_path / "imagesTr", strict=True) == 1
     assert not list((tmp_path / "out").iterdir())
-    assert "Not predicted: 1 of 7" in capsys.readouterr().err
+    assert "Not predicted: 1 of 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -290,12 +301,66 @@ def test_ensemble_of_another_plan_is_refused(predict, runs, dataset, capsys):
     assert "expected a run of the same plan, got another roi_size" in capsys.readouterr().err
 
 
-def test_images_are_never_overwritten(predict, dataset, tmp_path, capsys):
-    shutil.copytree(dataset / "imagesTr", tmp_path / "out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert predict(tmp_path / "out") == 2
+def as_it_was(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["nii.gz", "nii", "series", "in a series"])
+def test_images_are_never_written_among(predict, dataset, tmp_path, capsys, kind):
+    out = tmp_path / "out"
+    if "series" in kind:
+        series = out / "one" if kind == "series" else out.parent / "one"
+        write_series(series, np.ones((9, 8, 7), np.int16), np.eye(4))
+        images, out = series, out if kind == "series" else series / "pred"
+    else:
+        out.mkdir()
+        images = out
+        nib.save(nib.load(dataset / "imagesTr/tiny_001.nii.gz"), out / f"a.{kind}")
+    before = as_it_was(tmp_path)
+    assert predict(images, output_dir=str(out)) == 2
     assert "output_dir: expected another folder than that of the images" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert as_it_was(tmp_path) == before
+
+
+def test_labels_are_never_overwritten_but_predictions_are(predict, dataset, tmp_path, capsys):
+    shutil.copytree(dataset / "labelsTr", tmp_path / "out")
+    before = as_it_was(tmp_path)
+    assert predict(dataset / "imagesTr") == 2
+    assert "expected a folder without other files of the results' names" in capsys.readouterr().err
+    assert as_it_was(tmp_path) == before
+    assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
+    assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run_dir": []}, "--run_dir: expected a path, got []"),
+        ({"output_dir": None}, "--output_dir: expected a path, got null"),
+        ({"ensemble": None}, "--ensemble: expected a path, got null"),
+        ({"run_dir": 2024}, "run_dir: expected the directory of a run, got 2024"),
+        ({"images": 5}, "input: expected NIfTI files or DICOM series in "),
+        ({"ensemble": "nowhere"}, "run_dir: expected the directory of a run, got "),
+    ],
+)
+def test_paths_that_are_none(predict, dataset, tmp_path, capsys, change, words):
+    change = dict(change)
+    assert predict(change.pop("images", dataset / "imagesTr"), **change) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_interrupted_prediction_lists_what_it_could_not_do(predict, tmp_path, monkeypatch, capsys):
+    broken(tmp_path)
+
+    def interrupt(self, image, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.prediction.segmenter.Segmenter.__call__", interrupt)
+    assert predict(tmp_path / "imagesTr") == 130
+    told = capsys.readouterr().err
+    assert "Not predicted: 3 of 8" in told  # those before the good one
+    assert "Interrupted." in told
 
 
 @pytest.mark.parametrize(
@@ -322,6 +387,50 @@ def test_images_unlike_those_of_training_are_predicted_with_a_warning(
     told = told.out + told.err
     assert (words in told) if words else ("as in training" not in told)
     assert (tmp_path / "out/case.nii.gz").exists()
+
+
+def test_predictor_leaves_the_image_as_it_is(runs, dataset):
+    """With nothing to resample and float32, normalisation would work in the caller's memory."""
+    predictor = Predictor(runs / "a")
+    voxels = np.random.default_rng(0).normal(50, 9, (20, 18, 12)).astype(np.float32)
+    before = voxels.copy()
+    first = predictor(voxels, np.eye(4))
+    tensor = MetaTensor(torch.as_tensor(voxels)[None], affine=torch.eye(4))
+    np.testing.assert_array_equal(predictor(tensor), first)
+    np.testing.assert_array_equal(voxels, before)
+    forms = [voxels.astype(">f4"), voxels[::-1][::-1], np.asfortranarray(voxels), voxels.tolist()]
+    for form in forms[:3]:
+        np.testing.assert_array_equal(predictor(form, np.eye(4)), first)
+    np.testing.assert_array_equal(
+        predictor(torch.as_tensor(voxels).requires_grad_(), np.eye(4)), first
+    )
+
+
+def test_predictor_raises_what_it_says(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "r")
+    (tmp_path / "r/models/model.pt").unlink()
+    with pytest.raises(InputError, match=r"expected the weights of a trained network"):
+        Predictor(tmp_path / "r")
+    for values, words in (
+        ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
+        ({"overlap": 1.0}, "overlap: expected 0 to below 1"),
+        ({"sw_batch_size": "x"}, "sw_batch_size: expected int"),
+        ({"ensemble": ["nowhere"]}, "run_dir: expected the directory of a run, got"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Predictor(runs / "a", **values)
+    for affine in (np.eye(3), np.zeros((4, 4))):
+        with pytest.raises(ValueError, match=r"affine: expected .4, 4. with three directions"):
+            Predictor(runs / "a")(np.zeros((9, 9, 9)), affine)
+    assert len(Predictor(runs / "a", ensemble=[str(runs / "b")]).segmenter.networks) == 2
+
+
+def test_ensemble_takes_the_same_weights_of_each_run(runs, tmp_path):
+    for name in "ab":
+        shutil.copytree(runs / name, tmp_path / name)
+    (tmp_path / "b/models/last.pt").unlink()
+    with pytest.raises(InputError, match=r"b/models/last.pt: expected the weights"):
+        Predictor(tmp_path / "a", tmp_path / "b", weights="models/last.pt")
 
 
 def test_predictor_refuses(runs):

@@ -60,6 +60,18 @@ def test_blocks_tile_the_volume_in_order(network, shape, sums_bytes):
     assert (len(lanes) > 1) == (sums_bytes < 2**32)
 
 
+def test_padding_alone_makes_no_block(network, monkeypatch):
+    """A volume much narrower than the window, of which a few planes are handed on at once."""
+    monkeypatch.setattr("pipeline.prediction.sums.CHUNK_BYTES", 2000)
+    volume = torch.randn(1, 2, 3, 20, 8, dtype=torch.float64)
+    expected = sliding_window_inference(volume, (16, 16, 8), 3, network, 0.5, "gaussian")
+    got = SlidingWindow((16, 16, 8), 5)(volume, network)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    window = SlidingWindow((16, 16, 8), 5)
+    for block in window.blocks(volume[0], [network]):
+        assert min(block.logits.shape) > 0
+
+
 def test_mirror_averages_over_all_mirror_images(network):
     volume = torch.randn(1, 2, 16, 16, 8, dtype=torch.float64)
     axes = (2, 4)
@@ -122,12 +134,12 @@ def test_memory_keeps_within_what_it_may_take(monkeypatch):
 
 
 def test_windows_of_many_classes_or_voxels_are_fewer_at_once():
-    assert SlidingWindow((16, 16, 16), 2, 4)._batch_size() == 4
-    assert SlidingWindow((128, 128, 128), 2, 4)._batch_size() == 2
-    assert SlidingWindow((256, 256, 256), 2, 4)._batch_size() == 1
+    assert SlidingWindow((16, 16, 16), 2, 4).batch_size == 4
+    assert SlidingWindow((128, 128, 128), 2, 4).batch_size == 2
+    assert SlidingWindow((256, 256, 256), 2, 4).batch_size == 1
     logits = 4 * 100 * 16**3
-    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=8 * 2 * logits)._batch_size() == 2
-    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=logits)._batch_size() == 1
+    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=8 * 2 * logits).batch_size == 2
+    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=logits).batch_size == 1
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.6, 0.9])

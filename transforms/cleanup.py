@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), dtype=bool)  # voxels with a corner in common are of one part
+CHUNK = 2**20  # voxels
 
 
 class Cleanup:
@@ -53,18 +55,67 @@ class Cleanup:
         """
         labels = labels.copy()
         voxel_ml = float(np.prod(spacing_mm)) / 1000
-        for value, least in self.min_volume_ml.items():
-            if least > 0:
-                for part, parts, sizes in _parts(labels, value):
-                    part[np.isin(parts, np.flatnonzero(sizes * voxel_ml < least) + 1)] = 0
-        for value in self.keep_largest:
-            for part, parts, sizes in _parts(labels, value):
-                part[(parts > 0) & (parts != sizes.argmax() + 1)] = 0
+        least_ml = {value: least for value, least in self.min_volume_ml.items() if least > 0}
+        parted = {*least_ml, *self.keep_largest}
+        if not parted and not self.fill_holes:
+            return labels
+        # a class loses voxels, or gains some that it encloses: it stays within its box
+        boxes = ndimage.find_objects(labels, max_label=max(*parted, *self.fill_holes, 0))
+        within = {n: labels[box] for n, box in enumerate(boxes, 1) if box is not None}
+        for value in sorted(parted & within.keys()):
+            alone = value in self.keep_largest
+            _remove_parts(within[value], value, voxel_ml, least_ml.get(value, 0), alone)
         for value in self.fill_holes:
-            for box in _boxes(labels, value):
-                part = labels[box]
-                part[ndimage.binary_fill_holes(part == value) & (part == 0)] = value
+            if value in within:
+                _fill_holes(within[value], value)
         return labels
+
+
+def _remove_parts(
+    box: np.ndarray, value: int, voxel_ml: float, least_ml: float, largest_alone: bool
+) -> None:
+    """Take away parts of a class that are too small, or not its largest.
+
+    Args:
+        box: `(h, w, d)` labels, changed in place; the class is there.
+        value: Of the class.
+        voxel_ml: Volume of a voxel.
+        least_ml: Volume of a part that stays.
+        largest_alone: Whether the largest part alone is kept.
+    """
+    parts, count = ndimage.label(box == value, structure=TOUCHING)
+    sizes = np.zeros(count + 1, np.int64)
+    for rows in _rows(parts):
+        sizes += np.bincount(parts[rows].ravel(), minlength=count + 1)
+    small = sizes * voxel_ml < least_ml
+    if largest_alone:
+        small |= np.arange(count + 1) != sizes[1:].argmax() + 1
+    small[0] = False  # what is not of the class
+    for rows in _rows(parts):
+        box[rows][small[parts[rows]]] = 0
+
+
+def _fill_holes(box: np.ndarray, value: int) -> None:
+    """Give a class the background that it encloses.
+
+    Args:
+        box: `(h, w, d)` labels around all of the class, changed in place.
+        value: Of the class.
+    """
+    parts, count = ndimage.label(box != value)
+    enclosed = np.ones(count + 1, bool)
+    enclosed[0] = False  # the class itself
+    for axis, end in itertools.product(range(3), (0, -1)):
+        enclosed[parts.take(end, axis)] = False
+    for rows in _rows(parts):
+        box[rows][enclosed[parts[rows]] & (box[rows] == 0)] = value
+
+
+def _rows(parts: np.ndarray) -> Iterator[slice]:
+    """Along the first axis, a few planes at a time: NumPy makes indices of 8 bytes of them."""
+    step = max(1, CHUNK // parts[0].size)
+    for start in range(0, len(parts), step):
+        yield slice(start, start + step)
 
 
 def _values(names: Sequence[str], chosen: str | Sequence[str], where: str) -> list[int]:
@@ -75,17 +126,3 @@ def _values(names: Sequence[str], chosen: str | Sequence[str], where: str) -> li
         got = chosen if isinstance(chosen, str) else ", ".join(unknown)
         raise ValueError(f"{where}: expected classes of {', '.join(names)}, got {got}. Correct it.")
     return [names.index(name) + 1 for name in chosen]
-
-
-def _boxes(labels: np.ndarray, value: int) -> Iterator[tuple[slice, ...]]:
-    """The box around a class, if it is there."""
-    box = ndimage.find_objects(labels, max_label=value)[value - 1]
-    if box is not None:
-        yield box
-
-
-def _parts(labels: np.ndarray, value: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of the box around a class: a view, its connected parts, and their sizes in voxels."""
-    for box in _boxes(labels, value):
-        parts, count = ndimage.label(labels[box] == value, structure=TOUCHING)
-        yield labels[box], parts, np.bincount(parts.ravel(), minlength=count + 1)[1:]

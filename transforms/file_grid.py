@@ -8,16 +8,22 @@ volume was cut into blocks.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 
-CHUNK = 2**25  # values that are interpolated at once; of float32 128 MiB
-NOTHING = 1e-6  # voxels; an axis that adds no more to another's coordinate is square to it
+CHUNK = 2**25  # values of 4 bytes that are held at once, 128 MiB
+PLACE = 32  # of these, for where one voxel is: indices and weights of its neighbours
+# Voxels: an axis that adds less to another's coordinate over the whole volume is square to it.
+# Headers keep affines in float32, which couples axes by up to 1e-5; 1e-3 is, of voxels of 1 mm, the
+# distance within which two grids are one (`TOLERANCE_MM`), and moves a voxel by half of that.
+NOTHING = 1e-3
 
 Box = tuple[slice, ...]
 Axis = tuple[np.ndarray, np.ndarray]  # lower neighbour, and share of the upper one
@@ -69,7 +75,11 @@ class FileGrid:
         self._source = np.array(image.shape[1:])
         to_source = np.linalg.inv(np.asarray(image.affine, dtype=np.float64)) @ self.affine
         self._matrix, self._offset = to_source[:3, :3], to_source[:3, 3]
-        self._matrix[np.abs(self._matrix) * self.shape < NOTHING] = 0
+        steps = np.abs(self._matrix)
+        nothing = (steps * self.shape < NOTHING) & (steps < steps.max(axis=0))
+        # at the centre of the volume nothing is lost by leaving it out
+        self._offset += np.where(nothing, self._matrix, 0) @ (np.array(self.shape) - 1) / 2
+        self._matrix[nothing] = 0
 
     def pieces(self, block: torch.Tensor, first: Sequence[int] = (0, 0, 0)) -> Iterator[Piece]:
         """Interpolate at the voxels of the file that belong to a block.
@@ -83,21 +93,20 @@ class FileGrid:
             first: Voxel of the volume that the block begins with.
         """
         start, size = np.array(first), np.array(block.shape[1:])
-        box = self._reach(start, size)
-        owned = self._owned(self._axes(box), start, size)
-        if not owned.any():
-            return
-        box = _trimmed(box, owned)
-        planes = [s.stop - s.start for s in box]
-        rows = max(1, CHUNK // (len(block) * planes[1] * planes[2]))
-        for begin in range(box[0].start, box[0].stop, rows):
-            inside = (slice(begin, min(begin + rows, box[0].stop)), *box[1:])
-            axes = self._axes(inside)
+        for chunk in _chunks(self._reach(start, size), len(block)):
+            axes = self._axes(chunk)
             owned = self._owned(axes, start, size)
+            inside = _bounds(owned, [s.stop - s.start for s in chunk])
+            if inside is None:
+                continue
             shape = tuple(s.stop - s.start for s in inside)
-            mask = None if owned.all() else np.broadcast_to(owned, shape).copy()
+            mask = None  # as a copy costs, only where it says something
+            if not all(_cut(own, inside).all() for own in owned):
+                mask = np.broadcast_to(_cut(_all(owned), inside), shape).copy()
+            axes = [(_cut(low, inside), _cut(share, inside)) for low, share in axes]
+            starts = zip([s.start for s in chunk], inside, strict=True)
             yield Piece(
-                inside,
+                tuple(slice(begin + s.start, begin + s.stop) for begin, s in starts),
                 _interpolate(block, start, axes, shape),
                 mask if mask is None else torch.as_tensor(mask, device=block.device),
             )
@@ -133,22 +142,51 @@ class FileGrid:
             found.append((low, place - low))
         return found
 
-    def _owned(self, axes: Sequence[Axis], start: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Which voxels belong to a block, broadcasting as `axes` do."""
+    def _owned(self, axes: Sequence[Axis], start: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
+        """Which voxels belong to a block: those of all arrays, which broadcast as `axes` do.
+
+        Of parallel grids, each array is of one axis; of others, there is one.
+        """
         last = np.where(self._source == 1, 1, start + size - 1)
         own = [(low >= a) & (low < b) for (low, _), a, b in zip(axes, start, last, strict=True)]
-        return own[0] & own[1] & own[2]
+        return own if all(one.size == max(one.shape) for one in own) else [_all(own)]
 
 
-def _trimmed(box: Box, owned: np.ndarray) -> Box:
-    """The box without the planes at its ends in which nothing is owned."""
-    owned = np.broadcast_to(owned, [max(s.stop - s.start, 0) for s in box])
-    ends = []
-    for axis, s in enumerate(box):
+def _all(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return reduce(np.logical_and, arrays)
+
+
+def _chunks(box: Box, num_channels: int) -> Iterator[Box]:
+    """Parts of a box, for each of which `CHUNK` is enough; at the least a line of voxels."""
+    columns, depth = (max(1, s.stop - s.start) for s in box[1:])
+    lines = max(1, CHUNK // ((num_channels + PLACE) * depth))
+    columns = min(columns, lines)
+    for i in range(box[0].start, box[0].stop, lines // columns):
+        for j in range(box[1].start, box[1].stop, columns):
+            yield (
+                slice(i, min(i + lines // columns, box[0].stop)),
+                slice(j, min(j + columns, box[1].stop)),
+                box[2],
+            )
+
+
+def _bounds(owned: Sequence[np.ndarray], shape: Sequence[int]) -> Box | None:
+    """Smallest box around what is owned, of arrays as `_owned` gives; `None`: nothing is."""
+    bounds = []
+    for axis, n in enumerate(shape):
         others = tuple({0, 1, 2} - {axis})
-        planes = np.flatnonzero(owned.any(axis=others))
-        ends.append(slice(s.start + int(planes[0]), s.start + int(planes[-1]) + 1))
-    return tuple(ends)
+        own = _all([np.asarray(one.any(axis=others)) for one in owned])
+        planes = np.flatnonzero(np.broadcast_to(own, n))
+        if not len(planes):
+            return None
+        bounds.append(slice(int(planes[0]), int(planes[-1]) + 1))
+    return tuple(bounds)
+
+
+def _cut(values: np.ndarray, inside: Box) -> np.ndarray:
+    """Part of an array that broadcasts to a box, for what is inside of it."""
+    along = zip(inside, values.shape, strict=True)
+    return values[tuple(s if n > 1 else slice(None) for s, n in along)]
 
 
 def _interpolate(
@@ -157,20 +195,27 @@ def _interpolate(
     """`(C, *shape)` from the eight neighbours of each voxel."""
     strides = (block.shape[2] * block.shape[3], block.shape[3], 1)
     flat = block.reshape(len(block), -1)
-    found = torch.zeros((len(block), int(np.prod(shape))), device=block.device)
-    for corner in itertools.product((0, 1), repeat=3):
-        shares = [
-            share if upper else 1 - share for (_, share), upper in zip(axes, corner, strict=True)
-        ]
-        if not all(share.any() for share in shares):
-            continue
-        index = torch.zeros((), dtype=torch.int64, device=block.device)
-        for (low, _), upper, a, stride in zip(axes, corner, start, strides, strict=True):
-            index = index + torch.as_tensor((low + upper - a) * stride, device=block.device)
-        weight = torch.ones((), device=block.device)
-        for share in shares:
-            weight = weight * torch.as_tensor(share, dtype=torch.float32, device=block.device)
+    found = torch.zeros((len(block), math.prod(shape)), device=block.device)
+    neighbours = [
+        _neighbours(axis, first, stride, block.device)
+        for axis, first, stride in zip(axes, start, strides, strict=True)
+    ]
+    for (i, u), (j, v), (k, w) in itertools.product(*neighbours):
         # a voxel that another block owns may have its neighbours outside of this one
-        near = index.expand(shape).reshape(-1).clamp(0, flat.shape[1] - 1)
-        found.addcmul_(flat.index_select(1, near), weight.expand(shape).reshape(-1))
+        near = (i + j + k).clamp_(0, flat.shape[1] - 1).expand(shape).reshape(-1)
+        weight = (u * v * w).expand(shape).reshape(-1)
+        found.addcmul_(flat.index_select(1, near), weight)
     return found.reshape(len(block), *shape)
+
+
+def _neighbours(
+    axis: Axis, first: int, stride: int, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of the lower and the upper neighbour, if they count: place in the block, and weight."""
+    low, share = axis
+    index = torch.as_tensor((low - first) * stride, device=device)
+    return [
+        (index + shift, torch.as_tensor(weight.astype(np.float32), device=device))
+        for shift, weight in ((0, 1 - share), (stride, share))
+        if weight.any()
+    ]

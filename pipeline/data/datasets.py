@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.findings import Finding
-from pipeline.data.folders import group_channels
 from pipeline.data.layouts import read_layout
-from pipeline.data.listing import (
-    ENDINGS,
-    Case,
-    Layout,
-    case_name,
-    channel_of,
-    paths_of,
-    volumes_in,
-)
+from pipeline.data.listing import Case, Layout, paths_of
 from pipeline.data.split_files import split_by_file
 from pipeline.data.splits import GroupPattern, Split, split_by_hash
 from pipeline.errors import InputError, nearest
@@ -135,62 +126,6 @@ def load_cases(
         # cases with a fault are not there to be split, which may be why there are too few
         raise InputError(*(finding.line for finding in layout.findings), *error.faults) from None
     return _cases(layout, split, sorted(set(exclude)))
-
-
-def list_images(
-    folder: str | Path, num_channels: int | None = None, root: str | Path = ""
-) -> list[Case]:
-    """The volumes of a folder, or a single file, as cases without labels, by name.
-
-    Volumes are NIfTI files and folders with a DICOM series; a folder of DICOM files is one case.
-    Where every name ends as channels do (`<case>_0000`, `_0001`, …) and all cases have the same
-    channels, counted from 0, these are put together.
-
-    Args:
-        folder: With the volumes; or a file, which stands for all channels of its case.
-        root: That its name starts from.
-        num_channels: Of an image. Names such as `amos_0000`, `amos_0001` may be cases or channels:
-            they are channels if so many belong to each case. None: they are channels.
-
-    Raises:
-        InputError: If there is none.
-    """
-    root = Path(root, folder).absolute()
-    found = volumes_in(root)
-    if root.is_file() and root.name.endswith(ENDINGS):
-        channel = channel_of(case_name(root)) if num_channels != 1 else None
-        beside = volumes_in(root.parent) if channel else [root]
-        found = [path for path in beside if not channel or _is_of(path, channel[0])]
-    elif not found and root.is_dir() and dicom_files(root):
-        found = [root]
-    if not found:
-        raise InputError(
-            f"input: expected NIfTI files or DICOM series in {folder}, found none. Check the path."
-        )
-    paths = {case_name(path): str(path) for path in found}
-    if len(paths) < len(found):
-        twice = sorted({case_name(path) for path in found if str(path) not in paths.values()})
-        raise InputError(
-            *(f"{name}: expected one volume of this name in {root}, got two." for name in twice)
-        )
-    grouped = group_channels(list(paths))
-    channels = {tuple(one) for one in grouped.values()}
-    count = len(next(iter(channels)))
-    regular = channels == {tuple(f"{n:04d}" for n in range(count))}
-    if not regular or num_channels not in (None, count):
-        return [{"case_id": name, "image": path} for name, path in paths.items()]
-    return [
-        {"case_id": case, "image": [paths[name] for name in names.values()]}
-        if count > 1
-        else {"case_id": case, "image": paths[names["0000"]]}
-        for case, names in grouped.items()
-    ]
-
-
-def _is_of(path: Path, case_id: str) -> bool:
-    """Whether a file is a channel of a case."""
-    channel = channel_of(case_name(path))
-    return channel is not None and channel[0] == case_id
 
 
 def _without(layout: Layout, exclude: Sequence[str]) -> Layout:

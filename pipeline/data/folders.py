@@ -42,15 +42,12 @@ def read_folders(root: Path) -> Layout:
     )
 
 
-def group_channels(
-    names: Sequence[str], labels: Mapping[str, str] | None = None
-) -> dict[str, dict[str, str]]:
+def group_channels(names: Sequence[str], labels: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Channel number to name, per case; the number is empty where a case is one name.
 
     A name such as `amos_0001` may be a case or a channel: it is a case if a label is named so,
     and a channel if the rest of it names a label, or if no name at all is that of a label.
     """
-    labels = labels or {}
     whole = any(name in labels for name in names)
     grouped: dict[str, dict[str, str]] = {}
     for name in names:

@@ -62,7 +62,11 @@ def _files(folder: Path, what: str) -> dict[str, list[Path]]:
     for path in paths:
         if path.name.endswith(ENDINGS) and not path.name.startswith(".") and path.is_file():
             found.setdefault(case_name(path), []).append(path)
-    return found
+    # what prediction writes beside a label map is none
+    beside = [
+        name for name in found if name.removesuffix("_probabilities") in found.keys() - {name}
+    ]
+    return {name: files for name, files in found.items() if name not in beside}
 
 
 def read_pair(pred_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:

@@ -19,12 +19,25 @@ PLACE = [
 ]  # fmt: skip
 
 
+MARK = b"segmentation by mixed-precision-segmentation"  # of what is written here
+
+
+def is_prediction(path: Path) -> bool:
+    """Whether a file was written by `save_like`, and may be written over by it."""
+    try:
+        header: Any = nib.load(path).header
+        return bool(header["descrip"] == MARK)
+    except Exception:  # nibabel raises many kinds for what is no image
+        return False
+
+
 def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     """Write a volume on the grid of another file.
 
     Of a NIfTI file everything that says where its voxels are is kept bit for bit: sform and qform
     with their codes, pixdim, units. What is of the image and not of its grid (scaling, intent,
-    description, extensions) is not. A DICOM series has its affine as sform and qform, in mm.
+    description, extensions) is not; the description says who wrote it. A DICOM series has its
+    affine as sform and qform, in mm.
 
     Args:
         voxels: `(H, W, D)`, or `(H, W, D, classes)`, on the grid of `source`.
@@ -37,7 +50,9 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     # a name of its own, ending as the other, since nibabel compresses by the ending
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
-        nib.save(_image(voxels, source), temporary)
+        image = _image(voxels, source)
+        image.header["descrip"] = MARK
+        nib.save(image, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -80,8 +80,8 @@ class Segmenter:
             try:
                 found = self._segment(image, with_probabilities)
                 break
-            except torch.OutOfMemoryError:
-                if not self._retreat():
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not self._retreat():
                     raise
             torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
         if self.cleanup is None:
@@ -92,8 +92,8 @@ class Segmenter:
     def _retreat(self) -> bool:
         """Ask for less memory; whether there is a way."""
         inferer = self.inferer
-        if inferer.sw_batch_size > 1:
-            inferer.sw_batch_size //= 2
+        if inferer.batch_size > 1:
+            inferer.sw_batch_size = inferer.batch_size // 2
             log.warning("Out of memory: going on with %d windows at once", inferer.sw_batch_size)
         elif self.precision.device.type != "cpu" and inferer.device is None:
             inferer.device = torch.device("cpu")
@@ -140,6 +140,12 @@ class Segmenter:
                 return network(windows)
 
         return predict
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device has no memory left: cuDNN and cuBLAS say so in words of their own."""
+    words = ("ALLOC_FAILED", "unable to find an engine", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 class SlidingWindowLabels(SlidingWindow):
@@ -216,7 +222,7 @@ def joined(blocks: Iterable[Block]) -> Iterator[tuple[list[int], torch.Tensor]]:
             behind = None
             beside = torch.cat(border, dim=along) if border else None
             border = []
-        border.append(values.narrow(across, -1, 1).clone())
+        border.append(values.narrow(across, -1, 1).clone())  # of all planes that a lane has
         if beside is not None:
             near = beside.narrow(along, first[block.along], values.shape[along])
             values = torch.cat([near, values], dim=across)

@@ -143,6 +143,8 @@ class SlidingWindow(SlidingWindowInferer):
             box[across] = lane
             for slab, logits in self._lane(padded, networks, course, box, along, weights):
                 ends = [(max(a, p), min(b, q)) for (a, b), (p, q) in zip(slab, inside, strict=True)]
+                if any(a >= b for a, b in ends):  # nothing but what was padded
+                    continue
                 kept = slices_in(ends, [o for o, _ in slab])
                 first = tuple(a - p for (a, _), (p, _) in zip(ends, inside, strict=True))
                 yield Block(first, logits[:, :, *kept], along, across)
@@ -167,8 +169,8 @@ class SlidingWindow(SlidingWindowInferer):
                 slab[along] = waiting.pop(0)
                 live.append(WeightedSums(slab, len(networks), self.num_classes, weights))
             corners = list(itertools.product(*({**course, along: [start]}[n] for n in range(3))))
-            for n in range(0, len(corners), self._batch_size()):
-                self._add(live, padded, corners[n : n + self._batch_size()], networks)
+            for n in range(0, len(corners), self.batch_size):
+                self._add(live, padded, corners[n : n + self.batch_size], networks)
             while live and live[0].box[along][1] <= following:
                 yield from live.pop(0).blended(along)
 
@@ -196,7 +198,8 @@ class SlidingWindow(SlidingWindowInferer):
         inside = [(m, m + n) for (m, _), n in zip(margins, volume.shape[1:], strict=True)]
         return torch.nn.functional.pad(volume, widths), inside
 
-    def _batch_size(self) -> int:
+    @property
+    def batch_size(self) -> int:
         """Windows at once: their logits take no more than an eighth of what sums may."""
         voxels = math.prod(self.window)
         fitting = self.sums_bytes // 8 // (4 * self.num_classes * voxels)

@@ -75,6 +75,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last_step: `StepStats` of the latest optimizer step.
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` where it does not.
+        peak_memory_bytes: Of training and validation on a CUDA device, when they have ended.
         interrupted: Whether training ends here, to be continued: decided before the handlers of a
             step, or of an epoch's end, save what it ends with.
 
@@ -116,6 +117,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.last_step: StepStats | None = None
         self.group: list[dict[str, Any]] = []
         self.diagnosis: str | None = None
+        self.peak_memory_bytes: int | None = None
         self.interrupted = self._told_to_end = False
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
         self._buffers = BufferSnapshot(network)
@@ -152,6 +154,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._started = time.monotonic() - self.progress.wall_time_s
         with interruptible(self.interrupt, self.grace_s):
             self._train()
+        if self.precision.device.type == "cuda":  # before anything else is done there
+            self.peak_memory_bytes = torch.cuda.max_memory_allocated(self.precision.device)
         if self.diagnosis is not None:
             log.error("%s", self.diagnosis)
             raise TrainingStopped(self.diagnosis)

@@ -1,0 +1,149 @@
+"""A folder or a file to predict, as cases: which files are channels of one, and which are alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_series import write_series
+
+from pipeline.data.images import list_images
+from pipeline.errors import InputError
+
+
+def touch(root, names):
+    for name in names:
+        (root / (name if "." in name else f"{name}.nii.gz")).touch()
+
+
+def shown(cases):
+    """Case id to file names, as a word where there is one path and not a list."""
+    return {
+        case["case_id"]: [Path(path).name for path in case["image"]]
+        if isinstance(case["image"], list)
+        else Path(case["image"]).name
+        for case in cases
+    }
+
+
+def listed(root, names, **keywords):
+    touch(root, names)
+    return shown(list_images(root, **keywords))
+
+
+def test_list_images_finds_nifti_files_by_name(tmp_path):
+    touch(tmp_path, ("b.nii.gz", "a.b.nii", "._a.nii", "a.nii.gz.part", "notes.txt"))
+    assert list_images(tmp_path) == [
+        {"case_id": "a.b", "image": str(tmp_path / "a.b.nii")},
+        {"case_id": "b", "image": str(tmp_path / "b.nii.gz")},
+    ]
+
+
+@pytest.mark.parametrize("num_channels", [None, 2])
+def test_list_images_puts_channels_together(tmp_path, num_channels):
+    names = ["b_0000", "b_0001", "a_1_0000", "a_1_0001"]
+    assert listed(tmp_path, names, num_channels=num_channels) == {
+        "a_1": ["a_1_0000.nii.gz", "a_1_0001.nii.gz"],
+        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
+    }
+
+
+def test_list_images_names_the_case_when_there_is_one_channel(tmp_path):
+    expected = {"a": "a_0000.nii.gz", "b": "b_0000.nii.gz"}
+    assert listed(tmp_path, ["a_0000", "b_0000"], num_channels=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "num_channels"),
+    [
+        (["amos_0001", "amos_0002"], None),  # channels count from 0
+        (["amos_0001", "amos_0002"], 2),
+        (["amos_0000", "amos_0001"], 1),
+        (["amos_0000", "amos_0001", "amos_0002"], 2),
+        (["a_0000", "b_0000", "b_0001"], 1),
+        (["a_0000", "a_0001", "b_0000"], None),
+        (["a_0000", "b"], None),
+        (["a_0000", "b_0000"], 2),
+    ],
+)
+def test_list_images_takes_files_for_cases_when_they_are_no_channels(tmp_path, names, num_channels):
+    expected = {name: f"{name}.nii.gz" for name in names}
+    assert listed(tmp_path, names, num_channels=num_channels) == expected
+
+
+def test_list_images_keeps_a_case_that_lacks_a_channel(tmp_path):
+    names = ["a_0000", "a_0001", "b_0001", "c_0000", "c_0001", "c_0002", "d", "e_1"]
+    assert listed(tmp_path, names, num_channels=2) == {
+        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+        "b": ["b_0001.nii.gz"],
+        "c": ["c_0000.nii.gz", "c_0001.nii.gz", "c_0002.nii.gz"],
+        "d": "d.nii.gz",
+        "e_1": "e_1.nii.gz",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "num_channels", "expected"),
+    [
+        ("a_0001", 2, {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}),
+        ("a_0001", None, {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}),
+        ("a_0001", 1, {"a_0001": "a_0001.nii.gz"}),
+        ("a_0000", 1, {"a_0000": "a_0000.nii.gz"}),
+        ("a_0001", 4, {"a_0001": "a_0001.nii.gz"}),
+        ("brats_0001", 4, {"brats_0001": "brats_0001.nii.gz"}),
+        ("brats_0001", None, {"brats_0001": "brats_0001.nii.gz"}),
+        ("b_0000", 1, {"b": "b_0000.nii.gz"}),
+        ("b_0000", 2, {"b_0000": "b_0000.nii.gz"}),
+        ("c", 2, {"c": "c.nii.gz"}),
+    ],
+)
+def test_list_images_takes_a_file_with_its_channels_or_alone(
+    tmp_path, name, num_channels, expected
+):
+    touch(tmp_path, ["a_0000", "a_0001", "brats_0001", "brats_0002", "b_0000", "c", "c.nii"])
+    cases = list_images(f"{name}.nii.gz", num_channels, tmp_path)
+    assert shown(cases) == expected
+    assert all("fault" not in case for case in cases)
+
+
+def test_list_images_finds_dicom_series(tmp_path):
+    stored = np.zeros((4, 3, 2), int)
+    for name in ("1.2.840", ".hidden", "a_0000", "a_0001"):
+        write_series(tmp_path / name, stored, np.eye(4))
+    (tmp_path / "empty").mkdir()
+    found = [(case["case_id"], Path(case["image"]).name) for case in list_images(tmp_path)]
+    assert found == [(name, name) for name in ("1.2.840", "a_0000", "a_0001")]
+    assert shown(list_images(tmp_path, 2)) == {"1.2.840": "1.2.840", "a": ["a_0000", "a_0001"]}
+    one = tmp_path / "1.2.840"
+    assert list_images(one) == [{"case_id": "1.2.840", "image": str(one)}]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_channels", "image", "got"),
+    [
+        (["a.nii", "a", "b"], 1, "a.nii", "a.nii and a.nii.gz"),
+        (["a_0000.nii", "a_0000", "b_0000"], 1, "a_0000.nii", "a_0000.nii and a_0000.nii.gz"),
+        (
+            ["a_0000", "a_0001.nii", "a_0001", "b"],
+            2,
+            ["a_0000.nii.gz", "a_0001.nii"],
+            "a_0001.nii and a_0001.nii.gz",
+        ),
+        (["a", "a_0000", "a_0001", "b"], 2, "a.nii.gz", "a.nii.gz and a_0000.nii.gz"),
+    ],
+)
+def test_list_images_says_what_is_wrong_with_a_name_that_is_there_twice(
+    tmp_path, names, num_channels, image, got
+):
+    touch(tmp_path, names)
+    cases = list_images(tmp_path, num_channels)
+    assert [case["case_id"] for case in cases] == ["a", "b"]
+    assert shown(cases)["a"] == image
+    line = f"expected one volume of this name in {tmp_path}, got {got}. Remove one."
+    assert [case.get("fault") for case in cases] == [line, None]
+
+
+@pytest.mark.parametrize("folder", [".", "absent", "notes.txt"])
+def test_list_images_refuses_a_folder_without_images(tmp_path, folder):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"expected NIfTI files or DICOM series in .*, found none"):
+        list_images(tmp_path / folder)
