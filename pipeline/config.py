@@ -47,7 +47,13 @@ KEYS: dict[str, Key] = {
     "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
     "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
     "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
-    "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
+    "init_weights": Key(
+        "str null",
+        IDENTITY,
+        "weights that a new run begins with: model.pt, .safetensors or a checkpoint",
+    ),
+    "init_head": Key("bool", IDENTITY, "draw the head anew, whatever init_weights has there"),
+    "device": Key("str object", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
     "amp": Key("bool", CONTINUABLE, "mixed precision; false: plain float32, no scaler"),
     "amp_dtype": Key(
         "str",
@@ -170,6 +176,9 @@ PREDICTION_KEYS: dict[str, Key] = {
     "handlers": Key("list", FREE, "of the evaluator"),
     "evaluator": Key("object", FREE, "predicts whole volumes in all class channels, for clients"),
 }
+
+# that clients of MONAI add of themselves: a name of theirs for the run
+CLIENT_KEYS = ("run_name",)
 
 # where the class of a nested key differs from that of its top-level key
 NESTED = {

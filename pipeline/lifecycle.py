@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from pipeline.data.intake import Intake
 from pipeline.data.plan import Plan
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
+from pipeline.given import given_data, is_clients
 from pipeline.hold import Hold
 from pipeline.recipe import preprocessing_recipe
-from pipeline.run_configs import changes_since, portable, stored_plan, write_configs
+from pipeline.run_configs import changes_since, portable, stored_plan, write_configs, write_docs
+from pipeline.start import Start
 from pipeline.summary import log_whereabouts, summarize
 from pipeline.training.durable import CheckpointStore, make_directory, write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -35,6 +37,7 @@ BEGINNING = {
     ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp", "configs",
 }  # fmt: skip
 
+PARTS = ("train", "validation", "test")  # of the cases
 _HELD: dict[Path, Hold] = {}
 
 
@@ -49,6 +52,8 @@ class Lifecycle:
         max_epochs: Epochs of the whole run; a run that has them all is finished.
         intake: Looks at the dataset.
         report: Whether to write `report/index.html` at the end.
+        init_weights: File of the weights that a new run begins with; see `Start`.
+        init_head: Whether its head is drawn anew all the same.
 
     Attributes:
         run_dir: Absolute path of the run directory.
@@ -56,6 +61,7 @@ class Lifecycle:
         cases: The dataset's `Cases`; there after `enter`.
         plan: The dataset's `Plan`; there after `enter`.
         checkpoint: File that the run continues from, or None; there after `enter`.
+        start: The weights that a new run begins with, after `enter`.
     """
 
     def __init__(
@@ -66,6 +72,8 @@ class Lifecycle:
         max_epochs: int,
         intake: Intake,
         report: bool | str = True,
+        init_weights: str | None = None,
+        init_head: bool | str = False,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
@@ -77,6 +85,7 @@ class Lifecycle:
         self.max_epochs = max_epochs
         self.intake = intake
         self.report = as_bool(report, "report")
+        self.start = Start(self.source, self.bundle_root, init_weights, init_head)
         self.checkpoint: Path | None = None
         self.store = CheckpointStore(self.run_dir / "checkpoints")
         self._cases: Cases | None = None
@@ -116,32 +125,37 @@ class Lifecycle:
             return
         try:
             diagnosis.check_source(self.source)
-            self._cases = self.intake.load()
+            self._cases = self._load()
             with _told_to_user():
                 # voxels are read when the directory is right and ours, or before one is made
                 if self.run_dir.exists():
                     self._take_run_dir()
+                # a client that initializes anew with resume=false begins anew as well
+                begun = self.resume is not False and self.store.has_begun()
+                self.start.read(self.run_dir if begun else None)
                 found = self.intake.inspect(self._cases)
                 found.require_sound()
                 # of a run that began: another card must not change it
-                begun = self.store.has_begun()
                 plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
+                self.start.fit(plan)
                 self._take_run_dir()
                 for line in (*found.notes, *(finding.line for finding in found.warnings)):
                     log.warning("%s", line)  # now that there is a log.txt
                 self._plan = plan
-                self.checkpoint = self.store.newest()
-                write_configs(
-                    self.run_dir, self._portable_source(), self.cases, plan, found.fingerprint
-                )
+                self.checkpoint = self.store.newest() if begun else None
+                facts = found.fingerprint, self.start.record
+                write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         except InputError as error:
             self.release()
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
         self._log_start()
 
-    def look(self) -> None:
+    def look(self, *, any_data: bool = False) -> None:
         """Read the data of the run that is there, and leave the run as it is.
+
+        Args:
+            any_data: Whether they may be others than it was trained on.
 
         Raises:
             InputError: If there is no run, or the config is another run's.
@@ -153,9 +167,21 @@ class Lifecycle:
                 f"output_dir: expected a run directory, found none in {self.run_dir}. "
                 "Name that of the run you mean."
             )
-        self._cases = self.intake.load()
-        changes_since(self.run_dir, self._portable_source(), self.cases.fingerprint)
+        self._cases = self._load()
+        known = None if any_data else self.cases.fingerprint
+        changes_since(self.run_dir, self._portable_source(), known)
         self._plan = stored_plan(self.run_dir)
+
+    def _load(self) -> Cases:
+        """Read the dataset, or take the cases that a client has put in its place."""
+        given = given_data(self.source)
+        if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
+            # its network is to be that of the bundle, whatever the data are like
+            self.intake.adopt(stored_plan(self.bundle_root))
+        cases = self.intake.load(given)
+        if given is not None:
+            self.dataset_dir = cases.root
+        return cases
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""
@@ -167,6 +193,8 @@ class Lifecycle:
             self.run_dir,
             dataset_hash=self.cases.fingerprint,
             config_hash=config.identity_hash(self._portable_source()),
+            init_weights=self.start.record,
+            num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
         )
         try:
             write_json(self.run_dir / "summary.json", summary)
@@ -174,19 +202,20 @@ class Lifecycle:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
+        self._tell("docs", write_docs)
         if self.report:
-            self._write_report()
+            from pipeline.prediction.report import write_report  # it takes a second to import
+
+            self._tell("report", write_report)
         log_whereabouts(self.run_dir, summary)
         self.release()
 
-    def _write_report(self) -> None:
-        """A run whose report cannot be made is trained all the same."""
-        from pipeline.prediction.report import write_report  # it takes a second to import
-
+    def _tell(self, what: str, write: Callable[[Path], object]) -> None:
+        """A run that something cannot be told of is trained all the same."""
         try:
-            write_report(self.run_dir)
+            write(self.run_dir)
         except Exception as error:
-            log.warning("report: expected to write it, got: %s", error)
+            log.warning("%s: expected to write it, got: %s", what, error)
             log.debug("", exc_info=True)
 
     @property
@@ -212,7 +241,7 @@ class Lifecycle:
         hold = Hold(self.run_dir)
         try:
             self._require_right_run_dir()  # another process may have come and gone in between
-            for folder in (".", "configs", "models", "checkpoints", "overflow"):
+            for folder in (".", "configs", "docs", "models", "checkpoints", "overflow"):
                 for path in (self.run_dir / folder).glob("*.tmp"):
                     path.unlink()  # of a write that was cut off
         except BaseException:
@@ -268,6 +297,7 @@ class Lifecycle:
         for line in self.plan.lines():
             log.info("  %s", line)
         log.info("Run directory %s", self.run_dir)
+        self.start.tell()
 
 
 @contextlib.contextmanager

@@ -88,7 +88,8 @@ def run_workflow(
         workflow = _workflow(files, overrides, allow)
         try:
             workflow.initialize()
-            _content(workflow, "train::trainer")
+            evaluates = "@validate::evaluator.run(" in str(workflow.parser.get("run"))
+            _content(workflow, "validate::evaluator" if evaluates else "train::trainer")
             workflow.run()
             workflow.finalize()
         finally:

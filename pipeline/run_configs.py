@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
+from pipeline.bundle.card import model_card
 from pipeline.bundle.metadata import run_inference_config, run_metadata
 from pipeline.data.datasets import Cases
 from pipeline.data.fingerprint import Fingerprint, training_range
 from pipeline.data.plan import AUTO, Plan
 from pipeline.errors import InputError
-from pipeline.training.durable import make_directory, write_json
+from pipeline.training.durable import make_directory, write_durably, write_json
 
 # this repository's own: those beside a config may be anybody's
 TEMPLATES = Path(__file__).resolve().parents[1] / "configs"
-PATHS = ("cache_dir", "split_file", "data_roots")  # that start from bundle_root, or null
+# that start from bundle_root, or null
+PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 
 
 def portable(
@@ -33,7 +35,7 @@ def portable(
         return path and os.path.relpath(bundle_root / path, run_dir)
 
     return {
-        **{key: value for key, value in source.items() if key != "_meta_"},
+        **{k: value for k, value in source.items() if k not in ("_meta_", *config.CLIENT_KEYS)},
         **{key: moved(source[key]) for key in PATHS},
         "bundle_root": ".",
         "dataset_dir": os.path.relpath(dataset_dir, run_dir),
@@ -42,7 +44,12 @@ def portable(
 
 
 def write_configs(
-    run_dir: Path, source: config.Config, cases: Cases, plan: Plan, fingerprint: Fingerprint | None
+    run_dir: Path,
+    source: config.Config,
+    cases: Cases,
+    plan: Plan,
+    fingerprint: Fingerprint | None,
+    start: dict[str, Any] | None = None,
 ) -> None:
     """Make the run directory a bundle.
 
@@ -52,20 +59,36 @@ def write_configs(
         cases: Of its dataset.
         plan: For its dataset.
         fingerprint: Of its training and validation cases.
+        start: Which weights it began with, where they were a file's.
     """
     target = run_dir / "configs"
     make_directory(target)
-    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint})
+    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint, "init_weights": start})
     write_json(run_dir / "plan.json", plan.as_dict())
     write_json(target / "train.json", source)
     shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
-    inference, metadata = (
-        json.loads((TEMPLATES / f"{name}.json").read_text()) for name in ("inference", "metadata")
+    inference, metadata, evaluate = (
+        json.loads((TEMPLATES / f"{name}.json").read_text())
+        for name in ("inference", "metadata", "evaluate")
     )
     trained_on = training_range(fingerprint) if fingerprint else None
     inference = run_inference_config(inference, source, cases, plan, trained_on)
     write_json(target / "inference.json", inference)
-    write_json(target / "metadata.json", run_metadata(metadata, cases, plan))
+    write_json(target / "evaluate.json", {"output_dir": ".", **evaluate})
+    write_json(target / "metadata.json", run_metadata(metadata, source, cases, plan))
+
+
+def write_docs(run_dir: Path) -> None:
+    """What people read of a run that ended: its model card and the licence of the code.
+
+    Raises:
+        OSError: If something of it cannot be read or written.
+    """
+    card = run_dir / "docs" / "README.md"
+    card.unlink(missing_ok=True)  # of an earlier end
+    make_directory(card.parent)
+    write_durably(run_dir / "LICENSE", (TEMPLATES.parent / "LICENSE").read_bytes())
+    write_durably(card, model_card(run_dir).encode())
 
 
 def stored_plan(run_dir: Path) -> Plan:
@@ -84,20 +107,20 @@ def stored_plan(run_dir: Path) -> Plan:
         ) from error
 
 
-def changes_since(run_dir: Path, source: config.Config, fingerprint: str) -> list[str]:
+def changes_since(run_dir: Path, source: config.Config, fingerprint: str | None) -> list[str]:
     """Values of a run's config that are others now, and may be.
 
     Args:
         run_dir: Of the run.
         source: The config of now, `portable`.
-        fingerprint: Of the dataset of now.
+        fingerprint: Of the dataset of now; `None`: it may be another.
 
     Raises:
         InputError: If it would be another run, or what there was cannot be read.
     """
     try:
         former = json.loads((run_dir / "configs" / "train.json").read_text())
-        recorded = json.loads((run_dir / "run.json").read_text())
+        known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (OSError, ValueError) as error:
         raise InputError(
             f"{run_dir}: expected configs/train.json and run.json of the run there, got: "
@@ -105,7 +128,7 @@ def changes_since(run_dir: Path, source: config.Config, fingerprint: str) -> lis
         ) from error
     planned = stored_plan(run_dir).as_dict()
     changed = config.changes(_decided(former, planned), _decided(source, planned))
-    if recorded["fingerprint"] != fingerprint:
+    if known != fingerprint:
         changed[config.IDENTITY].append("dataset_dir (other cases)")
     if changed[config.IDENTITY]:
         raise InputError(

@@ -18,13 +18,13 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 log = logging.getLogger(__name__)
 
 
-def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **hashes: str) -> dict[str, Any]:
+def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -> dict[str, Any]:
     """What came of a run, with which precision, versions and device; plain values for JSON.
 
     Args:
         trainer: Of the run, at its end.
         run_dir: Of the run; its scores are taken from there.
-        hashes: Names of what the run was made from, and their hashes.
+        made_from: What the run was made from: names and hashes.
     """
     progress, device = trainer.progress, trainer.precision.device
     return {
@@ -46,7 +46,7 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **hashes: str) -> d
         },
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        **hashes,
+        **made_from,
         "progress": progress.state_dict(),
     }
 

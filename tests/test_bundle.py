@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +17,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, TINY
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import MetaTensor
+
+from pipeline.bundle.metadata import modality_of, run_metadata
+from pipeline.data.datasets import Cases, load_cases
+from pipeline.data.plan import Plan
+from transforms.preprocess import LOADING_STEPS
 
 AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
 INFERENCE = json.loads((REPOSITORY / "configs/inference.json").read_text())
@@ -168,6 +177,154 @@ def test_metadata_names_the_pinned_versions():
     assert metadata["numpy_version"] == pins["numpy"]
     for name, version in metadata["required_packages_version"].items():
         assert pins[name] == version
+
+
+# --- the metadata of a run is true for that run
+
+
+def test_metadata_of_a_run_contradicts_nothing_there(finished):
+    read = {
+        name: json.loads((finished / f"configs/{name}.json").read_text())
+        for name in ("metadata", "inference", "train")
+    }
+    metadata = read["metadata"]
+    image = metadata["network_data_format"]["inputs"]["image"]
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    network = ConfigParser(read["inference"]).get_parsed_content("network_def")
+    weights = torch.load(finished / "models/model.pt", weights_only=True)
+    network.load_state_dict(weights)
+    found = network.eval()(torch.zeros(1, image["num_channels"], *image["spatial_shape"]))
+    assert found.shape == (1, pred["num_channels"], *pred["spatial_shape"])
+    assert str(found.dtype) == f"torch.{pred['dtype']}"
+    names = read["inference"]["class_names"]
+    assert pred["channel_def"] == {str(n): name for n, name in enumerate(names)}
+    assert image["channel_def"] == {"0": "MRI"}  # as dataset.json has it
+    assert image["modality"] == "MR"
+    assert image["spatial_shape"] == pred["spatial_shape"] == read["inference"]["roi_size"]
+    assert image["value_range"] == []  # a z-score promises none
+    assert metadata["task"] == "Segmentation of dim, bright"
+    assert metadata["data_license"] == "not stated by the dataset"
+    for key, package in (("monai", "monai"), ("pytorch", "torch"), ("numpy", "numpy")):
+        stated = metadata[f"{key}_version"]
+        assert importlib.metadata.version(package).partition("+")[0] == stated
+    for package, stated in metadata["required_packages_version"].items():
+        assert importlib.metadata.version(package) == stated
+    assert "runs" not in json.dumps(metadata)
+
+
+def metadata_of(
+    normalization: Any = "zscore", channels: Any = ("CT",), description: Any = (), **source: Any
+) -> dict[str, Any]:
+    """Of a run on a dataset that is not there."""
+    cases = Cases("liver", None, [], [], "", dict(description), channel_names=channels)
+    plan = Plan(
+        spacing=[1, 1, 1], crop_empty_borders=False, normalization=normalization,
+        roi_size=[8, 8, 8], strides=[2], class_names=["background", "liver"],
+        in_channels=len(channels or "1"), num_classes=2,
+    )  # fmt: skip
+    template = json.loads((REPOSITORY / "configs/metadata.json").read_text())
+    return run_metadata(template, {**AMP, **source}, cases, plan)
+
+
+def image_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return metadata_of(*args, **kwargs)["network_data_format"]["inputs"]["image"]
+
+
+CLIPS = [
+    {"clip": [-100, 300], "mean": 40.0, "std": 25.0},
+    {"clip": [0, 1], "mean": 0.5, "std": 0.125},
+]
+
+
+@pytest.mark.parametrize("clips", [CLIPS[:1], CLIPS], ids=["one channel", "two channels"])
+def test_value_range_is_what_the_network_is_given(clips):
+    image = image_of(clips, channels=["CT"] * len(clips))
+    parser = ConfigParser(
+        {
+            **INFERENCE, "normalization": clips, "spacing": [1, 1, 1], "roi_size": [8, 8, 8],
+            "in_channels": len(clips),
+        }
+    )  # fmt: skip
+    voxels = torch.randn(len(clips), 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e4
+    meta = {"original_affine": np.eye(4), "spatial_shape": np.array([8, 8, 8])}
+    volume = {"image": MetaTensor(voxels, affine=torch.eye(4), meta=meta)}
+    given = parser.get_parsed_content("preprocessing")(volume, start=LOADING_STEPS)["image"]
+    low, high = image["value_range"]
+    assert (low, high) == pytest.approx((float(given.min()), float(given.max())), abs=1e-5)
+    assert low == (-100 - 40) / 25
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization": "percentile_zscore"},
+        {"normalization": [CLIPS[0], "zscore"], "channels": ["CT", "MRI"]},
+        {"transforms_after": [{"_target_": "ScaleIntensityd", "keys": "image"}]},
+        {"preprocessing": {"_target_": "Compose", "transforms": []}},
+    ],
+    ids=["percentiles", "one channel of two", "transforms of the user", "another preprocessing"],
+)
+def test_value_range_is_empty_where_none_is_certain(changes):
+    assert image_of(**{"normalization": CLIPS[:1], **changes})["value_range"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "modality"),
+    [
+        (["CT"], "CT"), (["ct"], "CT"), (["MRI"], "MR"), (["T2", "ADC"], "MR"),
+        (["FLAIR", "T1w", "t1gd", "T2w"], "MR"), (["CT", "PET"], "CT, PT"), (["OCT"], "OCT"),
+        (["noNorm"], "n/a"), (None, "n/a"),
+    ],
+)  # fmt: skip
+def test_modality_is_what_the_dataset_says(names, modality):
+    assert modality_of(names) == modality
+    assert image_of(channels=names)["modality"] == modality
+
+
+def test_channels_have_the_names_that_the_dataset_gives_them():
+    assert image_of(channels=["T2", "ADC"])["channel_def"] == {"0": "T2", "1": "ADC"}
+    assert image_of(channels=None)["channel_def"] == {"0": "image"}
+
+
+@pytest.mark.parametrize("spelling", ["licence", "license"])
+def test_metadata_names_licence_and_reference_of_the_dataset(dataset, tmp_path, spelling):
+    source = json.loads((dataset / "dataset.json").read_text())
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).symlink_to(dataset / folder)
+    facts = {spelling: "CC-BY-SA 4.0", "reference": "A hospital, 2020", "description": "Livers"}
+    (tmp_path / "dataset.json").write_text(json.dumps({**source, **facts}))
+    found = load_cases(tmp_path, num_folds=3, data_roots=[dataset]).description
+    metadata = metadata_of(description=found)
+    assert metadata["data_license"] == "CC-BY-SA 4.0"
+    assert metadata["data_source"] == "A hospital, 2020"
+
+
+def test_metadata_names_the_network_that_there_is():
+    assert metadata_of()["name"] == "Dense U-Net, liver"
+    metadata = metadata_of(network_def={"_target_": "monai.networks.nets.SegResNet"})
+    assert metadata["name"] == "SegResNet, liver"
+    assert metadata["description"] == "A SegResNet, trained on liver to segment liver."
+
+
+def test_metadata_requires_every_package_that_the_code_imports():
+    """What is imported and is neither Python's own nor ours comes with a package named there."""
+    imported = set()
+    for folder in ("pipeline", "transforms", "networks"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                imported |= {name.split(".")[0] for name in names}
+    ours = {"pipeline", "transforms", "networks"}
+    providers = importlib.metadata.packages_distributions()
+    foreign = imported - ours - sys.stdlib_module_names
+    needed = {providers.get(name, [name])[0] for name in foreign}
+    metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
+    stated = {*metadata["required_packages_version"], "monai", "torch", "numpy"}
+    # matplotlib's own, and what writes an export's other formats
+    apart = {"pillow", "onnx", "onnxruntime", "onnxscript"}
+    assert needed - apart - stated == set()
+    assert stated - needed == {"fire"}  # of the command line
 
 
 def test_logging_config_is_one_that_monai_accepts():

@@ -20,8 +20,9 @@ from pipeline.doctor.diagnosis import diagnose
 from pipeline.errors import InputError
 from pipeline.run import main
 
+NOT_ALONE = ("metadata.json", "evaluate.json")  # the latter is merged over a training config
 CONFIGS = sorted(
-    path for path in (REPOSITORY / "configs").glob("*.json") if path.name != "metadata.json"
+    path for path in (REPOSITORY / "configs").glob("*.json") if path.name not in NOT_ALONE
 )
 AMP = "configs/amp.json"
 
@@ -277,6 +278,10 @@ def test_config_as_it_is_draws_no_complaint(file):
 def test_legal_overlay_draws_no_complaint(tmp_path, name):
     (tmp_path / "mine.json").write_text(json.dumps(LEGAL[name], indent=1))
     assert diagnosis.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
+
+
+def test_evaluation_draws_no_complaint():
+    assert diagnosis.check([AMP, "configs/evaluate.json"], {}, training=True)
 
 
 def test_config_with_overrides_draws_no_complaint():

@@ -219,8 +219,9 @@ def lowered(part: str, dtype: torch.dtype) -> nn.Module:
 
 def train_with(network: nn.Module) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     MixedPrecisionTrainer(
-        Precision("cpu"), 1, Samples([]), network, optimizer, SegmentationLoss(), None, 1
+        Precision("cpu"), 1, Samples([]), network, optimizer, SegmentationLoss(), schedule, 1
     )
 
 

@@ -51,6 +51,6 @@ class ToOriginalGridd(MapTransform):
         affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
         labels = MetaTensor(convert_to_tensor(pred, dtype=torch.uint8), affine=affine)
         # names the saved file; of an image that is a folder, a dot in the name begins no ending
-        name = f"{data['case_id']}.nii.gz" if "case_id" in data else image.meta["filename_or_obj"]
-        labels.meta["filename_or_obj"] = name
+        name = f"{data['case_id']}.nii.gz" if "case_id" in data else None
+        labels.meta["filename_or_obj"] = name or image.meta.get("filename_or_obj", "")
         return {**data, "pred": labels, "image": to_original_grid(image, image)}

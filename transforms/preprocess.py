@@ -71,13 +71,26 @@ def preprocessing(
             *before,
             *crop,
             Orientationd(keys, axcodes="RAS", labels=None, **optional),
-            Spacingd(keys, pixdim=spacing, mode=modes, padding_mode="border", **optional),
+            SpacingOfKeysd(keys, pixdim=spacing, mode=modes, padding_mode="border", **optional),
             NormalizeChannelsd(normalization),
             EnsureTyped(keys, dtype=torch.float32, **optional),
             *(CastToTyped(key, dtype=torch.uint8, **optional) for key in labels),
             *after,
         ]
     )
+
+
+class SpacingOfKeysd(Spacingd):
+    """MONAI's Spacingd, which is shown nothing but the volumes.
+
+    It takes what is under `image_…` for metadata and updates it. A client may have a string there:
+    MONAI Label keeps the file's name as `image_path`.
+    """
+
+    def __call__(self, data: Any, lazy: bool | None = None) -> dict:
+        """Resample the volumes of one case."""
+        volumes = {key: data[key] for key in self.keys if key in data}
+        return {**data, **super().__call__(volumes, lazy)}
 
 
 class ValidationPreprocessing(Transform):

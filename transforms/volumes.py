@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.data import MetaTensor, NibabelReader
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, ensure_tuple
@@ -38,7 +39,8 @@ class LoadVolumesd(MapTransform):
 
     LoadImaged itself always makes all of its readers, and tries them after the one it was given.
     Each key holds one path, or a list with one per channel, and becomes a float32 MetaTensor with
-    the metadata that LoadImaged gives it.
+    the metadata that LoadImaged gives it. A MetaTensor that a client has loaded itself is made
+    float32 and stays as it is otherwise.
     """
 
     def __call__(self, data: dict) -> dict:
@@ -49,6 +51,8 @@ class LoadVolumesd(MapTransform):
         return loaded
 
     def _load(self, paths: Any) -> MetaTensor:
+        if isinstance(paths, MetaTensor):
+            return cast(MetaTensor, paths.to(torch.float32, copy=True))  # steps work in place
         reader = VolumeReader()
         voxels, meta = reader.get_data(reader.read(paths))
         voxels = convert_to_dst_type(voxels, dst=voxels, dtype=np.float32)[0]

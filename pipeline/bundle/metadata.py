@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import monai
@@ -12,6 +14,16 @@ import numpy as np
 import torch
 
 Config = dict[str, Any]
+
+NETWORKS = {"networks.dense_unet.DenseUNet": "Dense U-Net"}
+# DICOM's name of a modality, and what datasets call it
+MODALITIES = {
+    "CT": "CT CTA CBCT",
+    "MR": "MR MRI T1 T1N T1W T1C T1CE T1GD T2 T2W T2F FLAIR T2FLAIR ADC DWI SWI PD PDW",
+    "PT": "PT PET",
+    "US": "US ULTRASOUND",
+}
+SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's channel names, too
 
 
 class DatasetFacts(Protocol):
@@ -21,6 +33,8 @@ class DatasetFacts(Protocol):
     def name(self) -> str: ...  # noqa: D102
     @property
     def description(self) -> dict[str, str]: ...  # noqa: D102
+    @property
+    def channel_names(self) -> Sequence[str] | None: ...  # noqa: D102
     def image_dir(self, dataset_dir: str) -> str: ...  # noqa: D102
 
 
@@ -33,38 +47,99 @@ class PlannedValues(Protocol):
     def in_channels(self) -> int: ...  # noqa: D102
     @property
     def roi_size(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def normalization(self) -> Any: ...  # noqa: D102
     def as_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-def run_metadata(template: Config, cases: DatasetFacts, plan: PlannedValues) -> Config:
+def run_metadata(
+    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
+) -> Config:
     """`configs/metadata.json` of a run.
 
     Args:
         template: The repository's metadata, of the phantom.
+        source: The run's config.
         cases: Facts of its dataset.
         plan: Its values that fit the dataset.
+
+    Source: docs.monai.io, MONAI Bundle Specification, `metadata.json`.
     """
     metadata = deepcopy(template)
-    metadata["name"] = f"Dense U-Net, {cases.name}"
-    metadata["task"] = f"Segmentation of {', '.join(plan.class_names[1:])}"
-    metadata["description"] = (
-        f"A 3D U-Net with a dense bottleneck, trained in mixed precision on {cases.name}."
-    )
-    metadata["data_source"] = cases.description.get("reference", cases.name)
-    metadata["data_license"] = cases.description.get("licence", "not stated by the dataset")
-    metadata["monai_version"] = monai.__version__
-    metadata["pytorch_version"] = torch.__version__.split("+")[0]
-    metadata["numpy_version"] = np.__version__
-    metadata["python_version"] = platform.python_version()
-    image = metadata["network_data_format"]["inputs"]["image"]
-    image["num_channels"] = plan.in_channels
-    image["spatial_shape"] = list(plan.roi_size)
-    image["channel_def"] = {str(n): "image" for n in range(plan.in_channels)}
-    pred = metadata["network_data_format"]["outputs"]["pred"]
-    pred["num_channels"] = len(plan.class_names)
-    pred["spatial_shape"] = list(plan.roi_size)
-    pred["channel_def"] = {str(n): name for n, name in enumerate(plan.class_names)}
+    network = source["network_def"]["_target_"]
+    short = NETWORKS.get(network, network.rpartition(".")[2])
+    kind = "3D U-Net with a dense bottleneck" if network in NETWORKS else short
+    classes = ", ".join(plan.class_names[1:])
+    metadata |= {
+        "changelog": {metadata["version"]: f"Trained on {cases.name}"},
+        "name": f"{short}, {cases.name}",
+        "monai_version": monai.__version__,
+        "pytorch_version": torch.__version__.split("+")[0],
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "required_packages_version": _installed(metadata["required_packages_version"]),
+        "task": f"Segmentation of {classes}",
+        "description": f"A {kind}, trained on {cases.name} to segment {classes}.",
+        "data_source": cases.description.get("reference", cases.name),
+        "data_license": cases.description.get("licence", "not stated by the dataset"),
+        "network_data_format": _data_format(metadata["network_data_format"], source, cases, plan),
+    }
     return metadata
+
+
+def _data_format(
+    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
+) -> Config:
+    """What goes into the network and comes out of it."""
+    names = list(cases.channel_names or ["image"] * plan.in_channels)
+    channels = {str(n): name for n, name in enumerate(names)}
+    classes = {str(n): name for n, name in enumerate(plan.class_names)}
+    patch = {"spatial_shape": list(plan.roi_size)}
+    image = {
+        "modality": modality_of(cases.channel_names),
+        "num_channels": plan.in_channels,
+        "value_range": _value_range(source, plan),
+        "channel_def": channels,
+    }
+    pred = {"num_channels": len(classes), "channel_def": classes}
+    return {
+        "inputs": {"image": {**template["inputs"]["image"], **patch, **image}},
+        "outputs": {"pred": {**template["outputs"]["pred"], **patch, **pred}},
+    }
+
+
+def modality_of(channel_names: Sequence[str] | None) -> str:
+    """The modality as the bundle specification has it; what it does not know, as declared."""
+    codes = {word: code for code, words in MODALITIES.items() for word in words.split()}
+    declared = [name for name in channel_names or () if name.upper() not in SCALINGS]
+    return ", ".join(dict.fromkeys(codes.get(n.upper(), n) for n in declared)) or "n/a"
+
+
+def _value_range(source: Config, plan: PlannedValues) -> list[float]:
+    """Ends of what the network is given; empty, as the specification says, where none are known.
+
+    They are where all channels are clipped: mean and deviation of a volume promise nothing. Windows
+    that reach over a volume's border are filled with 0.
+    """
+    steps = source["preprocessing"]
+    is_last = not source["transforms_after"] and steps.get("after") == "@transforms_after"
+    given = plan.normalization
+    channels = [given] if isinstance(given, str | Mapping) else given
+    clipped = [one for one in channels if isinstance(one, Mapping)]
+    is_planned = steps.get("normalization") == "$@plan.normalization"
+    if not (is_last and is_planned and len(clipped) == len(channels)):
+        return []
+    ends = [(end - one["mean"]) / one["std"] for one in clipped for end in one["clip"]]
+    return [min(0.0, *ends), max(0.0, *ends)]
+
+
+def _installed(packages: Mapping[str, str]) -> dict[str, str]:
+    """The packages with the versions that are there, or else those stated."""
+    found = dict(packages)
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def run_inference_config(

@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import Dataset
 
 from pipeline.data.content import ContentHashes, sha256_of
-from pipeline.data.datasets import Case
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
+from pipeline.data.listing import Case, named
 from pipeline.data.progress_bar import ProgressBar
 from pipeline.data.store import EntryStore
 from pipeline.errors import InputError
@@ -162,8 +162,8 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, data: Sequence[Case], transform: Preprocess, cache: VolumeCache) -> None:
-        self.data = data
-        self.cached = cache.fill(data, transform, form="whole")
+        self.data = [named(case) for case in data]
+        self.cached = cache.fill(self.data, transform, form="whole")
 
     def __len__(self) -> int:
         return len(self.data)

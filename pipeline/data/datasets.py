@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.data.findings import Finding
 from pipeline.data.layouts import read_layout
-from pipeline.data.listing import Case, Layout, paths_of
+from pipeline.data.listing import Case, Layout, named, paths_of, resolved
 from pipeline.data.split_files import split_by_file
 from pipeline.data.splits import GroupPattern, Split, split_by_hash
 from pipeline.errors import InputError, nearest
@@ -36,7 +36,7 @@ class Cases:
         description: Free facts of `dataset.json`: description, reference, licence.
         test: Cases of persons that no fold trains or validates on.
         root: Folder of the dataset, links resolved.
-        layout: `msd`, `nnunet`, `folders` or `table`.
+        layout: `msd`, `nnunet`, `folders`, `table` or, of `given_cases`, `given`.
         channel_names: In the order of the channels; None where the layout does not declare them.
         ignore_value: Label value of voxels that count for nothing; None if there is none.
         findings: What is wrong with single cases; a case with a fault is in no part of the split.
@@ -126,6 +126,41 @@ def load_cases(
         # cases with a fault are not there to be split, which may be why there are too few
         raise InputError(*(finding.line for finding in layout.findings), *error.faults) from None
     return _cases(layout, split, sorted(set(exclude)))
+
+
+def given_cases(
+    train: Sequence[Case], validation: Sequence[Case], class_names: list[str] | None = None
+) -> Cases:
+    """Cases that a client hands over in place of a dataset, and has split itself.
+
+    Args:
+        train: Dictionaries with `image` and `label`, absolute file names; one that has no `case_id`
+            is called as its image is.
+        validation: The same.
+        class_names: In the order of the label values, background first, where they are known.
+
+    Raises:
+        InputError: If there is none to train on, or one is not as described.
+    """
+    where = "train#dataset#data"
+    listed = [*train, *validation]
+    for case in listed:
+        if not isinstance(case, dict) or not {"image", "label"} <= case.keys():
+            raise InputError(f"{where}: expected cases with image and label, got {case!r}.")
+    if not train:
+        raise InputError(f"{where}: expected cases, got none. List one or more.")
+    listed = [named(case) for case in listed]
+    folders = [os.path.dirname(os.path.abspath(path)) for case in listed for path in paths_of(case)]
+    root = Path(os.path.commonpath(folders))
+    stated = Layout(root, "given", root.name, class_names, cases=listed)
+    layout = resolved(stated, root, (), where)
+    sides = {case["case_id"]: number < len(train) for number, case in enumerate(listed)}
+    split = Split(
+        train=[case for case in layout.cases if sides[case["case_id"]]],
+        validation=[case for case in layout.cases if not sides[case["case_id"]]],
+        test=[],
+    )
+    return _cases(layout, split, [])
 
 
 def _without(layout: Layout, exclude: Sequence[str]) -> Layout:

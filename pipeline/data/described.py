@@ -13,7 +13,10 @@ from pipeline.data.listing import ENDINGS, Case, Layout, case_name, channel_of, 
 from pipeline.errors import InputError
 
 NNUNET_KEYS = {"file_ending", "dataset"}
-FREE_FACTS = ("description", "reference", "licence")
+# and how they are spelled; the last counts
+FREE_FACTS = {
+    "description": ("description",), "reference": ("reference",), "licence": ("license", "licence"),
+}  # fmt: skip
 
 
 def read_described(root: Path) -> Layout:
@@ -51,7 +54,12 @@ def read_described(root: Path) -> Layout:
         ignore_value=ignore_value,
         cases=cases,
         findings=findings,
-        description={key: str(source[key]) for key in FREE_FACTS if key in source},
+        description={
+            fact: str(source[key])
+            for fact, keys in FREE_FACTS.items()
+            for key in keys
+            if source.get(key)
+        },
         labels=dict(source["labels"]),
     )
 

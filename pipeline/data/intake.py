@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.data.datasets import Cases, load_cases
+from pipeline.data.datasets import Case, Cases, given_cases, load_cases
 from pipeline.data.phantom import make_phantom
 from pipeline.data.plan import AUTO, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
@@ -61,12 +61,26 @@ class Intake:
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
         self.base_channels = base_channels
 
-    def load(self) -> Cases:
+    def adopt(self, plan: Plan) -> None:
+        """Decide what is `auto` as it was decided for another plan."""
+        decided = plan.as_dict()
+        self.settings = {
+            key: decided.get(key, value) if value == AUTO else value
+            for key, value in self.settings.items()
+        }
+
+    def load(self, given: tuple[Sequence[Case], Sequence[Case]] | None = None) -> Cases:
         """Read what cases there are.
+
+        Args:
+            given: Training and validation cases in place of a dataset.
 
         Raises:
             InputError: If there is no dataset, or it cannot be split as asked.
         """
+        if given is not None:
+            names = self.settings["class_names"]
+            return given_cases(*given, None if names == AUTO else names)
         if self.is_phantom:
             make_phantom(self.dataset_dir)
         return load_cases(self.dataset_dir, **self.split)

@@ -77,6 +77,14 @@ def channel_of(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def named(case: Case) -> Case:
+    """The case with a `case_id`: its own, or the name of its image's file."""
+    if "case_id" in case:
+        return case
+    image = case["image"]
+    return {"case_id": case_name(image if isinstance(image, str) else image[0]), **case}
+
+
 def paths_of(case: Case) -> list[str]:
     """Of all volumes of a case: the channels of its image, then its label if it has one."""
     image = case["image"] if isinstance(case["image"], list) else [case["image"]]

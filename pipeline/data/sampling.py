@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline.data.cache import VolumeCache
-from pipeline.data.datasets import Case
+from pipeline.data.listing import Case, named
 from pipeline.data.positions import draw_centre, sampling_positions
 from pipeline.errors import InputError
 
@@ -76,7 +76,7 @@ class PatchDataset(Dataset):
             raise ValueError(f"foreground_ratio: expected 0 to 1, got {foreground_ratio}.")
         if min(roi_size) < 1 or any(p < r for p, r in zip(patch_size, roi_size, strict=True)):
             raise ValueError(f"roi_size: expected 1 to {tuple(patch_size)}, got {roi_size}.")
-        self.data, self.transform = data, transform
+        self.data, self.transform = [named(case) for case in data], transform
         self.roi_size = np.asarray(roi_size)
         self.patch_size = np.asarray(patch_size)
         self.seed, self.samples_per_epoch = seed, samples_per_epoch
@@ -85,7 +85,11 @@ class PatchDataset(Dataset):
         # for each worker its process id and 1 + the sample it is at; negative when it is through
         self.loading: Any = []
         self.cached = cache.fill(
-            data, self._prepare, form="patches", num_classes=num_classes, ignore_value=ignore_value
+            self.data,
+            self._prepare,
+            form="patches",
+            num_classes=num_classes,
+            ignore_value=ignore_value,
         )
 
     def __len__(self) -> int:

@@ -97,7 +97,11 @@ def _check_keys(chart: Chart, training: bool) -> None:
     used = {target[0] for target in chart.graph.targets}
     wanted = [*missing, *sorted(used - source.keys())]
     for key in source:
-        if key in keys or key == "_meta_" or (not training and key in used | KNOWN):
+        if (
+            key in keys
+            or key in ("_meta_", *config.CLIENT_KEYS)
+            or (not training and key in used | KNOWN)
+        ):
             continue
         near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
         if near and near[0] not in KNOWN.union(keys):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from monai.engines import Evaluator, SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 
 from pipeline.precision import Precision, require_float32
+
+log = logging.getLogger(__name__)
 
 
 class MixedPrecisionEvaluator(SupervisedEvaluator):
@@ -50,6 +54,22 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         self.fire_event(IterationEvents.FORWARD_COMPLETED)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output  # not `output`: handlers have put the decollated one in its place
+
+
+class EvaluationLog:
+    """Says what an evaluation found: the mean Dice, and that of each class."""
+
+    def attach(self, evaluator: Evaluator) -> None:
+        """Listen to the end of `evaluator`."""
+        evaluator.add_event_handler(Events.COMPLETED, self.after_all)
+
+    def after_all(self, evaluator: Evaluator) -> None:
+        """One line for the mean, one for each class."""
+        state: Any = evaluator.state
+        for name, details in state.metric_details.items():
+            log.info("%s %.4f", name, state.metrics[name])
+            for label, value in details["classes"].items():
+                log.info("  %-20s %.4f", label, value)
 
 
 def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:

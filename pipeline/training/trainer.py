@@ -11,7 +11,8 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         roi_size: Network input in voxels; given, it is checked before training starts.
         grace_s: Seconds within which a run ends after SIGTERM, SIGINT or SIGUSR1.
+        initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
+            a handler restores, come after them.
         prepare_batch: `(batch, device, non_blocking) -> (image, label)`, augmentation included.
         inferer: MONAI inferer for the training patches.
         train_handlers: MONAI and ignite handlers, attached in this order.
@@ -97,6 +100,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
         grace_s: float = 30.0,
+        initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
     ) -> None:
@@ -108,8 +112,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 f"roi_size: expected at least {list(smallest)} for this network, got {roi_size}. "
                 "Choose a larger roi_size or smaller strides."
             )
+        if initial_weights:
+            network.load_state_dict({**network.state_dict(), **initial_weights})
         self.precision = precision
         self.lr_scheduler = lr_scheduler
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._schedule = deepcopy(lr_scheduler.state_dict()), rates  # where a round begins
         self.steps_per_epoch = steps_per_epoch
         self.grad_clip = grad_clip
         self.grace_s = grace_s
@@ -146,11 +154,17 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         An epoch whose steps were all taken before an interruption, but whose end was not, is
         ended first. A finished run returns at once.
 
+        A federated client calls it once a round, `state.max_epochs` raised in between: each round
+        has the learning rates from their beginning, and the optimizer's moments, the loss scale
+        and all counters from the round before.
+
         Raises:
             TrainingStopped: If a handler called `stop`.
             TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
+        if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
+            self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s
         with interruptible(self.interrupt, self.grace_s):
             self._train()
@@ -162,6 +176,13 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if self.interrupted:
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
             raise TrainingInterrupted()
+
+    def _begin_round(self) -> None:
+        self.progress.phase = STEPPING
+        schedule, rates = self._schedule
+        self.lr_scheduler.load_state_dict(deepcopy(schedule))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def use(self, precision: Precision) -> None:
         """Go on in another precision, with the same weights and a fresh optimizer state."""

@@ -1,0 +1,670 @@
+"""A run exported as a bundle of its own: it works elsewhere, and says nothing of the data."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import CACHE, REPOSITORY, make_dataset, run_tiny, write_dataset_json
+from monai.bundle import ConfigWorkflow, load_bundle_config
+from safetensors.torch import load_file
+
+from pipeline import exported as filling
+from pipeline.bundle import formats
+from pipeline.bundle.contents import leaks, metadata_faults, neutral, telling
+from pipeline.bundle.package import needed_modules, package_name, write_package
+from pipeline.bundle.renaming import renamed_config, renamed_source
+from pipeline.export import main
+from pipeline.run import main as run_main
+
+PERSON, HOST = "zq_radiologist", "zq-scanner7"
+
+
+class Export:
+    """An exported tiny run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.dataset, self.run, self.bundle = root / "zq_data", root / "runs" / "r", root / "out/b"
+
+    @property
+    def zip(self) -> Path:
+        return Path(f"{self.bundle}.zip")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return json.loads((self.bundle / "export.json").read_text())
+
+    @property
+    def package(self) -> str:
+        return self.facts["code"]["package"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Export:
+    """A finished run on data of its own, some of whose keys name cases, and its bundle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        root = tmp_path_factory.mktemp("export")
+        for name in ("USER", "LOGNAME"):
+            patch.setenv(name, PERSON)
+        patch.setenv("HOME", str(root / "home" / PERSON))
+        patch.setattr(socket, "gethostname", lambda: HOST)
+        patch.setattr(platform, "node", lambda: HOST)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        there = Export(root)
+        make_dataset(there.dataset)
+        settings = {"exclude": ["tiny_006"], "group_pattern": "^(tiny_00.)", "final_scores": True}
+        assert run_tiny(there.dataset, there.run, **settings) == 0
+        assert main([str(there.run), "--output", str(there.bundle)]) == 0
+        torch.set_num_threads(threads)
+    return there
+
+
+def python(cwd: Path, *words: str) -> subprocess.CompletedProcess:
+    """A Python that knows the working directory and what is installed, but no repository."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def elsewhere(export, tmp_path) -> Path:
+    """The bundle out of its zip, in a place where nothing else is."""
+    with zipfile.ZipFile(export.zip) as archive:
+        archive.extractall(tmp_path / "away")
+    return tmp_path / "away" / "b"
+
+
+def test_bundle_holds_what_a_bundle_has(export):
+    files = files_in(export.bundle)
+    package = export.package
+    assert [name for name in files if not name.startswith(package)] == [
+        "LICENSE", "configs/evaluate.json", "configs/inference.json", "configs/logging.conf",
+        "configs/metadata.json", "configs/train.json", "docs/README.md", "export.json",
+        "models/model.onnx", "models/model.pt", "models/model.pt2", "models/model.safetensors",
+        "models/model.ts", "plan.json",
+    ]  # fmt: skip
+    assert f"{package}/pipeline/lifecycle.py" in files
+    assert f"{package}/networks/dense_unet.py" in files
+    assert f"{package}/pipeline/export.py" not in files
+    assert f"{package}/pipeline/certify.py" not in files
+    assert f"from {package}.pipeline.predictor" in (export.bundle / "docs/README.md").read_text()
+
+
+def test_export_says_how_each_format_compares(export):
+    facts = export.facts
+    assert facts["formats"].keys() == {"torchscript", "onnx", "torch_export"}
+    assert facts["validation"]["num_cases"] == 2
+    for of in facts["formats"].values():
+        assert of["made"] is True
+        assert of["max_abs_difference"] <= 1e-3
+        assert of["dice_difference"] <= 1e-4
+        assert abs(of["mean_dice"] - facts["validation"]["mean_dice"]) == of["dice_difference"]
+        assert of["bytes"] == (export.bundle / "models" / of["file"]).stat().st_size
+    summary = json.loads((export.run / "scores/validation_best/summary.json").read_text())
+    # the same cases by the run's own scoring, which has means by case as well
+    assert facts["validation"]["mean_dice"] == pytest.approx(summary["mean_dice"], abs=1e-6)
+    assert facts["code"]["num_modules"] > 50
+    assert facts["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_weights_are_the_runs_bit_for_bit(export):
+    trained = torch.load(export.run / "models/model.pt", weights_only=True)
+    plain = torch.load(export.bundle / "models/model.pt", weights_only=True)
+    safe = load_file(export.bundle / "models/model.safetensors")
+    for state in (plain, safe):
+        assert state.keys() == trained.keys()
+        assert all(state[k].numpy().tobytes() == trained[k].numpy().tobytes() for k in trained), (
+            "bits"
+        )
+
+
+def test_zip_is_the_bundle_as_monai_reads_it(export):
+    with zipfile.ZipFile(export.zip) as archive:
+        entries = archive.infolist()
+        assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
+        assert [entry.filename for entry in entries] == [f"b/{n}" for n in files_in(export.bundle)]
+        for entry in entries:
+            own = export.bundle.parent / entry.filename
+            assert archive.read(entry) == own.read_bytes()
+    inference = json.loads((export.bundle / "configs/inference.json").read_text())
+    for path in (export.zip, export.bundle, export.bundle / "models/model.ts"):
+        parser = load_bundle_config(str(path), "inference.json")
+        assert parser["_meta_"]["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
+        assert {k: v for k, v in parser.get().items() if k != "_meta_"} == inference, path
+
+
+def test_bundle_predicts_elsewhere_as_the_run_does(export, elsewhere, monkeypatch):
+    assert python(elsewhere, "-c", "import pipeline").returncode != 0  # there is no repository
+    done = python(
+        elsewhere, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json",
+        "--input", str(export.dataset / "imagesTr"), "--output_dir", str(elsewhere.parent / "p"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(REPOSITORY)
+    own = elsewhere.parent / "own"
+    words = ["--input", str(export.dataset / "imagesTr"), "--output_dir", str(own)]
+    assert run_main(["configs/inference.json", "--run_dir", str(export.run), *words]) == 0
+    assert len(files_in(own)) == 6
+    for name in files_in(own):
+        one, other = (nib.load(folder / name) for folder in (own, elsewhere.parent / "p"))
+        assert np.array_equal(one.dataobj, other.dataobj)
+        assert np.array_equal(one.affine, other.affine)
+
+
+def test_bundle_trains_elsewhere_as_the_run_does_and_beside(export, elsewhere, monkeypatch):
+    before = files_in(elsewhere)
+    same = {"dataset_dir": export.dataset, "max_epochs": 1, "cache_dir": elsewhere.parent / "c"}
+    words = [word for key, value in same.items() for word in (f"--{key}", str(value))]
+    train = ("-m", "monai.bundle", "run", "--config_file")
+    done = python(elsewhere, *train, "configs/train.json", *words)
+    assert done.returncode == 0, done.stderr
+    assert files_in(elsewhere) == before
+    again = elsewhere.parent / "r_again"
+    assert (again / "summary.json").is_file()
+    monkeypatch.chdir(export.run)
+    own = elsewhere.parent / "own"
+    # what is reset in the bundle, since it names cases
+    reset = ["--exclude", "[]", "--group_pattern", "null", "--output_dir", str(own)]
+    assert run_main(["configs/train.json", *words, *reset]) == 0
+    ours, theirs = (torch.load(p / "models/last.pt", weights_only=True) for p in (own, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # the new run is a bundle of the same code
+    inference = json.loads((again / "configs/inference.json").read_text())
+    assert inference["network_def"]["_target_"] == f"{export.package}.networks.dense_unet.DenseUNet"
+
+
+def test_bundle_evaluates_elsewhere(export, elsewhere):
+    data = shutil.copytree(export.dataset, elsewhere.parent / "data")
+    write_dataset_json(data, [f"tiny_00{n}" for n in range(1, 6)])  # that the run did not exclude
+    overlaid = "['configs/train.json','configs/evaluate.json']"
+    words = ("-m", "monai.bundle", "run", "--config_file", overlaid)
+    done = python(elsewhere, *words, "--dataset_dir", str(data))
+    assert done.returncode == 0, done.stderr
+    assert f"mean_dice {export.facts['validation']['mean_dice']:.4f}" in done.stdout
+
+
+@pytest.fixture
+def imports_as_before() -> Iterator[None]:
+    before, modules = sys.path[:], set(sys.modules)
+    yield
+    sys.path[:] = before
+    for name in set(sys.modules) - modules:
+        if name.split("_")[0] in ("r", "other"):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("imports_as_before")
+def test_two_bundles_live_in_one_process(export, tmp_path, monkeypatch):
+    other = shutil.copytree(export.run, tmp_path / "other")
+    weights = torch.load(other / "models/model.pt", weights_only=True)
+    torch.save({name: one + 1 for name, one in weights.items()}, other / "models/model.pt")
+    assert main([str(other), "--formats", "torchscript"]) == 0
+    packages = []
+    for bundle in (export.bundle, tmp_path / "other_bundle"):
+        sys.path.insert(0, str(bundle))  # as a client does that only initializes
+        monkeypatch.chdir(bundle)
+        workflow = ConfigWorkflow(
+            str(bundle / "configs/inference.json"), workflow_type="inference", logging_file=False,
+            bundle_root=str(bundle), dataset_dir=str(export.dataset / "imagesTr"),
+        )  # fmt: skip
+        workflow.initialize()
+        assert workflow.check_properties() == []
+        packages.append(json.loads((bundle / "export.json").read_text())["code"]["package"])
+        segmenter = workflow.parser.get_parsed_content("segmenter")
+        assert type(segmenter).__module__ == f"{packages[-1]}.pipeline.prediction.segmenter"
+        state = segmenter.networks[0].state_dict()
+        stored = torch.load(bundle / "models/model.pt", weights_only=True)
+        assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert len(set(packages)) == 2
+    # the table of what configs may name is the package's
+    own = importlib.import_module(f"{packages[0]}.pipeline.targets")
+    assert own.is_allowed(f"{packages[0]}.networks.dense_unet.DenseUNet")
+    assert not own.is_allowed("networks.dense_unet.DenseUNet")
+    errors = importlib.import_module(f"{packages[0]}.pipeline.errors")
+    assert set(errors.OWN) == {packages[0]}
+
+
+# what must not leave
+
+
+def everything_in(content: bytes) -> Iterator[bytes]:
+    """A file, and what is packed in it, as often as it is packed."""
+    yield content
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for entry in archive.infolist():
+                yield entry.filename.encode() + bytes(entry.comment) + entry.extra
+                yield from everything_in(archive.read(entry))
+
+
+def test_nothing_of_patient_place_or_person_leaves(export):
+    secrets = {
+        *(f"tiny_00{n}".encode() for n in range(1, 7)),
+        *(str(p).encode() for p in (export.root, REPOSITORY, Path(sys.prefix))),
+        *(word.encode() for word in (PERSON, HOST, "zq_data", "zq_", "imagesTr/", "runs/r")),
+        *(word.encode() for word in (CACHE.name, "conftest", "pytest-of")),
+    }
+    for image in (export.dataset / "imagesTr").iterdir():
+        voxels = np.asarray(nib.load(image).dataobj, dtype=np.float32)
+        secrets |= {np.ascontiguousarray(line[4:8]).tobytes() for line in voxels[8:10, 8]}
+    files = [export.zip, *(export.bundle / name for name in files_in(export.bundle))]
+    found = {
+        (path.name, secret)
+        for path in files
+        for content in everything_in(path.read_bytes())
+        for secret in secrets
+        # code of the repository speaks of imagesTr, and of nobody's
+        if secret in content and not (secret == b"imagesTr/" and path.suffix in (".py", ".zip"))
+    }
+    assert found == set()
+
+
+def test_the_search_for_secrets_looks_into_archives_in_the_zip(export):
+    contents = list(everything_in(export.zip.read_bytes()))
+    assert any(b"trained_on" in content for content in contents)
+    assert any(b"class DenseUNet(Module)" in content for content in contents)  # code in model.ts
+    assert any(b"graph_module" in content for content in contents)  # model.json in model.pt2
+
+
+def test_configs_say_neither_places_nor_cases(export):
+    train, inference = (
+        json.loads((export.bundle / "configs" / f"{name}.json").read_text())
+        for name in ("train", "inference")
+    )
+    assert train["dataset_dir"] == inference["dataset_dir"] == "dataset"
+    assert (train["exclude"], train["group_pattern"], train["split_file"]) == ([], None, None)
+    assert train["output_dir"] == "../r_again"
+    low, high = inference["trained_on"]["spacing_mm"]  # ranges stay
+    assert low == high == pytest.approx([1.0, 1.0, 1.5])
+    assert train["roi_size"] == [16, 16, 8]
+
+
+def test_neutral_resets_what_a_part_says_itself():
+    config = {
+        "_meta_": {},
+        "dataset_dir": "/data/a",
+        "init_weights": "../b/model.pt",
+        "output_dir": "/home/a/out",
+        "intake#split#exclude": ["case_7"],
+        "intake": {
+            "dataset_dir": "/data/a",
+            "split": {"exclude": ["case_7"], "fold": "@fold", "split_file": "@split_file"},
+        },
+        "transforms_after": [{"_target_": "ToDeviced", "device": "cuda:1"}],
+    }
+    assert neutral(config) == {
+        "dataset_dir": "dataset",
+        "init_weights": None,
+        "output_dir": "predictions",
+        "intake#split#exclude": "@exclude",
+        "intake": {
+            "dataset_dir": "@dataset_dir",
+            "split": {"exclude": "@exclude", "fold": "@fold", "split_file": "@split_file"},
+        },
+        "transforms_after": [{"_target_": "ToDeviced", "device": "cuda:1"}],
+    }
+
+
+def test_leaks_are_found_as_whole_words(tmp_path):
+    (tmp_path / "a.md").write_text("liver_012 and /data/people/x, but not xliver_0123\n")
+    (tmp_path / "a.pt2").write_bytes(b"\x00/data/people\x00liver_01")
+    (tmp_path / "a.py").write_text("liver_012")
+    found = list(leaks(tmp_path, {"liver_012", "liver_0", "liver_01"}, {"/data/people": "a path"}))
+    assert len(found) == 3
+    assert found[0].startswith("a.md: expected nothing of where the bundle was made")
+    assert "a path, '/data/people'" in found[0]
+    assert "a case id, 'liver_012'" in found[1]
+    assert found[2].startswith("a.pt2: ")
+
+
+def test_only_case_ids_that_are_no_other_words_are_searched():
+    assert telling(["1", "0012", "spleen", "t1w", "case_01", "seg_2"], ["seg_2"]) == {"case_01"}
+
+
+# code under another name
+
+
+def test_source_is_renamed_where_it_names_modules():
+    source = '''"""Of `pipeline.errors`."""
+from pipeline import errors, other
+from pipeline.errors import (
+    InputError,
+)
+import pipeline.errors as e
+from monai.transforms import Compose
+from transforms.preprocess import preprocessing
+OWN = ("pipeline", "transforms", "networks")
+ONE = ("pipeline", "run"); é = "ü"; A = {"pipeline.errors": "InputError"}
+B = f"é {ONE} python -m pipeline.errors", "monai.transforms.Compose", "pipeline.unknown.X"
+C = "networks.dense_unet.DenseUNet", "mypipeline.errors", "transforms"
+def f(pipeline): return pipeline.errors
+'''
+    modules = ["pipeline", "pipeline.errors", "transforms.preprocess", "networks.dense_unet"]
+    assert (
+        renamed_source(source, "p_1", modules)
+        == '''"""Of `p_1.pipeline.errors`."""
+from p_1.pipeline import errors, other
+from p_1.pipeline.errors import (
+    InputError,
+)
+import p_1.pipeline.errors as e
+from monai.transforms import Compose
+from p_1.transforms.preprocess import preprocessing
+OWN = ("p_1", "p_1", "p_1")
+ONE = ("pipeline", "run"); é = "ü"; A = {"p_1.pipeline.errors": "InputError"}
+B = f"é {ONE} python -m p_1.pipeline.errors", "monai.transforms.Compose", "pipeline.unknown.X"
+C = "p_1.networks.dense_unet.DenseUNet", "mypipeline.errors", "transforms"
+def f(pipeline): return pipeline.errors
+'''
+    )
+    with pytest.raises(ValueError, match="binds another name"):
+        renamed_source("import pipeline.errors", "p_1", modules)
+
+
+def test_config_targets_are_renamed_in_overlays_too():
+    config = {
+        "a": [{"_target_": "pipeline.run.X"}],
+        "b#_target_": "pipeline.run.Y",
+        "c": {"_target_": "monai.transforms.Z", "text": "pipeline.run.X"},
+    }
+    assert renamed_config(config, "p", ["pipeline.run"]) == {
+        "a": [{"_target_": "p.pipeline.run.X"}],
+        "b#_target_": "p.pipeline.run.Y",
+        "c": {"_target_": "monai.transforms.Z", "text": "pipeline.run.X"},
+    }
+
+
+def test_modules_are_found_through_functions_strings_and_packages(tmp_path):
+    def write(name: str, text: str = "") -> None:
+        path = tmp_path / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    for name in ("pipeline.__init__", "transforms.__init__", "pipeline.unused", "pipeline.d"):
+        write(name)
+    write("pipeline.a", "def f():\n    from pipeline import b\n")
+    write("pipeline.b", "NAMES = {'transforms.c': 'C'}\nSAID = 'see pipeline.unused'\n")
+    write("transforms.c", "from pipeline.d import x\nCONFIG = 'inference'\n")
+    (tmp_path / "configs").mkdir()
+    for name in ("inference", "amp"):
+        (tmp_path / f"configs/{name}.json").write_text('{"_target_": "pipeline.a.A"}')
+    found = needed_modules(["pipeline.a.A", "monai.transforms.Compose"], tmp_path)
+    assert [*found] == [
+        "pipeline", "pipeline.a", "pipeline.b", "pipeline.d", "transforms", "transforms.c",
+    ]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    assert write_package(tmp_path / "out", "p", found, tmp_path) == 6
+    template = tmp_path / "out/p/configs/inference.json"
+    assert json.loads(template.read_text()) == {"_target_": "p.pipeline.a.A"}
+    assert not (tmp_path / "out/p/configs/amp.json").exists()
+
+
+def test_package_imports_and_names_nothing_of_the_repository(export):
+    folder = export.bundle / export.package
+    modules = {".".join(p.relative_to(folder).with_suffix("").parts) for p in folder.rglob("*.py")}
+    ours = ("pipeline", "transforms", "networks")
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+                own, _, module = names[0].partition(".")
+                if own == export.package:  # and what it imports is there
+                    assert f"{module}.__init__" in modules or module in modules, (path, module)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names = [node.value] if "." in node.value and " " not in node.value else []
+            assert not [n for n in names if n.split(".")[0] in ours and "/" not in n], path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Hippocampus", "hippocampus_1a2b3c4d"),
+        ("Task04 left-right", "task04_left_right_1a2b3c4d"),
+        ("2024", "bundle_2024_1a2b3c4d"),
+        ("…", "bundle_1a2b3c4d"),
+    ],
+)
+def test_package_name_is_an_identifier(name, expected):
+    assert package_name(name, "1a2b3c4d5e6f") == expected
+    assert expected.isidentifier()
+
+
+# what goes wrong
+
+
+@pytest.fixture
+def copied(export, tmp_path) -> Path:
+    """The run in another place, of which a test may change files; its dataset is not there."""
+    return shutil.copytree(export.run, tmp_path / "in" / "r")
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set values by `a#b` keys."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        node = content
+        for part in above:
+            node = node[part]
+        node[last] = value
+    path.write_text(json.dumps(content))
+
+
+def no_model(run: Path) -> None:
+    (run / "models/model.pt").unlink()
+
+
+def other_network(run: Path) -> None:
+    state = torch.load(run / "models/model.pt", weights_only=True)
+    torch.save({"other." + name: one for name, one in state.items()}, run / "models/model.pt")
+
+
+def no_inference(run: Path) -> None:
+    (run / "configs/inference.json").unlink()
+
+
+def no_metadata(run: Path) -> None:
+    (run / "configs/metadata.json").write_text("[")
+
+
+def other_channels(run: Path) -> None:
+    change_json(run / "configs/metadata.json", network_data_format__inputs__image__num_channels=2)
+
+
+def other_classes(run: Path) -> None:
+    names = {"0": "background", "1": "bright", "2": "dim"}
+    change_json(
+        run / "configs/metadata.json", network_data_format__outputs__pred__channel_def=names
+    )
+
+
+def other_class_names(run: Path) -> None:
+    change_json(run / "configs/inference.json", class_names=["background", "dim"])
+
+
+def foreign_target(run: Path) -> None:
+    change_json(run / "configs/inference.json", network_def___target_="os.system")
+
+
+def a_file_in_the_way(run: Path) -> None:
+    (run.parent / "r_bundle").mkdir()
+    (run.parent / "r_bundle/a.txt").write_text("mine")
+
+
+def a_zip_in_the_way(run: Path) -> None:
+    (run.parent / "r_bundle.zip").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (no_model, "model.pt: expected the best network of the run, found none. Finish the run"),
+        (other_network, "model.pt: expected the weights of this network, got: "),
+        (no_inference, "run_dir: expected the directory of a run, got "),
+        (no_metadata, "metadata.json: expected a config of the run, got: "),
+        (other_channels, "image#num_channels: expected 1, as the weights have it, got 2."),
+        (other_classes, 'pred#channel_def: expected ["background", "dim", "bright"], as the'),
+        (other_class_names, "class_names: expected 3, as the weights have it, got 2."),
+        (foreign_target, "network_def#_target_: expected a class or function of the list"),
+        (a_file_in_the_way, "--output: expected an empty folder or none, and no zip of it, got "),
+        (a_zip_in_the_way, "--output: expected an empty folder or none, and no zip of it, got "),
+    ],
+)
+def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys):
+    spoil(copied)
+    before = files_in(copied.parent), sorted(copied.parent.iterdir())
+    assert main([str(copied)]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert expected in told
+    assert (files_in(copied.parent), sorted(copied.parent.iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--formats", "torchscrip"], "'torchscrip'. Did you mean 'torchscript'?"),
+        (["--formats"], "--formats: expected at least one, got none."),
+        (["--format", "onnx"], "'--format'. Did you mean '--formats'?"),
+        (["--output"], "--output: expected one folder, got 0."),
+        (["another"], "command line: expected one run, got 2."),
+    ],
+)
+def test_bad_command_is_one_line(words, expected, tmp_path, capsys):
+    assert main([str(tmp_path / "r"), *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert expected in told
+
+
+def test_no_run_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "r"), "--output", str(tmp_path / "b")]) == 2
+    assert "run_dir: expected the directory of a run, got" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_faults_of_metadata_are_told_at_once():
+    wrong = {"network_data_format": {"inputs": {"image": {"num_channels": 2}}}}
+    found = metadata_faults(wrong, 1, ["background", "a"])
+    assert len(found) == 4
+    assert found[0].startswith("network_data_format#inputs#image#num_channels: expected 1, as the")
+
+
+def test_document_that_names_a_case_or_place_is_refused(export, copied, capsys):
+    readme = copied / "docs/README.md"
+    readme.write_text(f"{readme.read_text()}\nWorst: tiny_004, in {copied}\n")
+    assert main([str(copied), "--formats", "torchscript"]) == 2
+    told = capsys.readouterr().err
+    assert "docs/README.md: expected nothing of where the bundle was made" in told
+    assert "a case id, 'tiny_004'" in told
+    assert f"the run's path, '{copied}'" in told
+    assert [path.name for path in copied.parent.iterdir()] == ["r"]
+
+
+def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatch):
+    def write(*_: Any) -> Any:
+        raise RuntimeError(f"no such operator\n in {REPOSITORY}/networks/dense_unet.py")
+
+    monkeypatch.setitem(formats.FORMATS, "onnx", ("model.onnx", write))
+    out = copied.parent / "o"
+    assert main([str(copied), "--formats", "torchscript", "onnx", "--output", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "onnx: not made: no such operator in dense_unet.py\n"
+    assert "Dice was not compared: the dataset is not there" in captured.out
+    facts = json.loads((out / "export.json").read_text())
+    assert facts["formats"]["onnx"] == {
+        "made": False,
+        "reason": "no such operator in dense_unet.py",
+    }
+    assert facts["formats"]["torchscript"]["made"] is True
+    assert "dice_difference" not in facts["formats"]["torchscript"]
+    assert not (out / "models/model.onnx").exists()
+    assert Path(f"{out}.zip").is_file()
+
+
+@pytest.mark.parametrize(("dice", "got"), [(0.4998, "0.499800"), ("no memory", "no memory")])
+def test_format_with_another_mean_dice_is_taken_away(
+    dice, got, export, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(filling, "mean_dices", lambda *_: {"": 0.5, "torchscript": dice})
+    out = tmp_path / "o"
+    assert main([str(export.run), "--formats", "torchscript", "--output", str(out)]) == 1
+    assert f"a mean Dice within 0.0001 of 0.500000, got {got}" in capsys.readouterr().err
+    assert not (out / "models/model.ts").exists()
+
+
+def test_dataset_that_changed_is_not_compared_on(export, copied, tmp_path, capsys):
+    data = shutil.copytree(export.dataset, tmp_path / "zq_data")
+    change_json(copied / "configs/train.json", dataset_dir=str(data), exclude=[])
+    (data / "imagesTr/tiny_005.nii.gz").unlink()
+    (data / "labelsTr/tiny_005.nii.gz").unlink()
+    assert main([str(copied), "--formats", "torchscript"]) == 0
+    assert "Dice was not compared: the dataset" in capsys.readouterr().out
+
+
+def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.export.write_zip", fail)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(copied), "--formats", "torchscript"])
+    assert [path.name for path in copied.parent.iterdir()] == ["r"]
+
+
+def test_empty_output_directory_is_taken(copied, tmp_path):
+    (copied / "docs/README.md").write_text("python -m pipeline.run configs/train.json")  # by hand
+    out = tmp_path / "empty"
+    out.mkdir()
+    assert main([str(copied), "--formats", "torchscript", "--output", str(out)]) == 0
+    package = json.loads((out / "export.json").read_text())["code"]["package"]
+    text = (out / "docs/README.md").read_text()
+    assert text == f"python -m {package}.pipeline.run configs/train.json"
+
+
+def test_class_that_is_allowed_by_name_is_said_to_be_needed(copied, tmp_path, capsys):
+    change_json(
+        copied / "configs/train.json", loss_function={"_target_": "mypackage.losses.MyLoss"}
+    )
+    words = [str(copied), "--formats", "torchscript"]
+    assert main(words) == 2
+    assert "loss_function#_target_" in capsys.readouterr().err
+    assert main([*words, "--allow", "mypackage.losses.MyLoss"]) == 0
+    assert "Needed from elsewhere: mypackage.losses.MyLoss" in capsys.readouterr().out
+
+
+def test_neutral_config_lists_no_cases_of_a_client():
+    cases = [{"image": "/somewhere/a.nii.gz", "label": "/somewhere/b.nii.gz"}]
+    text = (REPOSITORY / "configs/amp.json").read_text()
+    source, expected = json.loads(text), neutral(json.loads(text))
+    for part in ("train", "validate"):
+        source[part]["dataset"]["data"] = cases
+    assert neutral(source) == expected
+    assert source["train"]["dataset"]["data"] == cases, "the run's own stays"

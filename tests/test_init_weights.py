@@ -1,0 +1,316 @@
+"""Fine-tuning: a new run that begins with the weights of a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import REPOSITORY, TINY, make_dataset, run_tiny, write_dataset_json
+
+from networks.dense_unet import DenseUNet
+from pipeline.errors import InputError
+from pipeline.training.init_weights import fitted, read_weights
+from pipeline.training.trainer import MixedPrecisionTrainer
+
+HEAD = ["head.weight", "head.bias"]
+
+
+@pytest.fixture(scope="module")
+def former(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run to begin from."""
+    out = tmp_path_factory.mktemp("former") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert run_tiny(dataset, out) == 0
+    return out
+
+
+@pytest.fixture
+def first_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Of each run that trains, the weights that its first step sees, before it."""
+    seen: list[dict[str, torch.Tensor]] = []
+    begin = MixedPrecisionTrainer._begin_step
+
+    def spy(self: MixedPrecisionTrainer) -> None:
+        if self.last_step is None:
+            state = self.network.state_dict()
+            seen.append({name: value.clone() for name, value in state.items()})
+        begin(self)
+
+    monkeypatch.setattr(MixedPrecisionTrainer, "_begin_step", spy)
+    return seen
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def refused(capfd: Any, run: Callable[..., int], *args: Any, **values: Any) -> list[str]:
+    """Lines of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        run(*args, **values)
+    assert ended.value.code == 2
+    return capfd.readouterr().err.splitlines()
+
+
+def as_model(former: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = former / "models/model.pt"
+    return path, weights(path)
+
+
+def as_safetensors(former: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path, state = folder / "model.safetensors", weights(former / "models/model.pt")
+    safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, path)
+    return path, state
+
+
+def as_checkpoint(former: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = sorted((former / "checkpoints").glob("step_*.pt"))[-1]
+    return path, weights(path)["network"]
+
+
+@pytest.mark.parametrize("kind", [as_model, as_safetensors, as_checkpoint])
+def test_run_begins_with_the_weights_of_the_file(kind, run, former, first_weights, tmp_path):
+    path, state = kind(former, tmp_path)
+    assert run(tmp_path / "r", init_weights=str(path), max_epochs=1) == 0
+    assert differing(first_weights[0], state) == []
+    record = {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "num_tensors": len(state),
+        "drawn_anew": [],
+    }
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["init_weights"] == record
+    log = (tmp_path / "r/log.txt").read_text()
+    assert f"{path.name} (SHA-256 {record['sha256']})" in log
+    assert log.index(record["sha256"]) < log.index("Precision in force")
+
+
+def test_run_without_a_file_says_none(former):
+    assert json.loads((former / "summary.json").read_text())["init_weights"] is None
+
+
+def test_relative_path_starts_from_bundle_root(run, former, first_weights, tmp_path):
+    path = os.path.relpath(former / "models/model.pt", REPOSITORY)
+    assert run(tmp_path / "r", init_weights=path, max_epochs=1) == 0
+    stored = json.loads((tmp_path / "r/configs/train.json").read_text())["init_weights"]
+    assert (tmp_path / "r" / stored).resolve() == (former / "models/model.pt").resolve()
+
+
+def test_monai_bundle_begins_with_them_too(run, former, dataset, tmp_path):
+    path = str(former / "models/model.pt")
+    start = {"init_weights": path, "init_head": True, "max_epochs": 1}
+    assert run(tmp_path / "ours", **start) == 0
+    values = {**TINY, **start, "dataset_dir": str(dataset), "output_dir": str(tmp_path / "theirs")}
+    words = [
+        word
+        for key, value in values.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/amp.json"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (weights(tmp_path / who / "models/last.pt") for who in ("ours", "theirs"))
+    assert differing(ours, theirs) == []
+    summaries = [
+        json.loads((tmp_path / w / "summary.json").read_text()) for w in ("ours", "theirs")
+    ]
+    assert summaries[0]["init_weights"] == summaries[1]["init_weights"]
+    assert summaries[0]["init_weights"]["drawn_anew"] == HEAD
+
+
+@pytest.fixture(scope="module")
+def four_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset that declares one class more."""
+    root = make_dataset(tmp_path_factory.mktemp("four"))
+    labels = {"0": "background", "1": "dim", "2": "bright", "3": "glaring"}
+    write_dataset_json(root, [f"tiny_{n:03d}" for n in range(1, 7)], labels=labels)
+    return root
+
+
+def test_other_number_of_classes_keeps_all_but_the_head(
+    four_classes, former, first_weights, tmp_path, at_the_root
+):
+    path = former / "models/model.pt"
+    values = {"init_weights": str(path), "max_epochs": 1}
+    assert run_tiny(four_classes, tmp_path / "r", **values, init_head=True) == 0
+    assert run_tiny(four_classes, tmp_path / "random", max_epochs=1) == 0
+    state, (begun, random) = weights(path), first_weights
+    assert begun["head.weight"].shape[0] == 4
+    assert all(torch.equal(begun[name], random[name]) for name in HEAD)
+    body = [name for name in state if name not in HEAD]
+    assert all(torch.equal(begun[name], state[name]) for name in body)
+    record = json.loads((tmp_path / "r/summary.json").read_text())["init_weights"]
+    assert record["drawn_anew"] == HEAD
+    assert record["num_tensors"] == len(body)
+    assert "drawn anew: head.weight, head.bias" in (tmp_path / "r/log.txt").read_text()
+
+
+def test_other_number_of_classes_is_refused_without_init_head(
+    four_classes, former, tmp_path, at_the_root, capfd
+):
+    path = str(former / "models/model.pt")
+    assert refused(capfd, run_tiny, four_classes, tmp_path / "r", init_weights=path) == [
+        "init_weights: head.bias: expected float32 [4], got float32 [3] in model.pt. Use "
+        "init_head=true to draw the head anew.",
+        "init_weights: head.weight: expected float32 [4, 2, 1, 1, 1], got float32 [3, 2, 1, 1, 1] "
+        "in model.pt. Use init_head=true to draw the head anew.",
+    ]
+    assert not (tmp_path / "r").exists()
+
+
+def test_init_head_draws_a_head_that_would_fit_anew(run, former, first_weights, tmp_path):
+    path = former / "models/model.pt"
+    assert run(tmp_path / "r", init_weights=str(path), init_head=True, max_epochs=1) == 0
+    assert differing(first_weights[0], weights(path)) == ["head.weight", "head.bias"]
+
+
+def test_run_that_continues_ignores_the_file(run, former, first_weights, tmp_path):
+    path = tmp_path / "w.pt"
+    path.write_bytes((former / "models/model.pt").read_bytes())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert run(tmp_path / "r", init_weights=str(path), max_epochs=1) == 0
+    last = weights(tmp_path / "r/models/last.pt")
+    path.write_text("no weights any more")
+    assert run(tmp_path / "r", init_weights=str(path), max_epochs=2) == 0
+    assert differing(first_weights[1], last) == []
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["epochs"] == 2
+    assert summary["init_weights"]["sha256"] == sha256
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [(False, True, "init_weights"), (True, False, "init_weights"), (True, True, "init_head")],
+)
+def test_other_start_is_another_run(run, former, tmp_path, capfd, before, after, named):
+    path = {"init_weights": str(former / "models/model.pt")}
+    assert run(tmp_path / "r", **(path if before else {}), max_epochs=1) == 0
+    other = {**(path if after else {}), "init_head": named == "init_head"}
+    capfd.readouterr()
+    (line,) = refused(capfd, run, tmp_path / "r", **other, max_epochs=2)
+    assert f"got other values of {named}. Choose another output_dir" in line
+
+
+def test_init_head_without_a_file_is_refused(run, tmp_path, capfd):
+    (line,) = refused(capfd, run, tmp_path / "r", init_head=True)
+    assert line == "init_head: expected init_weights beside it, got null. Name a file."
+    assert not (tmp_path / "r").exists()
+
+
+class _Executes:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def write_pickle(path: Path) -> None:
+    torch.save({"head.weight": _Executes()}, path)
+
+
+def write_text(path: Path) -> None:
+    path.write_text("weights")
+
+
+def write_nested(path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(1)}, "optimizer": {}}, path)
+
+
+def write_list(path: Path) -> None:
+    torch.save([torch.ones(1)], path)
+
+
+def write_nothing(path: Path) -> None:
+    torch.save({}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("w.pt", lambda path: None, "expected a state dict or a checkpoint in .*No such file"),
+        ("w.pt", write_pickle, "expected a state dict or a checkpoint in .*[Ww]eights.only"),
+        ("w.pt", write_text, "expected a state dict or a checkpoint in "),
+        ("w.safetensors", write_text, "expected a state dict or a checkpoint in .*header"),
+        ("w.pt", write_nested, "expected tensors by name in .*got a dict of model, optimizer"),
+        ("w.pt", write_list, "expected tensors by name in .*got a list"),
+        ("w.pt", write_nothing, "expected tensors by name in .*got a dict"),
+    ],
+)
+def test_file_that_holds_no_weights_is_told_in_one_line(
+    name, write: Callable, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=f"^init_weights: {message}") as refused:
+        read_weights(tmp_path / name)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def network() -> DenseUNet:
+    return DenseUNet(base_channels=2, strides=[2], num_dense_layers=1, growth_rate=2, seed=0)
+
+
+def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
+    state = network.state_dict()
+    state["deepest.conv1.weight"] = torch.ones(1, 2)
+    state["encoders.0.norm1.bias"] = state["encoders.0.norm1.bias"].half()
+    state["decoders.0.conv1.weight"][0, 0] = torch.nan
+    state["head.bias"][0] = -torch.inf
+    state["stranger"] = state.pop("deepest.norm1.weight")
+    state["encoders.0.norm2.weight"] = state["encoders.0.norm2.weight"].to_sparse()
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError) as refused:
+        fitted(read_weights(tmp_path / "w.pt"), network, init_head=False)
+    assert [fault.split(" in w.pt. ")[0] for fault in refused.value.faults] == [
+        "init_weights: deepest.conv1.weight: expected float32 [4, 2, 3, 3, 3], got float32 [1, 2]",
+        "init_weights: deepest.norm1.weight: expected float32 [4], got no such tensor",
+        "init_weights: encoders.0.norm1.bias: expected float32 [2], got float16 [2]",
+        "init_weights: encoders.0.norm2.weight: expected float32 [2], got float32 [2] that is not "
+        "dense",
+        "init_weights: stranger: expected no such tensor, got float32 [4]",
+        "init_weights: decoders.0.conv1.weight: expected finite values, got NaN or infinity",
+        "init_weights: head.bias: expected finite values, got NaN or infinity",
+    ]
+
+
+def test_init_head_takes_no_notice_of_the_files_head(network, tmp_path):
+    state = network.state_dict()
+    state["head.weight"] = torch.full((9,), torch.nan)
+    state["deep_heads.0.weight"] = torch.ones(1)
+    del state["head.bias"]
+    torch.save(state, tmp_path / "w.pt")
+    tensors, drawn_anew = fitted(read_weights(tmp_path / "w.pt"), network, init_head=True)
+    assert drawn_anew == HEAD
+    assert tensors.keys() == network.state_dict().keys() - {*HEAD}
+
+
+def test_init_head_of_a_network_without_one_is_refused(tmp_path):
+    network = torch.nn.Conv3d(1, 1, 1)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"^init_head: expected a network with layers head\.\*"):
+        fitted(read_weights(tmp_path / "w.pt"), network, init_head=True)
+
+
+def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("pipeline.data.intake.preflight", pytest.fail)
+    (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
+    assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
+    assert not (tmp_path / "r").exists()
