@@ -53,7 +53,7 @@ KEYS: dict[str, Key] = {
         "weights that a new run begins with: model.pt, .safetensors or a checkpoint",
     ),
     "init_head": Key("bool", IDENTITY, "draw the head anew, whatever init_weights has there"),
-    "device": Key("str object", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
+    "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
     "amp": Key("bool", CONTINUABLE, "mixed precision; false: plain float32, no scaler"),
     "amp_dtype": Key(
         "str",
@@ -153,6 +153,7 @@ KEYS: dict[str, Key] = {
 
 # of an inference config, beside those that it has in common with training
 PREDICTION_KEYS: dict[str, Key] = {
+    "device": Key("str object", CONTINUABLE, "auto, cpu, cuda or cuda:N; clients want one made"),
     "input": Key("str", FREE, "file or folder to predict: NIfTI, or DICOM series"),
     "weights": Key("str", FREE, "state dict of the network, as a path from bundle_root"),
     "ensemble": Key("names", FREE, "further run directories; probabilities are averaged"),
@@ -182,6 +183,7 @@ CLIENT_KEYS = ("run_name",)
 
 # where the class of a nested key differs from that of its top-level key
 NESTED = {
+    "train::trainer::initial_weights": FREE,  # init_weights says whose they are
     "train::trainer::max_epochs": CONTINUABLE,
     "train::trainer::grad_clip": CONTINUABLE,
     "train::handlers": FREE,

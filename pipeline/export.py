@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"--output: expected a folder that can be written, got: {error}.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        return 130
     print("\n".join(table(facts)))
     size = Path(f"{output}.zip").stat().st_size
     print(f"Written: {output} and {output}.zip, {size:,} bytes", flush=True)
@@ -133,6 +137,7 @@ def export(run_dir: Path, output: Path, formats: Sequence[str], allow: Sequence[
     """
     run = Run.read(run_dir, allow)
     require_free(output)
+    new = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     bundle, archive, zipped = work / output.name, work / "zip", Path(f"{output}.zip")
@@ -148,6 +153,8 @@ def export(run_dir: Path, output: Path, formats: Sequence[str], allow: Sequence[
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for folder in new if not output.exists() else ():
+            folder.rmdir()
     return facts
 
 
@@ -196,4 +203,5 @@ def table(facts: Facts) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     sys.exit(main())

@@ -18,6 +18,10 @@ from pipeline.parity import ON_CPU
 from pipeline.predictor import load_weights, read_inference_config
 
 OPTIONAL = ("evaluate.json",)
+NEEDED = {
+    "inference.json": ("network_def", "in_channels", "class_names", "roi_size"),
+    "train.json": ("dataset_dir", "train", "validate"),
+}
 CONFIGS = ("train.json", "inference.json", "metadata.json", *OPTIONAL)
 
 
@@ -58,11 +62,23 @@ class Run:
                 f"{weights}: expected the best network of the run, found none. Finish the run, or "
                 "name one that has it."
             )
+        missing = [
+            f"{folder / name}: expected {key}, got none. Restore the file."
+            for name, keys in NEEDED.items()
+            for key in keys
+            if key not in configs[name]
+        ]
+        if missing:
+            raise InputError(*missing)
         try:
             network = ConfigParser({**inference, **ON_CPU}).get_parsed_content("network_def")
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, LookupError) as error:
             raise InputError(str(innermost(error))) from error
         load_weights(network, weights)
+        if not all(torch.isfinite(one).all() for one in network.state_dict().values()):
+            raise InputError(
+                f"{weights}: expected finite weights, got NaN or infinity. Train it again."
+            )
         run = cls(directory, configs, network.eval())
         run.require_agreement()
         return run

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import targets
 from pipeline.bundle import card
-from pipeline.bundle.contents import leaks, neutral, telling
+from pipeline.bundle.contents import absolute_paths, leaks, neutral, telling
 from pipeline.bundle.formats import Facts, Formats, Network
 from pipeline.bundle.package import (
     ROOT,
@@ -28,8 +28,10 @@ from pipeline.bundle.package import (
 )
 from pipeline.bundle.renaming import renamed_config, renamed_text
 from pipeline.data.datasets import Cases
+from pipeline.data.listing import named, paths_of
 from pipeline.errors import InputError
 from pipeline.exportable import Run, read_config
+from pipeline.given import given_data
 from pipeline.parity import TOLERANCE, NotComparedError, cases_of, mean_dices
 from pipeline.run_configs import TEMPLATES
 
@@ -136,18 +138,21 @@ def write_code(bundle: Path, run: Run, digest: str) -> Facts:
     again = f"../{package.rpartition('_')[0]}_again"
     for name, config in run.configs.items():
         said = neutral(config, again if name == "train.json" else None)
+        absolute = "expected no absolute path, got one. Take it out."
+        if found := [f"{name}: {key}: {absolute}" for key in absolute_paths(said)]:
+            raise InputError(*found)
         text = json.dumps(renamed_config(said, package, modules), indent=2) + "\n"
         (bundle / "configs" / name).write_text(text)
     shutil.copyfile(TEMPLATES / "logging.conf", bundle / "configs" / "logging.conf")
     plan = run.directory / "plan.json"
     if plan.is_file():  # which evaluate.json takes
         (bundle / plan.name).write_text(json.dumps({**read_config(plan), "reasons": {}}) + "\n")
-    if (licence := run.directory / "LICENSE").is_file():
-        shutil.copyfile(licence, bundle / licence.name)
-    if (readme := run.directory / "docs" / "README.md").is_file():
-        text = readme.read_text().replace(card.USAGE, USAGE.replace("PACKAGE", package))
-        (bundle / "docs").mkdir()
-        (bundle / "docs" / readme.name).write_text(renamed_text(text, package, modules))
+    shutil.copyfile(TEMPLATES.parent / "LICENSE", bundle / "LICENSE")
+    readme = run.directory / "docs" / "README.md"  # which somebody may have added to
+    text = readme.read_text() if readme.is_file() else card.model_card(run.directory)
+    text = text.replace(card.USAGE, USAGE.replace("PACKAGE", package))
+    (bundle / "docs").mkdir()
+    (bundle / "docs" / "README.md").write_text(renamed_text(text, package, modules))
     foreign = {name for name in names if not targets.is_allowed(name)}
     facts = {"package": package, "num_modules": len(modules), "num_lines": num_lines}
     return facts | ({"not_packed": sorted(foreign)} if foreign else {})
@@ -226,6 +231,8 @@ def private(run: Run, cases: Cases | None) -> tuple[set[str], dict[str, str]]:
         if path.is_file():
             found = read_config(path)
             ids |= set(found.get("cases", found))
+    given = [named(case) for part in given_data(train) or () for case in part]
+    ids |= {case["case_id"] for case in given}
     stated = str(train["dataset_dir"])
     places = {
         str(directory): "the run's path",
@@ -235,6 +242,7 @@ def private(run: Run, cases: Cases | None) -> tuple[set[str], dict[str, str]]:
         str(Path.home()): "a home directory",
         str(ROOT): "the repository's path",
     }
+    places |= {os.path.dirname(path): "the data's path" for c in given for path in paths_of(c)}
     places = {path: kind for path, kind in places.items() if path.count("/") > 1}
     host = {name: "this machine's name" for name in telling([platform.node()], ())}
     return telling(ids, run.configs["inference.json"]["class_names"]), places | host

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.config import CLIENT_KEYS, Config
 from pipeline.data.listing import Case
 
@@ -12,10 +14,15 @@ def given_data(source: Config) -> tuple[list[Case], list[Case]] | None:
     Args:
         source: The config, unevaluated.
     """
-    train, validation = (source[part]["dataset"]["data"] for part in ("train", "validate"))
-    if not isinstance(train, list):
-        return None
-    return train, validation if isinstance(validation, list) else []
+    train, validation = (_listed(source.get(part)) for part in ("train", "validate"))
+    return None if train is None else (train, validation or [])
+
+
+def _listed(part: Any) -> list[Case] | None:
+    """The cases that a part's dataset lists itself; it may be a reference."""
+    dataset = part.get("dataset") if isinstance(part, dict) else None
+    data = dataset.get("data") if isinstance(dataset, dict) else None
+    return data if isinstance(data, list) else None
 
 
 def is_clients(source: Config) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline import config
 from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases
 from pipeline.data.intake import Intake
-from pipeline.data.plan import Plan
+from pipeline.data.plan import AUTO, Plan
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.given import given_data, is_clients
@@ -132,6 +133,9 @@ class Lifecycle:
                     self._take_run_dir()
                 # a client that initializes anew with resume=false begins anew as well
                 begun = self.resume is not False and self.store.has_begun()
+                if not begun and self.is_held:
+                    for folder in ("checkpoints", "models"):
+                        shutil.rmtree(self.run_dir / folder, ignore_errors=True)
                 self.start.read(self.run_dir if begun else None)
                 found = self.intake.inspect(self._cases)
                 found.require_sound()
@@ -171,17 +175,50 @@ class Lifecycle:
         known = None if any_data else self.cases.fingerprint
         changes_since(self.run_dir, self._portable_source(), known)
         self._plan = stored_plan(self.run_dir)
+        self._require_same_classes(self.cases, self._plan)
 
     def _load(self) -> Cases:
         """Read the dataset, or take the cases that a client has put in its place."""
         given = given_data(self.source)
+        adopted = None
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network is to be that of the bundle, whatever the data are like
-            self.intake.adopt(stored_plan(self.bundle_root))
+            adopted = stored_plan(self.bundle_root)
+            self.intake.adopt(adopted)
         cases = self.intake.load(given)
+        if adopted is not None:
+            self._require_same_classes(cases, adopted)
         if given is not None:
             self.dataset_dir = cases.root
+            self._step_aside()
         return cases
+
+    def _require_same_classes(self, cases: Cases, plan: Plan) -> None:
+        """Refuse data whose label values mean something else than in a plan.
+
+        Raises:
+            InputError: If the dataset declares other classes or channels, and the config none.
+        """
+        names, channels = cases.class_names, cases.num_channels
+        if self.source["class_names"] == AUTO and names and [*names] != [*plan.class_names]:
+            raise InputError(
+                f"{cases.name}: expected the classes {', '.join(plan.class_names)}, in the order "
+                f"of their label values, got {', '.join(names)}. Relabel the data, or state "
+                "class_names if they mean the same."
+            )
+        if channels not in (None, plan.in_channels):
+            raise InputError(
+                f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
+                "Choose other data."
+            )
+
+    def _step_aside(self) -> None:
+        """Train beside what there is: a client that lists its cases means a new training."""
+        first, number = self.run_dir, 2
+        while self.resume == "auto" and (self.run_dir / "summary.json").is_file():
+            self.run_dir = first.with_name(f"{first.name}_{number}")
+            number += 1
+        self.store = CheckpointStore(self.run_dir / "checkpoints")
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""

@@ -16,6 +16,7 @@ from pipeline.bundle.writers import Network
 from pipeline.config import Config
 from pipeline.data.datasets import Cases
 from pipeline.data.progress_bar import ProgressBar
+from pipeline.given import given_data
 from pipeline.prediction.metrics import dice_per_class
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.run_configs import stored_plan
@@ -55,7 +56,7 @@ def cases_of(run_dir: Path, train: Config) -> Cases:
         intake = parser.get_parsed_content("intake")
         if not intake.dataset_dir.exists():
             raise NotComparedError("the dataset is not there")
-        cases = intake.load()
+        cases = intake.load(given_data(train))
         known = json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (RuntimeError, ValueError, OSError, LookupError):
         raise NotComparedError("the dataset cannot be read as the run read it") from None

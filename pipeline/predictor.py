@@ -49,7 +49,7 @@ class Predictor:
         members = [*others, *values.pop("ensemble", [])]
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
         trust.check(source, allow)
-        keys = {**config.PREDICTION_KEYS, **config.KEYS}
+        keys = {**config.KEYS, **config.PREDICTION_KEYS}
         known = {key: spec for key, spec in keys.items() if key in source}
         config.check({key: source[key] for key in known}, known)
         parser = ConfigParser(source)

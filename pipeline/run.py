@@ -218,7 +218,7 @@ def _content(workflow: Any, name: str) -> Any:
 
 def help_text(source: config.Config) -> str:
     """Usage and, for each top-level key, its value in `source` and its meaning."""
-    known = config.KEYS if "train" in source else {**config.PREDICTION_KEYS, **config.KEYS}
+    known = config.KEYS if "train" in source else {**config.KEYS, **config.PREDICTION_KEYS}
     keys = {key: spec for key, spec in known.items() if key in source or known is config.KEYS}
     width = max(map(len, keys))
     lines = [USAGE, "", "Top-level keys, their values here, and what they mean:", ""]

@@ -120,6 +120,7 @@ def changes_since(run_dir: Path, source: config.Config, fingerprint: str | None)
     """
     try:
         former = json.loads((run_dir / "configs" / "train.json").read_text())
+        former = {"init_weights": None, "init_head": False, **former}  # older runs have no such key
         known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (OSError, ValueError) as error:
         raise InputError(

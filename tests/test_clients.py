@@ -507,6 +507,45 @@ def test_label_trains(bundle, store, monkeypatch):
         shutil.rmtree(out)
 
 
+def test_label_trains_again_beside_what_there_is(finished, store):
+    """Active learning: another training with more cases."""
+    first = label_trains(finished, store, 3, learning_rate=0.0)
+    beside = first.with_name(f"{first.name}_2")
+    try:
+        label_trains(finished, store, 4, learning_rate=0.0)
+        summaries = [json.loads((out / "summary.json").read_text()) for out in (first, beside)]
+        assert [summary["num_cases"]["train"] for summary in summaries] == [3, 4]
+    finally:
+        shutil.rmtree(first)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def test_what_label_trained_is_exported_without_its_paths(finished, store, tmp_path):
+    out = label_trains(finished, store, 4, learning_rate=0.0)
+    try:
+        facts = export(out, tmp_path / "o", ["torchscript"])
+        assert facts["validation"]["num_cases"] == 2
+        texts = [p.read_text() for p in (tmp_path / "o").rglob("*") if p.suffix in (".json", ".md")]
+        for word in (str(tmp_path), str(finished.parent), "tiny_00", "store"):
+            assert not [text for text in texts if word in text], word
+    finally:
+        shutil.rmtree(out)
+
+
+def test_data_whose_classes_are_numbered_otherwise_are_refused(finished, dataset, tmp_path, capfd):
+    other = tmp_path / "data"
+    shutil.copytree(dataset, other)
+    source = json.loads((other / "dataset.json").read_text())
+    source["labels"] = {"0": "background", "1": "bright", "2": "dim"}
+    (other / "dataset.json").write_text(json.dumps(source))
+    algo = federated(finished, other, tmp_path / "client")
+    with pytest.raises(SystemExit) as ended:
+        algo.initialize()
+    assert ended.value.code == 2
+    told = "expected the classes background, dim, bright, in the order of their label values, got"
+    assert told in capfd.readouterr().err
+
+
 def test_label_is_told_what_is_wrong_with_its_data(finished, store, capfd):
     """As of a dataset: a line for each, before there is a run."""
     Path(store[1]["label"]).unlink()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from pipeline import exported as filling
 from pipeline.bundle import formats
-from pipeline.bundle.contents import leaks, metadata_faults, neutral, telling
+from pipeline.bundle.contents import absolute_paths, leaks, metadata_faults, neutral, telling
 from pipeline.bundle.package import needed_modules, package_name, write_package
 from pipeline.bundle.renaming import renamed_config, renamed_source
 from pipeline.export import main
@@ -634,8 +634,7 @@ def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.export.write_zip", fail)
-    with pytest.raises(KeyboardInterrupt):
-        main([str(copied), "--formats", "torchscript"])
+    assert main([str(copied), "--formats", "torchscript"]) == 130
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 
 
@@ -666,5 +665,65 @@ def test_neutral_config_lists_no_cases_of_a_client():
     source, expected = json.loads(text), neutral(json.loads(text))
     for part in ("train", "validate"):
         source[part]["dataset"]["data"] = cases
+    loader = {"_target_": "CheckpointLoader", "load_path": "/somewhere/model.pt"}
+    source["train"]["handlers"].insert(0, loader)
     assert neutral(source) == expected
     assert source["train"]["dataset"]["data"] == cases, "the run's own stays"
+
+
+def test_absolute_paths_of_a_config_are_found():
+    config = {
+        "a": ["x", "/home/somebody/b.pt"],
+        "c": {"d": "~/e", "f": "$@a", "g": "a/b", "h": "/"},
+    }
+    assert list(absolute_paths(config)) == ["a#1", "c#d"]
+
+
+def test_own_transform_with_an_absolute_path_is_refused(copied, capsys):
+    source = json.loads((copied / "configs/train.json").read_text())
+    own = {"_target_": "SelectItemsd", "keys": "/home/somebody/file.csv"}
+    change_json(copied / "configs/train.json", transforms_after=[own])
+    assert main([str(copied), "--formats", "torchscript"]) == 2
+    told = capsys.readouterr().err
+    assert "train.json: transforms_after#0#keys: expected no absolute path, got one." in told
+    assert "somebody" not in told
+    assert [path.name for path in copied.parent.iterdir()] == ["r"]
+    assert source["transforms_after"] == []
+
+
+@pytest.mark.parametrize("name", ["M\u00fcller_012", "100307", "1.2.840.113619.2.55"])
+def test_leaks_are_seen_however_a_name_is_written(tmp_path, name):
+    for number, form in enumerate((json.dumps([f"{name}"]), f"see x/{name}.nii.gz")):
+        (tmp_path / f"{number}.json").write_text(form)
+    assert len({line.split(":")[0] for line in leaks(tmp_path, telling([name], ()), {})}) == 2
+    (tmp_path / "2.json").write_text('{"bytes": 100307, "version": "1.2.8"}')
+    assert not [line for line in leaks(tmp_path, telling([name], ()), {}) if line.startswith("2.")]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "words"),
+    [
+        ("inference.json", "network_def", None, "inference.json: expected network_def, got none"),
+        ("train.json", "dataset_dir", None, "train.json: expected dataset_dir, got none"),
+        ("metadata.json", "network_data_format", [], "inputs#image#num_channels: expected 1"),
+    ],
+)
+def test_configs_that_lack_something_are_lines(copied, capsys, file, key, value, words):
+    path = copied / "configs" / file
+    source = json.loads(path.read_text())
+    source.pop(key)
+    path.write_text(json.dumps(source if value is None else {**source, key: value}))
+    assert main([str(copied), "--formats", "torchscript"]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in copied.parent.iterdir()] == ["r"]
+
+
+def test_weights_that_are_not_finite_do_not_leave(copied, capsys):
+    path = copied / "models/model.pt"
+    weights = torch.load(path, weights_only=True)
+    weights["head.bias"][0] = torch.nan
+    torch.save(weights, path)
+    out = copied.parent / "new/folder"
+    assert main([str(copied), "--formats", "torchscript", "--output", str(out)]) == 2
+    assert "expected finite weights, got NaN or infinity" in capsys.readouterr().err
+    assert [path.name for path in copied.parent.iterdir()] == ["r"]

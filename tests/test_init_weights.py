@@ -314,3 +314,14 @@ def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
     (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
     assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
     assert not (tmp_path / "r").exists()
+
+
+def test_run_that_began_before_there_was_this_key_goes_on(run, tmp_path):
+    assert run(tmp_path / "r", max_epochs=1) == 0
+    path = tmp_path / "r/configs/train.json"
+    source = json.loads(path.read_text())
+    for key in ("init_weights", "init_head"):
+        del source[key], source["lifecycle"][key]
+    del source["train"]["trainer"]["initial_weights"]
+    path.write_text(json.dumps(source))
+    assert run(tmp_path / "r", max_epochs=2) == 0

@@ -47,10 +47,10 @@ def neutral(config: Config, output_dir: str | None = None) -> Config:
     found = {key: NEUTRAL.get(key, value) for key, value in config.items() if key != "_meta_"}
     if isinstance(config.get("device"), dict):  # what makes one of `auto`, for clients
         found["device"] = config["device"]
-    for part, split in LISTS.items():  # a client may have put its own cases there
-        dataset = found.get(part, {}).get("dataset")
-        if isinstance(dataset, dict) and isinstance(dataset.get("data"), list):
-            found[part] = {**found[part], "dataset": {**dataset, "data": f"$@cases.{split}"}}
+    for part, split in LISTS.items():
+        content = found.get(part)
+        if isinstance(content, dict):
+            found[part] = _of_nobody(content, split)
     for key, value in found.items():
         parts = re.split("#|::", key)  # an overlay's key names a part
         if parts[0] in OBJECTS:
@@ -60,6 +60,26 @@ def neutral(config: Config, output_dir: str | None = None) -> Config:
     elif str(found.get("output_dir") or "").startswith(("/", "..")):
         found["output_dir"] = "predictions"
     return found
+
+
+def _of_nobody(part: Config, split: str) -> Config:
+    """A part without what a client put into it: cases of its own, and weights to begin with."""
+    dataset, handlers = part.get("dataset"), part.get("handlers")
+    if isinstance(dataset, dict) and isinstance(dataset.get("data"), list):
+        part = {**part, "dataset": {**dataset, "data": f"$@cases.{split}"}}
+    if isinstance(handlers, list) and split == "train":
+        own = [h for h in handlers if not str(dict(h).get("_target_")).endswith("CheckpointLoader")]
+        part = {**part, "handlers": own}
+    return part
+
+
+def absolute_paths(node: Any, path: str = "") -> Iterator[str]:
+    """Keys of a config whose values are places of one machine."""
+    if isinstance(node, (dict, list)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from absolute_paths(child, f"{path}#{key}" if path else str(key))
+    elif isinstance(node, str) and re.match(r"(/|~|[A-Za-z]:\\)\S", node):
+        yield path
 
 
 def _referring(node: Any) -> Any:
@@ -86,16 +106,16 @@ def metadata_faults(metadata: Config, in_channels: int, class_names: Sequence[st
         in_channels: Of an image, as the network takes it.
         class_names: Of the channels of its output, background first.
     """
-    data_format = metadata.get("network_data_format", {})
+    data_format = _object(metadata.get("network_data_format"))
     faults = []
     for part, tensor, num_channels in (
         ("inputs", "image", in_channels),
         ("outputs", "pred", len(class_names)),
     ):
         where = f"network_data_format#{part}#{tensor}"
-        stated = data_format.get(part, {}).get(tensor, {})
+        stated = _object(_object(data_format.get(part)).get(tensor))
         given = {"num_channels": stated.get("num_channels")}
-        names = list(stated.get("channel_def", {}).values())
+        names = list(_object(stated.get("channel_def")).values())
         wanted: Config = {"num_channels": num_channels}
         if tensor == "pred":
             given["channel_def"], wanted["channel_def"] = names, [*class_names]
@@ -110,13 +130,19 @@ def metadata_faults(metadata: Config, in_channels: int, class_names: Sequence[st
     return faults
 
 
+def _object(value: Any) -> Config:
+    return value if isinstance(value, dict) else {}
+
+
 def telling(case_ids: Collection[str], class_names: Collection[str]) -> set[str]:
-    """The case ids that cannot be taken for something else: letters and digits, and no class."""
-    return {
-        name
-        for name in case_ids
-        if len(name) >= LEAST_ID and re.search(r"\d", name) and re.search(r"[^\W\d]", name)
-    } - {*class_names}
+    """Words that only a case id can be: letters and digits and no class, or a number as a name."""
+    found = set()
+    for name in {*case_ids} - {*class_names}:
+        if len(name) >= LEAST_ID and re.search(r"\d", name) and re.search(r"[^\W\d]", name):
+            found.add(name)
+        elif len(re.sub(r"\D", "", name)) > LEAST_ID:  # else it could be a value
+            found |= {f'"{name}"', f"/{name}", f"{name}.nii", f"{name}_"}
+    return found
 
 
 def leaks(bundle: Path, case_ids: Collection[str], places: Mapping[str, str]) -> Iterator[str]:
@@ -134,7 +160,8 @@ def leaks(bundle: Path, case_ids: Collection[str], places: Mapping[str, str]) ->
         content = file.read_bytes()
         words = {**places, **ids} if file.suffix in TEXTS else places
         for word, kind in words.items():
-            if word.encode() in content and _stands_alone(word, content):
+            forms = {word, json.dumps(word)[1:-1]}  # as JSON writes letters beyond ASCII
+            if any(form.encode() in content and _stands_alone(form, content) for form in forms):
                 yield (
                     f"{file.relative_to(bundle)}: expected nothing of where the bundle was made or "
                     f"what it was trained on, got {kind}, '{word}'. Take it out of the run's file."
@@ -142,7 +169,9 @@ def leaks(bundle: Path, case_ids: Collection[str], places: Mapping[str, str]) ->
 
 
 def _stands_alone(word: str, content: bytes) -> bool:
-    return re.search(rb"(?<![\w])" + re.escape(word.encode()) + rb"(?![\w])", content) is not None
+    before, after = (rb"(?<!\w)" if word[0].isalnum() else b""), rb"(?!\w)"
+    after = after if word[-1].isalnum() else b""
+    return re.search(before + re.escape(word.encode()) + after, content) is not None
 
 
 def write_zip(bundle: Path, file: Path) -> None:

@@ -145,14 +145,15 @@ def given_cases(
     where = "train#dataset#data"
     listed = [*train, *validation]
     for case in listed:
-        if not isinstance(case, dict) or not {"image", "label"} <= case.keys():
+        if not isinstance(case, dict) or not _are_paths(case.get("image"), case.get("label")):
             raise InputError(f"{where}: expected cases with image and label, got {case!r}.")
     if not train:
         raise InputError(f"{where}: expected cases, got none. List one or more.")
     listed = [named(case) for case in listed]
     folders = [os.path.dirname(os.path.abspath(path)) for case in listed for path in paths_of(case)]
     root = Path(os.path.commonpath(folders))
-    stated = Layout(root, "given", root.name, class_names, cases=listed)
+    # what their folder is called may name a person
+    stated = Layout(root, "given", "data of a client", class_names, cases=listed)
     layout = resolved(stated, root, (), where)
     sides = {case["case_id"]: number < len(train) for number, case in enumerate(listed)}
     split = Split(
@@ -161,6 +162,11 @@ def given_cases(
         test=[],
     )
     return _cases(layout, split, [])
+
+
+def _are_paths(image: Any, label: Any) -> bool:
+    several = image if isinstance(image, list) and image else [image]
+    return all(isinstance(path, str) for path in [*several, label])
 
 
 def _without(layout: Layout, exclude: Sequence[str]) -> Layout:

@@ -92,7 +92,7 @@ def diagnose(
 def _check_keys(chart: Chart, training: bool) -> None:
     """Top-level keys: unknown, missing, or not of the type that the table gives them."""
     source = chart.composed.source
-    keys = config.KEYS if training else {**config.PREDICTION_KEYS, **config.KEYS}
+    keys = config.KEYS if training else {**config.KEYS, **config.PREDICTION_KEYS}
     missing = [key for key in keys if key not in source] if training else []
     used = {target[0] for target in chart.graph.targets}
     wanted = [*missing, *sorted(used - source.keys())]
