@@ -185,10 +185,11 @@ class SlidingWindowLabels(SlidingWindow):
             kwargs: Not used.
 
         Returns:
-            `(B, 1, *shape of the files)` uint8.
+            `(B, 1, *shape of the files)` uint8, on the inputs' device.
         """
         self._segmenter.networks = [network]
-        return torch.stack([self._labels(image) for image in decollate_batch(inputs)])
+        labels = torch.stack([self._labels(image) for image in decollate_batch(inputs)])
+        return labels.to(inputs.device)  # where the evaluator has the reference
 
     def _labels(self, image: MetaTensor) -> torch.Tensor:
         try:
