@@ -198,7 +198,14 @@ def table(result: Mapping[str, Any]) -> list[str]:
             "nothing to find; interval and smallest are of the chance that a score of A is the "
             "better one, less one half, and means are of the defined scores alone."
         )
-    lines += [f"{name}: {_apart(entry)}" for name, entry in entries.items() if _apart(entry)]
+    alike: dict[str, list[str]] = {}  # what holds for many classes is said once
+    for name, entry in entries.items():
+        alike.setdefault(_apart(entry), []).append(name)
+    lines += [
+        f"{'All' if len(names) == len(entries) else ', '.join(names)}: {told}"
+        for told, names in alike.items()
+        if told
+    ]
     lines += [f"Note: {note}" for note in result["notes"]]
     return [*lines, "", _conclusion(overall)]
 

@@ -513,6 +513,16 @@ def test_command_shows_a_difference_of_single_runs(ours, capsys):
     assert "from persons" in last
 
 
+def test_what_holds_for_all_classes_is_said_once(ours, capsys):
+    files = {arm: paths[:1] for arm, paths in ours.items()}
+    assert command(files) == 0
+    told = capsys.readouterr().out
+    assert (
+        told.count("1 of at least 2 seeds of A, 1 of at least 2 seeds of B") == 2
+    )  # and the verdict
+    assert "\nAll: 1 of at least 2 seeds" in told
+
+
 def test_result_does_not_depend_on_the_order_of_rows_and_files(ours, tmp_path):
     before = compared(ours, tmp_path)
     for n, file in enumerate([*ours["a"], *ours["b"]]):
