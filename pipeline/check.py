@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import trust
+from pipeline.command import run_command
 from pipeline.compose import parse_overrides
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError
@@ -31,26 +32,22 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(__doc__)
-        return 0
-    try:
-        wants_plan = "--plan" in rest
-        allow, rest = trust.split_allow([word for word in rest if word != "--plan"])
-        if not rest or rest[0].startswith("-"):
-            raise InputError(f"command line: expected a dataset first, got none. {USAGE}")
-        overrides = parse_overrides(rest[1:])
-        file = overrides.pop("json", None)
-        if file is not None and not Path(str(file)).parent.is_dir():
-            raise InputError(f"--json: expected a file in a folder that is there, got {file}.")
-        config_file = str(overrides.pop("config", CONFIG))
-        overrides["dataset_dir"] = str(Path(rest[0]).resolve())
-        source = diagnosis.check([config_file], overrides, allow, training=True)
-        return check(source, wants_plan, None if file is None else Path(str(file)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(__doc__, words, _main)
+
+
+def _main(words: list[str]) -> int:
+    wants_plan = "--plan" in words
+    allow, rest = trust.split_allow([word for word in words if word != "--plan"])
+    if not rest or rest[0].startswith("-"):
+        raise InputError(f"command line: expected a dataset first, got none. {USAGE}")
+    overrides = parse_overrides(rest[1:])
+    file = overrides.pop("json", None)
+    if file is not None and not Path(str(file)).parent.is_dir():
+        raise InputError(f"--json: expected a file in a folder that is there, got {file}.")
+    config_file = str(overrides.pop("config", CONFIG))
+    overrides["dataset_dir"] = str(Path(rest[0]).resolve())
+    source = diagnosis.check([config_file], overrides, allow, training=True)
+    return check(source, wants_plan, None if file is None else Path(str(file)))
 
 
 def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:

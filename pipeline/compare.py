@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.command import run_command
 from pipeline.compose import parse_overrides
 from pipeline.data.splits import person_of
 from pipeline.errors import InputError, as_bool, nearest
@@ -51,16 +52,12 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(__doc__)
-        return 0
-    try:
-        files, rest = split_arms(rest)
-        result = run(files, checked(parse_overrides(rest)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(__doc__, words, _main)
+
+
+def _main(words: list[str]) -> int:
+    files, rest = split_arms(words)
+    result = run(files, checked(parse_overrides(rest)))
     print("\n".join(table(result)))
     return 0
 

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import run_command
 from pipeline.compose import parse_overrides
 from pipeline.data.described import read_described
 from pipeline.data.layouts import read_layout
@@ -49,16 +50,13 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(__doc__)
-        return 0
+    return run_command(__doc__, words, _main)
+
+
+def _main(words: list[str]) -> int:
+    pred_dir, label_dir, options = read_command(words)
     try:
-        pred_dir, label_dir, options = read_command(rest)
         output_dir, summary = evaluate(pred_dir, label_dir, options)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
         print(
             f"--output_dir: expected a folder that can be written, got: {error}. Choose another.",

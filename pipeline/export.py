@@ -26,6 +26,7 @@ from pathlib import Path
 from pipeline import trust
 from pipeline.bundle.contents import write_zip
 from pipeline.bundle.formats import FORMATS, Facts
+from pipeline.command import run_command
 from pipeline.errors import InputError, nearest
 from pipeline.exportable import Run
 from pipeline.exported import fill
@@ -42,17 +43,14 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(__doc__)
-        return 0
+    return run_command(__doc__, words, _main)
+
+
+def _main(words: list[str]) -> int:
+    allow, rest = trust.split_allow(words)
+    run_dir, output, formats = read_command(rest)
     try:
-        allow, rest = trust.split_allow(rest)
-        run_dir, output, formats = read_command(rest)
         facts = export(run_dir, output, formats, allow)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"--output: expected a folder that can be written, got: {error}.", file=sys.stderr)
         return 2

@@ -1,11 +1,14 @@
-"""What MONAI's clients put into the config of a bundle: lists of files, and a name for the run."""
+"""What others put into the config of a bundle: lists of files, a name for the run, other data."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pipeline.config import CLIENT_KEYS, Config
+from pipeline.data.datasets import Cases
 from pipeline.data.listing import Case
+from pipeline.data.plan import AUTO, Plan
+from pipeline.errors import InputError
 
 
 def given_data(source: Config) -> tuple[list[Case], list[Case]] | None:
@@ -32,3 +35,28 @@ def is_clients(source: Config) -> bool:
         source: The config, unevaluated.
     """
     return given_data(source) is not None or not source.keys().isdisjoint(CLIENT_KEYS)
+
+
+def require_same_classes(source: Config, cases: Cases, plan: Plan) -> None:
+    """Refuse data whose label values mean something else than in a plan.
+
+    Args:
+        source: The config, unevaluated.
+        cases: Of the data.
+        plan: Of the network, made for other data.
+
+    Raises:
+        InputError: If the dataset declares other classes, and the config none, or other channels.
+    """
+    names, channels = cases.class_names, cases.num_channels
+    if source["class_names"] == AUTO and names and [*names] != [*plan.class_names]:
+        raise InputError(
+            f"{cases.name}: expected the classes {', '.join(plan.class_names)}, in the order "
+            f"of their label values, got {', '.join(names)}. Relabel the data, or state "
+            "class_names if they mean the same."
+        )
+    if channels not in (None, plan.in_channels):
+        raise InputError(
+            f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
+            "Choose other data."
+        )

@@ -19,10 +19,10 @@ from pipeline import config
 from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases
 from pipeline.data.intake import Intake
-from pipeline.data.plan import AUTO, Plan
+from pipeline.data.plan import Plan
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
-from pipeline.given import given_data, is_clients
+from pipeline.given import given_data, is_clients, require_same_classes
 from pipeline.hold import Hold
 from pipeline.recipe import preprocessing_recipe
 from pipeline.run_configs import changes_since, portable, stored_plan, write_configs, write_docs
@@ -175,7 +175,7 @@ class Lifecycle:
         known = None if any_data else self.cases.fingerprint
         changes_since(self.run_dir, self._portable_source(), known)
         self._plan = stored_plan(self.run_dir)
-        self._require_same_classes(self.cases, self._plan)
+        require_same_classes(self.source, self.cases, self._plan)
 
     def _load(self) -> Cases:
         """Read the dataset, or take the cases that a client has put in its place."""
@@ -187,30 +187,11 @@ class Lifecycle:
             self.intake.adopt(adopted)
         cases = self.intake.load(given)
         if adopted is not None:
-            self._require_same_classes(cases, adopted)
+            require_same_classes(self.source, cases, adopted)
         if given is not None:
             self.dataset_dir = cases.root
             self._step_aside()
         return cases
-
-    def _require_same_classes(self, cases: Cases, plan: Plan) -> None:
-        """Refuse data whose label values mean something else than in a plan.
-
-        Raises:
-            InputError: If the dataset declares other classes or channels, and the config none.
-        """
-        names, channels = cases.class_names, cases.num_channels
-        if self.source["class_names"] == AUTO and names and [*names] != [*plan.class_names]:
-            raise InputError(
-                f"{cases.name}: expected the classes {', '.join(plan.class_names)}, in the order "
-                f"of their label values, got {', '.join(names)}. Relabel the data, or state "
-                "class_names if they mean the same."
-            )
-        if channels not in (None, plan.in_channels):
-            raise InputError(
-                f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
-                "Choose other data."
-            )
 
     def _step_aside(self) -> None:
         """Train beside what there is: a client that lists its cases means a new training."""

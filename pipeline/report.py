@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pipeline.command import run_command
 from pipeline.errors import InputError
 
 USAGE = "usage: python -m pipeline.report RUN"
@@ -23,22 +24,19 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(__doc__)
-        return 0
-    try:
-        if len(rest) != 1:
-            raise InputError(f"command line: expected a run directory, got {len(rest)}. {USAGE}")
-        from pipeline.prediction.report import write_report  # its imports take seconds
+    return run_command(__doc__, words, _main)
 
-        path = write_report(rest[0])
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+def _main(words: list[str]) -> int:
+    if len(words) != 1:
+        raise InputError(f"command line: expected a run directory, got {len(words)}. {USAGE}")
+    from pipeline.prediction.report import write_report  # its imports take seconds
+
+    try:
+        path = write_report(words[0])
     except OSError as error:
         print(
-            f"{rest[0]}: expected a directory that can be written, got: {error}.", file=sys.stderr
+            f"{words[0]}: expected a directory that can be written, got: {error}.", file=sys.stderr
         )
         return 1
     print(f"The report is {path}. Open it in a browser:\n  {path.resolve().as_uri()}")

@@ -475,15 +475,8 @@ def datastore(dataset: Path, folder: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def store(dataset: Path, tmp_path: Path) -> list[dict[str, str]]:
-    """As `_fetch_datalist` makes it: images and labels, and nothing that names a case."""
-    cases = []
-    for path in sorted((dataset / "imagesTr").iterdir()):
-        image, label = tmp_path / "store" / path.name, tmp_path / "store/labels/final" / path.name
-        label.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, image)
-        shutil.copyfile(dataset / "labelsTr" / path.name, label)
-        cases.append({"image": str(image), "label": str(label)})
-    return cases
+    """A store of a test's own."""
+    return datastore(dataset, tmp_path / "store")
 
 
 def test_label_trains(bundle, store, monkeypatch):

@@ -1,9 +1,11 @@
-"""Writes what was predicted on the very grid of the input file."""
+"""Writes files whole or not at all, and what was predicted on the very grid of the input file."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ PLACE = [
 
 
 MARK = b"segmentation by mixed-precision-segmentation"  # of what is written here
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` at the end, if all went well.
+
+    Raises:
+        OSError: If the system refuses; what was there is then as it was.
+    """
+    # ends as the other, since nibabel compresses by the ending
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_prediction(path: Path) -> bool:
@@ -47,15 +65,10 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    # a name of its own, ending as the other, since nibabel compresses by the ending
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    try:
-        image = _image(voxels, source)
-        image.header["descrip"] = MARK
+    image = _image(voxels, source)
+    image.header["descrip"] = MARK
+    with whole_file(path) as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _image(voxels: np.ndarray, source: str | Path) -> Any:

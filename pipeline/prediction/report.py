@@ -6,7 +6,6 @@ It is made from the run directory alone, and whatever is missing there is said i
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from html import escape
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.prediction import figures, page
+from pipeline.prediction.files import whole_file
 from pipeline.prediction.run_files import SPLITS, Run, read_run
 from pipeline.prediction.scores_shown import overview, split_section
 
@@ -47,12 +47,8 @@ def write_report(run_dir: str | Path) -> Path:
     content = render(read_run(run_dir))
     path = Path(run_dir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

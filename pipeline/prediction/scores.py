@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
 from pipeline.errors import InputError
+from pipeline.prediction.files import whole_file
 from pipeline.prediction.score_summary import MEASURES, Row, plain, summarize
 from pipeline.prediction.surface import surface_measures
 
@@ -182,17 +182,9 @@ def write_scores(
     Path(directory).mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in zip(FILES, (table.getvalue(), text), strict=True):
-        _write_whole(Path(directory) / name, content)
+        with whole_file(Path(directory) / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", newline="")
     return summary
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_scores(path: str | Path) -> list[Row]:

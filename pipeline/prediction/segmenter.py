@@ -173,7 +173,7 @@ class SlidingWindowLabels(SlidingWindow):
         sums_bytes: int = SUMS_BYTES,
     ) -> None:
         super().__init__(roi_size, num_classes, sw_batch_size, overlap, sums_bytes=sums_bytes)
-        self._segmenter = Segmenter([], precision, copy.copy(self))
+        self._segmenter = Segmenter([], precision, self)  # which copies it
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         """Labels of preprocessed images.
