@@ -25,5 +25,5 @@ def run_command(
     try:
         return work(rest)
     except InputError as error:
-        print(error, file=sys.stderr)
+        error.tell()
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable
 
 
@@ -12,11 +13,17 @@ class InputError(ValueError):
 
     Args:
         faults: One line per fault, in the form `{where}: expected {X}, got {Y}. {what to do}`.
+        is_told: Whether another process prints it.
     """
 
-    def __init__(self, *faults: str) -> None:
-        self.faults = faults
+    def __init__(self, *faults: str, is_told: bool = False) -> None:
+        self.faults, self.is_told = faults, is_told
         super().__init__("\n".join(faults))
+
+    def tell(self) -> None:
+        """Print it, where no other process does."""
+        if not self.is_told:
+            print(self, file=sys.stderr)
 
 
 OWN = ("pipeline", "transforms", "networks")  # whose exceptions say all that is to be said

@@ -1,9 +1,11 @@
 import contextlib
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 
 from pipeline.training.losses import SegmentationLoss
 
@@ -154,6 +156,78 @@ def test_float32_logits_give_the_value_of_the_stock_loss(options):
     torch.testing.assert_close(SegmentationLoss(**ours)(logits, label), stock(logits, label))
 
 
+def stock(logits, label, *, include_background, class_weights, batch_dice, ignore_value):
+    """The loss of MONAI's and torch's own functions, in float32."""
+    weights = None if class_weights is None else torch.tensor(class_weights)
+    dice = DiceLoss(
+        include_background=include_background,
+        to_onehot_y=True,
+        softmax=True,
+        batch=batch_dice,
+        weight=weights if weights is None or include_background else weights[1:],
+        ignore_index=ignore_value,
+    )
+    ignored = -100 if ignore_value is None else ignore_value
+    return dice(logits, label) + F.cross_entropy(logits, label[:, 0], weights, ignore_index=ignored)
+
+
+GRID = [
+    dict(
+        zip(("batch_dice", "include_background", "class_weights", "ignore_value"), row, strict=True)
+    )
+    for row in itertools.product(
+        (False, True), (True, False), (None, [0.2, 1.0, 3.5]), (None, 1, 255)
+    )
+]
+
+
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_value_and_gradient_are_those_of_the_stock_losses(options):
+    logits, label = volume(2, 12, 10, 8)
+    if options["ignore_value"] is not None:
+        label[0, :, :3], label[1, ..., 4] = options["ignore_value"], options["ignore_value"]
+    value, gradient = value_and_gradient(SegmentationLoss(**options), logits, label)
+    expected = value_and_gradient(lambda x, y: stock(x, y, **options), logits, label)
+    torch.testing.assert_close(value, expected[0], rtol=5e-7, atol=0)
+    error = (gradient - expected[1]).abs().max()
+    assert error <= 1e-6 * expected[1].abs().max()
+
+
+def kept_for_backward(function, logits, label):
+    """Bytes of all that a forward pass keeps, each piece of memory counted once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(logits.requires_grad_(), label)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_no_more_is_kept_for_the_backward_pass_than_by_the_stock_losses(options):
+    logits, label = volume(2, 24, 24, 24)
+    most = kept_for_backward(lambda x, y: stock(x, y, **options), logits, label)
+    assert kept_for_backward(SegmentationLoss(**options), logits, label) <= most
+
+
+def test_dice_alone_keeps_no_more_for_the_backward_pass_than_the_stock_loss():
+    logits, label = volume(2, 24, 24, 24)
+    most = kept_for_backward(DiceLoss(to_onehot_y=True, softmax=True), logits, label)
+    assert kept_for_backward(SegmentationLoss(ce_weight=0), logits, label) <= most
+
+
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 0}, {"dice_weight": 0}], ids=str)
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_label_out_of_range_is_refused_on_a_cpu(options, wrong):
+    logits, label = volume(1, 4, 4, 4)
+    label[0, 0, 0, 0, 0] = wrong
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        SegmentationLoss(**options)(logits, label)
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_autocast_does_not_change_the_loss(dtype):
     logits, label = volume(1, 48, 48, 48)
@@ -245,7 +319,7 @@ def test_weights_that_are_both_zero_are_refused():
 def test_booleans_may_be_words_as_the_bundle_command_passes_them():
     loss = SegmentationLoss(include_background="false", batch_dice="True")
     assert not loss.include_background
-    assert loss.dice.batch
+    assert loss.batch_dice
 
 
 def test_shapes_that_do_not_fit_are_refused():

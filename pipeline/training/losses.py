@@ -1,5 +1,8 @@
 """Dice and cross-entropy, reduced in float32 whatever the dtype of the logits.
 
+A loss is made in two halves: sums over voxels, which is all that it needs of the logits, and its
+value, which is made of them. Between the two the sums of all ranks are added up.
+
 Sums over a volume do not fit float16: at 96³ MONAI's DiceCELoss on float16 logits returns a Dice
 loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_losses.py` shows it).
 """
@@ -12,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import nn
 
+from pipeline import ranks
 from pipeline.errors import InputError, as_bool
 
 WHERE = "SegmentationLoss"
@@ -25,7 +28,8 @@ class SegmentationLoss(nn.Module):
     """`dice_weight · Dice + ce_weight · cross-entropy` of softmax probabilities, in float32.
 
     The parts are the two halves of MONAI's DiceCELoss, and with the defaults the value is that of
-    `DiceCELoss(to_onehot_y=True, softmax=True)` on float32 logits.
+    `DiceCELoss(to_onehot_y=True, softmax=True)` on float32 logits. Of several ranks each gets the
+    loss of all their samples together, and its gradient for its own (`pipeline.ranks.summed`).
 
     Args:
         dice_weight: Factor of the Dice loss, at least 0.
@@ -47,6 +51,7 @@ class SegmentationLoss(nn.Module):
         nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
     """
 
+    is_over_ranks = True  # its value is that of the samples of all ranks
     class_weights: torch.Tensor | None
 
     def __init__(
@@ -71,21 +76,12 @@ class SegmentationLoss(nn.Module):
                 f"{WHERE}: expected ignore_value to be an integer or null, "
                 f"got {ignore_value!r}. Name one label."
             )
-        smooth = _number("smooth", smooth)
         self.ignore_value = ignore_value
         # Not saved: the config is where they belong.
         self.register_buffer("class_weights", _weights(class_weights), persistent=False)
         self.include_background = as_bool(include_background, f"{WHERE}: include_background")
-        self.dice = DiceLoss(
-            include_background=self.include_background,
-            to_onehot_y=True,
-            softmax=True,
-            batch=as_bool(batch_dice, f"{WHERE}: batch_dice"),
-            smooth_nr=smooth,
-            smooth_dr=smooth,
-            reduction="none",  # DiceLoss checks its weights on the host, so they are applied here
-            ignore_index=ignore_value,
-        )
+        self.batch_dice = as_bool(batch_dice, f"{WHERE}: batch_dice")
+        self.smooth = _number("smooth", smooth)
 
     def forward(
         self, logits: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor
@@ -107,46 +103,69 @@ class SegmentationLoss(nn.Module):
         """
         levels = [logits] if isinstance(logits, torch.Tensor) else list(logits)
         self._check(levels, label)
-        weights = [0.5**i for i in range(len(levels))]
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(label.device)  # waits for a copy only once
         label = label.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
         with torch.autocast(label.device.type, enabled=False):
-            losses = [
-                weight * self._loss(level.as_subclass(torch.Tensor).float(), _resize(label, level))
-                for weight, level in zip(weights, levels, strict=True)
+            sums = [
+                self._sums(level.as_subclass(torch.Tensor).float(), _resize(label, level))
+                for level in levels
             ]
-            return torch.stack(losses).sum() / sum(weights)
+            values = self._value(ranks.summed(torch.stack(sums)))
+            weights = 0.5 ** torch.arange(len(levels), device=values.device)
+            return (weights * values).sum() / weights.sum()
 
-    def _loss(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Loss at one resolution, of float32 logits."""
-        if self.class_weights is not None:
-            self.class_weights = self.class_weights.to(logits.device)  # waits for a copy only once
-        total = logits.new_zeros(())
-        if self.dice_weight > 0:
-            total = total + self.dice_weight * self._dice(logits, label)
-        if self.ce_weight > 0:
-            total = total + self.ce_weight * self._cross_entropy(logits, label)
-        return total
+    def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """All that the loss at one resolution needs of float32 logits, added up over volumes.
 
-    def _dice(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        first = 0 if self.include_background else 1
-        per_class = self.dice(logits, label).view(-1, logits.shape[1] - first)  # (B or 1, classes)
-        if self.class_weights is not None:
-            per_class = per_class * self.class_weights[first:]
-        return per_class.mean()
-
-    def _cross_entropy(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        Returns:
+            `(K,)` float32: rows of one number per class, for Dice, then both terms of the quotient
+            that is the mean cross-entropy.
+        """
         target = label[:, 0].long()  # (B, H, W, D)
-        ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
-        # Reduced here: torch's own mean is 0/0 without a valid voxel, and on CUDA it adds up in
-        # an order that varies from run to run.
-        entropy = F.cross_entropy(logits, target, ignore_index=ignored, reduction="none")
-        if self.class_weights is None and self.ignore_value is None:
-            return entropy.mean()
-        valid = target != ignored
-        weight = valid.float()
+        valid = None if self.ignore_value is None else (target != self.ignore_value)[:, None]
+        one_hot = _one_hot(target, valid, logits.shape[1])
+        size = one_hot.flatten(2).sum(2, dtype=logits.dtype)  # (B, C)
+        weight = size if self.class_weights is None else size * self.class_weights
+        overlap = mass = entropy = torch.zeros_like(size)
+        if self.ce_weight > 0:
+            log_p = logits.log_softmax(1)
+            entropy = self._entropy(log_p, target)
+        if self.dice_weight > 0:
+            p = log_p.exp() if self.ce_weight > 0 else logits.softmax(1)
+            overlap = (p * one_hot).flatten(2).sum(2)
+            mass = (p if valid is None else p * valid).flatten(2).sum(2)
+        if self.batch_dice:
+            rows = torch.stack([overlap, mass, size])
+        else:  # quotients of single volumes, and how many volumes there are
+            terms = self._dice(overlap, mass, size)
+            rows = torch.stack([terms, torch.ones_like(terms)])
+        return torch.cat([rows.sum(1).flatten(), torch.stack([entropy.sum(), weight.sum()])])
+
+    def _value(self, totals: torch.Tensor) -> torch.Tensor:
+        """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""
+        rows, entropy, weight = totals.split([totals.shape[1] - 2, 1, 1], 1)
+        if self.batch_dice:
+            terms = self._dice(*rows.chunk(3, 1))
+        else:
+            added, num_volumes = rows.chunk(2, 1)
+            terms = added / num_volumes
         if self.class_weights is not None:
-            weight = weight * self.class_weights[target.where(valid, 0)]
-        return (weight * entropy).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+            terms = terms * self.class_weights
+        first = 0 if self.include_background else 1
+        dice = terms[:, first:].mean(1)
+        # without a valid voxel torch's own mean is 0/0
+        mean_entropy = entropy / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        return self.dice_weight * dice + self.ce_weight * mean_entropy[:, 0]
+
+    def _dice(self, overlap: torch.Tensor, mass: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return 1 - (2 * overlap + self.smooth) / (mass + size + self.smooth)
+
+    def _entropy(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Weighted cross-entropy of each voxel, 0 where it is ignored."""
+        ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
+        # not added up here: on CUDA torch does so in an order that varies from run to run
+        return F.nll_loss(log_p, target, self.class_weights, ignore_index=ignored, reduction="none")
 
     def _check(self, levels: list[torch.Tensor], label: torch.Tensor) -> None:
         shape = tuple(levels[0].shape)
@@ -172,6 +191,16 @@ def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if label.shape[2:] == logits.shape[2:]:
         return label
     return F.interpolate(label.float(), size=logits.shape[2:], mode="nearest-exact")
+
+
+def _one_hot(target: torch.Tensor, valid: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """`(B, C, H, W, D)` bool, all false at ignored voxels; refuses labels out of range."""
+    target = target[:, None]
+    shape = (len(target), num_classes, *target.shape[2:])
+    found = torch.zeros(shape, dtype=torch.uint8, device=target.device)
+    if valid is None:
+        return found.scatter_(1, target, 1)
+    return found.scatter_(1, target.where(valid, 0), 1).mul_(valid)
 
 
 def _weights(values: Any) -> torch.Tensor | None:

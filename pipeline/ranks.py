@@ -1,0 +1,257 @@
+"""The processes of one training ("ranks"), and what they tell one another.
+
+torchrun starts them. Where it did not there is one, and everything here gives back what it is
+given. What ranks say passes through a Gloo group of its own, on the CPU; tensors of training pass
+through the default group: NCCL on CUDA, Gloo on a CPU.
+
+A mistake that one rank finds ends all of them: it takes the place of what the rank would have said
+next, so that no other waits for it. Rank 0 prints it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.nn import SyncBatchNorm
+
+from pipeline.errors import InputError
+
+T = TypeVar("T")
+
+# what a rank says while another reads a dataset may take as long as that; the dead are noticed
+# by their closed connections, and ended by torchrun
+PATIENCE = timedelta(days=7)
+
+_talk: dist.ProcessGroup | None = None  # the group that objects pass through; None: the default
+_alone: dist.ProcessGroup | None = None  # of this rank only
+_apart = False
+_over = False  # one has refused: nobody listens any more
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched() and "RANK" in os.environ
+
+
+def join() -> None:
+    """Meet the other ranks, where torchrun started some; a second call does nothing."""
+    global _talk
+    if not is_launched() or dist.is_initialized():
+        return
+    store, number, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(_name_of_attempt(store, number, count), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _name_of_attempt(store: dist.Store, number: int, count: int) -> str:
+    """A name that the processes of this start have in common, and no earlier ones.
+
+    After a restart torchrun's store still holds the addresses of processes that are gone, and the
+    new ones would wait for them (pytorch issue 135712). Rank 0 answers whatever it is asked, until
+    all have confirmed its own answer: what a former rank asked gets one, which nobody reads.
+    """
+    if number > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{number}", question)
+        name = store.get(question).decode()  # waits for it
+        store.set(f"{name}/{number}", "")
+        return name
+    name, silent = uuid.uuid4().hex, set(range(1, count))
+    while silent:
+        for other in list(silent):
+            if store.check([f"question/{other}"]):
+                store.set(store.get(f"question/{other}").decode(), name)
+            if store.check([f"{name}/{other}"]):
+                silent.remove(other)
+        time.sleep(0.01)
+    return name
+
+
+def loss_of(error: RuntimeError) -> str | None:
+    """What to say where `error` is the loss of another rank; `None` for any other error."""
+    if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        return None
+    said = str(error).splitlines()[0].partition(". This is")[0]
+    return (
+        f"rank {rank()}: expected all ranks to go on, got: {said}. Look at what the rank that "
+        "ended first says; the same command goes on from the newest checkpoint."
+    )
+
+
+def quiet() -> None:
+    """Leave the console to rank 0, but for errors; after logging is set up."""
+    for handler in [] if is_main() else logging.root.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.ERROR)
+
+
+def leave() -> None:
+    """Part from the ranks that `join` met, when nothing is to be said any more."""
+    global _talk, _alone
+    if _talk is not None:
+        dist.destroy_process_group()
+    _talk = _alone = None
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes and tells what is of the whole run."""
+    return rank() == 0
+
+
+def local_rank() -> int | None:
+    """Number of this process among those of its host; `None` where torchrun did not start it."""
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else None
+
+
+def own_cores() -> int:
+    """Of the cores that this process may use, its share among the ranks of its host."""
+    others = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+    return max(len(os.sched_getaffinity(0)) // others, 1)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every `size`-th of some items, from the `rank`-th on: all ranks together have each once."""
+    return items[rank() :: size()]
+
+
+def in_order(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Items that were divided by `share`, in their order."""
+    longest = max(map(len, shares))
+    return [part[n] for n in range(longest) for part in shares if n < len(part)]
+
+
+def gathered(value: T) -> list[T]:
+    """What each rank says, in their order. All have to call it.
+
+    Raises:
+        InputError: If one refused instead.
+        SystemExit: If one ended instead.
+    """
+    return [value] if size() == 1 else _exchanged(value)
+
+
+def from_main(value: T) -> T:
+    """What rank 0 says; others say anything. All have to call it."""
+    return gathered(value)[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Inside, a mistake or an exit of one rank becomes that of all. All have to enter it.
+
+    Raises:
+        InputError: If one refused; `is_told` of it is true on all ranks but the first.
+        SystemExit: If one ended.
+    """
+    try:
+        yield
+    except (InputError, SystemExit) as error:
+        if size() > 1 and not _over:
+            _exchanged(None, error)
+        raise
+    gathered(None)
+
+
+def _exchanged(value: Any, error: InputError | SystemExit | None = None) -> list[Any]:
+    global _over
+    faults = error.faults if isinstance(error, InputError) else ()
+    status = int(error.code or 0) if isinstance(error, SystemExit) else None
+    said: list[Any] = [None] * size()
+    dist.all_gather_object(said, (value, faults, status, socket.gethostname()), group=_talk)
+    refusals = [(number, lines, host) for number, (_, lines, _, host) in enumerate(said) if lines]
+    statuses = [code for _, _, code, _ in said if code is not None]
+    _over = bool(refusals or statuses)
+    is_told = not is_main()
+    if _over:
+        leave()
+    if refusals:
+        raise InputError(*_told_once(refusals), is_told=is_told)
+    if statuses:
+        raise SystemExit(max(statuses))
+    return [one[0] for one in said]
+
+
+def _told_once(refusals: list[tuple[int, Sequence[str], str]]) -> Iterator[str]:
+    """Each line once; of those that not all ranks say, whose they are."""
+    whose: dict[str, list[str]] = {}
+    for number, lines, host in refusals:
+        for line in lines:
+            whose.setdefault(line, []).append(f"rank {number} on {host}")
+    for line, names in whose.items():
+        is_main_s = names[0].startswith("rank 0 ")
+        yield line if is_main_s else f"{names[0]}: {line}"
+
+
+def rows(vector: torch.Tensor) -> torch.Tensor:
+    """`(K,)` of each rank as `(size, K)`, on the vectors' device; does not wait for it."""
+    if size() == 1:
+        return vector[None]
+    found = vector.new_zeros(size(), len(vector))
+    found[rank()] = vector
+    dist.all_reduce(found)  # torch's way of gathering tensors has other names in other versions
+    return found
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, whose gradient goes to this rank's own part; does not wait for the device.
+
+    Where the ranks' gradients of parameters are summed as well, those of a value that was made of
+    such sums are what one process would have.
+    """
+    if size() == 1 or _apart:
+        return tensor
+    result: torch.Tensor = _Summed.apply(tensor)
+    return result
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+@contextlib.contextmanager
+def apart(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, this rank's forward passes of `network` and sums are of its own samples alone."""
+    global _apart, _alone
+    layers = [m for m in network.modules() if isinstance(m, SyncBatchNorm)]
+    if layers and size() > 1 and _alone is None:
+        _alone = dist.new_group([rank()], use_local_synchronization=True)
+    before = [layer.process_group for layer in layers]
+    _apart = True
+    try:
+        for layer in layers:
+            layer.process_group = _alone
+        yield
+    finally:
+        _apart = False
+        for layer, group in zip(layers, before, strict=True):
+            layer.process_group = group

@@ -1,0 +1,180 @@
+"""The loss of samples that are divided among ranks is that of one process which has them all."""
+
+import contextlib
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from in_ranks import in_ranks
+from test_losses import reference, volume
+
+from pipeline import ranks
+from pipeline.training.losses import SegmentationLoss
+
+IGNORED = 255
+NAMES = ("batch_dice", "include_background", "class_weights", "ignore_value", "is_deep")
+GRID = [  # with a number `smooth` that matters: without it Dice does not tell sums from means
+    dict(zip(NAMES, row, strict=True)) | {"smooth": 2.0}
+    for row in itertools.product(
+        (False, True), (True, False), (None, [0.2, 1.0, 3.5]), (None, IGNORED), (False, True)
+    )
+]
+SHARES = [(2, 1), (1, 3, 1), (2, 0, 1)]  # samples of each rank
+
+
+def batch(size, ignore_value=None, is_deep=False):
+    """Logits of each level, and a label of which a part and all of the last sample is ignored."""
+    logits, label = volume(size, 6, 4, 8)
+    if ignore_value is not None:
+        label[0, :, :3] = label[-1] = ignore_value
+    return [logits, volume(size, 3, 2, 4, seed=1)[0]][: 1 + is_deep], label
+
+
+def own(tensors, shares):
+    """The part of each tensor that belongs to this rank."""
+    return [tensor.split(shares)[ranks.rank()] for tensor in tensors]
+
+
+def value_and_gradients(function, levels, label):
+    leaves = [level.detach().clone().requires_grad_() for level in levels]
+    value = function(leaves, label)
+    return value.item(), torch.autograd.grad(value, leaves)
+
+
+def whole(options, size):
+    """Value and gradients of one process, in float32 and by definition in float64."""
+    options = dict(options)
+    levels, label = batch(size, options["ignore_value"], options.pop("is_deep"))
+    labels = [label, label[..., 1::2, 1::2, 1::2]]  # the voxel after the centre of two
+
+    def definition(leaves, _):
+        losses = [reference(x, y, **options) for x, y in zip(leaves, labels, strict=False)]
+        return losses[0] if len(losses) == 1 else (2 * losses[0] + losses[1]) / 3
+
+    single = value_and_gradients(SegmentationLoss(**options), levels, label)
+    exact = value_and_gradients(definition, [level.double() for level in levels], label)
+    return single, exact
+
+
+def divided(shares):
+    """Of each setting, value and gradients in this rank."""
+    results = []
+    for options in map(dict, GRID):
+        levels, label = batch(sum(shares), options["ignore_value"], options.pop("is_deep"))
+        *levels, label = own([*levels, label], shares)
+        value, gradients = value_and_gradients(SegmentationLoss(**options), levels, label)
+        results.append((value, [gradient.numpy() for gradient in gradients]))
+    return results
+
+
+@functools.cache
+def results_of(shares):
+    results = in_ranks(divided, shares, size=len(shares))
+    if errors := [result for result in results if isinstance(result, BaseException)]:
+        raise errors[0]
+    return results
+
+
+@pytest.mark.parametrize("number", range(len(GRID)), ids=lambda number: str(GRID[number]))
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_each_rank_has_the_value_of_all_and_the_gradient_of_its_own(shares, number):
+    single, exact = whole(GRID[number], sum(shares))
+    of_ranks = [results[number] for results in results_of(shares)]
+    values = [value for value, _ in of_ranks]
+    assert values == [values[0]] * len(shares)
+    assert values[0] == pytest.approx(single[0], rel=1e-6)
+    assert values[0] == pytest.approx(exact[0], rel=1e-6)
+    for level, (in_float32, in_float64) in enumerate(zip(single[1], exact[1], strict=True)):
+        parts = [torch.from_numpy(gradients[level]) for _, gradients in of_ranks]
+        assert [len(part) for part in parts] == list(shares)
+        largest = in_float64.abs().max()
+        assert (torch.cat(parts) - in_float32).abs().max() <= 1e-6 * largest
+        assert (torch.cat(parts) - in_float64).abs().max() <= 2e-6 * largest
+
+
+def of_parameters(shares):
+    """Gradient that a layer's parameters get from this rank's samples."""
+    (image,), label = batch(sum(shares), IGNORED)
+    image, label = own([image, label], shares) if shares[1:] else (image, label)
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(3, 3, 1)
+    SegmentationLoss(ignore_value=IGNORED)(layer(image), label).backward()
+    return torch.cat([p.grad.flatten() for p in layer.parameters()]).numpy()
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_gradients_of_parameters_add_up_to_those_of_one_process(shares):
+    total = sum(in_ranks(of_parameters, shares, size=len(shares)))
+    torch.testing.assert_close(
+        torch.from_numpy(total),
+        torch.from_numpy(of_parameters([sum(shares)])),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def all_ignored():
+    levels, label = batch(2, is_deep=True)
+    label = torch.full_like(label, IGNORED)
+    loss = SegmentationLoss(ignore_value=IGNORED)
+    value, gradients = value_and_gradients(loss, *[own(levels, [1, 1])], *own([label], [1, 1]))
+    return value, max(gradient.abs().max().item() for gradient in gradients)
+
+
+def test_value_and_gradient_are_zero_when_all_ranks_have_only_ignored_voxels():
+    assert in_ranks(all_ignored) == [(0, 0), (0, 0)]
+
+
+@contextlib.contextmanager
+def counted():
+    """Gives a list of one entry per collective that was made inside."""
+    made, add_up = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        made.append(tensor.numel())
+        return add_up(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        yield made
+    finally:
+        dist.all_reduce = add_up
+
+
+def collectives(num_levels, batch_dice):
+    levels = [volume(1, *(8 // 2**i,) * 3)[0].requires_grad_() for i in range(num_levels)]
+    label = volume(1, 8, 8, 8)[1]
+    with counted() as forward:
+        value = SegmentationLoss(batch_dice=batch_dice)(levels, label)
+    with counted() as backward:
+        value.backward()
+    return len(forward), len(backward)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("num_levels", [1, 2, 3])
+def test_ranks_add_up_once_a_forward_pass_however_many_levels(num_levels, batch_dice):
+    assert in_ranks(collectives, num_levels, batch_dice) == [(1, 0)] * 2
+
+
+def local(is_apart):
+    (logits,), label = batch(3)
+    logits, label = own([logits, label], [2, 1])
+    where = ranks.apart(torch.nn.Identity()) if is_apart else contextlib.nullcontext()
+    with where, counted() as made:
+        value, (gradient,) = value_and_gradients(SegmentationLoss(), [logits], label)
+    return value, gradient.numpy(), len(made)
+
+
+def test_loss_is_of_own_samples_when_ranks_are_apart():
+    (logits,), label = batch(3)
+    parts = zip(logits.split([2, 1]), label.split([2, 1]), in_ranks(local, True), strict=True)
+    for own_logits, own_label, (value, gradient, num_collectives) in parts:
+        expected = value_and_gradients(SegmentationLoss(), [own_logits], own_label)
+        assert value == pytest.approx(expected[0], rel=1e-6)
+        torch.testing.assert_close(torch.from_numpy(gradient), expected[1][0])
+        assert num_collectives == 0
+    values = [value for value, _, _ in in_ranks(local, False)]
+    assert values[0] == values[1] != value
