@@ -4,11 +4,12 @@
         --output_dir OUT [--key value ...]
 
 A case that cannot be predicted is named and left out, the others are predicted, and the exit status
-is 1; with `strict` the first one ends it.
+is 1; with `strict` the first one ends it. Started by torchrun, each process predicts a share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pipeline import ranks
 from pipeline.config import Config
 from pipeline.data.facts import measure_headers
 from pipeline.data.findings import some
@@ -44,6 +46,8 @@ FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
 KINDS = LABELS, PROBABILITIES = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
+
+Done = list[tuple[str, str | None]]  # case ids, and why those that were not predicted were not
 
 
 class Prediction:
@@ -81,39 +85,59 @@ class Prediction:
         self.strict = as_bool(strict, "strict")
 
     def run(self) -> None:
-        """Predict all cases.
+        """Predict all cases, each rank its share.
 
         Raises:
             SystemExit: With status 1 if a case could not be predicted, with 2 if the output
                 directory cannot be used.
         """
+        ranks.join()
         try:
-            self._prepare_output()
+            with ranks.together():
+                self._prepare_output()
         except InputError as error:
-            print(error, file=sys.stderr)
+            error.tell()
             raise SystemExit(2) from None
-        faults: dict[str, str] = {}
-        predicted = 0
+        mine = ranks.share(self.cases)
+        done: Done = []
         try:
-            with logging_redirect_tqdm(tqdm_class=ProgressBar):
-                for case in ProgressBar(self.cases, desc="Predicting", total=len(self.cases)):
-                    try:
-                        self._predict(case)
-                        predicted += 1
-                    except FAULTS as error:
-                        faults[case["case_id"]] = reason(error)
-                        log.error("%s: %s", case["case_id"], reason(error))
-                        log.debug("", exc_info=True)
-                        if self.strict:
-                            break
-        finally:  # an interruption included
-            log.info("%d of %d cases predicted, in %s", predicted, len(self.cases), self.output_dir)
-            if faults:
-                print(f"Not predicted: {len(faults)} of {len(self.cases)}", file=sys.stderr)
-                for case_id, why in faults.items():
-                    print(f"  {case_id}: {why}", file=sys.stderr)
-        if faults:
+            self._predict_each(mine, done)
+        except BaseException:  # an interruption: the others are not waited for
+            self._tell(done, len(mine))
+            raise
+        done = ranks.in_order(ranks.gathered(done))
+        self._tell(done, len(self.cases))
+        ranks.leave()
+        if any(why is not None for _, why in done):
             raise SystemExit(1)
+
+    def _predict_each(self, cases: Sequence[Case], done: Done) -> None:
+        """Predict cases; each is added to `done`, as far as it comes."""
+        # which puts a handler that tells everything in the place of the console's: not where quiet
+        is_main = ranks.is_main()
+        with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
+            for case in ProgressBar(cases, desc="Predicting", total=len(cases)):
+                try:
+                    self._predict(case)
+                    done.append((case["case_id"], None))
+                except FAULTS as error:
+                    done.append((case["case_id"], reason(error)))
+                    log.error("%s: %s", case["case_id"], reason(error))
+                    log.debug("", exc_info=True)
+                    if self.strict:
+                        break
+
+    def _tell(self, done: Done, num_cases: int) -> None:
+        """How many were predicted, and why the others were not."""
+        if not ranks.is_main():
+            return
+        predicted = sum(why is None for _, why in done)
+        log.info("%d of %d cases predicted, in %s", predicted, num_cases, self.output_dir)
+        faults = {case_id: why for case_id, why in done if why is not None}
+        if faults:
+            print(f"Not predicted: {len(faults)} of {num_cases}", file=sys.stderr)
+            for case_id, why in faults.items():
+                print(f"  {case_id}: {why}", file=sys.stderr)
 
     def _prepare_output(self) -> None:
         """Make the output directory, and see that nothing else is in the way of the results.

@@ -1,4 +1,7 @@
-"""The scores of a run: its validation and test cases, predicted with its best and last weights."""
+"""The scores of a run: its validation and test cases, predicted with its best and last weights.
+
+Each rank predicts and scores a share of the cases; rank 0 writes what is of all of them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline import ranks
 from pipeline.data.cache import CachedDataset
 from pipeline.data.listing import Case, paths_of
 from pipeline.data.progress_bar import ProgressBar
@@ -36,6 +41,15 @@ log = logging.getLogger(__name__)
 WEIGHTS = {"best": "model.pt", "last": "last.pt"}
 MOST_THREADS = 4
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one case: the rows of its scores, or why it could not be predicted or not be scored."""
+
+    rows: Rows = field(default_factory=list)
+    unpredicted: str | None = None
+    unscored: str | None = None
 
 
 class Scoring:
@@ -74,6 +88,8 @@ class Scoring:
     def run(self) -> None:
         """Predict and score; what cannot be predicted is named and left out.
 
+        All ranks have to call it.
+
         Raises:
             TrainingStopped: If the scores cannot be written.
         """
@@ -82,14 +98,20 @@ class Scoring:
         folder = self.lifecycle.run_dir / "scores"
         trained = {name: value.clone() for name, value in self.network.state_dict().items()}
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of weights that there were before
+            with ranks.together():
+                self._score_into(folder)
+        finally:
+            self.network.load_state_dict(trained)
+
+    def _score_into(self, folder: Path) -> None:
+        try:
+            if ranks.is_main():
+                shutil.rmtree(folder, ignore_errors=True)  # of weights that there were before
             if self.enabled:
                 self._score_weights(folder)
         except OSError as error:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
-        finally:
-            self.network.load_state_dict(trained)
 
     def _score_weights(self, folder: Path) -> None:
         cases = self.lifecycle.cases
@@ -98,49 +120,74 @@ class Scoring:
             "test": (cases.test, lambda number: self.preprocessing(cases.test[number])),
         }
         best, last = (self.lifecycle.run_dir / "models" / name for name in WEIGHTS.values())
+        # there is no best one where no score was a number; not all ranks may see it at once
+        has_best = ranks.from_main(best.is_file())
+        is_last = ranks.from_main(
+            has_best and ranks.is_main() and best.read_bytes() == last.read_bytes()
+        )
         for split, (its, load) in splits.items():
-            # there is no best one where no score was a number
-            if its and best.is_file():
+            if its and has_best:
                 load_weights(self.network, best)
                 self._score(its, load, folder / f"{split}_best")
-            if its and best.is_file() and best.read_bytes() == last.read_bytes():
-                shutil.copytree(folder / f"{split}_best", folder / f"{split}_last")
-            elif its:
+            if its and not is_last:
                 load_weights(self.network, last)
                 self._score(its, load, folder / f"{split}_last")
+            elif its and ranks.is_main():
+                shutil.copytree(folder / f"{split}_best", folder / f"{split}_last")
 
     def _score(
         self, cases: list[Case], load: Callable[[int], dict[str, Any]], folder: Path
     ) -> None:
-        make_directory(folder)
-        persons = persons_of(cases, self.lifecycle.intake.split["group_pattern"])
-        refused: dict[str, str] = {}
-        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-        waiting: dict[str, Future[Rows]] = {}
+        if ranks.is_main():
+            make_directory(folder)
+        ranks.gathered(None)  # the others write into it as well
+        outcomes = ranks.in_order(ranks.gathered(self._outcomes(cases, load, folder)))
+        if ranks.is_main():
+            self._write(cases, outcomes, folder)
+
+    def _outcomes(
+        self, cases: list[Case], load: Callable[[int], dict[str, Any]], folder: Path
+    ) -> list[Outcome]:
+        """Of this rank's share of the cases, whose predictions are written."""
+        mine = ranks.share(range(len(cases)))
+        threads = min(MOST_THREADS, ranks.own_cores())
+        waiting: list[Future[Rows] | Outcome] = []
         slots = threading.BoundedSemaphore(2 * threads)  # volumes that wait to be scored
         pool = ThreadPoolExecutor(threads)
         try:
-            bar = ProgressBar(range(len(cases)), desc=f"Scoring {folder.name}", total=len(cases))
-            for case, number in zip(cases, bar, strict=True):
+            for number in ProgressBar(mine, desc=f"Scoring {folder.name}", total=len(mine)):
                 try:
                     data = load(number)
                     found = self.segmenter(data["image"])
                 except FAULTS as error:
-                    refused[case["case_id"]] = reason(error)
+                    waiting.append(Outcome(unpredicted=reason(error)))
                     continue
                 slots.acquire()
-                work = (case, found.labels, data["label"][0].numpy(), found.affine, folder)
-                future = waiting[case["case_id"]] = pool.submit(self._score_case, *work)
+                work = (cases[number], found.labels, data["label"][0].numpy(), found.affine, folder)
+                future = pool.submit(self._score_case, *work)
                 future.add_done_callback(lambda _: slots.release())
-            rows = self._gathered(waiting, persons, refused)
+                waiting.append(future)
+            return [_outcome(one) for one in waiting]
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _write(self, cases: list[Case], outcomes: list[Outcome], folder: Path) -> None:
+        """What is of all cases."""
+        persons = persons_of(cases, self.lifecycle.intake.split["group_pattern"])
+        case_ids = [case["case_id"] for case in cases]
+        of_case = list(zip(case_ids, outcomes, strict=True))
+        refused = {case_id: one.unpredicted for case_id, one in of_case if one.unpredicted}
+        refused |= {case_id: one.unscored for case_id, one in of_case if one.unscored}
         for case_id, why in refused.items():
             log.warning("%s: %s", case_id, why)
         write_json(folder / "cases.json", {case["case_id"]: self._files(case) for case in cases})
         summary = write_scores(
             folder,
-            rows,
+            [
+                {"case_id": case_id, "person": persons[case_id], **row}
+                for case_id, one in of_case
+                for row in one.rows
+            ],
             class_names=self.lifecycle.plan.class_names,
             tolerance_mm=self.tolerance_mm,
             refused=refused,
@@ -153,21 +200,6 @@ class Scoring:
             low,
             high,
         )
-
-    @staticmethod
-    def _gathered(
-        waiting: dict[str, Future[Rows]], persons: dict[str, str], refused: dict[str, str]
-    ) -> Rows:
-        """Rows of all cases that could be scored; the others are added to `refused`."""
-        rows: Rows = []
-        for case_id, future in waiting.items():
-            try:
-                scored = future.result()
-            except InputError as error:
-                refused[case_id] = reason(error)
-                continue
-            rows += [{"case_id": case_id, "person": persons[case_id], **row} for row in scored]
-        return rows
 
     def _score_case(
         self, case: Case, pred: np.ndarray, label: np.ndarray, affine: np.ndarray, folder: Path
@@ -188,3 +220,13 @@ class Scoring:
             key: [os.path.relpath(path, run_dir) for path in paths]
             for key, paths in files_of(case).items()
         }
+
+
+def _outcome(waiting: Future[Rows] | Outcome) -> Outcome:
+    """Of a case that was predicted, its scores when they are there."""
+    if isinstance(waiting, Outcome):
+        return waiting
+    try:
+        return Outcome(rows=waiting.result())
+    except InputError as error:
+        return Outcome(unscored=reason(error))

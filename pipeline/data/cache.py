@@ -3,7 +3,8 @@
 Each case is a file of its own under a key: the bytes of its image and label, the recipe of its
 preprocessing, and the versions of the libraries that do it. What is there is verified once, when a
 run begins, and what is missing or damaged is made; afterwards it is opened, read and closed for
-each sample, so that no page of it stays with the process.
+each sample, so that no page of it stays with the process. The ranks of a training divide what is
+to be made, and refuse to begin with different files.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from pipeline import ranks
 from pipeline.data.content import ContentHashes, sha256_of
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
 from pipeline.data.listing import Case, named
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 MAX_THREADS = 8  # each holds a case in memory
 ATTEMPTS = 3  # to open an entry that other processes keep removing
 LIBRARIES = ("monai", "torch", "numpy", "nibabel")
+MOST_NAMED = 10  # cases that differ between ranks
 
 Preprocess = Callable[[Case], Mapping[str, Any]]
 
@@ -54,37 +56,56 @@ class VolumeCache:
     def fill(self, cases: Sequence[Case], transform: Preprocess, **facts: Any) -> CachedCases:
         """Make the entries that are missing or damaged, several at a time.
 
+        All ranks have to call it. Each makes a share, in the directory that it sees.
+
         Args:
             cases: To be there afterwards.
             transform: Makes of a case a dictionary, of which arrays and tensors are kept.
             facts: What decides what `transform` makes, beside the recipe; JSON.
 
         Raises:
-            InputError: If a case cannot be read, the cache cannot be written, or this run's cases
-                do not fit into `limit_bytes`.
+            InputError: If a case cannot be read, the cache cannot be written, this run's cases do
+                not fit into `limit_bytes`, or ranks have different cases.
         """
+        with ranks.together():
+            return self._filled(cases, transform, facts)
+
+    def _filled(
+        self, cases: Sequence[Case], transform: Preprocess, facts: Mapping[str, Any]
+    ) -> CachedCases:
         self.store.prepare()
         hashes = ContentHashes(self.directory / "hashes.json")
-        with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(MAX_THREADS, ranks.own_cores())) as pool:
             contents = list(pool.map(lambda case: _content(hashes, case), cases))
             hashes.save()
             versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
             made_by = [FORMAT, versions, self.recipe, facts]
             keys = [sha256_of([*made_by, content]) for content in contents]
+            _require_same([case["case_id"] for case in cases], keys, versions)
             cached = CachedCases(self.store, cases, transform, keys, contents)
-            numbers = {key: n for n, key in enumerate(keys)}  # equal cases share an entry
-            self.store.need(numbers)
-            whole = dict(zip(numbers, pool.map(self.store.is_whole, numbers), strict=True))
-            self.store.require_room()
-            missing = [n for key, n in numbers.items() if not whole[key]]
-            if missing:
-                log.info(
-                    "Preprocessing %d of %d cases into %s", len(missing), len(cases), self.directory
-                )
-                made = pool.map(cached.make, missing)
-                list(ProgressBar(made, desc="Preprocessing", total=len(missing)))
+            self._make_missing(cached, pool)
         self.store.evict()  # once more: other processes may have written meanwhile
         return cached
+
+    def _make_missing(self, cached: CachedCases, pool: ThreadPoolExecutor) -> None:
+        numbers = {key: n for n, key in enumerate(cached.keys)}  # equal cases share an entry
+        self.store.need(numbers)
+        missing = [*numbers]
+        while True:
+            whole = pool.map(self.store.is_whole, missing)
+            missing = [key for key, is_whole in zip(missing, whole, strict=True) if not is_whole]
+            self.store.require_room()
+            missing_everywhere = ranks.gathered(missing)
+            if not any(missing_everywhere):
+                return
+            mine = _to_make(missing_everywhere)
+            if mine:
+                counts = len(missing), len(cached)
+                log.info("Preprocessing %d of %d cases into %s", *counts, self.directory)
+                made = pool.map(cached.make, [numbers[key] for key in mine])
+                list(ProgressBar(made, desc="Preprocessing", total=len(mine)))
+            ranks.gathered(None)  # all have made theirs
+            missing = [key for key in missing if key not in {*mine}]
 
 
 class CachedCases:
@@ -179,6 +200,74 @@ class CachedDataset(Dataset):
         case = self.data[index]
         with self.cached.open(index) as entry:
             return {**case, **{n: entry.whole(n, _filename(case, n)) for n in sorted(entry.names)}}
+
+
+class CaseSampler(Sampler[int]):
+    """Numbers of the cases that are this rank's to predict: together, the ranks predict each once.
+
+    Args:
+        dataset: Of all cases.
+    """
+
+    def __init__(self, dataset: Sized) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def _numbers(self) -> Sequence[int]:
+        return ranks.share(range(len(self.dataset)))
+
+
+def _to_make(missing: Sequence[Sequence[str]]) -> list[str]:
+    """Keys that this rank makes, of those that each rank misses.
+
+    One of those that miss a key makes it. If the others see another directory, a node's own, they
+    miss it still, and one of them makes it the next time.
+    """
+    missed_by: dict[str, list[int]] = {}
+    for rank, keys in enumerate(missing):
+        for key in keys:
+            missed_by.setdefault(key, []).append(rank)
+    turns = enumerate(missed_by.items())
+    return [key for turn, (key, who) in turns if who[turn % len(who)] == ranks.rank()]
+
+
+def _require_same(
+    case_ids: Sequence[str], keys: Sequence[str], versions: Mapping[str, str]
+) -> None:
+    """Refuse to go on if rank 0 has others.
+
+    Raises:
+        InputError: With a line for each library, or else each case, that differs.
+    """
+    mine = list(zip(case_ids, keys, strict=True))
+    its_versions, its = ranks.from_main((versions, mine))
+    faults = [
+        f"{name}: expected version {its_versions[name]}, which rank 0 has, got {version}. "
+        "Install the same everywhere."
+        for name, version in versions.items()
+        if version != its_versions[name]
+    ]
+    if faults:  # by which all keys differ
+        raise InputError(*faults)
+    if mine == its:
+        return
+    differing = {*mine} ^ {*its}
+    names = [*dict.fromkeys(pair[0] for pair in (*its, *mine) if pair in differing)]
+    faults = [
+        f"{name}: expected the files that rank 0 has, got "
+        f"{'others' if name in case_ids else 'none'}. Give all ranks the same dataset_dir."
+        for name in names[:MOST_NAMED]
+    ]
+    if len(names) > MOST_NAMED:
+        faults.append(f"and {len(names) - MOST_NAMED} more")
+    order = "dataset_dir: expected the cases in the order of rank 0, got another."
+    raise InputError(*faults or [f"{order} Give all ranks the same."])
 
 
 def _content(hashes: ContentHashes, case: Case) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline import ranks
+
 
 class ProgressBar(tqdm):
     """A bar over cases on a terminal, without a thread of its own: workers are forked later.
 
     And with a lock of its own: tqdm's is shared with forked processes, and one that is killed while
-    it holds it would have all others wait for ever.
+    it holds it would have all others wait for ever. Of several ranks the first has one.
     """
 
     monitor_interval = 0
@@ -21,4 +23,5 @@ class ProgressBar(tqdm):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         keywords = {"unit": "case", "file": sys.stderr, **keywords}
-        super().__init__(*args, disable=None, **keywords)  # None: where there is no terminal
+        disable = None if ranks.is_main() else True  # None: where there is no terminal
+        super().__init__(*args, disable=disable, **keywords)

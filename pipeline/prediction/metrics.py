@@ -11,6 +11,8 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from monai.utils import convert_to_tensor
 
+from pipeline import ranks
+
 
 def dice_per_class(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
@@ -60,7 +62,8 @@ class MeanDice(Metric):
     `label` `(1, H, W, D)` on the same grid.
 
     After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
-    `absent` (name to number of cases left out) and `cases` (case id to Dice per class).
+    `absent` (name to number of cases left out) and `cases` (case id to Dice per class). Where each
+    rank has a share of the cases, all ranks have what one would have for all.
 
     Args:
         class_names: Names of all classes, background first.
@@ -101,7 +104,9 @@ class MeanDice(Metric):
         return float(np.mean(scored)) if scored else float("nan")
 
     def completed(self, engine: Engine, name: str) -> None:
-        """Publish the metric and its details."""
+        """Publish the metric and its details. All ranks have to call it."""
+        # once, and here, so that `compute` may be asked by one alone
+        self.cases = dict(ranks.in_order(ranks.gathered(list(self.cases.items()))))
         super().completed(engine, name)
         table = np.array(list(self.cases.values())).reshape(-1, len(self.class_names) - 1)
         absent = np.isnan(table)

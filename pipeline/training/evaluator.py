@@ -11,6 +11,7 @@ from monai.engines import Evaluator, SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 
+from pipeline import ranks
 from pipeline.precision import Precision, require_float32
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,27 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         )
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
-        """Predict all cases; where there are none, do nothing."""
-        if self.state.epoch_length != 0:
+        """Predict all cases, each rank its own; where there are none, do nothing.
+
+        All ranks have to call it.
+        """
+        has_cases = self.state.epoch_length != 0
+        if not any(ranks.gathered(has_cases)):
+            return
+        if has_cases:
             super().run(global_epoch)
+        else:
+            self._run_idle(global_epoch)
+
+    def _run_idle(self, global_epoch: int) -> None:
+        """Begin and end as the others do, for what they gather in between."""
+        loader = self.data_loader
+        # ignite refuses a length of 0, but not to find out that there is nothing
+        self.data_loader, self.state.epoch_length = iter(()), None
+        try:
+            super().run(global_epoch)
+        finally:
+            self.data_loader, self.state.epoch_length = loader, 0
 
     def _iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
