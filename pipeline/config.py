@@ -31,6 +31,7 @@ class Key:
     meaning: str
     choices: tuple = ()
     least: float | None = None
+    is_optional: bool = False
 
 
 IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
@@ -133,6 +134,9 @@ KEYS: dict[str, Key] = {
     "report": Key("bool", FREE, "write report/index.html at the end"),
     "intake": Key("object", FREE, "how the dataset is looked at"),
     "lifecycle": Key("object", FREE, "the run from lock to last word"),
+    "process_group": Key(
+        "object", FREE, "the ranks of a run; of configs/multi_gpu.json", is_optional=True
+    ),
     "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
     "plan": Key("object str", IDENTITY, "what the dataset needs: the values that are auto"),
     "cache": Key("object", FREE, "the preprocessed cases on disk"),
@@ -185,6 +189,7 @@ CLIENT_KEYS = ("run_name",)
 NESTED = {
     "train::trainer::initial_weights": FREE,  # init_weights says whose they are
     "train::trainer::max_epochs": CONTINUABLE,
+    "train::trainer::replica": FREE,
     "train::trainer::grad_clip": CONTINUABLE,
     "train::handlers": FREE,
     "train::dataloader::num_workers": CONTINUABLE,
@@ -222,7 +227,8 @@ def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
     ]
     for key, spec in keys.items():
         if key not in source:
-            faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
+            if not spec.is_optional:
+                faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
             continue
         value = source[key]
         if isinstance(value, str) and value[:1] in ("$", "@"):

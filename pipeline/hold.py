@@ -21,8 +21,27 @@ log = logging.getLogger(__name__)
 
 Holder = dict[str, str | int]  # what `.lock` says: host, pid, token
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HEARTBEAT_S = 10.0
 WATCH_S = 35.0  # without a heartbeat for so long, a holder on another host is taken for dead
+
+
+class RunLog:
+    """A log file in a run directory, of all that is logged until `close`.
+
+    Args:
+        path: Of the file, which is appended to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handler = logging.FileHandler(path)
+        self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(self._handler)
+
+    def close(self) -> None:
+        """Log no more."""
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
 
 
 class Hold:
@@ -46,10 +65,7 @@ class Hold:
         self._take()
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self.log_file = logging.FileHandler(run_dir / "log.txt")
-        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        self.log_file.setFormatter(logging.Formatter(form))
-        logging.getLogger().addHandler(self.log_file)
+        self.log = RunLog(run_dir / "log.txt")
         atexit.register(self.close)  # a process that ends leaves no name behind
 
     def close(self) -> None:
@@ -58,8 +74,7 @@ class Hold:
             return
         self._closed.set()
         atexit.unregister(self.close)
-        logging.getLogger().removeHandler(self.log_file)
-        self.log_file.close()
+        self.log.close()
         with contextlib.suppress(OSError):  # where nothing can be written any more
             self.file.truncate(0)
         self.file.close()

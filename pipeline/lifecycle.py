@@ -10,12 +10,12 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, ranks
 from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases
 from pipeline.data.intake import Intake
@@ -23,7 +23,8 @@ from pipeline.data.plan import Plan
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.given import given_data, is_clients, require_same_classes
-from pipeline.hold import Hold
+from pipeline.hold import Hold, RunLog
+from pipeline.process_group import ProcessGroup
 from pipeline.recipe import preprocessing_recipe
 from pipeline.run_configs import changes_since, portable, stored_plan, write_configs, write_docs
 from pipeline.start import Start
@@ -39,7 +40,9 @@ BEGINNING = {
 }  # fmt: skip
 
 PARTS = ("train", "validation", "test")  # of the cases
-_HELD: dict[Path, Hold] = {}
+# that hosts may have in places of their own
+PLACES = {"dataset_dir", "cache_dir", "data_roots"}
+_HELD: dict[Path, Hold | RunLog] = {}
 
 
 class Lifecycle:
@@ -55,6 +58,8 @@ class Lifecycle:
         report: Whether to write `report/index.html` at the end.
         init_weights: File of the weights that a new run begins with; see `Start`.
         init_head: Whether its head is drawn anew all the same.
+        process_group: Of several ranks. The first one has the run directory; the others follow it,
+            and write nothing into it but a log each.
 
     Attributes:
         run_dir: Absolute path of the run directory.
@@ -75,6 +80,7 @@ class Lifecycle:
         report: bool | str = True,
         init_weights: str | None = None,
         init_head: bool | str = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
@@ -84,7 +90,7 @@ class Lifecycle:
         self.cache_dir = intake.cache_dir
         self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
         self.max_epochs = max_epochs
-        self.intake = intake
+        self.intake, self.process_group = intake, process_group
         self.report = as_bool(report, "report")
         self.start = Start(self.source, self.bundle_root, init_weights, init_head)
         self.checkpoint: Path | None = None
@@ -125,35 +131,92 @@ class Lifecycle:
         if self._cases is not None:
             return
         try:
-            diagnosis.check_source(self.source)
-            self._cases = self._load()
-            with _told_to_user():
-                # voxels are read when the directory is right and ours, or before one is made
-                if self.run_dir.exists():
-                    self._take_run_dir()
-                # a client that initializes anew with resume=false begins anew as well
-                begun = self.resume is not False and self.store.has_begun()
-                if not begun and self.is_held:
-                    for folder in ("checkpoints", "models"):
-                        shutil.rmtree(self.run_dir / folder, ignore_errors=True)
-                self.start.read(self.run_dir if begun else None)
-                found = self.intake.inspect(self._cases)
-                found.require_sound()
-                # of a run that began: another card must not change it
-                plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
-                self.start.fit(plan)
-                self._take_run_dir()
-                for line in (*found.notes, *(finding.line for finding in found.warnings)):
-                    log.warning("%s", line)  # now that there is a log.txt
-                self._plan = plan
-                self.checkpoint = self.store.newest() if begun else None
-                facts = found.fingerprint, self.start.record
-                write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
+            ranks.join()
+            with ranks.together():
+                self._meet()
+                diagnosis.check_source(self.source)
+                if ranks.is_main():
+                    self._begin()
+                first = ranks.from_main(self._begun() if ranks.is_main() else None)
+                if first is not None and not ranks.is_main():
+                    self._follow(first)
         except InputError as error:
             self.release()
-            print(error, file=sys.stderr)
+            error.tell()
             raise SystemExit(2) from None
         self._log_start()
+
+    def _meet(self) -> None:
+        """Set up what several ranks need.
+
+        Raises:
+            InputError: If the config is not made for them.
+        """
+        if self.process_group is not None:
+            self.process_group.enter()
+        elif ranks.size() > 1:
+            raise InputError(
+                f"process_group: expected one for {ranks.size()} ranks, got none. Add "
+                "configs/multi_gpu.json to the config files."
+            )
+
+    def _begin(self) -> None:
+        """What the first rank does, or the only one."""
+        self._cases = self._load()
+        if len(self.cases.train) < ranks.size():
+            raise InputError(
+                f"training cases: expected {ranks.size()} or more, one for each rank, got "
+                f"{len(self.cases.train)}. Start fewer ranks."
+            )
+        with _told_to_user():
+            # voxels are read when the directory is right and ours, or before one is made
+            if self.run_dir.exists():
+                self._take_run_dir()
+            # a client that initializes anew with resume=false begins anew as well
+            begun = self.resume is not False and self.store.has_begun()
+            if not begun and self.is_held:
+                for folder in ("checkpoints", "models"):
+                    shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+            self.start.read(self.run_dir if begun else None)
+            found = self.intake.inspect(self._cases)
+            found.require_sound()
+            # of a run that began: another card must not change it
+            plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
+            self.start.fit(plan)
+            self._take_run_dir()
+            for line in (*found.notes, *(finding.line for finding in found.warnings)):
+                log.warning("%s", line)  # now that there is a log.txt
+            self._plan = plan
+            self.checkpoint = self.store.newest() if begun else None
+            facts = found.fingerprint, self.start.record
+            write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
+
+    def _begun(self) -> Begun:
+        return Begun(self.run_dir, self.source, self.cases.fingerprint, self.plan, self.checkpoint)
+
+    def _follow(self, first: Begun) -> None:
+        """What the other ranks do when the first one has begun."""
+        self._cases = self._load()
+        differing = [
+            key
+            for keys in config.changes(first.source, self.source).values()
+            for key in keys
+            if key.partition("#")[0] not in PLACES
+        ]
+        if self.run_dir != first.run_dir:
+            differing.append(f"output_dir ({self.run_dir})")
+        if self.cases.fingerprint != first.fingerprint:
+            differing.append("dataset_dir (other cases)")
+        if differing:
+            raise InputError(
+                f"ranks: expected the config and dataset of rank 0, got other values of "
+                f"{', '.join(differing)}. Start all ranks with the same."
+            )
+        self._plan, self.checkpoint = first.plan, first.checkpoint
+        self.start.read(self.run_dir if first.checkpoint else None)
+        self.start.fit(self.plan)
+        with _told_to_user():
+            _HELD[self.run_dir] = RunLog(self.run_dir / f"log_rank_{ranks.rank()}.txt")
 
     def look(self, *, any_data: bool = False) -> None:
         """Read the data of the run that is there, and leave the run as it is.
@@ -206,12 +269,19 @@ class Lifecycle:
         if not self.is_held:
             return
         trainer.finish()
+        if ranks.is_main():
+            self._write_end(trainer)
+        self.release()
+        ranks.leave()
+
+    def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
         summary = summarize(
             trainer,
             self.run_dir,
             dataset_hash=self.cases.fingerprint,
             config_hash=config.identity_hash(self._portable_source()),
             init_weights=self.start.record,
+            process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
         )
         try:
@@ -226,7 +296,6 @@ class Lifecycle:
 
             self._tell("report", write_report)
         log_whereabouts(self.run_dir, summary)
-        self.release()
 
     def _tell(self, what: str, write: Callable[[Path], object]) -> None:
         """A run that something cannot be told of is trained all the same."""
@@ -238,12 +307,13 @@ class Lifecycle:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process has the run directory, between `enter` and `leave`."""
+        """Whether this process is in the run, between `enter` and `leave`."""
         return self.run_dir in _HELD
 
     def lost(self) -> str | None:
         """Who has the run directory now, if it was taken from this process; see `Hold.lost`."""
-        return _HELD[self.run_dir].lost() if self.is_held else None
+        hold = _HELD.get(self.run_dir)
+        return hold.lost() if isinstance(hold, Hold) else None
 
     def release(self) -> None:
         """Let go of the run directory; for a run that fails as well."""
@@ -315,7 +385,20 @@ class Lifecycle:
         for line in self.plan.lines():
             log.info("  %s", line)
         log.info("Run directory %s", self.run_dir)
+        if ranks.size() > 1:
+            log.info("Rank %d of %d; batches are divided among them", ranks.rank(), ranks.size())
         self.start.tell()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the first rank tells the others when it has the run directory."""
+
+    run_dir: Path
+    source: config.Config
+    fingerprint: str
+    plan: Plan
+    checkpoint: Path | None
 
 
 @contextlib.contextmanager

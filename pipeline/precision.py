@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from pipeline import ranks
 from pipeline.errors import InputError, as_bool, nearest
 
 # device type -> requested dtype -> (effective dtype, loss scaling)
@@ -38,11 +40,12 @@ class StepStats:
 
     Attributes:
         applied: Whether the weights were changed; `False` if the loss, a gradient or a
-            buffer of the network was not finite.
+            buffer of the network was not finite, on any rank.
         loss: Mean loss of the accumulation group.
         grad_norm: Global 2-norm of the unscaled gradients, before clipping.
         loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
         max_abs_logit: Largest |logit| in the accumulation group; NaN if there was one.
+        sums: Of what the ranks gave to be added up.
     """
 
     applied: bool
@@ -50,22 +53,27 @@ class StepStats:
     grad_norm: float
     loss_scale: float
     max_abs_logit: float
+    sums: Sequence[float] = ()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device that `auto`, a name or a device object stands for.
 
+    Of several ranks each has the CUDA device of its number on its host.
+
     Raises:
         InputError: If the name is unknown or the device is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
         raise InputError(f"device: expected auto, cpu or cuda[:N], got {device!r}.") from None
     if resolved.type not in MODES:
         raise InputError(f"device: expected auto, cpu or cuda[:N], got '{resolved}'.")
+    if resolved.type == "cuda" and resolved.index is None and ranks.local_rank() is not None:
+        resolved = torch.device("cuda", ranks.local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise InputError(
@@ -213,11 +221,12 @@ class Precision:
         buffers_norm: torch.Tensor,
         *,
         grad_clip: float,
+        counts: Sequence[float] = (),
     ) -> StepStats:
         """Unscale, clip and step, unless something is not finite; update the loss scale.
 
-        The decision is made on the host from the loss and two norms; with what is wanted for the
-        log they come over in one transfer, the only synchronisation of a step.
+        The decision is made on the host from the loss and two norms, of all ranks; with what is
+        wanted for the log they come over in one transfer, the only synchronisation of a step.
 
         Args:
             optimizer: Holds the parameters with their scaled, accumulated gradients.
@@ -226,6 +235,7 @@ class Precision:
             buffers_norm: A norm of the network's buffers, float32 scalar on the device: an input of
                 1e20 leaves loss and gradients finite, but not BatchNorm's running variance.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
+            counts: Numbers of this rank to be added up over ranks.
         """
         if self.scaler:
             self.scaler.unscale_(optimizer)
@@ -233,10 +243,11 @@ class Precision:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         one = torch.ones((), device=self.device)
         scale = self.scaler.scale(one) if self.scaler else one
-        grad_norm, mean_loss, buffers, loss_scale, logit = torch.stack(
-            [norm, loss.float(), buffers_norm, scale, max_abs_logit]
-        ).tolist()
-        applied = all(map(math.isfinite, (grad_norm, mean_loss, buffers)))
+        own = [norm, loss.float(), buffers_norm, max_abs_logit, scale]
+        own += [torch.full_like(one, number) for number in counts]
+        table = ranks.rows(torch.stack(own)).tolist()
+        grad_norm, mean_loss, _, _, loss_scale, *_ = table[0]
+        applied = all(math.isfinite(value) for row in table for value in row[:3])
         if applied:
             if grad_clip > 0:
                 clip_grads_with_norm_(parameters, grad_clip, norm)
@@ -245,7 +256,15 @@ class Precision:
             self.scaler.update()
             if not applied:
                 self._back_off(loss_scale)
-        return StepStats(applied, mean_loss, grad_norm, loss_scale, logit)
+        logits = [row[3] for row in table]
+        return StepStats(
+            applied,
+            mean_loss,
+            grad_norm,
+            loss_scale,
+            math.nan if any(map(math.isnan, logits)) else max(logits),
+            [sum(column) for column in zip(*(row[5:] for row in table), strict=True)],
+        )
 
     def _back_off(self, loss_scale: float) -> None:
         """Lower the scale, also where the scaler saw nothing: the loss or the norm overflowed."""

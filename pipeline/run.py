@@ -20,7 +20,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, trust
+from pipeline import config, ranks, trust
 from pipeline.compose import compose, compose_located, parse_overrides
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, innermost
@@ -53,13 +53,15 @@ def main(words: Sequence[str] | None = None) -> int:
             predict(*in_run(files, overrides), allow)
             return 0
         replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
-        diagnosis.check(files, overrides, allow, training=True)
+        ranks.join()
+        with ranks.together():
+            diagnosis.check(files, overrides, allow, training=True)
         if replaying:
             print(json.dumps(replay(files, overrides, step, allow), indent=2))
         else:
             run_workflow(files, overrides, allow)
     except InputError as error:
-        print(error, file=sys.stderr)
+        error.tell()
         return 2
     except KeyboardInterrupt:  # of a prediction; training ends by itself
         print("Interrupted.", file=sys.stderr)
@@ -87,9 +89,10 @@ def run_workflow(
     with interruptible_at_once():
         workflow = _workflow(files, overrides, allow)
         try:
-            workflow.initialize()
-            evaluates = "@validate::evaluator.run(" in str(workflow.parser.get("run"))
-            _content(workflow, "validate::evaluator" if evaluates else "train::trainer")
+            with ranks.together():
+                workflow.initialize()
+                evaluates = "@validate::evaluator.run(" in str(workflow.parser.get("run"))
+                _content(workflow, "validate::evaluator" if evaluates else "train::trainer")
             workflow.run()
             workflow.finalize()
         finally:
@@ -152,10 +155,13 @@ def predict(files: Sequence[str], overrides: config.Config, allow: Collection[st
     Raises:
         InputError: If there is a mistake in the config, or an object of it refuses its arguments.
     """
-    diagnosis.check(files, overrides, allow, training=False)
-    workflow = _workflow(files, overrides, allow, "inference")
-    workflow.initialize()
-    _content(workflow, "prediction")
+    ranks.join()
+    with ranks.together():
+        diagnosis.check(files, overrides, allow, training=False)
+        workflow = _workflow(files, overrides, allow, "inference")
+        ranks.quiet()
+        workflow.initialize()
+        _content(workflow, "prediction")
     workflow.run()
     workflow.finalize()
 
@@ -213,7 +219,10 @@ def _content(workflow: Any, name: str) -> Any:
     try:
         return workflow.parser.get_parsed_content(name)
     except (RuntimeError, ValueError) as error:
-        raise InputError(str(innermost(error))) from error
+        cause = innermost(error)
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(str(cause)) from error
 
 
 def help_text(source: config.Config) -> str:

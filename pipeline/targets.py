@@ -32,7 +32,7 @@ from monai.bundle import ConfigComponent
 
 OURS = {
     "networks.dense_unet": "DenseUNet",
-    "pipeline.data.cache": "CachedDataset VolumeCache",
+    "pipeline.data.cache": "CachedDataset CaseSampler VolumeCache",
     "pipeline.data.images": "list_images",
     "pipeline.data.intake": "Intake",
     "pipeline.data.plan": "Plan",
@@ -44,6 +44,7 @@ OURS = {
     "pipeline.prediction.segmenter": "Segmenter SlidingWindowLabels",
     "pipeline.prediction.sliding_window": "SlidingWindow",
     "pipeline.predictor": "load_networks",
+    "pipeline.process_group": "ProcessGroup",
     "pipeline.scoring": "Scoring",
     "pipeline.training.checkpoint": "CheckpointHandler",
     "pipeline.training.evaluator": "EvaluationLog MixedPrecisionEvaluator",

@@ -27,7 +27,9 @@ Path = tuple[str, ...]  # keys from the root of the config; "#".join of it is th
 
 ID = re.compile(r"\w+(::\w+)*")  # not empty, which would be the whole config
 OBJECT = re.compile(r"_target_[\"']?\s*[:=]")  # in what was meant to be JSON, too
-METHODS = {"enter", "leave", "named_parameters", "parameters", "place", "run", "state_dict"}
+METHODS = {
+    "enter", "leave", "named_parameters", "parameters", "place", "replica", "run", "state_dict",
+}  # fmt: skip
 MODES = ("default", "callable")  # not "debug", which stops in pdb
 SPECIAL = sorted(ConfigComponent.non_arg_keys)
 REFERENCES = ReferenceResolver._vars  # the name that holds them when MONAI evaluates

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 
+from pipeline import ranks
 from pipeline.errors import InputError
 from pipeline.lifecycle import Lifecycle
 
@@ -35,15 +35,18 @@ class Visit(Lifecycle):
         if self._cases is not None:
             return
         try:
-            self.look(any_data=True)
-            if not (self.run_dir / "models" / "model.pt").is_file():
-                raise InputError(
-                    f"{self.best_model}: expected the best network of the run, found none. "
-                    "Name a run that has one, or finish this one."
-                )
-            self.intake.inspect(self.cases).require_sound()
+            ranks.join()
+            with ranks.together():
+                self._meet()
+                self.look(any_data=True)
+                if not (self.run_dir / "models" / "model.pt").is_file():
+                    raise InputError(
+                        f"{self.best_model}: expected the best network of the run, found none. "
+                        "Name a run that has one, or finish this one."
+                    )
+                self.intake.inspect(self.cases).require_sound()
         except InputError as error:
-            print(error, file=sys.stderr)
+            error.tell()
             raise SystemExit(2) from None
         cases = self.cases
         log.info("Evaluating %s", self.best_model)

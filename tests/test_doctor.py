@@ -20,7 +20,8 @@ from pipeline.doctor.diagnosis import diagnose
 from pipeline.errors import InputError
 from pipeline.run import main
 
-NOT_ALONE = ("metadata.json", "evaluate.json")  # the latter is merged over a training config
+OVERLAYS = ("evaluate.json", "multi_gpu.json")  # merged over a training config
+NOT_ALONE = ("metadata.json", *OVERLAYS)
 CONFIGS = sorted(
     path for path in (REPOSITORY / "configs").glob("*.json") if path.name not in NOT_ALONE
 )
@@ -280,8 +281,9 @@ def test_legal_overlay_draws_no_complaint(tmp_path, name):
     assert diagnosis.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
 
 
-def test_evaluation_draws_no_complaint():
-    assert diagnosis.check([AMP, "configs/evaluate.json"], {}, training=True)
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlay_draws_no_complaint(name):
+    assert diagnosis.check([AMP, f"configs/{name}"], {}, training=True)
 
 
 def test_config_with_overrides_draws_no_complaint():
@@ -563,5 +565,5 @@ def test_lines_are_those_of_the_file():
 
 
 def test_keys_of_the_table_have_the_doctors_attention():
-    composed = compose_located([AMP], {})
+    composed = compose_located([AMP, "configs/multi_gpu.json"], {})
     assert set(config.KEYS) == set(composed.source)

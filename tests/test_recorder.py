@@ -35,7 +35,7 @@ from pipeline.training.replay import Probe, first_non_finite
 HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
 KEYS = {
     "time", "step", "epoch", "precision", "loss_scale", "loss", "grad_norm", "samples", "case_ids",
-    "origins", "stage", "first_module", "non_finite_cases", "max_abs_activation", "kept",
+    "origins", "stage", "first_module", "non_finite_cases", "max_abs_activation", "kept", "rank",
 }  # fmt: skip
 
 

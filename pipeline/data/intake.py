@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline import ranks
 from pipeline.data.datasets import Case, Cases, given_cases, load_cases
 from pipeline.data.phantom import make_phantom
 from pipeline.data.plan import AUTO, Plan, make_plan
@@ -103,6 +104,7 @@ class Intake:
             dataset=found.cases,
             budget_bytes=self._budget_bytes(),
             base_channels=self.base_channels,
+            num_ranks=ranks.size(),
         )
 
     def _budget_bytes(self) -> float:

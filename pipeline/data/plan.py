@@ -44,7 +44,8 @@ class Plan:
         class_names: In the order of the label values, background first.
         in_channels: Image channels.
         num_classes: Classes, background included.
-        batch_size: Patches in a micro-batch; like the two that follow, of training alone.
+        batch_size: Patches in a micro-batch, of all ranks together; like the two that follow, of
+            training alone.
         foreground_ratio: Share of patches centred on foreground.
         flip_axes: Axes that may be mirrored.
         ignore_value: Label value that counts nowhere; `None`: there is none.
@@ -85,6 +86,7 @@ def make_plan(
     dataset: Cases,
     budget_bytes: float,
     base_channels: int,
+    num_ranks: int = 1,
 ) -> Plan:
     """Decide what is `auto`.
 
@@ -95,6 +97,7 @@ def make_plan(
         budget_bytes: Memory that a training step in float32 may take. Mixed precision takes less;
             a plan is the same in every precision, so that precisions can be compared.
         base_channels: Of the network.
+        num_ranks: That share a batch; each has that memory.
 
     Raises:
         InputError: If a value does not fit the dataset, or the budget the smallest patch.
@@ -129,7 +132,7 @@ def make_plan(
     steps = triples(strides)
     roi = decide("roi_size", lambda: rules.patch_of(median, spacing, steps, bytes_of, budget_bytes))
     total = float(resampled.prod(axis=1).sum())
-    decide("batch_size", lambda: rules.batch_size_of(roi, total, bytes_of, budget_bytes))
+    decide("batch_size", lambda: rules.batch_size_of(roi, total, bytes_of, budget_bytes, num_ranks))
     decide("foreground_ratio", lambda: rules.foreground_ratio_of(roi, median))
     decide("flip_axes", lambda: rules.flip_axes_of(names))
     return Plan(**chosen, ignore_value=dataset.ignore_value, reasons=reasons)

@@ -143,23 +143,25 @@ def patch_of(
 
 
 def batch_size_of(
-    roi_size: Size, total_voxels: float, step_bytes: StepBytes, budget_bytes: float
+    roi_size: Size, total_voxels: float, step_bytes: StepBytes, budget_bytes: float, num_ranks: int
 ) -> tuple[int, str]:
-    """What the budget holds, but no more than a small share of the dataset."""
+    """What the budgets of all ranks hold, but no more than a small share of the dataset."""
     each = step_bytes(roi_size, 2) - step_bytes(roi_size, 1)
     by_memory = int((budget_bytes - step_bytes(roi_size, 0)) // each)
     by_data = int(MAX_BATCH_SHARE * total_voxels // math.prod(roi_size))
-    if max(by_data, MIN_BATCH) <= by_memory:
-        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {MIN_BATCH} or more"
-        return max(by_data, MIN_BATCH), share
-    budget = f"{budget_bytes / 2**30:.3g} GiB"
+    least = max(MIN_BATCH, num_ranks)
+    if max(by_data, least) <= by_memory * num_ranks:
+        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {least} or more"
+        return max(by_data, least), share
+    each_of = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
+    budget = f"{budget_bytes / 2**30:.3g} GiB{each_of}"
     if by_memory < 1:
         needed = step_bytes(roi_size, 1) / 2**30
         return (
-            1,
+            num_ranks,
             f"the least; one such patch needs {needed:.3g} GiB, more than {budget}",
         )
-    return by_memory, f"what fits into {budget}"
+    return by_memory * num_ranks, f"what fits into {budget}"
 
 
 def foreground_ratio_of(roi_size: Size, median: np.ndarray) -> tuple[float, str]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pipeline import ranks
 from pipeline.data.cache import VolumeCache
 from pipeline.data.listing import Case, named
 from pipeline.data.positions import draw_centre, sampling_positions
@@ -157,26 +158,44 @@ class PatchDataset(Dataset):
 class EpochSampler(Sampler[int]):
     """Numbers of the samples from `start` to the end of its epoch.
 
+    Of several ranks each has a part of every micro-batch, the first ones a sample more where it
+    cannot be divided evenly; all of them together have what one process has.
+
     Args:
-        batch_size: Samples in a micro-batch.
+        batch_size: Samples in a micro-batch, of all ranks together.
         accumulation_steps: Micro-batches in an optimizer step.
         steps_per_epoch: Optimizer steps in an epoch; it holds whole batches only.
 
     Attributes:
         samples_per_epoch: Their product.
+        own: Place of this rank's part in a micro-batch.
         start: Number of the next sample of the run; the trainer sets it before each epoch.
+
+    Raises:
+        InputError: If there is not a sample for each rank.
     """
 
     def __init__(self, batch_size: int, accumulation_steps: int, steps_per_epoch: int) -> None:
+        if batch_size < ranks.size():
+            raise InputError(
+                f"batch_size: expected {ranks.size()} or more, a patch for each rank, got "
+                f"{batch_size}. Raise it, or start fewer ranks."
+            )
+        self.batch_size = batch_size
         self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch
+        least, more = divmod(batch_size, ranks.size())
+        first = ranks.rank() * least + min(ranks.rank(), more)
+        self.own = slice(first, first + least + (ranks.rank() < more))
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
         end = (self.start // self.samples_per_epoch + 1) * self.samples_per_epoch
-        return iter(range(self.start, end))
+        for first in range(self.start, end, self.batch_size):
+            yield from range(first, first + self.batch_size)[self.own]
 
     def __len__(self) -> int:
-        return self.samples_per_epoch - self.start % self.samples_per_epoch
+        left = self.samples_per_epoch - self.start % self.samples_per_epoch
+        return left // self.batch_size * (self.own.stop - self.own.start)
 
 
 class PatchLoader(DataLoader):
@@ -188,8 +207,8 @@ class PatchLoader(DataLoader):
     Args:
         dataset: Where the patches come from.
         sampler: Their numbers.
-        batch_size: Patches in a micro-batch.
-        num_workers: Processes that cut them; 0: none.
+        batch_size: Patches in a micro-batch, of all ranks together.
+        num_workers: Processes of this rank that cut them; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
     """
 
@@ -204,7 +223,7 @@ class PatchLoader(DataLoader):
         dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
         super().__init__(
             dataset,
-            batch_size=batch_size,
+            batch_size=len(range(batch_size)[sampler.own]),
             sampler=sampler,
             num_workers=num_workers,
             timeout=timeout_s if num_workers else 0,

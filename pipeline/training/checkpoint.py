@@ -24,6 +24,7 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipeline import ranks
 from pipeline.errors import STOPS, InputError
 from pipeline.training.durable import CheckpointStore, WriteError, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
@@ -64,7 +65,7 @@ class CheckpointHandler:
     Attached last, it saves every `every` steps, when a run is interrupted, and twice at the end of
     an epoch: when the last step is taken (so that a validation lost to a kill is caught up) and
     when the epoch's end is done. What is not finite, or does not fit on the disk, is not written:
-    training stops, and the files from before stay.
+    training stops, and the files from before stay. Of several ranks all restore, the first saves.
 
     Args:
         run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where
@@ -95,8 +96,10 @@ class CheckpointHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        make_directory(self.models)
-        self._check_room(trainer)
+        with ranks.together():
+            if ranks.is_main():
+                make_directory(self.models)
+                self._check_room(trainer)
         if self.checkpoint is not None:
             restore(trainer, load_checkpoint(self.checkpoint))
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
@@ -127,6 +130,8 @@ class CheckpointHandler:
             self._save_checkpoint(
                 trainer, f"step_{progress.step:09d}{'_pending' if pending else ''}.pt"
             )
+        if due:
+            trainer.agree()
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Keep the network if validation found it the best, and save the epoch as complete."""
@@ -140,6 +145,7 @@ class CheckpointHandler:
             self._save_last(trainer)
         trainer.end_epoch()
         self._save_checkpoint(trainer, f"step_{trainer.progress.step:09d}.pt")
+        trainer.agree()
 
     def _save_last(self, trainer: MixedPrecisionTrainer) -> None:
         self._save_model(trainer, "last.pt")
@@ -171,6 +177,8 @@ class CheckpointHandler:
         write: Callable[[], object],
     ) -> None:
         """Call `write`, or stop training where `content` is not finite or does not fit."""
+        if not ranks.is_main():
+            return
         if holder := self.lost():
             trainer.stop(
                 f"output_dir: expected {self.models.parent} in this process's hands, got it in "

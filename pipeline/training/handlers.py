@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pipeline import ranks
 from pipeline.training.durable import write_json
 from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.picture import outline_slice
@@ -63,6 +64,8 @@ class TensorBoardHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to steps and epochs of `trainer`, and to the first case of each validation."""
+        if not ranks.is_main():
+            return
         self.trainer = trainer
         trainer.add_event_handler(Events.ITERATION_STARTED, self.before_step)
         if self.underflow_every > 0:
@@ -172,7 +175,8 @@ class ScoreHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to epochs of `trainer`."""
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+        if ranks.is_main():
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Write the scores, if there was a validation at the end of this epoch."""
@@ -205,6 +209,8 @@ class ConsoleHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to steps and epochs of `trainer`."""
+        if not ranks.is_main():
+            return
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
         trainer.add_event_handler(Events.COMPLETED, self.close)

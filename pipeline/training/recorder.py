@@ -14,7 +14,6 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from ignite.engine import Events
 
+from pipeline import ranks
 from pipeline.errors import STOPS, InputError
+from pipeline.precision import StepStats
 from pipeline.training.durable import save
 from pipeline.training.replay import Finding, Stage, first_non_finite
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -87,7 +88,7 @@ class FlightRecorder:
 
     def set_aside(self, trainer: MixedPrecisionTrainer) -> None:
         """What a run left that had no checkpoint yet is not this run's."""
-        for name in ("overflow.jsonl", "overflow"):
+        for name in ("overflow.jsonl", "overflow") if ranks.is_main() else ():
             path, former = self.run_dir / name, self.run_dir / f"{name}.former"
             if trainer.progress.step == 0 and path.exists():
                 if former.is_dir():
@@ -96,11 +97,21 @@ class FlightRecorder:
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Record the step if it was skipped, and stop if it was one too many."""
-        progress, stats = trainer.progress, trainer.last_step
+        stats = trainer.last_step
         assert stats is not None
         if stats.applied:
             return
         finding = self._find(trainer, stats.loss_scale)
+        found = ranks.gathered(describe(finding, trainer.group))
+        if ranks.is_main():
+            self._record(trainer, stats, found)
+        trainer.agree()
+
+    def _record(
+        self, trainer: MixedPrecisionTrainer, stats: StepStats, found: list[dict[str, Any]]
+    ) -> None:
+        """Write down the step, tell of it, and stop training if it was one too many."""
+        progress = trainer.progress
         record = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": progress.step,
@@ -109,9 +120,11 @@ class FlightRecorder:
             "loss_scale": stats.loss_scale,
             "loss": _number(stats.loss),
             "grad_norm": _number(stats.grad_norm),
-            **describe(finding, trainer.group),
-            "kept": self._keep(trainer, finding),
+            **of_all_ranks(found),
         }
+        if record["stage"] is None:
+            record |= _gradients_tell(trainer)
+        record["kept"] = self._keep(trainer, record)
         with open(self.run_dir / "overflow.jsonl", "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -119,9 +132,10 @@ class FlightRecorder:
                 file.write(b"\n" * torn)
             file.write(json.dumps(record).encode() + b"\n")
         log.warning(
-            "Step %d skipped: not finite first in %s (%s), cases %s, loss scale %g",
+            "Step %d skipped: not finite first in %s (%s), cases %s, loss scale %g%s",
             record["step"], record["first_module"], record["stage"],
             ", ".join(record["non_finite_cases"]) or "none", record["loss_scale"],
+            "" if ranks.size() == 1 or record["rank"] is None else f", rank {record['rank']}",
         )  # fmt: skip
         self._recent.append(record)
         scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
@@ -132,36 +146,24 @@ class FlightRecorder:
             trainer.stop(diagnosis(records, scale, progress.consecutive_skips))
 
     def _find(self, trainer: MixedPrecisionTrainer, loss_scale: float) -> Finding:
-        """What the replay finds, or failing that what the step's own gradients tell."""
         try:
-            finding = first_non_finite(trainer, trainer.group, loss_scale)
+            return first_non_finite(trainer, trainer.group, loss_scale)
         except Exception as error:  # of any kind: the step is skipped, training may go on
             log.warning("The skipped step could not be run again: %s", error)
             return Finding(Stage.NOT_REPLAYED)
-        if finding.stage is not None:
-            return finding
-        bad = [
-            name
-            for name, p in trainer.network.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        if bad:  # a kernel that does not repeat itself, or a handler
-            return replace(finding, stage=Stage.BACKWARD, module=bad[-1].rpartition(".")[0])
-        return finding
 
-    def _keep(self, trainer: MixedPrecisionTrainer, finding: Finding) -> str | None:
+    def _keep(self, trainer: MixedPrecisionTrainer, record: dict[str, Any]) -> str | None:
         path = kept_path(self.run_dir, trainer.progress.step)
         if len(list(path.parent.glob("step_*.pt"))) >= self.overflow_keep and not path.exists():
             return None
         path.parent.mkdir(exist_ok=True)
         assert trainer.last_step is not None
-        samples = sum(len(batch["seed"]) for batch in trainer.group)
         content = {
-            "first_sample": trainer.progress.samples - samples,
+            "first_sample": trainer.progress.samples - round(trainer.last_step.sums[0]),
             "loss_scale": trainer.last_step.loss_scale,
             "precision": trainer.precision.mode,
             "network": trainer.network.state_dict(),
-            "found": [finding.stage and str(finding.stage.value), finding.module],
+            "found": [record["stage"] and str(record["stage"].value), record["first_module"]],
         }
         save(content, path)
         return str(path.relative_to(self.run_dir))
@@ -227,6 +229,35 @@ def describe(finding: Finding, group: Iterable[dict[str, Any]]) -> dict[str, Any
         "non_finite_cases": finding.case_ids,
         "max_abs_activation": finding.max_abs_activation,
     }
+
+
+def of_all_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `describe` says on each rank as one description of the step.
+
+    Stage, module and activations are of the `rank` whose finding is the earliest in a step; where
+    nothing was found that is `None`.
+    """
+    stages = list(Stage)
+    order = [stages.index(one["stage"]) if one["stage"] else len(stages) for one in found]
+    rank = order.index(min(order))
+    of_all = ("samples", "case_ids", "origins", "non_finite_cases")
+    whole = {key: [value for one in found for value in one[key]] for key in of_all}
+    return {**found[rank], **whole, "rank": rank if found[rank]["stage"] else None}
+
+
+def _gradients_tell(trainer: MixedPrecisionTrainer) -> dict[str, Any]:
+    """Stage and module by the step's own gradients, where running it again found nothing.
+
+    A kernel does not repeat itself then, or a handler was at work.
+    """
+    bad = [
+        name
+        for name, p in trainer.network.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    if not bad:
+        return {}
+    return {"stage": Stage.BACKWARD, "first_module": bad[-1].rpartition(".")[0]}
 
 
 def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import ranks
 from pipeline.training.buffers import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -44,6 +45,8 @@ def gradients(
 ) -> list[torch.Tensor]:
     """Gradients of an accumulation group's mean loss, beside those that the parameters hold.
 
+    Of several ranks each has its own share of the group's loss, as far as that can be told apart.
+
     Args:
         trainer: Its network, loss and augmentation are used.
         batches: The group's micro-batches.
@@ -56,14 +59,15 @@ def gradients(
     """
     parameters = trained_parameters(trainer.network)
     total = [torch.zeros_like(p) for p in parameters]
-    with buffers_kept(trainer.network), probe or contextlib.nullcontext():
+    network, parts_of_loss = trainer.network, len(batches) * ranks.size()
+    with buffers_kept(network), ranks.apart(network), probe or contextlib.nullcontext():
         for batch in batches:
             if probe:
                 probe.batch = batch
             loss = trainer.forward(batch, autocast(), {})
             if probe:
                 probe.see(Stage.LOSS, "loss_function", loss.detach())
-            scaled = loss * (loss_scale / len(batches))
+            scaled = loss * (loss_scale / parts_of_loss)
             parts = torch.autograd.grad(scaled, parameters, allow_unused=True)
             for whole, part in zip(total, parts, strict=True):
                 if part is not None:
@@ -120,10 +124,14 @@ def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
     Call it between backward pass and optimizer step. TF32 follows the run's setting.
     """
     exact = gradients(trainer, trainer.group, contextlib.nullcontext)
+    lowered = [parameter.grad for parameter in trained_parameters(trainer.network)]
+    if ranks.size() > 1:  # those are the sums of all ranks
+        scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
+        lowered = list(gradients(trainer, trainer.group, trainer.precision.autocast, scale))
     lost, elements = torch.zeros((), device=trainer.state.device), 0
-    for parameter, reference in zip(trained_parameters(trainer.network), exact, strict=True):
-        if parameter.grad is not None:
-            lost += ((parameter.grad == 0) & (reference != 0)).sum()
+    for gradient, reference in zip(lowered, exact, strict=True):
+        if gradient is not None:
+            lost += ((gradient == 0) & (reference != 0)).sum()
             elements += reference.numel()
     return lost.item() / max(elements, 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import math
 import time
@@ -23,11 +24,13 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeline.errors import TrainingInterrupted, TrainingStopped
+from pipeline import ranks
+from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training.buffers import BufferSnapshot
 from pipeline.training.durable import NO_ROOM
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
+from pipeline.training.replica import Replica
 from pipeline.training.signals import interruptible
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,10 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     A step is a transaction: where the loss or a gradient of its group is not finite, weights,
     optimizer, scheduler and the network's buffers are afterwards what they were before it.
 
+    Of several ranks each has a part of every micro-batch. Loss and gradients are those of the whole
+    one; weights, optimizer, scheduler, scaler and `progress` are the same on all of them, and all
+    stop, skip and are interrupted at the same step.
+
     Args:
         precision: Owns device, autocast, scaler, clipping and the finite check.
         max_epochs: Epochs to train, in all sessions together.
@@ -60,13 +67,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             an attribute `start`, the number of the next sample.
         network: Network on the precision's device, with float32 weights.
         optimizer: Optimizer of its parameters.
-        loss_function: `(logits, label) -> scalar`.
+        loss_function: `(logits, label) -> scalar`; one that does not say of itself that it
+            `is_over_ranks` is taken to be a mean over samples.
         lr_scheduler: Advanced once per applied step, never on a skipped one.
         steps_per_epoch: Optimizer steps in an epoch.
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         roi_size: Network input in voxels; given, it is checked before training starts.
         grace_s: Seconds within which a run ends after SIGTERM, SIGINT or SIGUSR1.
+        replica: Of the network, where there are ranks; gradients pass through it.
         initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
             a handler restores, come after them.
         prepare_batch: `(batch, device, non_blocking) -> (image, label)`, augmentation included.
@@ -100,6 +109,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
         grace_s: float = 30.0,
+        replica: Replica | None = None,
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
@@ -120,13 +130,14 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._schedule = deepcopy(lr_scheduler.state_dict()), rates  # where a round begins
         self.steps_per_epoch = steps_per_epoch
         self.grad_clip = grad_clip
-        self.grace_s = grace_s
+        self.grace_s, self.replica = grace_s, replica
         self.progress = Progress(mode=precision.mode)
         self.last_step: StepStats | None = None
         self.group: list[dict[str, Any]] = []
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
         self.interrupted = self._told_to_end = False
+        self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
         self._buffers = BufferSnapshot(network)
         super().__init__(
@@ -163,6 +174,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
+        if ranks.size() > 1:
+            self._require_equal_ranks()
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
             self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s
@@ -171,7 +184,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if self.precision.device.type == "cuda":  # before anything else is done there
             self.peak_memory_bytes = torch.cuda.max_memory_allocated(self.precision.device)
         if self.diagnosis is not None:
-            log.error("%s", self.diagnosis)
+            log.log(self._level, "%s", self.diagnosis)
             raise TrainingStopped(self.diagnosis)
         if self.interrupted:
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
@@ -210,7 +223,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 super(Trainer, self).run()
         except RuntimeError as error:
             explain: Any = getattr(self.data_loader, "explain", lambda _: None)
-            if (reason := explain(error)) is None:
+            if (reason := explain(error) or ranks.loss_of(error)) is None:
                 raise
             self.stop(reason)
         except OSError as error:
@@ -223,13 +236,33 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.diagnosis = self.diagnosis or diagnosis
         self.terminate()
 
+    def agree(self) -> None:
+        """End training on all ranks where one was told to `stop`; all have to call it."""
+        told = [diagnosis for diagnosis in ranks.gathered(self.diagnosis) if diagnosis]
+        if told and self.diagnosis is None:
+            self._level = logging.INFO
+            self.stop(told[0])
+
+    def _require_equal_ranks(self) -> None:
+        """Refuse to train where ranks begin with something else than rank 0."""
+        weights = hashlib.sha256()
+        for parameter in self.network.parameters():
+            weights.update(parameter.detach().cpu().numpy().tobytes())
+        own = self.progress.step, self.progress.phase, weights.digest()
+        with ranks.together():
+            if own != ranks.from_main(own):
+                raise InputError(
+                    "output_dir: expected the checkpoint and weights of rank 0, got others. Give "
+                    "all ranks one on a file system that their hosts share."
+                )
+
     def interrupt(self) -> None:
         """End training at the next step or epoch's end; the same command continues it."""
         self._told_to_end = True
 
-    def _heed(self) -> None:
-        """End here if told to; what comes later is for the next boundary."""
-        self.interrupted = self._told_to_end
+    def _heed(self, told_to_end: bool) -> None:
+        """End here if any rank is told to; what comes later is for the next boundary."""
+        self.interrupted = told_to_end
         if self.interrupted:
             self.terminate()
 
@@ -252,7 +285,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last = self.progress.epoch >= self.state.max_epochs
         self.progress.phase = FINALIZING if last else STEPPING
         if not last:
-            self._heed()
+            self._heed(any(ranks.gathered(self._told_to_end)))
 
     def finish(self) -> None:
         """Mark the run as done: it never trains again."""
@@ -264,6 +297,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         autocast: contextlib.AbstractContextManager,
         output: dict[str, Any],
         notify: Callable[[IterationEvents], object] = lambda event: None,
+        network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """Loss of one micro-batch in train mode, which is a function of the batch and the weights.
 
@@ -272,16 +306,21 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             autocast: Context for network and loss.
             output: Receives `image`, `label`, `pred` and `loss` as they come to be.
             notify: Called with MONAI's events.
+            network: In the place of the trainer's own: its replica.
         """
+        network = network or self.network
         # dropout draws from torch's own generator: a function of the samples, not of the past
         torch.manual_seed(int(batchdata["seed"][0]))
         images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         output |= {Keys.IMAGE: images, Keys.LABEL: labels}
-        self.network.train()
+        network.train()
         with autocast:
-            output[Keys.PRED] = self.inferer(images, self.network)
+            output[Keys.PRED] = self.inferer(images, network)
             notify(IterationEvents.FORWARD_COMPLETED)
-            output[Keys.LOSS] = self.loss_function(output[Keys.PRED], labels)
+            loss = self.loss_function(output[Keys.PRED], labels)
+            if ranks.size() > 1 and not getattr(self.loss_function, "is_over_ranks", False):
+                loss = mean_over_ranks(loss, len(images))
+            output[Keys.LOSS] = loss
             notify(IterationEvents.LOSS_COMPLETED)
         return output[Keys.LOSS]
 
@@ -293,14 +332,16 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.group.append(batchdata)
         output: dict[str, Any] = {}
         self.state.output = output
-        loss = self.forward(batchdata, self.precision.autocast(), output, self.fire_event)
-        loss = loss / self.accumulation_steps
-        self.precision.backward(loss)
+        autocast, last = self.precision.autocast(), len(self.group) == self.accumulation_steps
+        with self.replica.no_sync() if self.replica and not last else contextlib.nullcontext():
+            loss = self.forward(batchdata, autocast, output, self.fire_event, self.replica)
+            loss = loss / self.accumulation_steps
+            self.precision.backward(loss)
         self._group_loss = self._group_loss + loss.detach()
         largest = torch.maximum(self._max_abs_logit, max_abs(output[Keys.PRED]))
         self._max_abs_logit = largest
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if len(self.group) == self.accumulation_steps:
+        if last:
             self._optimizer_step(samples=len(output[Keys.IMAGE]) * self.accumulation_steps)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
@@ -318,16 +359,31 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self._max_abs_logit,
             self._buffers.norm(self.precision.device),
             grad_clip=self.grad_clip,
+            counts=(samples, self._told_to_end),
         )
-        if self.last_step.applied:
+        applied, (samples_of_all, told_to_end) = self.last_step.applied, self.last_step.sums
+        if applied:
             self.lr_scheduler.step()
+            if self.replica:
+                self.replica.settle()
         else:
             self._buffers.restore()
         self.progress.record_step(
-            self.last_step.applied, samples=samples, steps_per_epoch=self.steps_per_epoch
+            applied, samples=round(samples_of_all), steps_per_epoch=self.steps_per_epoch
         )
-        self._heed()
+        self._heed(told_to_end > 0)
         self.fire_event(StepEvents.STEP_COMPLETED)
+
+
+def mean_over_ranks(loss: torch.Tensor, samples: int) -> torch.Tensor:
+    """Mean loss of the samples of all ranks; its gradient is that of this rank's own.
+
+    Args:
+        loss: Mean of this rank's `samples`, scalar.
+        samples: Their number.
+    """
+    total = ranks.summed(torch.stack([loss.float(), torch.ones_like(loss.float())]) * samples)
+    return total[0] / total[1]
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

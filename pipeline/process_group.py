@@ -1,0 +1,98 @@
+"""What `configs/multi_gpu.json` adds to a config: training in the ranks that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline import ranks
+from pipeline.errors import InputError, as_bool
+from pipeline.precision import resolve_device
+from pipeline.training.replica import Replica
+
+SYNCHRONIZED = "synchronized"
+OWN = "each rank's own: there is no SyncBatchNorm on a CPU"
+
+
+class ProcessGroup:
+    """The ranks of a run; where torchrun started none, one process that trains as without it.
+
+    Args:
+        device: That training is asked to run on.
+        sync_batch_norm: Whether batch norms become SyncBatchNorm, on CUDA.
+
+    Raises:
+        InputError: If `sync_batch_norm` is not a boolean.
+    """
+
+    def __init__(self, device: str = "auto", sync_batch_norm: bool | str = True) -> None:
+        self.device = device
+        self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
+        self._batch_norm: str | None = None
+        self._gradient_bytes = 0
+
+    def enter(self) -> None:
+        """Meet the other ranks.
+
+        Raises:
+            InputError: If there is not a device for each.
+        """
+        ranks.join()
+        ranks.quiet()
+        if not ranks.is_launched():
+            return
+        with ranks.together():
+            self._require_devices()
+
+    def _require_devices(self) -> None:
+        num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        named = str(self.device)
+        wants_cuda = named.startswith("cuda") or (named == "auto" and torch.cuda.is_available())
+        found = torch.cuda.device_count()
+        if wants_cuda and ":" in named and num_ranks > 1:
+            raise InputError(
+                f"device: expected auto, cuda or cpu for {num_ranks} ranks, got {named!r}. "
+                "Each takes the card of its number."
+            )
+        if wants_cuda and num_ranks > found:
+            raise InputError(
+                f"--nproc_per_node: expected at most {found}, the CUDA devices here, got "
+                f"{num_ranks}. Start fewer ranks, or use device cpu."
+            )
+        device = resolve_device(self.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    def replica(self, network: nn.Module) -> Replica | None:
+        """The network as the ranks train it, its batch norms synchronized where the device can.
+
+        Args:
+            network: On its device. Its layers are replaced in place; parameters and names stay.
+        """
+        if not ranks.is_launched():
+            return None
+        parameters = list(network.parameters())
+        if any(isinstance(module, _BatchNorm) for module in network.modules()):
+            can = self.sync_batch_norm and parameters[0].is_cuda
+            if can:
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            asked_in_vain = self.sync_batch_norm and not can
+            self._batch_norm = SYNCHRONIZED if can else OWN if asked_in_vain else "each rank's own"
+        replica = Replica(network)
+        self._gradient_bytes = replica.gradient_bytes
+        return replica
+
+    def describe(self) -> dict[str, Any]:
+        """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""
+        cuda = resolve_device(self.device).type == "cuda"
+        return {
+            "num_ranks": ranks.size(),
+            "backend": None if not ranks.is_launched() else "nccl" if cuda else "gloo",
+            "sync_batch_norm": self.sync_batch_norm,
+            "batch_norm": self._batch_norm or "none in the network",
+            "gradient_bytes_per_step": self._gradient_bytes,
+        }

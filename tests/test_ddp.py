@@ -1,0 +1,200 @@
+"""Whole runs under torchrun: two Gloo ranks on the tiny dataset."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, run_tiny
+from engines import curve, read
+from torchrun import CONFIGS, settings, torchrun
+
+from pipeline.training.checkpoint import checkpoints, load_checkpoint
+
+LONG = {
+    "batch_size": 3, "steps_per_epoch": 10, "max_epochs": 2, "final_scores": True,
+    "learning_rate": 0.001,  # with larger ones AdamW makes much of the last digits
+}  # fmt: skip
+TORCHRUNS = re.compile(r"[WE]\d{4} ")
+
+
+def lines_of(text: str) -> list[str]:
+    """What this project said, without what torchrun says of a process that failed."""
+    ours, _, _ = text.partition("Traceback (most recent call last)")
+    return [line for line in ours.splitlines() if not TORCHRUNS.match(line)]
+
+
+@pytest.fixture(scope="module")
+def both(dataset, tmp_path_factory) -> dict[str, Path]:
+    """The same run by one process and by two ranks."""
+    root = tmp_path_factory.mktemp("ddp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[1])
+        assert run_tiny(dataset, root / "one", **LONG) == 0
+    found = torchrun("pipeline.run", *CONFIGS, *settings(dataset, root / "two", **LONG))
+    assert found.returncode == 0, found.stdout
+    (root / "two.txt").write_text(found.stdout)
+    return {"one": root / "one", "two": root / "two", "said": root / "two.txt"}
+
+
+def test_two_ranks_have_the_curve_of_one_process(both):
+    one, two = (dict(curve(read(both[name]), "train/loss")) for name in ("one", "two"))
+    assert list(one) == list(two) == list(range(1, 21))
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_ranks_validate_and_score_every_case_once(both):
+    one, two = (json.loads((both[n] / "validation.json").read_text()) for n in ("one", "two"))
+    assert list(one["cases"]) == list(two["cases"])
+    for folder in ("validation_best", "validation_last"):
+        tables = [both[n] / "scores" / folder / "metrics.csv" for n in ("one", "two")]
+        cases = [[r.split(",")[0] for r in t.read_text().splitlines()] for t in tables]
+        assert cases[0] == cases[1]
+        for case_id in one["cases"]:
+            images = [t.parent / f"{case_id}.nii.gz" for t in tables]
+            voxels = [np.asarray(nib.load(image).dataobj) for image in images]
+            assert (voxels[0] != voxels[1]).mean() < 0.01  # their weights differ in the last digits
+
+
+def test_first_rank_alone_writes_and_each_has_a_log(both):
+    names = [{p.name for p in both[n].iterdir()} for n in ("one", "two")]
+    assert names[1] - names[0] == {"log_rank_1.txt"}
+    assert names[0] - names[1] == set()
+    assert len(list((both["two"] / "tensorboard").iterdir())) == 1
+    assert "Rank 1 of 2" in (both["two"] / "log_rank_1.txt").read_text()
+    assert "Rank 0 of 2" in (both["two"] / "log.txt").read_text()
+    said = both["said"].read_text()
+    assert said.count("epoch 2/2") == said.count("Dataset tiny") == 1
+
+
+def test_summary_says_what_is_in_force(both):
+    one, two = (json.loads((both[n] / "summary.json").read_text()) for n in ("one", "two"))
+    assert one["process_group"] is None
+    found = two["process_group"]
+    assert found["gradient_bytes_per_step"] == 4 * two["num_parameters"]
+    assert {k: found[k] for k in ("num_ranks", "backend", "batch_norm")} == {
+        "num_ranks": 2, "backend": "gloo", "batch_norm": "none in the network",
+    }  # fmt: skip
+
+
+def test_checkpoint_of_two_ranks_goes_on_with_one_and_back(dataset, both, tmp_path, monkeypatch):
+    """And with other config files; progress and names know nothing of ranks."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    run_dir = tmp_path / "two"
+    words = settings(dataset, run_dir, **{**LONG, "max_epochs": 3, "final_scores": False})
+    short = {**LONG, "final_scores": False, "max_epochs": 1, "warmup_steps": 5}
+    first = torchrun("pipeline.run", *CONFIGS, *settings(dataset, run_dir, **short))
+    assert first.returncode == 0, first.stdout
+    assert run_tiny(dataset, run_dir, **{**short, "max_epochs": 2}) == 0
+    words = settings(dataset, run_dir, **{**short, "max_epochs": 3})
+    last = torchrun("pipeline.run", *CONFIGS, *words)
+    assert last.returncode == 0, last.stdout
+    assert "Continuing from step_000000020.pt" in last.stdout
+    saved = load_checkpoint(checkpoints(run_dir / "checkpoints")[-1])
+    assert saved["progress"]["step"] == 30
+    assert saved["progress"]["samples"] == 90
+    assert not any(name.startswith("module.") for name in saved["network"])
+    model = torch.load(run_dir / "models" / "last.pt", weights_only=True)
+    assert model.keys() == torch.load(both["one"] / "models" / "last.pt", weights_only=True).keys()
+
+
+def test_monai_bundle_trains_in_ranks(dataset, tmp_path):
+    out = tmp_path / "r"
+    words = settings(dataset, out, **{"max_epochs": 1})
+    found = torchrun("monai.bundle", "run", "--config_file", str(list(CONFIGS)), *words)
+    assert found.returncode == 0, found.stdout
+    assert json.loads((out / "summary.json").read_text())["process_group"]["num_ranks"] == 2
+
+
+def test_evaluation_and_prediction_divide_the_cases(both, dataset, tmp_path):
+    run_dir = both["two"]
+    files = [str(run_dir / "configs" / f"{name}.json") for name in ("train", "evaluate")]
+    words = ("--bundle_root", str(run_dir))
+    found = torchrun("monai.bundle", "run", "--config_file", str(files), *words)
+    assert found.returncode == 0, found.stdout
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert found.stdout.count(f"mean_dice {summary['best_mean_dice']:.4f}") == 1
+    images = ("--input", str(dataset / "imagesTr"), "--output_dir", str(tmp_path))
+    words = ("configs/inference.json", "--run_dir", str(run_dir), *images)
+    found = torchrun("pipeline.run", *words)
+    assert found.returncode == 0, found.stdout
+    assert found.stdout.count("6 of 6 cases predicted") == 1
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 6
+
+
+def test_killed_rank_is_started_again_and_all_go_on_from_the_checkpoint(dataset, tmp_path):
+    overlay = tmp_path / "dies.json"
+    handler = {"_target_": "dying.DiesOnce", "rank": 1, "step": 13, "mark": str(tmp_path / "died")}
+    overlay.write_text(json.dumps({"+train#handlers": [handler]}))
+    out = tmp_path / "r"
+    words = settings(dataset, out, **LONG, checkpoint_every=4, allow="dying.DiesOnce")
+    launcher = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    found = torchrun("pipeline.run", *CONFIGS, str(overlay), *words, launcher=launcher)
+    assert found.returncode == 0, found.stdout
+    assert (tmp_path / "died").exists()
+    assert "Continuing from step_000000012.pt (step 12)" in found.stdout
+    for name in ("log.txt", "log_rank_1.txt"):
+        assert "Continuing from step_000000012.pt (step 12)" in (out / name).read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["progress"]["samples"]) == (20, 60)
+
+
+def run_refused(dataset, tmp_path, *files, **changes) -> list[str]:
+    """What two ranks say that refuse; nothing is left behind."""
+    words = settings(dataset, tmp_path / "r", **changes)
+    found = torchrun("pipeline.run", *(files or CONFIGS), *words)
+    assert found.returncode != 0
+    assert "exitcode  : 2" in found.stdout
+    assert not (tmp_path / "r" / "checkpoints").exists()
+    return lines_of(found.stdout)
+
+
+def test_config_without_the_overlay_is_refused(dataset, tmp_path):
+    assert run_refused(dataset, tmp_path, "configs/amp.json") == [
+        "process_group: expected one for 2 ranks, got none. Add configs/multi_gpu.json to the "
+        "config files."
+    ]
+
+
+def test_fewer_cases_than_ranks_are_refused(tmp_path):
+    dataset = make_dataset(tmp_path / "data", 2)
+    assert run_refused(dataset, tmp_path, num_folds=2) == [
+        "training cases: expected 2 or more, one for each rank, got 1. Start fewer ranks."
+    ]
+
+
+def test_mistake_in_a_config_is_told_once(dataset, tmp_path):
+    (line,) = run_refused(dataset, tmp_path, learning_rate="fast")
+    assert line.startswith("--learning_rate: expected float")
+
+
+def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path):
+    words = settings(dataset, tmp_path / "r", batch_size=1)
+    found = torchrun("pipeline.run", *CONFIGS, *words)
+    assert found.returncode != 0
+    told = "batch_size: expected 2 or more, a patch for each rank, got 1. Raise it, or start fewer"
+    assert found.stdout.count(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("learning_rate", "got other values of learning_rate."),
+        ("dataset_dir", "got other values of dataset_dir (other cases)."),
+    ],
+)
+def test_ranks_of_other_configs_or_data_are_refused(dataset, tmp_path, key, told):
+    other = make_dataset(tmp_path / "other", 5)
+    value = {"learning_rate": "0.5", "dataset_dir": str(other)}[key]
+    words = settings(dataset, tmp_path / "r")
+    found = torchrun("differing", key, value, *CONFIGS, *words)
+    (line,) = lines_of(found.stdout)
+    assert re.match(r"rank 1 on \S+: ranks: expected the config and dataset of rank 0", line)
+    assert told in line
+    assert "exitcode  : 2" in found.stdout

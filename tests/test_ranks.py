@@ -1,0 +1,503 @@
+"""Training in several ranks is training in one process: forked Gloo ranks, batches of their own."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import (
+    batch,
+    batch_norm_network,
+    curve,
+    differing,
+    in_mode,
+    instance_norm_network,
+    make_trainer,
+    make_validator,
+    overflows,
+    read,
+    state_of,
+    weights,
+)
+from ignite.engine import Events
+from in_ranks import in_ranks
+from monai.engines.utils import IterationEvents
+from monai.losses import DiceCELoss
+from torch import nn
+
+from networks.dense_unet import DenseUNet
+from pipeline import ranks
+from pipeline.data.sampling import EpochSampler
+from pipeline.errors import InputError, TrainingStopped
+from pipeline.training.checkpoint import CheckpointHandler, checkpoints, load_checkpoint
+from pipeline.training.handlers import TensorBoardHandler
+from pipeline.training.losses import SegmentationLoss
+from pipeline.training.recorder import FlightRecorder
+from pipeline.training.replica import Replica
+from pipeline.training.trainer import StepEvents
+
+SIZE, STEPS = 5, 20  # samples in a micro-batch; five are divided 3 + 2 and 2 + 2 + 1
+
+
+def part(whole: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a micro-batch."""
+    own = EpochSampler(len(whole["seed"]), 1, 1).own
+    return {key: value[own] for key, value in whole.items()}
+
+
+def train(mode="float32", network=None, batches=None, poison=None, **kwargs) -> Any:
+    """A trainer that has trained on this rank's parts of the batches."""
+    network = network or instance_norm_network()
+    batches = [batch(n, SIZE) for n in range(STEPS)] if batches is None else batches
+    losses: list[float] = []
+    trainer = make_trainer(
+        in_mode(mode, init_scale=1024.0),
+        [part(each) for each in batches],
+        network=network,
+        replica=Replica(network) if dist.is_initialized() else None,
+        **kwargs,
+    )
+    trainer.add_event_handler(
+        StepEvents.STEP_COMPLETED, lambda engine: losses.append(engine.last_step.loss)
+    )
+    if poison:
+        poison(trainer)
+    try:
+        trainer.run()
+    except SystemExit as error:
+        trainer.ended = type(error).__name__
+    return trainer, losses
+
+
+def facts(trainer: Any, losses: list[float]) -> dict[str, Any]:
+    """What has to be the same on all ranks, as what can be sent to another process."""
+    return {
+        "losses": losses,
+        "state": state_of(trainer),
+        "progress": trainer.progress.state_dict() | {"wall_time_s": 0},
+        "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
+        "last_step": trainer.last_step,
+        "diagnosis": trainer.diagnosis,
+        "interrupted": trainer.interrupted,
+        "ended": getattr(trainer, "ended", None),
+    }
+
+
+def trained(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return facts(*train(*args, **kwargs))
+
+
+def in_all(function, *args, size: int = 2) -> list[dict[str, Any]]:
+    """Results of all ranks, which have to be the same bit for bit."""
+    results = in_ranks(function, *args, size=size)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        assert differing(result["state"], results[0]["state"]) == []
+        for key in ("losses", "progress", "scaler", "last_step", "interrupted"):
+            assert str(result[key]) == str(results[0][key]), key
+    return results
+
+
+def small_unet() -> nn.Module:
+    return DenseUNet(
+        1, 2, base_channels=2, strides=[2], num_dense_layers=1, growth_rate=4,
+        norm="instance", seed=3,
+    )  # fmt: skip
+
+
+# --- the same training
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_function": SegmentationLoss(batch_dice=True, include_background=False)},
+        {"loss_function": SegmentationLoss(class_weights=[1.0, 3.0]), "accumulation": 2},
+        {"loss_function": SegmentationLoss(batch_dice=True), "grad_clip": 0.05},
+        {"loss_function": DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)},
+        {"loss_function": SegmentationLoss(batch_dice=True), "optimizer": torch.optim.AdamW},
+    ],
+    ids=["batch-dice", "weights-accumulated", "clipped", "monai-loss", "adamw"],
+)
+def test_ranks_have_the_loss_curve_of_one_process(settings, size):
+    alone = trained(network=small_unet(), **settings)
+    result = in_all(lambda: trained(network=small_unet(), **settings), size=size)[0]
+    steps = STEPS // settings.get("accumulation", 1)
+    assert len(alone["losses"]) == steps
+    assert len(set(alone["losses"])) == steps  # it does train
+    torch.testing.assert_close(result["losses"], alone["losses"], rtol=1e-4, atol=0)
+    assert result["progress"] == alone["progress"]
+    if "optimizer" not in settings:  # AdamW's first steps are signs, of noise too
+        for name, value in alone["state"]["network"].items():
+            torch.testing.assert_close(
+                result["state"]["network"][name], value, rtol=1e-3, atol=1e-5
+            )
+
+
+def test_mean_of_monais_losses_would_be_another_training():
+    """What the test before rests on: averaging over ranks is not the same with uneven parts."""
+    settings = {"loss_function": DiceCELoss(to_onehot_y=True, softmax=True)}
+    alone = trained(network=small_unet(), **settings)
+
+    def unweighted():
+        settings["loss_function"].is_over_ranks = True  # it is not
+        return trained(network=small_unet(), **settings)
+
+    found = in_ranks(unweighted)[0]["losses"]
+    assert max(abs(a / b - 1) for a, b in zip(found, alone["losses"], strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 7])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sampler_divides_every_batch_without_gap_or_copy(batch_size, size):
+    if batch_size < size:
+        pytest.skip("fewer samples than ranks")
+
+    def numbers():
+        sampler = EpochSampler(batch_size, 2, 3)
+        sampler.start = 6 * batch_size + 2 * batch_size  # in its second epoch
+        return list(sampler), len(sampler), sampler.own.stop - sampler.own.start
+
+    found = in_ranks(numbers, size=size)
+    for own, length, share in found:
+        assert len(own) == length == 4 * share
+    for n in range(4):
+        parts = [own[n * share : (n + 1) * share] for own, _, share in found]
+        first = (8 + n) * batch_size
+        assert [number for own in parts for number in own] == [*range(first, first + batch_size)]
+    assert max(s for *_, s in found) - min(s for *_, s in found) <= 1
+
+
+def test_sampler_refuses_fewer_samples_than_ranks():
+    for error in in_ranks(lambda: EpochSampler(1, 1, 1)):
+        assert isinstance(error, InputError)
+        assert "batch_size: expected 2 or more, a patch for each rank, got 1." in str(error)
+
+
+def test_accumulation_sends_gradients_once_a_step():
+    def count():
+        network, sent, original = instance_norm_network(), [], dist.all_reduce
+
+        def spy(tensor, *args, **kwargs):
+            sent.append(tensor.numel())
+            return original(tensor, *args, **kwargs)
+
+        dist.all_reduce = spy
+        train(network=network, accumulation=4, batches=[batch(n, SIZE) for n in range(8)])
+        return [n for n in sent if n == sum(p.numel() for p in network.parameters())]
+
+    assert [len(found) for found in in_ranks(count)] == [2, 2]
+
+
+def test_replica_tells_the_bytes_that_a_step_sends():
+    def count():
+        network, sent, original = small_unet(), [], dist.all_reduce
+        next(network.parameters()).requires_grad_(False)
+
+        def spy(tensor, *args, **kwargs):
+            sent.append(tensor.numel() * tensor.element_size() if kwargs.get("async_op") else 0)
+            return original(tensor, *args, **kwargs)
+
+        dist.all_reduce = spy
+        trainer, _ = train(network=network, batches=[batch(0, SIZE)])
+        return sum(sent), trainer.replica.gradient_bytes
+
+    (sent, told), _ = in_ranks(count)
+    assert sent == told > 0
+
+
+# --- precision
+
+
+def put(value: float, rank: int, place: str, iteration: int = 4):
+    """Something that is not finite comes up once, on one rank."""
+
+    def poison(trainer):
+        if ranks.rank() != rank:
+            return
+        batches = trainer.data_loader.batches
+        if place == "input":
+            batches[iteration - 1]["image"][0, 0, 0, 0, 0] = value
+        elif place == "gradient":
+
+            def set_gradient(engine):
+                if engine.progress.step == iteration - 1:
+                    next(engine.network.parameters()).grad[0] = value
+
+            trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, set_gradient)
+
+    return poison
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["input", "gradient"])
+@pytest.mark.parametrize("mode", ["float32", "float16"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(mode, place, rank, value):
+    def run():
+        before, after = [], []
+
+        def look(trainer):
+            put(value, rank, place)(trainer)
+            trainer.add_event_handler(
+                Events.STARTED, lambda engine: before.append(state_of(engine))
+            )
+            trainer.add_event_handler(
+                StepEvents.STEP_COMPLETED, lambda engine: after.append(state_of(engine))
+            )
+
+        trainer, losses = train(
+            mode, batch_norm_network(), [batch(n, SIZE) for n in range(6)], look,
+            optimizer=torch.optim.AdamW,
+        )  # fmt: skip
+        changed = [differing(a, b) != [] for a, b in zip(before + after, after, strict=False)]
+        return facts(trainer, losses) | {"changed": changed}
+
+    for result in in_all(run):
+        assert result["changed"] == [True, True, True, False, True, True]
+        assert result["progress"]["skipped_steps"] == 1
+        assert result["progress"]["samples"] == 6 * SIZE
+        if mode == "float16":
+            assert result["scaler"]["scale"] == 512.0
+            assert result["scaler"]["_growth_tracker"] == 2
+        assert result["state"]["lr_scheduler"]["last_epoch"] == 5
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_recorder_names_the_rank_and_its_cases(tmp_path, rank):
+    def run():
+        recorder = FlightRecorder(tmp_path)
+        batches = [batch(n, SIZE) for n in range(6)]
+        poison = put(math.inf, rank, "input")
+        return trained("float16", None, batches, poison, train_handlers=[recorder])
+
+    in_all(run, size=3)
+    (line,) = overflows(tmp_path)
+    own = [(0, 2), (2, 4), (4, 5)][rank]
+    assert (line["rank"], line["stage"], line["first_module"]) == (rank, "input", "image")
+    assert line["non_finite_cases"] == [f"case_3_{own[0]}"]
+    assert line["samples"] == [15, 16, 17, 18, 19]
+    assert line["case_ids"] == [f"case_3_{n}" for n in range(SIZE)]
+    assert torch.load(tmp_path / line["kept"], weights_only=True)["first_sample"] == 15
+
+
+def test_recorder_names_no_rank_where_only_the_summed_gradient_overflows(tmp_path):
+    def run():
+        recorder = FlightRecorder(tmp_path)
+        batches = [batch(n, SIZE) for n in range(6)]
+        poison = put(math.inf, 1, "gradient")
+        return trained("float32", None, batches, poison, train_handlers=[recorder])
+
+    in_all(run)
+    (line,) = overflows(tmp_path)
+    assert (line["rank"], line["stage"], line["first_module"]) == (None, None, None)
+
+
+def test_batch_norm_has_one_running_statistic_for_all_ranks():
+    """Each rank normalises with its own samples; what is kept is the mean, also for evaluation."""
+
+    def run():
+        batches = [batch(n, 4) for n in range(2)]
+        result = trained(network=batch_norm_network(), batches=batches)
+        return result | {"buffers": {k: v for k, v in result["state"]["network"].items()}}
+
+    result = in_all(run)[0]["buffers"]
+    network = batch_norm_network()
+    before = weights(network)
+    network.train()
+    means = []
+    for own in (slice(0, 2), slice(2, 4)):
+        network.load_state_dict(before)
+        network(batch(0, 4)["image"][own])
+        means.append(network[1].running_mean.double())
+    one_step = in_all(
+        lambda: trained(network=batch_norm_network(), batches=[batch(0, 4)])
+    )[0]["state"]["network"]  # fmt: skip
+    torch.testing.assert_close(one_step["1.running_mean"].double(), sum(means) / 2)
+    assert result["1.num_batches_tracked"] == 2
+
+
+# --- ending together
+
+
+def test_signal_to_one_rank_ends_all_at_the_same_step():
+    def run():
+        def tell(trainer):
+            if ranks.rank() == 1:
+                trainer.add_event_handler(
+                    Events.ITERATION_STARTED,
+                    lambda engine: engine.progress.step == 3 and engine.interrupt(),
+                )
+
+        return trained(poison=tell)
+
+    for result in in_all(run):
+        assert result["interrupted"]
+        assert result["progress"]["step"] == 4
+        assert result["ended"] == "TrainingInterrupted"
+
+
+def test_signal_in_the_validation_of_one_rank_ends_all_after_the_epoch(tmp_path):
+    def run():
+        def tell(trainer):
+            if ranks.rank() == 1:
+                trainer.add_event_handler(
+                    Events.EPOCH_COMPLETED, lambda engine: engine.interrupt()
+                )  # fmt: skip
+            handler = CheckpointHandler(tmp_path, make_validator(0.5))
+            handler.attach(trainer)
+
+        return trained(poison=tell, epochs=3)
+
+    for result in in_all(run):
+        assert result["progress"]["epoch"] == 1
+        assert result["ended"] == "TrainingInterrupted"
+
+
+def test_rank_that_stops_ends_all(tmp_path, caplog):
+    """The first rank alone writes; where it cannot, the others must not wait for it."""
+
+    def run():
+        with caplog.at_level(logging.INFO):
+            handler = CheckpointHandler(tmp_path, make_validator(), every=3)
+            if ranks.is_main():
+                handler.lost = lambda: "process 1 on other"
+            result = trained(train_handlers=[handler])
+        levels = [r.levelname for r in caplog.records if "in this process's hands" in r.message]
+        return result | {"levels": levels}
+
+    results = in_all(run)
+    for result in results:
+        assert result["progress"]["step"] == 3
+        assert "got it in those of process 1 on other" in result["diagnosis"]
+        assert result["ended"] == TrainingStopped.__name__
+    assert [result["levels"] for result in results] == [["ERROR"], ["INFO"]]
+
+
+def test_first_rank_writes_and_all_restore(tmp_path):
+    batches = [batch(n, SIZE) for n in range(4)]
+
+    def run(epochs: int, checkpoint=None):
+        events = TensorBoardHandler(tmp_path, make_validator(), log_every=1)
+        handler = CheckpointHandler(tmp_path, make_validator(), checkpoint=checkpoint)
+        return trained(
+            network=batch_norm_network(), batches=batches, epochs=epochs, decay_steps=8,
+            optimizer=torch.optim.AdamW, train_handlers=[events, handler],
+        )  # fmt: skip
+
+    in_all(run, 1)
+    assert [step for step, _ in curve(read(tmp_path), "train/loss")] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    saved = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
+    assert set(saved["network"]) == set(batch_norm_network().state_dict())
+    result = in_all(run, 2, checkpoints(tmp_path / "checkpoints")[-1])[0]
+    assert result["progress"]["step"] == 8
+
+
+def test_ranks_with_other_weights_are_refused():
+    def run():
+        network = instance_norm_network()
+        trainer = make_trainer(
+            in_mode("float32"), [part(batch(0))], network=network, replica=Replica(network)
+        )
+        if ranks.rank() == 1:
+            next(network.parameters()).data[0] += 1
+        trainer.run()
+
+    first, second = in_ranks(run)
+    assert isinstance(first, InputError)
+    assert "rank 1 on " in str(first)
+    assert "output_dir: expected the checkpoint and weights of rank 0, got others." in str(first)
+    assert (first.is_told, second.is_told) == (False, True)
+
+
+# --- what ranks say
+
+
+def test_one_process_is_a_rank_by_itself():
+    value = torch.tensor([2.0], requires_grad=True)
+    assert (ranks.rank(), ranks.size(), ranks.is_main(), ranks.local_rank()) == (0, 1, True, None)
+    assert ranks.gathered(3) == [3]
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.summed(value) is value
+    assert ranks.rows(value).tolist() == [[2.0]]
+    with pytest.raises(InputError, match=r"^a: expected b\.$") as raised, ranks.together():
+        raise InputError("a: expected b.")
+    assert not raised.value.is_told
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("number", [0, 1, 4, 5])
+def test_shares_are_all_items_once_and_come_back_in_order(size, number):
+    items = list(range(number))
+    for found in in_ranks(lambda: ranks.in_order(ranks.gathered(ranks.share(items))), size=size):
+        assert found == items
+
+
+def test_summed_is_the_sum_and_its_gradient_ones_own():
+    def run():
+        value = torch.tensor([1.0, 10.0]) * (ranks.rank() + 1)
+        value.requires_grad_()
+        (ranks.summed(value) ** 2).sum().backward()
+        return value.grad.tolist()
+
+    assert in_ranks(run) == [[6.0, 60.0], [6.0, 60.0]]  # 2 (a + b)
+
+
+@pytest.mark.parametrize("who", [[0], [1], [0, 1], [1, 2]])
+def test_a_refusal_of_some_is_told_once_by_the_first(who):
+    def run():
+        with ranks.together(), ranks.together():
+            if ranks.rank() in who:
+                raise InputError("a: expected b.")
+            ranks.gathered("c")
+        return "went on"
+
+    for rank, error in enumerate(in_ranks(run, size=3)):
+        assert isinstance(error, InputError)
+        assert error.is_told == (rank > 0)
+        whose = "" if 0 in who else rf"rank {who[0]} on \S+: "
+        assert [line.partition(": ")[2] if whose else line for line in error.faults] == [
+            "a: expected b."
+        ]
+        assert str(error).startswith(whose[:6])
+
+
+def test_an_exit_of_one_is_that_of_all():
+    def run(status):
+        with ranks.together():
+            with ranks.together():
+                if ranks.is_main():
+                    raise SystemExit(status)
+            ranks.gathered("c")
+
+    for status in (0, 2):
+        assert [error.code for error in in_ranks(run, status)] == [status, status]
+
+
+def test_quiet_leaves_errors(capfd):
+    def run():
+        logging.basicConfig(force=True, format="%(message)s", level=logging.INFO)
+        ranks.quiet()
+        logging.info("told by %d", ranks.rank())
+        logging.error("failed on %d", ranks.rank())
+
+    in_ranks(run)
+    assert sorted(capfd.readouterr().err.split("\n")) == [
+        "", "failed on 0", "failed on 1", "told by 0",
+    ]  # fmt: skip
+
+
+def test_apart_sums_nothing():
+    def run():
+        with ranks.apart(nn.Identity()):
+            inside = ranks.summed(torch.ones(1)).item()
+        return inside, ranks.summed(torch.ones(1)).item()
+
+    assert in_ranks(run) == [(1.0, 2.0), (1.0, 2.0)]
