@@ -17,7 +17,7 @@ from torchrun import CONFIGS, settings, torchrun
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
 
 LONG = {
-    "batch_size": 3, "steps_per_epoch": 10, "max_epochs": 2, "final_scores": True,
+    "device": "cpu", "batch_size": 3, "steps_per_epoch": 10, "max_epochs": 2, "final_scores": True,
     "learning_rate": 0.001,  # with larger ones AdamW makes much of the last digits
 }  # fmt: skip
 TORCHRUNS = re.compile(r"[WE]\d{4} ")
@@ -47,6 +47,36 @@ def test_two_ranks_have_the_curve_of_one_process(both):
     assert list(one) == list(two) == list(range(1, 21))
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_two_cards_have_the_curve_of_one(dataset, tmp_path, monkeypatch, norm):
+    """With SyncBatchNorm too, where each rank's samples are normalised by those of all."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    # wider than the tiny network, whose batch norms have next to nothing to average
+    changes = {**LONG, "device": "cuda", "amp": False, "network_def#norm": norm}
+    changes |= {"base_channels": 8, "final_scores": False}
+    assert run_tiny(dataset, tmp_path / "one", **changes) == 0
+    found = torchrun("pipeline.run", *CONFIGS, *settings(dataset, tmp_path / "two", **changes))
+    assert found.returncode == 0, found.stdout
+    one, two = (dict(curve(read(tmp_path / name), "train/loss")) for name in ("one", "two"))
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-3)  # kernels there vary in the last digits
+    told = json.loads((tmp_path / "two" / "summary.json").read_text())["process_group"]
+    assert (told["backend"], told["num_ranks"]) == ("nccl", 2)
+    assert told["batch_norm"] == {"batch": "synchronized", "instance": "none in the network"}[norm]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_ranks_than_cards_are_refused(dataset, tmp_path):
+    found = torch.cuda.device_count()
+    words = settings(dataset, tmp_path / "r", device="cuda")
+    said = torchrun("pipeline.run", *CONFIGS, *words, num_ranks=found + 1).stdout
+    (line,) = [line for line in lines_of(said) if line.startswith("--nproc_per_node")]
+    assert f"expected at most {found}, the CUDA devices here, got {found + 1}." in line
 
 
 def test_two_ranks_validate_and_score_every_case_once(both):

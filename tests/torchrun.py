@@ -20,11 +20,12 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """`torchrun ... -m words`; one node, unless the launcher's own words say otherwise."""
     launcher = launcher or ("--standalone", f"--nproc_per_node={num_ranks}")
+    paths = [str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", *words],
         cwd=REPOSITORY,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests"), **environment},
+        env={**os.environ, **ours, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,7 +36,8 @@ def torchrun(
 
 def settings(dataset: Path, output_dir: Path, **changes: Any) -> list[str]:
     """The tiny settings as words of a command line."""
-    values = {"dataset_dir": str(dataset), "output_dir": str(output_dir), **TINY, **changes}
+    folders = {"dataset_dir": str(dataset), "output_dir": str(output_dir)}
+    values = {**folders, "device": "cpu", **TINY, **changes}
     return [
         word
         for key, value in values.items()

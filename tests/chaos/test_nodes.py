@@ -1,0 +1,388 @@
+"""Training on several nodes that die: a torchrun launcher for each, on one machine.
+
+The launcher that hosts the rendezvous store, the first one here, has to survive: torchrun ends all
+others with it. A node dies with all its processes; torchrun gives each worker a session of its own,
+so that the process group of the launcher is not enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, run_tiny
+from engines import curve, read
+from harness import digest_of, wait_for
+from torchrun import CONFIGS, settings
+
+from pipeline import ranks
+from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.durable import CheckpointStore
+from pipeline.training.trainer import StepEvents
+
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("at_the_root")]
+
+STEPS, EVERY = 20, 2
+SETTINGS = {
+    "batch_size": 3, "steps_per_epoch": 10, "max_epochs": 2, "checkpoint_every": EVERY,
+    "learning_rate": 0.001,  # with larger ones AdamW makes much of the last digits
+    "grace_s": 10,
+}  # fmt: skip
+WITHIN_S = 120  # that a run takes which is started, or started again
+# a node that is silent for three seconds is dead; the others wait two seconds for more to come
+QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2,read_timeout=20"
+
+
+class Paced:
+    """Writes down each step of each rank when everything that belongs to it is done; then waits."""
+
+    def __init__(self, file: str, pause_s: float) -> None:
+        self.file, self.pause_s = file, pause_s
+
+    def attach(self, trainer) -> None:
+        trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
+
+    def after_step(self, trainer) -> None:
+        line = [os.getpid(), ranks.rank(), ranks.size(), trainer.progress.step]
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        time.sleep(self.pause_s)
+
+
+class Launcher:
+    """A torchrun process: a node, with one rank."""
+
+    def __init__(self, words: list[str], output: Path, mark: str) -> None:
+        self.output, self.mark = output, f"NODE_OF_TEST={mark}"
+        name, _, value = self.mark.partition("=")
+        paths = os.pathsep.join(str(REPOSITORY / folder) for folder in ("tests", "tests/chaos"))
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LOGLEVEL": "INFO", name: value}
+        with open(output, "w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *words],
+                cwd=REPOSITORY, env=os.environ | environment, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def processes(self) -> list[int]:
+        """All that descend from it, also when it is gone."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and self.mark.encode() in (
+                    (entry / "environ").read_bytes().split(b"\0")
+                ):
+                    found.append(int(entry.name))
+        return found
+
+    def workers(self) -> list[int]:
+        """Its ranks: one, or none while there is none."""
+        return [pid for pid in self.processes() if _parent(pid) == self.process.pid]
+
+    def kill_worker(self) -> int:
+        """SIGKILL to its rank, as soon as there is one."""
+        wait_for(self.workers, WITHIN_S)
+        (pid,) = self.workers()
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def kill(self) -> None:
+        """SIGKILL to all of the node, the launcher first, until there is nothing."""
+        while pids := self.processes():
+            for pid in sorted(pids, key=lambda pid: pid != self.process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.05)
+        self.process.wait()
+
+    def wait(self, seconds: float = WITHIN_S) -> int:
+        """Its exit status; it must come in time, and with it the end of all its processes."""
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it hangs: {self.said[-3000:]}") from None
+        assert not self.processes()
+        return status
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+class Nodes:
+    """One run directory, and the launchers that work on it."""
+
+    def __init__(self, folder: Path, dataset: Path, pause_s: float = 0.15, **changes: Any) -> None:
+        self.folder, self.dir = folder, folder / "run"
+        self.store = CheckpointStore(self.dir / "checkpoints")
+        self.steps_file = folder / "steps.txt"
+        overlay = folder / "paced.json"
+        handler = {"_target_": "test_nodes.Paced", "file": str(self.steps_file), "pause_s": pause_s}
+        overlay.write_text(json.dumps({"+train#handlers": [handler]}))
+        values = {**SETTINGS, "allow": "test_nodes.Paced", **changes}
+        self.words = [*CONFIGS, str(overlay), *settings(dataset, self.dir, **values)]
+        self.launchers: list[Launcher] = []
+        self.meet_anew()
+
+    def meet_anew(self) -> None:
+        """Another rendezvous for what is launched next."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            self.port = free.getsockname()[1]
+        self.id = uuid.uuid4().hex
+
+    def launch(
+        self, address: int, nnodes: str = "2", restarts: int = 3, conf: str = QUICK
+    ) -> Launcher:
+        """A launcher; of those that meet, the one with the lowest address has rank 0."""
+        words = [
+            f"--nnodes={nnodes}", "--nproc_per_node=1", f"--max-restarts={restarts}",
+            "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{self.port}",
+            f"--rdzv_id={self.id}", f"--rdzv_conf={conf}", f"--local_addr=127.0.0.{address}",
+            "-m", "pipeline.run", *self.words,
+        ]  # fmt: skip
+        number = len(self.launchers)
+        launcher = Launcher(words, self.folder / f"said_{number}.txt", f"{self.id}.{number}")
+        self.launchers.append(launcher)
+        return launcher
+
+    def launch_two(self, **options: Any) -> tuple[Launcher, Launcher]:
+        """The first has the rendezvous store."""
+        first = self.launch(1, **options)
+        wait_for(self._is_listening, WITHIN_S)
+        return first, self.launch(2, **options)
+
+    def _is_listening(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("localhost", self.port)) == 0
+
+    def kill(self) -> None:
+        for launcher in self.launchers:
+            launcher.kill()
+
+    def steps(self) -> list[tuple[int, int, int, int]]:
+        """`(pid, rank, size, step)` of each step that was done, in the order of their ends."""
+        lines = self.steps_file.read_text().splitlines() if self.steps_file.exists() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+    def last_step(self, size: int | None = None) -> int:
+        """The latest step, of those with so many ranks; 0 if there is none."""
+        return next((s for _, _, n, s in reversed(self.steps()) if size in (None, n)), 0)
+
+    def sessions(self) -> list[tuple[int, list[int]]]:
+        """Number of ranks, and the steps of rank 0, for each of its processes."""
+        found: dict[int, tuple[int, list[int]]] = {}
+        for pid, rank, size, step in self.steps():
+            if rank == 0:
+                found.setdefault(pid, (size, []))[1].append(step)
+        return list(found.values())
+
+    def digest(self) -> str:
+        """Of everything the newest checkpoint holds but the time it took."""
+        content = load_checkpoint(self.store.newest())
+        content["progress"].pop("wall_time_s")
+        return digest_of(content)
+
+    def log(self) -> str:
+        return (self.dir / "log.txt").read_text()
+
+
+@pytest.fixture
+def nodes(dataset: Path, tmp_path: Path) -> Iterator[Nodes]:
+    found = Nodes(tmp_path, dataset)
+    yield found
+    found.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """Two nodes that nothing happened to."""
+    found = Nodes(tmp_path_factory.mktemp("whole"), dataset, pause_s=0, final_scores=True)
+    try:
+        first, second = found.launch_two()
+        assert (first.wait(), second.wait()) == (0, 0), first.said + second.said
+    finally:
+        found.kill()
+    return found
+
+
+def check_is_whole(nodes: Nodes, whole: Nodes, same_weights: bool = True) -> None:
+    """All steps, each written once, none that was acknowledged lost, and the end of the other."""
+    progress = load_checkpoint(nodes.store.newest())["progress"]
+    assert (progress["step"], progress["samples"]) == (STEPS, 3 * STEPS)
+    summary = json.loads((nodes.dir / "summary.json").read_text())
+    assert (summary["steps"], summary["progress"]["samples"]) == (STEPS, 3 * STEPS)
+    assert summary["progress"]["phase"] == "done"
+    before = 0
+    for _, steps in nodes.sessions():
+        assert steps == list(range(steps[0], steps[-1] + 1))
+        assert before - before % EVERY <= steps[0] - 1 <= before
+        before = steps[-1]
+    assert before == STEPS
+    for tag in ("train/loss", "val/mean_dice"):
+        found, expected = (curve(read(one.dir), tag) for one in (nodes, whole))
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        for (_, value), (_, other) in zip(found, expected, strict=True):
+            assert value == pytest.approx(other, rel=0 if same_weights else 1e-4), tag
+    if same_weights:
+        assert nodes.digest() == whole.digest()
+
+
+# --- nothing happens
+
+
+def test_two_nodes_have_the_curve_of_one_process(dataset, whole, tmp_path):
+    assert run_tiny(dataset, tmp_path / "one", **SETTINGS, final_scores=True) == 0
+    one, two = (dict(curve(read(path), "train/loss")) for path in (tmp_path / "one", whole.dir))
+    assert list(one) == list(two) == list(range(1, STEPS + 1))
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_nodes_write_once_and_each_has_a_log(whole):
+    check_is_whole(whole, whole)
+    steps = [(rank, size, step) for _, rank, size, step in whole.steps()]
+    assert sorted(steps) == [(rank, 2, n) for rank in (0, 1) for n in range(1, STEPS + 1)]
+    assert len(list((whole.dir / "tensorboard").iterdir())) == 1
+    assert "Rank 0 of 2" in whole.log()
+    assert "Rank 1 of 2" in (whole.dir / "log_rank_1.txt").read_text()
+    first, second = (launcher.said for launcher in whole.launchers)
+    for line in ("Dataset tiny", "epoch 2/2"):
+        assert (first.count(line), second.count(line)) == (1, 0)
+
+
+# --- a rank dies
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_killed_rank_of_one_node_restarts_both(nodes, whole, node):
+    pair = nodes.launch_two()
+    wait_for(lambda: nodes.last_step() >= 13, WITHIN_S)
+    started = time.monotonic()
+    killed = pair[node].kill_worker()
+    assert [launcher.wait() for launcher in pair] == [0, 0]
+    print("AFTER", time.monotonic() - started)
+    assert killed in {pid for pid, *_ in nodes.steps()}
+    assert [size for size, _ in nodes.sessions()] == [2, 2]
+    assert "Continuing from step_0000000" in (nodes.dir / "log_rank_1.txt").read_text()
+    check_is_whole(nodes, whole)
+
+
+# --- a node dies
+
+
+def test_node_that_dies_leaves_the_other_to_go_on_alone(nodes, whole):
+    first, second = nodes.launch_two(nnodes="1:2")
+    wait_for(lambda: nodes.last_step() >= 7, WITHIN_S)
+    second.kill()
+    started = time.monotonic()
+    assert first.wait() == 0
+    print("AFTER", time.monotonic() - started)
+    assert [size for size, _ in nodes.sessions()] == [2, 1]
+    check_is_whole(nodes, whole, same_weights=False)
+
+
+@pytest.mark.parametrize("address", [3, 0], ids=["as_rank_1", "as_rank_0"])
+def test_node_that_comes_later_joins_without_a_lost_step(nodes, whole, address):
+    first = nodes.launch(1, nnodes="1:2")
+    wait_for(lambda: nodes.last_step(1) >= 3, WITHIN_S)
+    later = nodes.launch(address, nnodes="1:2")
+    started = time.monotonic()
+    assert [first.wait(), later.wait()] == [0, 0]
+    print("AFTER", time.monotonic() - started)
+    (_, alone), (size, both) = nodes.sessions()
+    assert size == 2
+    assert both[0] == alone[-1] + 1
+    check_is_whole(nodes, whole, same_weights=False)
+
+
+def test_fixed_number_of_nodes_waits_for_a_replacement(nodes, whole):
+    first, second = nodes.launch_two()
+    wait_for(lambda: nodes.last_step() >= 7, WITHIN_S)
+    second.kill()
+    died = nodes.last_step()
+    time.sleep(5)
+    assert nodes.last_step() == died
+    assert first.process.poll() is None
+    third = nodes.launch(3)
+    assert [first.wait(), third.wait()] == [0, 0]
+    assert [size for size, _ in nodes.sessions()] == [2, 2]
+    check_is_whole(nodes, whole)
+
+
+def test_fixed_number_of_nodes_ends_in_time_without_a_replacement(nodes):
+    first, second = nodes.launch_two(conf=f"{QUICK},join_timeout=15")
+    wait_for(lambda: nodes.last_step() >= 3, WITHIN_S)
+    second.kill()
+    started = time.monotonic()
+    assert first.wait(60) == 1
+    print("AFTER", time.monotonic() - started)
+    assert "RendezvousTimeoutError" in first.said
+    assert nodes.store.newest() is not None
+
+
+# --- a node is preempted
+
+
+def test_sigterm_to_one_node_ends_all_ranks_at_one_step(nodes, whole):
+    first, second = nodes.launch_two()
+    wait_for(lambda: nodes.last_step() >= 5, WITHIN_S)
+    second.process.terminate()
+    started = time.monotonic()
+    print("SECOND", second.wait(30), time.monotonic() - started)
+    wait_for(lambda: not first.workers(), 30)
+    print("WORKERS", time.monotonic() - started)
+    with suppress(subprocess.TimeoutExpired):
+        print("FIRST", first.process.wait(20), time.monotonic() - started)
+    first.process.terminate()
+    print("FIRST", first.wait(30), time.monotonic() - started)
+    print(first.said[-3000:])
+    print("-----")
+    print(second.said[-3000:])
+    assert "worker group successfully finished" in first.said
+    ends = {rank: step for _, rank, _, step in nodes.steps()}
+    assert ends[0] == ends[1] < STEPS
+    assert load_checkpoint(nodes.store.newest())["progress"]["step"] == ends[0]
+    nodes.meet_anew()
+    pair = nodes.launch_two()
+    assert [launcher.wait() for launcher in pair] == [0, 0]
+    assert [steps[-1] for _, steps in nodes.sessions()] == [ends[0], STEPS]
+    check_is_whole(nodes, whole)
+
+
+# --- many deaths
+
+
+def test_ranks_killed_at_any_time_lose_nothing(nodes, whole):
+    rng = random.Random(3)
+    pair = nodes.launch_two(restarts=20)
+    for number in range(6):
+        before = len(nodes.steps())
+        if number % 2:  # while it starts
+            time.sleep(rng.uniform(0, 8))
+        else:
+            wait_for(lambda before=before: len(nodes.steps()) > before, WITHIN_S)
+            time.sleep(rng.uniform(0, 0.5))
+        rng.choice(pair).kill_worker()
+    assert [launcher.wait() for launcher in pair] == [0, 0]
+    check_is_whole(nodes, whole)
