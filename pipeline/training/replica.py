@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import ranks
+from pipeline.errors import InputError
 
 
 class Replica(DistributedDataParallel):
@@ -60,6 +62,41 @@ class Replica(DistributedDataParallel):
             self._statistics,
             [part.view_as(b) for part, b in zip(parts, self._statistics, strict=True)],
         )
+
+
+def mean_over_ranks(loss: torch.Tensor, samples: int) -> torch.Tensor:
+    """Mean loss of the samples of all ranks; its gradient is that of this rank's own.
+
+    Args:
+        loss: Mean of this rank's `samples`, scalar.
+        samples: Their number.
+    """
+    total = ranks.summed(torch.stack([loss.float(), torch.ones_like(loss.float())]) * samples)
+    return total[0] / total[1]
+
+
+def require_equal_ranks(network: nn.Module, step: int) -> None:
+    """Refuse to train where a rank begins with something else than rank 0.
+
+    Args:
+        network: Whose weights are compared, bit for bit.
+        step: At which it is.
+
+    Raises:
+        InputError: If one does.
+    """
+    if ranks.size() == 1:
+        return
+    weights = hashlib.sha256()
+    for parameter in network.parameters():
+        weights.update(parameter.detach().cpu().numpy().tobytes())
+    own = step, weights.digest()
+    with ranks.together():
+        if own != ranks.from_main(own):
+            raise InputError(
+                "output_dir: expected the checkpoint and weights of rank 0, got others. Give all "
+                "ranks one on a file system that their hosts share."
+            )
 
 
 def _summed(state, bucket):  # torch refuses annotations that are strings

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import math
 import time
@@ -25,12 +24,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline import ranks
-from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
+from pipeline.errors import TrainingInterrupted, TrainingStopped
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training.buffers import BufferSnapshot
 from pipeline.training.durable import NO_ROOM
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.replica import Replica
+from pipeline.training.replica import Replica, mean_over_ranks, require_equal_ranks
 from pipeline.training.signals import interruptible
 
 log = logging.getLogger(__name__)
@@ -174,8 +173,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
-        if ranks.size() > 1:
-            self._require_equal_ranks()
+        require_equal_ranks(self.network, self.progress.step)
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
             self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s
@@ -242,19 +240,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if told and self.diagnosis is None:
             self._level = logging.INFO
             self.stop(told[0])
-
-    def _require_equal_ranks(self) -> None:
-        """Refuse to train where ranks begin with something else than rank 0."""
-        weights = hashlib.sha256()
-        for parameter in self.network.parameters():
-            weights.update(parameter.detach().cpu().numpy().tobytes())
-        own = self.progress.step, self.progress.phase, weights.digest()
-        with ranks.together():
-            if own != ranks.from_main(own):
-                raise InputError(
-                    "output_dir: expected the checkpoint and weights of rank 0, got others. Give "
-                    "all ranks one on a file system that their hosts share."
-                )
 
     def interrupt(self) -> None:
         """End training at the next step or epoch's end; the same command continues it."""
@@ -373,17 +358,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         )
         self._heed(told_to_end > 0)
         self.fire_event(StepEvents.STEP_COMPLETED)
-
-
-def mean_over_ranks(loss: torch.Tensor, samples: int) -> torch.Tensor:
-    """Mean loss of the samples of all ranks; its gradient is that of this rank's own.
-
-    Args:
-        loss: Mean of this rank's `samples`, scalar.
-        samples: Their number.
-    """
-    total = ranks.summed(torch.stack([loss.float(), torch.ones_like(loss.float())]) * samples)
-    return total[0] / total[1]
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
