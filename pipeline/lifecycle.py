@@ -6,11 +6,9 @@ of the config ask it for the run directory and the cases.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +21,20 @@ from pipeline.data.plan import Plan
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.given import given_data, is_clients, require_same_classes
-from pipeline.hold import Hold, RunLog
 from pipeline.process_group import ProcessGroup
 from pipeline.recipe import preprocessing_recipe
 from pipeline.run_configs import changes_since, portable, stored_plan, write_configs, write_docs
+from pipeline.run_dir import RunDirectory, told_to_user
 from pipeline.start import Start
 from pipeline.summary import log_whereabouts, summarize
-from pipeline.training.durable import CheckpointStore, make_directory, write_json
+from pipeline.training.durable import write_json
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
 
-# what a run may leave that dies before its config is written
-BEGINNING = {
-    ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp", "configs",
-}  # fmt: skip
-
 PARTS = ("train", "validation", "test")  # of the cases
 # that hosts may have in places of their own
 PLACES = {"dataset_dir", "cache_dir", "data_roots"}
-_HELD: dict[Path, Hold | RunLog] = {}
 
 
 class Lifecycle:
@@ -62,7 +54,7 @@ class Lifecycle:
             and write nothing into it but a log each.
 
     Attributes:
-        run_dir: Absolute path of the run directory.
+        directory: The run's.
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
         cases: The dataset's `Cases`; there after `enter`.
         plan: The dataset's `Plan`; there after `enter`.
@@ -86,17 +78,22 @@ class Lifecycle:
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir = intake.dataset_dir
         name = self.dataset_dir.name
-        self.run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
+        run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
         self.cache_dir = intake.cache_dir
-        self.resume = {"true": True, "false": False}.get(str(resume).lower(), "auto")
+        asked = {"true": True, "false": False}.get(str(resume).lower(), "auto")
+        self.directory = RunDirectory(run_dir, asked)
         self.max_epochs = max_epochs
         self.intake, self.process_group = intake, process_group
         self.report = as_bool(report, "report")
         self.start = Start(self.source, self.bundle_root, init_weights, init_head)
         self.checkpoint: Path | None = None
-        self.store = CheckpointStore(self.run_dir / "checkpoints")
         self._cases: Cases | None = None
         self._plan: Plan | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run directory."""
+        return self.directory.path
 
     @property
     def cases(self) -> Cases:
@@ -168,26 +165,22 @@ class Lifecycle:
                 f"training cases: expected {ranks.size()} or more, one for each rank, got "
                 f"{len(self.cases.train)}. Start fewer ranks."
             )
-        with _told_to_user():
+        with told_to_user():
             # voxels are read when the directory is right and ours, or before one is made
             if self.run_dir.exists():
-                self._take_run_dir()
-            # a client that initializes anew with resume=false begins anew as well
-            begun = self.resume is not False and self.store.has_begun()
-            if not begun and self.is_held:
-                for folder in ("checkpoints", "models"):
-                    shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+                self.directory.take(self._require_same_run)
+            begun = self.directory.begun()
             self.start.read(self.run_dir if begun else None)
             found = self.intake.inspect(self._cases)
             found.require_sound()
             # of a run that began: another card must not change it
             plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
             self.start.fit(plan)
-            self._take_run_dir()
+            self.directory.take(self._require_same_run)
             for line in (*found.notes, *(finding.line for finding in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
             self._plan = plan
-            self.checkpoint = self.store.newest() if begun else None
+            self.checkpoint = self.directory.store.newest() if begun else None
             facts = found.fingerprint, self.start.record
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
 
@@ -215,8 +208,7 @@ class Lifecycle:
         self._plan, self.checkpoint = first.plan, first.checkpoint
         self.start.read(self.run_dir if first.checkpoint else None)
         self.start.fit(self.plan)
-        with _told_to_user():
-            _HELD[self.run_dir] = RunLog(self.run_dir / f"log_rank_{ranks.rank()}.txt")
+        self.directory.follow(ranks.rank())
 
     def look(self, *, any_data: bool = False) -> None:
         """Read the data of the run that is there, and leave the run as it is.
@@ -258,11 +250,10 @@ class Lifecycle:
 
     def _step_aside(self) -> None:
         """Train beside what there is: a client that lists its cases means a new training."""
-        first, number = self.run_dir, 2
-        while self.resume == "auto" and (self.run_dir / "summary.json").is_file():
-            self.run_dir = first.with_name(f"{first.name}_{number}")
+        first, resume, number = self.run_dir, self.directory.resume, 2
+        while resume == "auto" and (self.run_dir / "summary.json").is_file():
+            self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), resume)
             number += 1
-        self.store = CheckpointStore(self.run_dir / "checkpoints")
 
     def leave(self, trainer: MixedPrecisionTrainer) -> None:
         """Write `summary.json`, release the lock and say where everything is."""
@@ -308,60 +299,22 @@ class Lifecycle:
     @property
     def is_held(self) -> bool:
         """Whether this process is in the run, between `enter` and `leave`."""
-        return self.run_dir in _HELD
+        return self.directory.is_held
 
     def lost(self) -> str | None:
         """Who has the run directory now, if it was taken from this process; see `Hold.lost`."""
-        hold = _HELD.get(self.run_dir)
-        return hold.lost() if isinstance(hold, Hold) else None
+        return self.directory.lost()
 
     def release(self) -> None:
         """Let go of the run directory; for a run that fails as well."""
-        if self.is_held:
-            _HELD.pop(self.run_dir).close()
+        self.directory.release()
 
-    def _take_run_dir(self) -> None:
-        """Lock the directory of a run that may start or continue there."""
-        if self.is_held:
-            return
-        self._require_right_run_dir()
-        make_directory(self.run_dir)
-        hold = Hold(self.run_dir)
-        try:
-            self._require_right_run_dir()  # another process may have come and gone in between
-            for folder in (".", "configs", "docs", "models", "checkpoints", "overflow"):
-                for path in (self.run_dir / folder).glob("*.tmp"):
-                    path.unlink()  # of a write that was cut off
-        except BaseException:
-            hold.close()
-            raise
-        _HELD[self.run_dir] = hold
-
-    def _require_right_run_dir(self) -> None:
-        """Refuse a directory in which this run can neither start nor continue."""
-        stored = self.run_dir / "configs" / "train.json"
-        present = {path.name for path in self.run_dir.iterdir()} if self.run_dir.exists() else set()
-        occupied = bool(present - BEGINNING)
-        if occupied and self.resume is False:
-            raise InputError(
-                f"output_dir: expected an empty directory with resume=false, got {self.run_dir}. "
-                "Choose another output_dir."
-            )
-        if occupied and not stored.is_file():
-            raise InputError(
-                f"output_dir: expected a run directory or an empty one, got {self.run_dir} with "
-                "other files. Choose another output_dir."
-            )
-        if self.resume is True and not self.store.has_begun():
-            raise InputError(
-                f"resume: expected a run with a checkpoint in {self.run_dir}, found none. "
-                "Use resume=auto to start one."
-            )
-        if self.store.has_begun():  # before, there is nothing to be true to
-            source = self._portable_source()
-            for key in changes_since(self.run_dir, source, self.cases.fingerprint):
-                log.info("Continuing with a changed %s", key)
-            self._stop_if_finished()
+    def _require_same_run(self) -> None:
+        """Refuse another run than the one that has begun; end where that one is finished."""
+        source = self._portable_source()
+        for key in changes_since(self.run_dir, source, self.cases.fingerprint):
+            log.info("Continuing with a changed %s", key)
+        self._stop_if_finished()
 
     def _stop_if_finished(self) -> None:
         path = self.run_dir / "summary.json"
@@ -399,14 +352,3 @@ class Begun:
     fingerprint: str
     plan: Plan
     checkpoint: Path | None
-
-
-@contextlib.contextmanager
-def _told_to_user() -> Iterator[None]:
-    """Inside, what the system refuses in the run directory becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output_dir: expected a directory that can be written, got: {error}."
-        ) from error

@@ -14,7 +14,7 @@ import torch
 from engines import batch, curve, in_mode, make_trainer, make_validator, read, snapshot
 from ignite.engine import Events
 
-from pipeline import lifecycle
+from pipeline import run_dir as run_dir_module
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
 from pipeline.training import checkpoint, durable
 from pipeline.training.checkpoint import (
@@ -390,14 +390,14 @@ def test_trainer_interrupted_in_its_last_validation_comes_to_its_end(tmp_path):
 
 def test_run_looks_again_when_the_directory_is_its_own(run, tmp_path, monkeypatch, capsys):
     """Between its first look and the lock another run may have come to its end there."""
-    hold = lifecycle.Hold
+    hold = run_dir_module.Hold
 
-    def late(run_dir: Path) -> lifecycle.Hold:
-        monkeypatch.setattr(lifecycle, "Hold", hold)
+    def late(run_dir: Path) -> run_dir_module.Hold:
+        monkeypatch.setattr(run_dir_module, "Hold", hold)
         assert run(run_dir, seed=1) == 0
         return hold(run_dir)
 
-    monkeypatch.setattr(lifecycle, "Hold", late)
+    monkeypatch.setattr(run_dir_module, "Hold", late)
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "r")
     assert ended.value.code == 2
@@ -407,7 +407,7 @@ def test_run_looks_again_when_the_directory_is_its_own(run, tmp_path, monkeypatc
 
 
 def run_is_free(run_dir: Path) -> bool:
-    lifecycle.Hold(run_dir).close()
+    run_dir_module.Hold(run_dir).close()
     return True
 
 

@@ -1,0 +1,128 @@
+"""The directory of a run in the hands of a process, from being taken to being released.
+
+Of several ranks the first one takes it, and the others follow: they write nothing into it but a
+log each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.errors import InputError
+from pipeline.hold import Hold, RunLog
+from pipeline.training.durable import CheckpointStore, make_directory
+
+# what a run may leave that dies before its config is written
+BEGINNING = {
+    ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp", "configs",
+}  # fmt: skip
+FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
+
+_HELD: dict[Path, Hold | RunLog] = {}  # by this process, whichever object took it
+
+
+class RunDirectory:
+    """A run directory, which may not be there yet.
+
+    Args:
+        path: Absolute.
+        resume: `auto` (continue what is there), `True` (there must be something) or `False` (there
+            must be nothing).
+
+    Attributes:
+        store: Its checkpoints.
+    """
+
+    def __init__(self, path: Path, resume: str | bool) -> None:
+        self.path, self.resume = path, resume
+        self.store = CheckpointStore(path / "checkpoints")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has it, or follows the one that does."""
+        return self.path in _HELD
+
+    def lost(self) -> str | None:
+        """Who has it now, if it was taken from this process; see `Hold.lost`."""
+        hold = _HELD.get(self.path)
+        return hold.lost() if isinstance(hold, Hold) else None
+
+    def release(self) -> None:
+        """Let go of it, where it is held."""
+        if self.is_held:
+            _HELD.pop(self.path).close()
+
+    def take(self, require_same_run: Callable[[], object]) -> None:
+        """Lock it, for a run that may start or continue there; a second call does nothing.
+
+        Args:
+            require_same_run: Refuses a run that has begun there and is another one.
+
+        Raises:
+            InputError: If the run can neither start nor continue there.
+        """
+        if self.is_held:
+            return
+        self._require_right(require_same_run)
+        with told_to_user():
+            make_directory(self.path)
+            hold = Hold(self.path)
+            try:
+                self._require_right(require_same_run)  # another may have come and gone in between
+                for folder in FOLDERS:
+                    for path in (self.path / folder).glob("*.tmp"):
+                        path.unlink()  # of a write that was cut off
+            except BaseException:
+                hold.close()
+                raise
+            _HELD[self.path] = hold
+
+    def follow(self, rank: int) -> None:
+        """Log into it, as a rank that has not taken it."""
+        with told_to_user():
+            _HELD[self.path] = RunLog(self.path / f"log_rank_{rank}.txt")
+
+    def begun(self) -> bool:
+        """Whether there is a run to continue; what one left that is not to be continued goes."""
+        # a client that initializes anew with resume=false begins anew as well
+        begun = self.resume is not False and self.store.has_begun()
+        if not begun and self.is_held:
+            for folder in ("checkpoints", "models"):
+                shutil.rmtree(self.path / folder, ignore_errors=True)
+        return begun
+
+    def _require_right(self, require_same_run: Callable[[], object]) -> None:
+        stored = self.path / "configs" / "train.json"
+        present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        occupied = bool(present - BEGINNING)
+        if occupied and self.resume is False:
+            raise InputError(
+                f"output_dir: expected an empty directory with resume=false, got {self.path}. "
+                "Choose another output_dir."
+            )
+        if occupied and not stored.is_file():
+            raise InputError(
+                f"output_dir: expected a run directory or an empty one, got {self.path} with "
+                "other files. Choose another output_dir."
+            )
+        if self.resume is True and not self.store.has_begun():
+            raise InputError(
+                f"resume: expected a run with a checkpoint in {self.path}, found none. "
+                "Use resume=auto to start one."
+            )
+        if self.store.has_begun():  # before, there is nothing to be true to
+            require_same_run()
+
+
+@contextlib.contextmanager
+def told_to_user() -> Iterator[None]:
+    """Inside, what the system refuses in the run directory becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output_dir: expected a directory that can be written, got: {error}."
+        ) from error
