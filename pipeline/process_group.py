@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -13,6 +14,8 @@ from pipeline import ranks
 from pipeline.errors import InputError, as_bool
 from pipeline.precision import resolve_device
 from pipeline.training.replica import Replica
+
+log = logging.getLogger(__name__)
 
 SYNCHRONIZED = "synchronized"
 OWN = "each rank's own: there is no SyncBatchNorm on a CPU"
@@ -84,6 +87,8 @@ class ProcessGroup:
             self._batch_norm = SYNCHRONIZED if can else OWN if asked_in_vain else "each rank's own"
         replica = Replica(network)
         self._gradient_bytes = replica.gradient_bytes
+        facts = ", ".join(f"{key} {value}" for key, value in self.describe().items())
+        log.info("Process group in force: %s", facts)
         return replica
 
     def describe(self) -> dict[str, Any]:
