@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 log = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")  # of the cases
-# that hosts may have in places of their own
-PLACES = {"dataset_dir", "cache_dir", "data_roots"}
+# that hosts may have in places of their own; the run directory is compared as a path
+PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
 
 
 class Lifecycle:
@@ -50,8 +49,8 @@ class Lifecycle:
         report: Whether to write `report/index.html` at the end.
         init_weights: File of the weights that a new run begins with; see `Start`.
         init_head: Whether its head is drawn anew all the same.
-        process_group: Of several ranks. The first one has the run directory; the others follow it,
-            and write nothing into it but a log each.
+        process_group: Of several ranks. The first one has the run directory and writes what is of
+            the run; each of the others writes a log there, and predictions that are scored.
 
     Attributes:
         directory: The run's.
@@ -81,6 +80,8 @@ class Lifecycle:
         run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
         self.cache_dir = intake.cache_dir
         asked = {"true": True, "false": False}.get(str(resume).lower(), "auto")
+        if ranks.is_restarted():
+            asked = "auto"  # what is there is this run's own
         self.directory = RunDirectory(run_dir, asked)
         self.max_epochs = max_epochs
         self.intake, self.process_group = intake, process_group
@@ -128,15 +129,15 @@ class Lifecycle:
         if self._cases is not None:
             return
         try:
-            ranks.join()
             with ranks.together():
                 self._meet()
                 diagnosis.check_source(self.source)
-                if ranks.is_main():
-                    self._begin()
-                first = ranks.from_main(self._begun() if ranks.is_main() else None)
-                if first is not None and not ranks.is_main():
-                    self._follow(first)
+                self._cases = self._load()
+                with ranks.together():  # before the first one begins
+                    self._require_same_on_all_ranks()
+                self._plan, self.checkpoint = ranks.by_main(self._begin)
+                if not ranks.is_main():
+                    self._follow()
         except InputError as error:
             self.release()
             error.tell()
@@ -157,57 +158,61 @@ class Lifecycle:
                 "configs/multi_gpu.json to the config files."
             )
 
-    def _begin(self) -> None:
-        """What the first rank does, or the only one."""
-        self._cases = self._load()
-        if len(self.cases.train) < ranks.size():
-            raise InputError(
-                f"training cases: expected {ranks.size()} or more, one for each rank, got "
-                f"{len(self.cases.train)}. Start fewer ranks."
-            )
-        with told_to_user():
-            # voxels are read when the directory is right and ours, or before one is made
-            if self.run_dir.exists():
-                self.directory.take(self._require_same_run)
-            begun = self.directory.begun()
-            self.start.read(self.run_dir if begun else None)
-            found = self.intake.inspect(self._cases)
-            found.require_sound()
-            # of a run that began: another card must not change it
-            plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
-            self.start.fit(plan)
-            self.directory.take(self._require_same_run)
-            for line in (*found.notes, *(finding.line for finding in found.warnings)):
-                log.warning("%s", line)  # now that there is a log.txt
-            self._plan = plan
-            self.checkpoint = self.directory.store.newest() if begun else None
-            facts = found.fingerprint, self.start.record
-            write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
-
-    def _begun(self) -> Begun:
-        return Begun(self.run_dir, self.source, self.cases.fingerprint, self.plan, self.checkpoint)
-
-    def _follow(self, first: Begun) -> None:
-        """What the other ranks do when the first one has begun."""
-        self._cases = self._load()
+    def _require_same_on_all_ranks(self) -> None:
+        mine = self.run_dir, self.source, self.cases.fingerprint
+        run_dir, source, fingerprint = ranks.from_main(mine)
         differing = [
             key
-            for keys in config.changes(first.source, self.source).values()
+            for keys in config.changes(source, self.source).values()
             for key in keys
             if key.partition("#")[0] not in PLACES
         ]
-        if self.run_dir != first.run_dir:
+        if self.run_dir != run_dir:
             differing.append(f"output_dir ({self.run_dir})")
-        if self.cases.fingerprint != first.fingerprint:
+        if self.cases.fingerprint != fingerprint:
             differing.append("dataset_dir (other cases)")
         if differing:
             raise InputError(
                 f"ranks: expected the config and dataset of rank 0, got other values of "
                 f"{', '.join(differing)}. Start all ranks with the same."
             )
-        self._plan, self.checkpoint = first.plan, first.checkpoint
-        self.start.read(self.run_dir if first.checkpoint else None)
-        self.start.fit(self.plan)
+        if len(self.cases.train) < ranks.size():
+            raise InputError(
+                f"training cases: expected {ranks.size()} or more, one for each rank, got "
+                f"{len(self.cases.train)}. Start fewer ranks."
+            )
+
+    def _begin(self) -> tuple[Plan, Path | None]:
+        """Take the run directory, for all ranks; the plan, and what the run continues from."""
+        with told_to_user():
+            # voxels are read when the directory is right and ours, or before one is made
+            if self.run_dir.exists():
+                self.directory.take(self._require_same_run)
+            begun = self.directory.begun()
+            self.start.read(self.run_dir if begun else None)
+            found = self.intake.inspect(self.cases)
+            found.require_sound()
+            # of a run that began: another card must not change it
+            plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
+            if plan.batch_size < ranks.size():
+                raise InputError(
+                    f"batch_size: expected {ranks.size()} or more, a patch for each rank, got "
+                    f"{plan.batch_size}. Start fewer ranks{'' if begun else ', or raise it'}."
+                )
+            self.start.fit(plan)
+            self.directory.take(self._require_same_run)
+            for line in (*found.notes, *(finding.line for finding in found.warnings)):
+                log.warning("%s", line)  # now that there is a log.txt
+            checkpoint = self.directory.store.newest() if begun else None
+            facts = found.fingerprint, self.start.record
+            write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
+        return plan, checkpoint
+
+    def _follow(self) -> None:
+        """What the other ranks do when the first one has begun."""
+        if self.checkpoint is None:
+            self.start.read()
+            self.start.fit(self.plan)
         self.directory.follow(ranks.rank())
 
     def look(self, *, any_data: bool = False) -> None:
@@ -341,14 +346,3 @@ class Lifecycle:
         if ranks.size() > 1:
             log.info("Rank %d of %d; batches are divided among them", ranks.rank(), ranks.size())
         self.start.tell()
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What the first rank tells the others when it has the run directory."""
-
-    run_dir: Path
-    source: config.Config
-    fingerprint: str
-    plan: Plan
-    checkpoint: Path | None

@@ -91,9 +91,10 @@ class Prediction:
             SystemExit: With status 1 if a case could not be predicted, with 2 if the output
                 directory cannot be used.
         """
-        ranks.join()
         try:
             with ranks.together():
+                ranks.quiet()
+                self._require_same_cases()
                 self._prepare_output()
         except InputError as error:
             error.tell()
@@ -110,6 +111,14 @@ class Prediction:
         ranks.leave()
         if any(why is not None for _, why in done):
             raise SystemExit(1)
+
+    def _require_same_cases(self) -> None:
+        """Refuse to divide cases that are others on other ranks."""
+        case_ids = [case["case_id"] for case in self.cases]
+        if case_ids != ranks.from_main(case_ids):
+            raise InputError(
+                "input: expected the cases of rank 0, got others. Give all ranks the same."
+            )
 
     def _predict_each(self, cases: Sequence[Case], done: Done) -> None:
         """Predict cases; each is added to `done`, as far as it comes."""

@@ -44,12 +44,10 @@ class ProcessGroup:
         Raises:
             InputError: If there is not a device for each.
         """
-        ranks.join()
-        ranks.quiet()
-        if not ranks.is_launched():
-            return
         with ranks.together():
-            self._require_devices()
+            ranks.quiet()
+            if ranks.is_launched():
+                self._require_devices()
 
     def _require_devices(self) -> None:
         num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -85,6 +83,7 @@ class ProcessGroup:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
             asked_in_vain = self.sync_batch_norm and not can
             self._batch_norm = SYNCHRONIZED if can else OWN if asked_in_vain else "each rank's own"
+        ranks.gathered(None)  # one that has failed is not waited for, as DDP would
         replica = Replica(network)
         self._gradient_bytes = replica.gradient_bytes
         facts = ", ".join(f"{key} {value}" for key, value in self.describe().items())

@@ -4,8 +4,8 @@ torchrun starts them. Where it did not there is one, and everything here gives b
 given. What ranks say passes through a Gloo group of its own, on the CPU; tensors of training pass
 through the default group: NCCL on CUDA, Gloo on a CPU.
 
-A mistake that one rank finds ends all of them: it takes the place of what the rank would have said
-next, so that no other waits for it. Rank 0 prints it.
+A mistake that one rank finds inside `together` ends all of them: it takes the place of what the
+rank would have said next, so that no other waits for that. Rank 0 prints it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,15 +25,21 @@ import torch
 import torch.distributed as dist
 from torch.nn import SyncBatchNorm
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, TrainingStopped
+from pipeline.rendezvous import meet
 
 T = TypeVar("T")
 
-# what a rank says while another reads a dataset may take as long as that; the dead are noticed
-# by their closed connections, and ended by torchrun
-PATIENCE = timedelta(days=7)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# for another to be as far: to have preprocessed or predicted its share. A process that dies is
+# noticed at once, by its connections; a host that is lost is not
+PATIENCE = timedelta(hours=2)
+
+log = logging.getLogger(__name__)
 
 _talk: dist.ProcessGroup | None = None  # the group that objects pass through; None: the default
+_store: dist.Store | None = None
+_waits = 0
 _alone: dist.ProcessGroup | None = None  # of this rank only
 _apart = False
 _over = False  # one has refused: nobody listens any more
@@ -45,38 +52,13 @@ def is_launched() -> bool:
 
 def join() -> None:
     """Meet the other ranks, where torchrun started some; a second call does nothing."""
-    global _talk
-    if not is_launched() or dist.is_initialized():
+    global _talk, _store
+    if not is_launched() or dist.is_initialized() or _over:
         return
-    store, number, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(_name_of_attempt(store, number, count), store)
+    _store, number, count = meet()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
     _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def _name_of_attempt(store: dist.Store, number: int, count: int) -> str:
-    """A name that the processes of this start have in common, and no earlier ones.
-
-    After a restart torchrun's store still holds the addresses of processes that are gone, and the
-    new ones would wait for them (pytorch issue 135712). Rank 0 answers whatever it is asked, until
-    all have confirmed its own answer: what a former rank asked gets one, which nobody reads.
-    """
-    if number > 0:
-        question = uuid.uuid4().hex
-        store.set(f"question/{number}", question)
-        name = store.get(question).decode()  # waits for it
-        store.set(f"{name}/{number}", "")
-        return name
-    name, silent = uuid.uuid4().hex, set(range(1, count))
-    while silent:
-        for other in list(silent):
-            if store.check([f"question/{other}"]):
-                store.set(store.get(f"question/{other}").decode(), name)
-            if store.check([f"{name}/{other}"]):
-                silent.remove(other)
-        time.sleep(0.01)
-    return name
 
 
 def loss_of(error: RuntimeError) -> str | None:
@@ -86,23 +68,26 @@ def loss_of(error: RuntimeError) -> str | None:
     said = str(error).splitlines()[0].partition(". This is")[0]
     return (
         f"rank {rank()}: expected all ranks to go on, got: {said}. Look at what the rank that "
-        "ended first says; the same command goes on from the newest checkpoint."
+        "ended first says; the same command goes on."
     )
 
 
 def quiet() -> None:
     """Leave the console to rank 0, but for errors; after logging is set up."""
-    for handler in [] if is_main() else logging.root.handlers:
+    if is_main():
+        return
+    for handler in logging.root.handlers:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(logging.ERROR)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it tells of every exception, twice
 
 
 def leave() -> None:
     """Part from the ranks that `join` met, when nothing is to be said any more."""
-    global _talk, _alone
+    global _talk, _alone, _store
     if _talk is not None:
         dist.destroy_process_group()
-    _talk = _alone = None
+    _talk = _alone = _store = None
 
 
 def rank() -> int:
@@ -118,6 +103,11 @@ def size() -> int:
 def is_main() -> bool:
     """Whether this process writes and tells what is of the whole run."""
     return rank() == 0
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that failed."""
+    return is_launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def local_rank() -> int | None:
@@ -157,6 +147,26 @@ def from_main(value: T) -> T:
     return gathered(value)[0]
 
 
+def by_main(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, for which the others wait however long it takes it."""
+    global _waits
+    if _store is None:
+        return from_main(work() if is_main() else None)  # type: ignore[return-value]
+    _waits += 1
+    key = f"by_main/{_waits}"
+    value: Any = None
+    try:
+        if is_main():
+            value = work()
+        while not is_main() and not _store.check([key]):
+            time.sleep(0.1)
+    finally:
+        if is_main():
+            _store.set(key, "")
+    result: T = from_main(value)
+    return result
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Inside, a mistake or an exit of one rank becomes that of all. All have to enter it.
@@ -165,6 +175,7 @@ def together() -> Iterator[None]:
         InputError: If one refused; `is_told` of it is true on all ranks but the first.
         SystemExit: If one ended.
     """
+    join()
     try:
         yield
     except (InputError, SystemExit) as error:
@@ -179,13 +190,23 @@ def _exchanged(value: Any, error: InputError | SystemExit | None = None) -> list
     faults = error.faults if isinstance(error, InputError) else ()
     status = int(error.code or 0) if isinstance(error, SystemExit) else None
     said: list[Any] = [None] * size()
-    dist.all_gather_object(said, (value, faults, status, socket.gethostname()), group=_talk)
-    refusals = [(number, lines, host) for number, (_, lines, _, host) in enumerate(said) if lines]
-    statuses = [code for _, _, code, _ in said if code is not None]
-    _over = bool(refusals or statuses)
-    is_told = not is_main()
-    if _over:
-        leave()
+    with _signals_held():
+        try:
+            dist.all_gather_object(said, (value, faults, status, socket.gethostname()), group=_talk)
+        except RuntimeError as broken:
+            _over = True
+            reason = loss_of(broken)
+            if reason is None:
+                raise
+            log.error("%s", reason)
+            raise TrainingStopped(reason) from broken
+        refusals = [(number, lines, host) for number, (_, lines, _, host) in enumerate(said)]
+        refusals = [refusal for refusal in refusals if refusal[1]]
+        statuses = [code for _, _, code, _ in said if code is not None]
+        is_told = not is_main()
+        _over = bool(refusals or statuses)
+        if _over:
+            leave()
     if refusals:
         raise InputError(*_told_once(refusals), is_told=is_told)
     if statuses:
@@ -193,15 +214,32 @@ def _exchanged(value: Any, error: InputError | SystemExit | None = None) -> list
     return [one[0] for one in said]
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, handlers of signals wait: one that raises would leave the others in mid-exchange."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came and not _over:
+            signal.raise_signal(came[0])
+
+
 def _told_once(refusals: list[tuple[int, Sequence[str], str]]) -> Iterator[str]:
-    """Each line once; of those that not all ranks say, whose they are."""
-    whose: dict[str, list[str]] = {}
+    """Each line once; of those that rank 0 does not say, whose they are."""
+    whose: dict[str, list[tuple[int, str]]] = {}
     for number, lines, host in refusals:
         for line in lines:
-            whose.setdefault(line, []).append(f"rank {number} on {host}")
-    for line, names in whose.items():
-        is_main_s = names[0].startswith("rank 0 ")
-        yield line if is_main_s else f"{names[0]}: {line}"
+            whose.setdefault(line, []).append((number, host))
+    for line, ((number, host), *others) in whose.items():
+        more = f" and {len(others)} more" if others else ""
+        yield f"rank {number} on {host}{more}: {line}" if number else line
 
 
 def rows(vector: torch.Tensor) -> torch.Tensor:

@@ -53,9 +53,10 @@ def main(words: Sequence[str] | None = None) -> int:
             predict(*in_run(files, overrides), allow)
             return 0
         replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
-        ranks.join()
         with ranks.together():
             diagnosis.check(files, overrides, allow, training=True)
+            if replaying and ranks.size() > 1:
+                raise InputError("--replay_step: expected one process, got several. Use python.")
         if replaying:
             print(json.dumps(replay(files, overrides, step, allow), indent=2))
         else:
@@ -64,7 +65,8 @@ def main(words: Sequence[str] | None = None) -> int:
         error.tell()
         return 2
     except KeyboardInterrupt:  # of a prediction; training ends by itself
-        print("Interrupted.", file=sys.stderr)
+        if ranks.is_main():
+            print("Interrupted.", file=sys.stderr)
         return 130
     return 0
 
@@ -155,11 +157,9 @@ def predict(files: Sequence[str], overrides: config.Config, allow: Collection[st
     Raises:
         InputError: If there is a mistake in the config, or an object of it refuses its arguments.
     """
-    ranks.join()
     with ranks.together():
         diagnosis.check(files, overrides, allow, training=False)
         workflow = _workflow(files, overrides, allow, "inference")
-        ranks.quiet()
         workflow.initialize()
         _content(workflow, "prediction")
     workflow.run()

@@ -1,7 +1,6 @@
 """The directory of a run in the hands of a process, from being taken to being released.
 
-Of several ranks the first one takes it, and the others follow: they write nothing into it but a
-log each.
+Of several ranks the first one takes it, and the others follow it.
 """
 
 from __future__ import annotations
@@ -82,6 +81,8 @@ class RunDirectory:
 
     def follow(self, rank: int) -> None:
         """Log into it, as a rank that has not taken it."""
+        if self.is_held:
+            return
         with told_to_user():
             _HELD[self.path] = RunLog(self.path / f"log_rank_{rank}.txt")
 
@@ -97,7 +98,7 @@ class RunDirectory:
     def _require_right(self, require_same_run: Callable[[], object]) -> None:
         stored = self.path / "configs" / "train.json"
         present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-        occupied = bool(present - BEGINNING)
+        occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
         if occupied and self.resume is False:
             raise InputError(
                 f"output_dir: expected an empty directory with resume=false, got {self.path}. "

@@ -35,7 +35,6 @@ class Visit(Lifecycle):
         if self._cases is not None:
             return
         try:
-            ranks.join()
             with ranks.together():
                 self._meet()
                 self.look(any_data=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -12,8 +13,11 @@ import pytest
 import torch
 from conftest import make_dataset, run_tiny
 from engines import curve, read
+from in_ranks import in_ranks
 from torchrun import CONFIGS, settings, torchrun
 
+from pipeline import ranks
+from pipeline.run import main
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
 
 LONG = {
@@ -163,7 +167,7 @@ def test_killed_rank_is_started_again_and_all_go_on_from_the_checkpoint(dataset,
     handler = {"_target_": "dying.DiesOnce", "rank": 1, "step": 13, "mark": str(tmp_path / "died")}
     overlay.write_text(json.dumps({"+train#handlers": [handler]}))
     out = tmp_path / "r"
-    words = settings(dataset, out, **LONG, checkpoint_every=4, allow="dying.DiesOnce")
+    words = settings(dataset, out, **LONG, checkpoint_every=4, resume=False, allow="dying.DiesOnce")
     launcher = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
     found = torchrun("pipeline.run", *CONFIGS, str(overlay), *words, launcher=launcher)
     assert found.returncode == 0, found.stdout
@@ -175,56 +179,83 @@ def test_killed_rank_is_started_again_and_all_go_on_from_the_checkpoint(dataset,
     assert (summary["steps"], summary["progress"]["samples"]) == (20, 60)
 
 
-def run_refused(dataset, tmp_path, *files, **changes) -> list[str]:
-    """What two ranks say that refuse; nothing is left behind."""
-    words = settings(dataset, tmp_path / "r", **changes)
-    found = torchrun("pipeline.run", *(files or CONFIGS), *words)
-    assert found.returncode != 0
-    assert "exitcode  : 2" in found.stdout
-    assert not (tmp_path / "r" / "checkpoints").exists()
-    return lines_of(found.stdout)
+# --- what is refused: in one line by the first rank, and by all at once
 
 
-def test_config_without_the_overlay_is_refused(dataset, tmp_path):
-    assert run_refused(dataset, tmp_path, "configs/amp.json") == [
-        "process_group: expected one for 2 ranks, got none. Add configs/multi_gpu.json to the "
-        "config files."
-    ]
+def run_in_ranks(capfd, *words: str, of_the_second: tuple[str, ...] = ()) -> list[str]:
+    """What `pipeline.run` says that two forked ranks refuse, with status 2 on both."""
+
+    def work() -> int:
+        try:
+            return main([*CONFIGS, *words, *(of_the_second if ranks.rank() else ())])
+        except SystemExit as error:
+            return int(error.code or 0)
+
+    assert in_ranks(work) == [2, 2]
+    return capfd.readouterr().err.splitlines()
 
 
-def test_fewer_cases_than_ranks_are_refused(tmp_path):
+def test_fewer_cases_than_ranks_are_refused(tmp_path, at_the_root, capfd):
     dataset = make_dataset(tmp_path / "data", 2)
-    assert run_refused(dataset, tmp_path, num_folds=2) == [
+    assert run_in_ranks(capfd, *settings(dataset, tmp_path / "r", num_folds=2)) == [
         "training cases: expected 2 or more, one for each rank, got 1. Start fewer ranks."
     ]
+    assert not (tmp_path / "r").exists()
 
 
-def test_mistake_in_a_config_is_told_once(dataset, tmp_path):
-    (line,) = run_refused(dataset, tmp_path, learning_rate="fast")
+def test_mistake_in_a_config_is_told_once(dataset, tmp_path, at_the_root, capfd):
+    (line,) = run_in_ranks(capfd, *settings(dataset, tmp_path / "r", learning_rate="fast"))
     assert line.startswith("--learning_rate: expected float")
 
 
-def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path):
-    words = settings(dataset, tmp_path / "r", batch_size=1)
-    found = torchrun("pipeline.run", *CONFIGS, *words)
-    assert found.returncode != 0
-    told = "batch_size: expected 2 or more, a patch for each rank, got 1. Raise it, or start fewer"
-    assert found.stdout.count(told) == 1
+def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root, capfd):
+    assert run_in_ranks(capfd, *settings(dataset, tmp_path / "r", batch_size=1)) == [
+        "batch_size: expected 2 or more, a patch for each rank, got 1. Start fewer ranks, or raise "
+        "it."
+    ]
+    assert not (tmp_path / "r").exists()
+
+
+def test_replay_in_ranks_is_refused(dataset, tmp_path, at_the_root, capfd):
+    words = (*settings(dataset, tmp_path / "r"), "--replay_step", "3")
+    assert run_in_ranks(capfd, *words) == [
+        "--replay_step: expected one process, got several. Use python."
+    ]
 
 
 @pytest.mark.parametrize(
     ("key", "told"),
     [
         ("learning_rate", "got other values of learning_rate."),
+        ("checkpoint_every", "got other values of checkpoint_every."),
+        ("output_dir", "got other values of output_dir ("),
         ("dataset_dir", "got other values of dataset_dir (other cases)."),
     ],
 )
-def test_ranks_of_other_configs_or_data_are_refused(dataset, tmp_path, key, told):
-    other = make_dataset(tmp_path / "other", 5)
-    value = {"learning_rate": "0.5", "dataset_dir": str(other)}[key]
+def test_ranks_of_other_configs_or_data_are_refused(
+    dataset, tmp_path, at_the_root, capfd, key, told
+):
+    other = {
+        "learning_rate": "0.5",
+        "checkpoint_every": "7",
+        "output_dir": str(tmp_path / "s"),
+        "dataset_dir": str(make_dataset(tmp_path / "other", 5)),
+    }
     words = settings(dataset, tmp_path / "r")
-    found = torchrun("differing", key, value, *CONFIGS, *words)
-    (line,) = lines_of(found.stdout)
+    (line,) = run_in_ranks(capfd, *words, of_the_second=(f"--{key}", other[key]))
     assert re.match(r"rank 1 on \S+: ranks: expected the config and dataset of rank 0", line)
     assert told in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_config_without_the_overlay_is_refused_under_torchrun(dataset, tmp_path):
+    began = time.monotonic()
+    found = torchrun("pipeline.run", "configs/amp.json", *settings(dataset, tmp_path / "r"))
+    assert found.returncode != 0
     assert "exitcode  : 2" in found.stdout
+    assert time.monotonic() - began < 60  # imports, on a busy machine
+    assert lines_of(found.stdout) == [
+        "process_group: expected one for 2 ranks, got none. Add configs/multi_gpu.json to the "
+        "config files."
+    ]
+    assert not (tmp_path / "r").exists()

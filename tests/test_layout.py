@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 OWN = ("pipeline", "transforms", "networks", "configs", "tests", "notebooks", "benchmarks")
-SHARED = {"pipeline.precision", "pipeline.errors", "pipeline.ranks"}
+SHARED = {"pipeline.precision", "pipeline.errors", "pipeline.ranks", "pipeline.rendezvous"}
 ROOMS = ("pipeline.data", "pipeline.training", "pipeline.prediction", "pipeline.bundle")
 
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -30,7 +36,7 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from networks.dense_unet import DenseUNet
-from pipeline import ranks
+from pipeline import ranks, rendezvous
 from pipeline.data.sampling import EpochSampler
 from pipeline.errors import InputError, TrainingStopped
 from pipeline.training.checkpoint import CheckpointHandler, checkpoints, load_checkpoint
@@ -38,6 +44,7 @@ from pipeline.training.handlers import TensorBoardHandler
 from pipeline.training.losses import SegmentationLoss
 from pipeline.training.recorder import FlightRecorder
 from pipeline.training.replica import Replica
+from pipeline.training.signals import interruptible_at_once
 from pipeline.training.trainer import StepEvents
 
 SIZE, STEPS = 5, 20  # samples in a micro-batch; five are divided 3 + 2 and 2 + 2 + 1
@@ -323,6 +330,21 @@ def test_batch_norm_has_one_running_statistic_for_all_ranks():
     assert result["1.num_batches_tracked"] == 2
 
 
+def test_network_of_which_a_part_takes_none_in_a_step_is_refused():
+    """DDP would leave the gradients of that part's bucket as each rank has them."""
+
+    def run():
+        network = nn.Sequential(instance_norm_network())
+        network.unused = nn.Linear(2, 2)
+        network.forward = network[0].forward
+        return train(network=network, batches=[batch(0, SIZE)])
+
+    for rank, error in enumerate(in_ranks(run)):
+        assert isinstance(error, InputError)
+        assert error.is_told == (rank == 1)
+        assert "got no gradient of unused.weight, unused.bias." in str(error)
+
+
 # --- ending together
 
 
@@ -479,6 +501,63 @@ def test_an_exit_of_one_is_that_of_all():
 
     for status in (0, 2):
         assert [error.code for error in in_ranks(run, status)] == [status, status]
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_signal_in_an_exchange_is_held_until_it_is_through(busy):
+    """A handler that raised in its middle would leave the others there."""
+
+    def run():
+        with interruptible_at_once(), ranks.together():
+            if ranks.rank() == busy:
+                time.sleep(1)
+            else:
+                threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            said = ranks.gathered("a word that is longer than others"[: 5 + 20 * ranks.rank()])
+            assert len(said[1]) == 25
+        return "went on"
+
+    for error in in_ranks(run):
+        assert isinstance(error, SystemExit)
+        assert error.code == 75
+
+
+def test_by_main_waits_for_what_rank_0_does_and_refuses():
+    def run(refuses: bool):
+        def work():
+            time.sleep(0.3)
+            if refuses:
+                raise InputError("a: expected b.")
+            return os.getpid()
+
+        with ranks.together():
+            return ranks.by_main(work)
+
+    first, second = in_ranks(run, False)
+    assert first == second
+    assert [str(error) for error in in_ranks(run, True)] == ["a: expected b."] * 2
+
+
+def test_ranks_that_do_not_all_come_are_told(monkeypatch):
+    monkeypatch.setattr(rendezvous, "DEADLINE", timedelta(seconds=1))
+    for rank in (0, 1):
+        store = dist.HashStore()
+        store.set_timeout(rendezvous.DEADLINE)
+        monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, rank, 2)]))  # noqa: B023
+        with pytest.raises(InputError, match="ranks: expected all to meet within 1 s, got: "):
+            rendezvous.meet()
+
+
+def test_name_of_a_start_is_no_earlier_ones():
+    """The store of torchrun outlives the processes, with what they left in it."""
+    store = dist.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            work = [pool.submit(rendezvous.name_of_start, store, n, 3) for n in (2, 0, 1)]
+            (name,) = {one.result() for one in work}
+        names.append(name)
+    assert len(set(names)) == 3
 
 
 def test_quiet_leaves_errors(capfd):

@@ -604,5 +604,5 @@ def test_interrupted_prediction_waits_for_no_other_rank(images, tmp_path):
     assert first.end is KeyboardInterrupt
     assert summary_of(first)[0] == "Not predicted: 1 of 4"  # of its own
     assert f"2 of 4 cases predicted, in {tmp_path}/out" in first.lines
-    assert second.end is RuntimeError  # of the connection that the first has closed
+    assert second.end == 1  # by the connection that the first has closed
     assert second.told == ""

@@ -179,7 +179,7 @@ class EpochSampler(Sampler[int]):
         if batch_size < ranks.size():
             raise InputError(
                 f"batch_size: expected {ranks.size()} or more, a patch for each rank, got "
-                f"{batch_size}. Raise it, or start fewer ranks."
+                f"{batch_size}. Start fewer ranks."
             )
         self.batch_size = batch_size
         self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch

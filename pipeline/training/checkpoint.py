@@ -105,6 +105,7 @@ class CheckpointHandler:
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
             if trainer.progress.phase != EPOCH_END_PENDING and _is_through(trainer):
                 self._save_last(trainer)  # max_epochs may have been lowered
+                trainer.agree()
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
 

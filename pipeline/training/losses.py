@@ -194,7 +194,7 @@ def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _one_hot(target: torch.Tensor, valid: torch.Tensor | None, num_classes: int) -> torch.Tensor:
-    """`(B, C, H, W, D)` bool, all false at ignored voxels; refuses labels out of range."""
+    """`(B, C, H, W, D)` uint8, 0 at ignored voxels; refuses labels out of range."""
     target = target[:, None]
     shape = (len(target), num_classes, *target.shape[2:])
     found = torch.zeros(shape, dtype=torch.uint8, device=target.device)

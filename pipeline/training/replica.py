@@ -40,6 +40,7 @@ class Replica(DistributedDataParallel):
         settings: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
         super().__init__(network, **settings)
         self.register_comm_hook(None, _summed)
+        self._is_checked = False
         trained = [p for p in network.parameters() if p.requires_grad]
         self.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
         self._statistics = [
@@ -49,6 +50,27 @@ class Replica(DistributedDataParallel):
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
+
+    def require_all_used(self) -> None:
+        """After the first backward pass, refuse a network of which a part took none in it.
+
+        DDP would have waited for its gradients, and not have sent those of its bucket.
+
+        Raises:
+            InputError: Naming what took no part.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        parameters = self.module.named_parameters()
+        unused = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        with ranks.together():
+            if unused:
+                raise InputError(
+                    f"network: expected all parameters to take part in a step of several ranks, "
+                    f"got no gradient of {', '.join(unused[:5])}. Freeze them, or train in one "
+                    "process."
+                )
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -73,7 +73,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         roi_size: Network input in voxels; given, it is checked before training starts.
-        grace_s: Seconds within which a run ends after SIGTERM, SIGINT or SIGUSR1.
+        grace_s: Seconds within which a process ends after it got SIGTERM, SIGINT or SIGUSR1.
         replica: Of the network, where there are ranks; gradients pass through it.
         initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
             a handler restores, come after them.
@@ -107,7 +107,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: int = 1,
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
-        grace_s: float = 30.0,
+        grace_s: float = 25.0,
         replica: Replica | None = None,
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
@@ -338,6 +338,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._group_loss = self._max_abs_logit = torch.zeros((), device=self.state.device)
 
     def _optimizer_step(self, *, samples: int) -> None:
+        if self.replica:
+            self.replica.require_all_used()
         self.last_step = self.precision.step(
             self.optimizer,
             self._group_loss,
