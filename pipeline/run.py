@@ -41,23 +41,26 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
-        allow, rest = trust.split_allow(rest)
-        if "--help" in rest or "-h" in rest:
-            source = compose(files or ["configs/amp.json"], {}, allow)
-            print(help_text(source))
-            return 0
-        if not files:
-            raise InputError(f"command line: expected a config file, got none. {USAGE}")
-        overrides = parse_overrides(rest)
-        if not is_training(files):
-            predict(*in_run(files, overrides), allow)
-            return 0
-        replaying, step = "replay_step" in overrides, overrides.pop("replay_step", None)
         with ranks.together():
-            diagnosis.check(files, overrides, allow, training=True)
+            allow, rest = trust.split_allow(rest)
+            if "--help" in rest or "-h" in rest:
+                source = compose(files or ["configs/amp.json"], {}, allow)
+                print(help_text(source))
+                return 0
+            if not files:
+                raise InputError(f"command line: expected a config file, got none. {USAGE}")
+            overrides = parse_overrides(rest)
+            trains = is_training(files)
+            if not trains:
+                files, overrides = in_run(files, overrides)
+            replaying = trains and "replay_step" in overrides
+            step = overrides.pop("replay_step") if replaying else None
+            diagnosis.check(files, overrides, allow, training=trains)
             if replaying and ranks.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
-        if replaying:
+        if not trains:
+            predict(files, overrides, allow)
+        elif replaying:
             print(json.dumps(replay(files, overrides, step, allow), indent=2))
         else:
             run_workflow(files, overrides, allow)
@@ -158,7 +161,6 @@ def predict(files: Sequence[str], overrides: config.Config, allow: Collection[st
         InputError: If there is a mistake in the config, or an object of it refuses its arguments.
     """
     with ranks.together():
-        diagnosis.check(files, overrides, allow, training=False)
         workflow = _workflow(files, overrides, allow, "inference")
         workflow.initialize()
         _content(workflow, "prediction")

@@ -203,6 +203,22 @@ def test_fewer_cases_than_ranks_are_refused(tmp_path, at_the_root, capfd):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["configs/multi_gpu.json"], "configs/multi_gpu.json:7: lifecycle#process_group: expected"),
+        (["configs/amp.json", "--seed", "$1"], "--seed: expected"),
+        (["configs/none.json"], "configs/none.json: expected a config file, found none."),
+        (["configs/inference.json", "--run_dir", "runs/none"], "run_dir: expected"),
+        ([], "command line: expected a config file, got none."),
+    ],
+)
+def test_mistake_of_the_command_line_is_told_once(at_the_root, capfd, words, told):
+    assert in_ranks(lambda: main(words)) == [2, 2]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(told)
+
+
 def test_mistake_in_a_config_is_told_once(dataset, tmp_path, at_the_root, capfd):
     (line,) = run_in_ranks(capfd, *settings(dataset, tmp_path / "r", learning_rate="fast"))
     assert line.startswith("--learning_rate: expected float")
