@@ -80,8 +80,6 @@ class Lifecycle:
         run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
         self.cache_dir = intake.cache_dir
         asked = {"true": True, "false": False}.get(str(resume).lower(), "auto")
-        if ranks.is_restarted():
-            asked = "auto"  # what is there is this run's own
         self.directory = RunDirectory(run_dir, asked)
         self.max_epochs = max_epochs
         self.intake, self.process_group = intake, process_group
@@ -135,6 +133,7 @@ class Lifecycle:
                 self._cases = self._load()
                 with ranks.together():  # before the first one begins
                     self._require_same_on_all_ranks()
+                    self._require_case_for_each_rank()
                 self._plan, self.checkpoint = ranks.by_main(self._begin)
                 if not ranks.is_main():
                     self._follow()
@@ -176,6 +175,8 @@ class Lifecycle:
                 f"ranks: expected the config and dataset of rank 0, got other values of "
                 f"{', '.join(differing)}. Start all ranks with the same."
             )
+
+    def _require_case_for_each_rank(self) -> None:
         if len(self.cases.train) < ranks.size():
             raise InputError(
                 f"training cases: expected {ranks.size()} or more, one for each rank, got "
@@ -291,6 +292,7 @@ class Lifecycle:
             from pipeline.prediction.report import write_report  # it takes a second to import
 
             self._tell("report", write_report)
+        self.directory.forget_launch()
         log_whereabouts(self.run_dir, summary)
 
     def _tell(self, what: str, write: Callable[[Path], object]) -> None:

@@ -76,8 +76,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device("cuda", ranks.local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
+        remedy = "Use auto." if ranks.local_rank() is None else "Start fewer ranks."
         raise InputError(
-            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. Use auto."
+            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. {remedy}"
         )
     return resolved
 

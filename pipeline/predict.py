@@ -4,7 +4,8 @@
         --output_dir OUT [--key value ...]
 
 A case that cannot be predicted is named and left out, the others are predicted, and the exit status
-is 1; with `strict` the first one ends it. Started by torchrun, each process predicts a share.
+is 1; with `strict` the first one ends it. Started by torchrun, each process predicts a share, and
+ends with `strict` at the first one of its own.
 """
 
 from __future__ import annotations

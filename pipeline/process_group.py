@@ -18,7 +18,8 @@ from pipeline.training.replica import Replica
 log = logging.getLogger(__name__)
 
 SYNCHRONIZED = "synchronized"
-OWN = "each rank's own: there is no SyncBatchNorm on a CPU"
+OWN = "each rank's own"
+OWN_ON_CPU = f"{OWN}: there is no SyncBatchNorm on a CPU"
 
 
 class ProcessGroup:
@@ -35,7 +36,7 @@ class ProcessGroup:
     def __init__(self, device: str = "auto", sync_batch_norm: bool | str = True) -> None:
         self.device = device
         self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
-        self._batch_norm: str | None = None
+        self._batch_norm = "none in the network"
         self._gradient_bytes = 0
 
     def enter(self) -> None:
@@ -76,13 +77,12 @@ class ProcessGroup:
         """
         if not ranks.is_launched():
             return None
-        parameters = list(network.parameters())
         if any(isinstance(module, _BatchNorm) for module in network.modules()):
-            can = self.sync_batch_norm and parameters[0].is_cuda
-            if can:
+            if self.sync_batch_norm and next(network.parameters()).is_cuda:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
-            asked_in_vain = self.sync_batch_norm and not can
-            self._batch_norm = SYNCHRONIZED if can else OWN if asked_in_vain else "each rank's own"
+                self._batch_norm = SYNCHRONIZED
+            else:
+                self._batch_norm = OWN_ON_CPU if self.sync_batch_norm else OWN
         ranks.gathered(None)  # one that has failed is not waited for, as DDP would
         replica = Replica(network)
         self._gradient_bytes = replica.gradient_bytes
@@ -97,6 +97,6 @@ class ProcessGroup:
             "num_ranks": ranks.size(),
             "backend": None if not ranks.is_launched() else "nccl" if cuda else "gloo",
             "sync_batch_norm": self.sync_batch_norm,
-            "batch_norm": self._batch_norm or "none in the network",
+            "batch_norm": self._batch_norm,
             "gradient_bytes_per_step": self._gradient_bytes,
         }

@@ -31,8 +31,8 @@ from pipeline.rendezvous import meet
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# for another to be as far: to have preprocessed or predicted its share. A process that dies is
-# noticed at once, by its connections; a host that is lost is not
+# How long a rank waits for another that is behind, with its share of preprocessing or prediction. A
+# process that dies is noticed at once, since its connections close; a lost host is not.
 PATIENCE = timedelta(hours=2)
 
 log = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ def join() -> None:
 
 
 def loss_of(error: RuntimeError) -> str | None:
-    """What to say where `error` is the loss of another rank; `None` for any other error."""
+    """One line for the user where `error` says that another rank is gone; else `None`."""
     if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
-    said = str(error).splitlines()[0].partition(". This is")[0]
+    said = str(error).partition("\n")[0].partition(". This is")[0]
     return (
         f"rank {rank()}: expected all ranks to go on, got: {said}. Look at what the rank that "
         "ended first says; the same command goes on."
@@ -73,7 +73,7 @@ def loss_of(error: RuntimeError) -> str | None:
 
 
 def quiet() -> None:
-    """Leave the console to rank 0, but for errors; after logging is set up."""
+    """Let only rank 0 write to the console, others errors alone. Logging is set up before."""
     if is_main():
         return
     for handler in logging.root.handlers:
@@ -83,7 +83,7 @@ def quiet() -> None:
 
 
 def leave() -> None:
-    """Part from the ranks that `join` met, when nothing is to be said any more."""
+    """Leave the ranks that `join` met, after the last exchange."""
     global _talk, _alone, _store
     if _talk is not None:
         dist.destroy_process_group()
@@ -105,9 +105,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that failed."""
-    return is_launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def launch_id() -> str | None:
+    """torchrun's name for the launch, the same after a restart; `None` where it has none."""
+    name = os.environ["TORCHELASTIC_RUN_ID"] if is_launched() else "none"
+    return None if name == "none" else name  # as torchrun calls all that are not named
 
 
 def local_rank() -> int | None:
@@ -148,7 +149,7 @@ def from_main(value: T) -> T:
 
 
 def by_main(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, for which the others wait however long it takes it."""
+    """What `work` returns on rank 0; others wait without a limit. All have to call it."""
     global _waits
     if _store is None:
         return from_main(work() if is_main() else None)  # type: ignore[return-value]
@@ -172,7 +173,7 @@ def together() -> Iterator[None]:
     """Inside, a mistake or an exit of one rank becomes that of all. All have to enter it.
 
     Raises:
-        InputError: If one refused; `is_told` of it is true on all ranks but the first.
+        InputError: If one refused; `is_told` is true on all ranks but the first, which prints it.
         SystemExit: If one ended.
     """
     join()

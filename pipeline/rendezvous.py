@@ -23,9 +23,10 @@ def meet() -> tuple[dist.Store, int, int]:
         store, number, count = next(dist.rendezvous("env://", timeout=DEADLINE))
         return dist.PrefixStore(name_of_start(store, number, count), store), number, count
     except (TimeoutError, dist.DistStoreError, dist.DistNetworkError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
-            f"ranks: expected all to meet within {DEADLINE.total_seconds():g} s, got: "
-            f"{str(error).splitlines()[0]} Where nodes come later, start all launchers with "
+            f"ranks: expected all to meet within {DEADLINE.total_seconds():g} s, got: {reason}. "
+            "Look at the other launchers; where nodes come later, start all of them with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
         ) from error
 

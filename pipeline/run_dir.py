@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline import ranks
 from pipeline.errors import InputError
 from pipeline.hold import Hold, RunLog
 from pipeline.training.durable import CheckpointStore, make_directory
 
 # what a run may leave that dies before its config is written
 BEGINNING = {
-    ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp", "configs",
+    ".launch", ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp",
+    "configs",
 }  # fmt: skip
 FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
 
@@ -36,7 +38,9 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, resume: str | bool) -> None:
-        self.path, self.resume = path, resume
+        self.path, self._launch = path, path / ".launch"
+        # where torchrun starts the processes anew, what is there is this run's own
+        self.resume = "auto" if resume is False and self._is_of_this_launch() else resume
         self.store = CheckpointStore(path / "checkpoints")
 
     @property
@@ -74,10 +78,20 @@ class RunDirectory:
                 for folder in FOLDERS:
                     for path in (self.path / folder).glob("*.tmp"):
                         path.unlink()  # of a write that was cut off
+                if (launch := ranks.launch_id()) is not None:
+                    self._launch.write_text(launch)
             except BaseException:
                 hold.close()
                 raise
             _HELD[self.path] = hold
+
+    def forget_launch(self) -> None:
+        """What comes after the end of a run is another launch, whatever its name."""
+        self._launch.unlink(missing_ok=True)
+
+    def _is_of_this_launch(self) -> bool:
+        launch = ranks.launch_id()
+        return launch is not None and self._launch.is_file() and self._launch.read_text() == launch
 
     def follow(self, rank: int) -> None:
         """Log into it, as a rank that has not taken it."""

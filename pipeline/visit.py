@@ -38,6 +38,8 @@ class Visit(Lifecycle):
             with ranks.together():
                 self._meet()
                 self.look(any_data=True)
+                with ranks.together():
+                    self._require_same_on_all_ranks()
                 if not (self.run_dir / "models" / "model.pt").is_file():
                     raise InputError(
                         f"{self.best_model}: expected the best network of the run, found none. "

@@ -121,7 +121,6 @@ def test_checkpoint_of_two_ranks_goes_on_with_one_and_back(dataset, both, tmp_pa
     """And with other config files; progress and names know nothing of ranks."""
     monkeypatch.chdir(Path(__file__).parents[1])
     run_dir = tmp_path / "two"
-    words = settings(dataset, run_dir, **{**LONG, "max_epochs": 3, "final_scores": False})
     short = {**LONG, "final_scores": False, "max_epochs": 1, "warmup_steps": 5}
     first = torchrun("pipeline.run", *CONFIGS, *settings(dataset, run_dir, **short))
     assert first.returncode == 0, first.stdout

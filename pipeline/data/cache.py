@@ -100,7 +100,7 @@ class VolumeCache:
                 return
             mine = _to_make(missing_everywhere)
             if mine:
-                counts = len(missing), len(cached)
+                counts = len(mine), len(cached)
                 log.info("Preprocessing %d of %d cases into %s", *counts, self.directory)
                 made = pool.map(cached.make, [numbers[key] for key in mine])
                 list(ProgressBar(made, desc="Preprocessing", total=len(mine)))

@@ -264,5 +264,5 @@ class PatchLoader(DataLoader):
 
 def _ignore_signals(worker_id: int) -> None:
     """Leave signals to a whole group to the main process, which saves and ends the workers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in ranks.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

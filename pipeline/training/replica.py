@@ -31,8 +31,9 @@ class Replica(DistributedDataParallel):
     """
 
     def __init__(self, network: nn.Module) -> None:
-        # It is of axes of length 1, along which a stride may be any. Other strides of the weights
-        # would give the layers after them another layout: a tenth of a step was lost to it.
+        # DDP warns where a gradient's strides differ from its bucket's. They do along axes of
+        # length 1, where a stride means nothing; weights with strides that silence it cost a tenth
+        # of a step, since the layers after them then had another layout.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # the running statistics that DDP would send around are looked after by `settle`
         known = inspect.signature(DistributedDataParallel).parameters
@@ -52,9 +53,10 @@ class Replica(DistributedDataParallel):
         ]
 
     def require_all_used(self) -> None:
-        """After the first backward pass, refuse a network of which a part took none in it.
+        """Refuse a network some of whose parameters got no gradient in the first step.
 
-        DDP would have waited for its gradients, and not have sent those of its bucket.
+        DDP reduces a bucket only when all its gradients are there; the others of that bucket would
+        stay each rank's own.
 
         Raises:
             InputError: Naming what took no part.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from pipeline.errors import TrainingInterrupted, interrupted_status
+from pipeline.ranks import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NO_MORE = 0  # no signal has this number
 
 

@@ -221,7 +221,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 super(Trainer, self).run()
         except RuntimeError as error:
             explain: Any = getattr(self.data_loader, "explain", lambda _: None)
-            if (reason := explain(error) or ranks.loss_of(error)) is None:
+            if (reason := ranks.loss_of(error) or explain(error)) is None:
                 raise
             self.stop(reason)
         except OSError as error:
