@@ -646,6 +646,7 @@ def fill_slowly(folder, cases, started):
         time.sleep(0.05)
         return load(case)
 
+    torch.set_num_threads(1)  # torch's pool is lost in the fork; threads at once race to renew it
     cache_in(folder).fill(cases, slow)
 
 
