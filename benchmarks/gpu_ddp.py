@@ -37,7 +37,7 @@ from pipeline.training.losses import SegmentationLoss
 from pipeline.training.optimization import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
-WARM_UP, ROUNDS, STEPS = 8, 10, 12  # rounds of STEPS steps of each kind in turn
+ROUNDS, STEPS = 10, 12  # rounds of STEPS steps of each kind in turn
 KINDS = ("without", "replica", "replica_own_statistics")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -40,18 +39,17 @@ class ProcessGroup:
         self._gradient_bytes = 0
 
     def enter(self) -> None:
-        """Meet the other ranks.
+        """Set this rank up, inside of `ranks.together`: its console, and its device.
 
         Raises:
             InputError: If there is not a device for each.
         """
-        with ranks.together():
-            ranks.quiet()
-            if ranks.is_launched():
-                self._require_devices()
+        ranks.quiet()
+        if ranks.is_launched():
+            self._require_devices()
 
     def _require_devices(self) -> None:
-        num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_ranks = ranks.local_size()
         named = str(self.device)
         wants_cuda = named.startswith("cuda") or (named == "auto" and torch.cuda.is_available())
         found = torch.cuda.device_count()

@@ -116,10 +116,14 @@ def local_rank() -> int | None:
     return int(os.environ["LOCAL_RANK"]) if is_launched() else None
 
 
+def local_size() -> int:
+    """How many there are on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+
+
 def own_cores() -> int:
     """Of the cores that this process may use, its share among the ranks of its host."""
-    others = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
-    return max(len(os.sched_getaffinity(0)) // others, 1)
+    return max(len(os.sched_getaffinity(0)) // local_size(), 1)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

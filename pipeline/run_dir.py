@@ -66,24 +66,24 @@ class RunDirectory:
 
         Raises:
             InputError: If the run can neither start nor continue there.
+            OSError: If the directory cannot be written; see `told_to_user`.
         """
         if self.is_held:
             return
         self._require_right(require_same_run)
-        with told_to_user():
-            make_directory(self.path)
-            hold = Hold(self.path)
-            try:
-                self._require_right(require_same_run)  # another may have come and gone in between
-                for folder in FOLDERS:
-                    for path in (self.path / folder).glob("*.tmp"):
-                        path.unlink()  # of a write that was cut off
-                if (launch := ranks.launch_id()) is not None:
-                    self._launch.write_text(launch)
-            except BaseException:
-                hold.close()
-                raise
-            _HELD[self.path] = hold
+        make_directory(self.path)
+        hold = Hold(self.path)
+        try:
+            self._require_right(require_same_run)  # another may have come and gone in between
+            for folder in FOLDERS:
+                for path in (self.path / folder).glob("*.tmp"):
+                    path.unlink()  # of a write that was cut off
+            if (launch := ranks.launch_id()) is not None:
+                self._launch.write_text(launch)
+        except BaseException:
+            hold.close()
+            raise
+        _HELD[self.path] = hold
 
     def forget_launch(self) -> None:
         """What comes after the end of a run is another launch, whatever its name."""

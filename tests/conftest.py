@@ -131,6 +131,14 @@ def run_tiny(dataset: Path, output_dir: Path, *files: str, **changes: Any) -> in
     return main(["configs/amp.json", *files, *words])
 
 
+def finished_run(dataset: Path, output_dir: Path, **changes: Any) -> Path:
+    """A run on the tiny settings that came to its end, for fixtures of more than one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert run_tiny(dataset, output_dir, **changes) == 0
+    return output_dir
+
+
 @pytest.fixture
 def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`pipeline.run` on the tiny dataset: `run(output_dir, key=value, ...)` → exit status."""

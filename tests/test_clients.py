@@ -25,7 +25,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_tiny
+from conftest import finished_run
 from engines import batch, half, make_trainer
 from ignite.engine import Events
 from monai.bundle import ConfigItem, ConfigParser
@@ -51,11 +51,7 @@ pytestmark = [  # MONAI warns of every config that it is given
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run."""
-    out = tmp_path_factory.mktemp("runs") / "r"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        assert run_tiny(dataset, out) == 0
-    return out
+    return finished_run(dataset, tmp_path_factory.mktemp("runs") / "r")
 
 
 @pytest.fixture(scope="module")

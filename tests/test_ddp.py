@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, run_tiny
+from conftest import finished_run, make_dataset, run_tiny
 from engines import curve, read
 from in_ranks import in_ranks
 from torchrun import CONFIGS, settings, torchrun
@@ -37,9 +37,7 @@ def lines_of(text: str) -> list[str]:
 def both(dataset, tmp_path_factory) -> dict[str, Path]:
     """The same run by one process and by two ranks."""
     root = tmp_path_factory.mktemp("ddp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(__file__).parents[1])
-        assert run_tiny(dataset, root / "one", **LONG) == 0
+    finished_run(dataset, root / "one", **LONG)
     found = torchrun("pipeline.run", *CONFIGS, *settings(dataset, root / "two", **LONG))
     assert found.returncode == 0, found.stdout
     (root / "two.txt").write_text(found.stdout)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import REPOSITORY, TINY, make_dataset, run_tiny, write_dataset_json
+from conftest import REPOSITORY, TINY, finished_run, make_dataset, run_tiny, write_dataset_json
 
 from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
@@ -27,11 +27,7 @@ HEAD = ["head.weight", "head.bias"]
 @pytest.fixture(scope="module")
 def former(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run to begin from."""
-    out = tmp_path_factory.mktemp("former") / "r"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        assert run_tiny(dataset, out) == 0
-    return out
+    return finished_run(dataset, tmp_path_factory.mktemp("former") / "r")
 
 
 @pytest.fixture

@@ -93,8 +93,8 @@ def _check_keys(chart: Chart, training: bool) -> None:
     """Top-level keys: unknown, missing, or not of the type that the table gives them."""
     source = chart.composed.source
     keys = config.KEYS if training else {**config.KEYS, **config.PREDICTION_KEYS}
-    missing = [k for k, spec in keys.items() if k not in source and not spec.is_optional]
-    missing = missing if training else []
+    needed = [key for key, spec in keys.items() if training and not spec.is_optional]
+    missing = [key for key in needed if key not in source]
     used = {target[0] for target in chart.graph.targets}
     wanted = [*missing, *sorted(used - source.keys())]
     for key in source:
