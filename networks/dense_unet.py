@@ -1,18 +1,26 @@
 """A 3D U-Net with a dense bottleneck: the whole network.
 
+What is here is what it computes; `fused` and `on_cpu` compute some of it faster than torch does.
+
 Terms: a *level* is one resolution; the *skip* of a level is its encoder output, handed to its
 decoder; the *reduction* of an axis is the product of its strides, so `n` voxels along it are
 `n // reduction` at the bottleneck.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-NORMS = {"batch": nn.BatchNorm3d, "instance": nn.InstanceNorm3d}
+from networks import fused
+from networks.on_cpu import InstanceNorm, upsample
+
+NORMS = {"batch": nn.BatchNorm3d, "instance": InstanceNorm}
 COUNTS = ("in_channels", "out_channels", "base_channels", "num_dense_layers", "growth_rate")
 BOTTLENECK_FACTOR = 4  # a dense layer's 1×1×1 convolution has 4 · growth_rate channels
 
@@ -37,6 +45,9 @@ class DenseUNet(nn.Module):
         growth_rate: Channels that each of them appends.
         dropout: Probability in [0, 1) of zeroing a channel that a dense layer appends.
         deep_supervision: Return the logits of every decoder level in train mode.
+        recompute_levels: Finest levels, counted from full resolution, whose two blocks keep
+            nothing for the backward pass but their inputs and compute the rest again in it: less
+            memory for more time, and the same gradients bit for bit.
         seed: Seed of the initial weights, which are then a function of the arguments alone;
             torch's global random state is left untouched. None draws from the global state.
 
@@ -59,15 +70,18 @@ class DenseUNet(nn.Module):
         growth_rate: int = 32,
         dropout: float = 0.0,
         deep_supervision: bool = False,
+        recompute_levels: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         _check_counts(in_channels, out_channels, base_channels, num_dense_layers, growth_rate)
         _check_options(norm, dropout, seed)
-        self.in_channels, self.norm = in_channels, norm
+        self.in_channels, self.out_channels, self.norm = in_channels, out_channels, norm
         self.strides = _triples(strides)
         self.reduction = tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
         self.deep_supervision = _as_bool("deep_supervision", deep_supervision)
+        _check_recomputed(recompute_levels, len(self.strides))
+        self.recompute_levels = recompute_levels
         widths = [base_channels * 2**i for i in range(len(self.strides) + 1)]
         below = [*widths[1:-1], widths[-1] + num_dense_layers * growth_rate]
         coarse = widths[1:-1] if self.deep_supervision else []
@@ -99,16 +113,26 @@ class DenseUNet(nn.Module):
         if not torch.jit.is_scripting() and not torch.jit.is_tracing():
             self._check(image)
         x = image
+        if not torch.jit.is_scripting():
+            x = fused.channels_last(image, self.deepest.conv2.weight)
         skips: list[torch.Tensor] = []
         for encoder, pool in zip(self.encoders, self.pools):  # noqa: B905 (TorchScript)
-            skips.append(encoder(x))
-            x = pool(skips[-1])
+            if torch.jit.is_scripting():
+                x = encoder(x)
+                skips.append(x)
+                x = pool(x)
+            else:
+                x = self._at(len(skips), encoder, x)
+                x, skip = fused.pool_and_skip(x, pool)
+                skips.append(skip)
         x = self.bottleneck(self.deepest(x))
         levels: list[torch.Tensor] = []
         for decoder in self.decoders:
             skip = skips.pop()
-            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
-            x = decoder(torch.cat([x, skip], dim=1))
+            if torch.jit.is_scripting():
+                x = decoder(torch.cat([upsample(x, list(skip.shape[2:])), skip], dim=1))
+            else:
+                x = self._at(len(skips), decoder, x, skip)
             levels.append(x)
         logits = self.head(x)
         if not (self.training and self.deep_supervision):
@@ -117,6 +141,21 @@ class DenseUNet(nn.Module):
         for i, head in enumerate(self.deep_heads):
             outputs.insert(1, head(levels[i]))
         return outputs
+
+    @torch.jit.unused
+    def _at(self, level: int, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """A block of a level; of an input from below and a skip, upsampled and concatenated."""
+        run = block if len(inputs) == 1 else partial(_decoded, block)
+        wanted = level < self.recompute_levels and self.training and torch.is_grad_enabled()
+        if not wanted or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return run(*inputs)
+        return checkpoint(
+            run,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,  # there is no dropout in a block
+            context_fn=lambda: (contextlib.nullcontext(), _untouched_buffers(block)),
+        )
 
     @torch.jit.unused
     def minimum_size(self, batch_size: int = 1) -> tuple[int, int, int]:
@@ -168,8 +207,30 @@ class _ConvBlock(nn.Module):
         self.norm2 = _norm(norm, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        return F.relu(self.norm2(self.conv2(x)), inplace=True)
+        if torch.jit.is_scripting():
+            x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+            return F.relu(self.norm2(self.conv2(x)), inplace=True)
+        x = fused.norm_relu(self.norm1, self.conv1(x))
+        return fused.norm_relu(self.norm2, self.conv2(x))
+
+
+def _decoded(block: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    return block(fused.upsample_concat(x, skip))
+
+
+@contextlib.contextmanager
+def _untouched_buffers(block: nn.Module) -> Iterator[None]:
+    """Inside, running statistics are copies: a batch is to be counted once."""
+    own = [(module._buffers, dict(module._buffers)) for module in block.modules()]
+    try:
+        for buffers, kept in own:
+            buffers.update(
+                {name: tensor.clone() for name, tensor in kept.items() if tensor is not None}
+            )
+        yield
+    finally:
+        for buffers, kept in own:
+            buffers.update(kept)
 
 
 class _DenseLayer(nn.Module):
@@ -185,8 +246,12 @@ class _DenseLayer(nn.Module):
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        new = self.conv1(F.relu(self.norm1(x), inplace=True))
-        new = self.conv2(F.relu(self.norm2(new), inplace=True))
+        if torch.jit.is_scripting():
+            new = self.conv1(F.relu(self.norm1(x), inplace=True))
+            new = self.conv2(F.relu(self.norm2(new), inplace=True))
+        else:
+            new = self.conv1(fused.norm_relu(self.norm1, x))
+            new = self.conv2(fused.norm_relu(self.norm2, new))
         return torch.cat([x, self.dropout(new)], dim=1)  # (B, channels + growth_rate, …)
 
 
@@ -224,6 +289,11 @@ def _check_options(norm: str, dropout: float, seed: int | None) -> None:
     valid = type(dropout) in (int, float) and 0 <= dropout < 1
     _expect(valid, "dropout", "a number in [0, 1)", dropout)
     _expect(seed is None or _is_int(seed, 0), "seed", "null or an integer from 0 up", seed)
+
+
+def _check_recomputed(levels: int, most: int) -> None:
+    valid = _is_int(levels, 0) and levels <= most
+    _expect(valid, "recompute_levels", f"0 to {most}, the levels with a decoder,", levels)
 
 
 def _as_bool(name: str, value: object) -> bool:

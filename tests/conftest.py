@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from interpreted import interpreter, place  # noqa: F401 (fixtures)
 from scipy.ndimage import gaussian_filter
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -189,12 +189,70 @@ def test_image_of_another_shape_is_refused(shape):
         ("dropout", "0.1", r"number in \[0, 1\)"),
         ("deep_supervision", "yes", "true or false"),
         ("seed", -1, "integer from 0 up"),
+        ("recompute_levels", 4, "0 to 3, the levels with a decoder,"),
+        ("recompute_levels", -1, "0 to 3, the levels with a decoder,"),
+        ("recompute_levels", True, "0 to 3, the levels with a decoder,"),
     ],
 )
 def test_wrong_argument_is_refused_in_one_line(argument, value, expected):
     match = rf"^DenseUNet: expected {argument} to be .*{expected}, got [^\n]*$"
     with pytest.raises(ValueError, match=match):
         tiny(**{argument: value})
+
+
+def after_two_passes(levels, norm, device="cpu", dtype=torch.float32, last=True):
+    """Logits, gradients and buffers, and how many values are kept for a backward pass."""
+    network = tiny(
+        strides=[[2, 2, 1], 2], norm=norm, deep_supervision=True, recompute_levels=levels
+    ).to(device)
+    if last:
+        network = network.to(memory_format=torch.channels_last_3d)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    for _ in range(2):
+        kept.clear()
+        autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = network(image(2, 1, 12, 8, 8).to(device))
+        sum(logits.float().square().mean() for logits in outputs).backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    return [*outputs, *gradients, *network.buffers()], sum(kept)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_recomputed_levels_change_no_bit_and_keep_less(norm, last):
+    expected, most = after_two_passes(0, norm, last=last)
+    for levels in (1, 2):
+        found, kept = after_two_passes(levels, norm, last=last)
+        assert all(map(torch.equal, found, expected))
+        assert kept < 0.75 * most
+        most = kept
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_recomputed_levels_change_no_bit_on_a_card(norm, dtype):
+    with torch.backends.cudnn.flags(deterministic=True):
+        expected, _ = after_two_passes(0, norm, "cuda", dtype)
+        for levels in (1, 2):
+            found, _ = after_two_passes(levels, norm, "cuda", dtype)
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_nothing_is_recomputed_without_gradients_or_in_eval(norm, monkeypatch):
+    network = tiny(norm=norm, recompute_levels=2)
+    monkeypatch.setattr("networks.dense_unet.checkpoint", None)  # which would be called
+    with torch.no_grad():
+        network(image(2, 1, 16, 16, 16))
+    network.eval()(image(1, 1, 16, 16, 16))
 
 
 def test_strides_may_be_ints_or_triples():
@@ -290,7 +348,8 @@ def test_convolutions_before_a_norm_have_no_bias():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_script_trace_and_compile_agree_with_eager():
-    network = tiny(deep_supervision=True, strides=[[2, 2, 1]], num_dense_layers=1).eval()
+    deep = {"deep_supervision": True, "recompute_levels": 1}
+    network = tiny(strides=[[2, 2, 1]], num_dense_layers=1, **deep).eval()
     x = image(1, 1, 5, 4, 3)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), network(x))
