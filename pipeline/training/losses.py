@@ -9,7 +9,10 @@ loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_loss
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import ranks
-from pipeline.errors import InputError, as_bool
+from pipeline.errors import InputError, as_bool, nearest
 
 WHERE = "SegmentationLoss"
+BACKENDS = ("auto", "triton", "torch")
 NO_LABEL = -100  # torch's own default for ignore_index
 
 
@@ -43,9 +47,12 @@ class SegmentationLoss(nn.Module):
         smooth: Positive number added to Dice's numerator and denominator.
         ignore_value: Label of voxels that contribute neither to Dice nor to cross-entropy; where
             all are ignored the loss is 0 and so is its gradient.
+        backend: What computes the sums and their gradient: `torch`, `triton` (fused kernels, which
+            read the logits once in each direction and keep nothing of their size), or `auto`:
+            triton where it serves, on CUDA with up to 256 classes. `in_force` tells which.
 
     Raises:
-        InputError: If an argument is not as described.
+        InputError: If an argument is not as described, or triton is asked for and not installed.
 
     Source: Milletari et al., V-Net, 3DV 2016 (Dice, here without squares); Isensee et al.,
         nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
@@ -63,6 +70,7 @@ class SegmentationLoss(nn.Module):
         batch_dice: bool | str = False,
         smooth: float = 1e-5,
         ignore_value: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.dice_weight = _number("dice_weight", dice_weight, zero=True)
@@ -82,6 +90,34 @@ class SegmentationLoss(nn.Module):
         self.include_background = as_bool(include_background, f"{WHERE}: include_background")
         self.batch_dice = as_bool(batch_dice, f"{WHERE}: batch_dice")
         self.smooth = _number("smooth", smooth)
+        if backend not in BACKENDS:
+            raise InputError(
+                f"{WHERE}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}. "
+                + nearest(str(backend), BACKENDS)
+            )
+        if backend == "triton" and _fused() is None:
+            raise InputError(
+                f"{WHERE}: expected triton for backend 'triton', got no such package. "
+                "Install it, or use auto."
+            )
+        self.backend = backend
+
+    @torch.compiler.disable  # what it asks is of the process, not of the tensors
+    def in_force(self, device: torch.device, num_classes: int = 2) -> str:
+        """The backend, `triton` or `torch`, for logits on `device`.
+
+        Raises:
+            InputError: If triton is asked for and cannot serve there.
+        """
+        if self.backend == "torch":
+            return "torch"
+        obstacle = _obstacle(device, num_classes)
+        if self.backend == "triton" and obstacle:
+            raise InputError(
+                f"{WHERE}: expected {obstacle[0]} for backend 'triton', got {obstacle[1]}. "
+                "Use auto."
+            )
+        return "torch" if obstacle else "triton"
 
     def forward(
         self, logits: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor
@@ -100,28 +136,34 @@ class SegmentationLoss(nn.Module):
 
         Raises:
             ValueError: If the shapes do not fit each other or the class weights.
+            InputError: If triton is asked for and cannot serve here.
         """
         levels = [logits] if isinstance(logits, torch.Tensor) else list(logits)
         self._check(levels, label)
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(label.device)  # waits for a copy only once
         label = label.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
+        is_fused = self.in_force(levels[0].device, levels[0].shape[1]) == "triton"
         with torch.autocast(label.device.type, enabled=False):
-            sums = [
-                self._sums(level.as_subclass(torch.Tensor).float(), _resize(label, level))
-                for level in levels
-            ]
-            values = self._value(ranks.summed(torch.stack(sums)))
+            sums = []
+            for level in levels:
+                plain, own_label = level.as_subclass(torch.Tensor), _resize(label, level)
+                sums.append((self._fused_sums if is_fused else self._sums)(plain, own_label))
+            totals = ranks.summed(torch.stack(sums) if sums[1:] else sums[0][None])
+            if is_fused:
+                return self._fused_value(totals, levels[0].shape[1])
+            values = self._value(totals)
             weights = 0.5 ** torch.arange(len(levels), device=values.device)
             return (weights * values).sum() / weights.sum()
 
     def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """All that the loss at one resolution needs of float32 logits, added up over volumes.
+        """All that the loss at one resolution needs of logits, added up over volumes.
 
         Returns:
             `(K,)` float32: rows of one number per class, for Dice, then both terms of the quotient
             that is the mean cross-entropy.
         """
+        logits = logits.float()
         target = label[:, 0].long()  # (B, H, W, D)
         valid = None if self.ignore_value is None else (target != self.ignore_value)[:, None]
         one_hot = _one_hot(target, valid, logits.shape[1])
@@ -141,6 +183,39 @@ class SegmentationLoss(nn.Module):
             terms = self._dice(overlap, mass, size)
             rows = torch.stack([terms, torch.ones_like(terms)])
         return torch.cat([rows.sum(1).flatten(), torch.stack([entropy.sum(), weight.sum()])])
+
+    @torch.compiler.disable
+    def _fused_sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """The same by Triton, float64: numbers of voxels stay exact."""
+        fused, num_classes = _fused(), logits.shape[1]
+        found = fused.sums(
+            logits,
+            label,
+            self.class_weights,
+            self.ignore_value,
+            dice=self.dice_weight > 0,
+            entropy=self.ce_weight > 0,
+        )
+        if self.batch_dice:
+            return found.sum(0)
+        rows, rest = found.split([3 * num_classes, 2], 1)
+        terms = self._dice(*rows.chunk(3, 1))
+        return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
+
+    @torch.compiler.disable
+    def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """What `_value` gives, averaged over levels."""
+        options = {
+            "dice_weight": self.dice_weight,
+            "ce_weight": self.ce_weight,
+            "smooth": self.smooth,
+            "FIRST": 0 if self.include_background else 1,
+            "BATCH_DICE": self.batch_dice,
+        }
+        value: torch.Tensor = _fused().FusedValue.apply(
+            totals, self.class_weights, num_classes, options
+        )
+        return value
 
     def _value(self, totals: torch.Tensor) -> torch.Tensor:
         """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""
@@ -184,6 +259,36 @@ class SegmentationLoss(nn.Module):
                 f"{WHERE}: expected {shape[1]} class_weights, one per class, "
                 f"got {len(self.class_weights)}. Background is the first."
             )
+
+
+@functools.cache
+def _fused() -> Any:
+    """The module of the fused kernels, or `None` where triton is not installed."""
+    try:
+        return importlib.import_module("pipeline.training.fused_loss")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
+    """What triton would need, and what there is instead; `None` where it serves."""
+    if device.type != "cuda" and (device.type != "cpu" or not os.environ.get("TRITON_INTERPRET")):
+        return (
+            "logits on CUDA",
+            device.type,
+        )  # without the second that importing triton takes
+    fused = _fused()
+    if fused is None:
+        return "triton", "no such package"
+    if num_classes > fused.MAX_CLASSES:
+        return f"at most {fused.MAX_CLASSES} classes", str(num_classes)
+    if device.type == "cpu":
+        return None if fused.INTERPRETED else ("logits on CUDA", device.type)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a card of compute capability 8.0 or more", torch.cuda.get_device_name(device)
+    reason = fused.failure(device)
+    return reason and ("a triton that runs", reason)
 
 
 def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
