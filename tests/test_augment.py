@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from transforms.augment import INTENSITY, Augment, margin_size, resolve_flip_axes
@@ -162,6 +163,100 @@ def test_augment_depends_on_the_seed_alone(kwargs):
         alone = augment({key: value[i : i + 1] for key, value in batch.items()})
         assert torch.equal(alone[0][0], image[i])
         assert torch.equal(alone[1][0], label[i])
+
+
+def one_by_one(augment, image, label, draw):
+    """A sample as the module's first version made it, each operation on this sample alone."""
+    space = (1, 2, 3)
+    if draw.matrix is None:
+        for axis, n in enumerate(augment.roi_size, start=1):
+            image, label = (x.narrow(axis, (x.shape[axis] - n) // 2, n) for x in (image, label))
+        image, label = (x.flip([axis + 1 for axis in draw.flips]) for x in (image, label))
+    else:
+        matrix = draw.matrix * [-1 if axis in draw.flips else 1 for axis in range(3)]
+        ramps = [torch.arange(n) - (n - 1) / 2 for n in augment.roi_size]
+        columns = []
+        for row, n in zip(matrix.tolist(), augment.input_size, strict=True):
+            h, w, d = (ramp * (2 * entry / n) for ramp, entry in zip(ramps, row, strict=True))
+            columns.append(h[:, None, None] + w[:, None] + d)
+        grid = torch.stack(columns[::-1], -1)[None]
+        image, label = (
+            F.grid_sample(x[None].float(), grid, mode, align_corners=False)[0].to(x.dtype)
+            for x, mode in ((image, "bilinear"), (label, "nearest"))
+        )
+
+    def gamma(x, value):
+        low, high = x.amin(space, True), x.amax(space, True)
+        raised = ((x - low) / (high - low).clamp(min=1e-7)) ** value
+        (std, mean), (s, m) = (torch.std_mean(y, space, keepdim=True) for y in (x, raised))
+        return (raised - m) * (std / s.clamp(min=1e-7)) + mean
+
+    for name, value in draw.intensity.items():
+        if name == "noise":
+            generator = torch.Generator().manual_seed(draw.noise_seed)
+            image = image + value * torch.randn(image.shape, generator=generator)
+        elif name == "blur":
+            radius = int(4 * value + 0.5)
+            weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / value) ** 2)
+            weights = (weights / weights.sum()).tolist()
+            for axis in space:
+                index = torch.arange(-radius, image.shape[axis] + radius)
+                padded = image.index_select(axis, index.clamp(0, image.shape[axis] - 1))
+                length, image = image.shape[axis], torch.zeros_like(image)
+                for start, weight in enumerate(weights):
+                    image.add_(padded.narrow(axis, start, length), alpha=weight)
+        elif name == "contrast":
+            low, high, mean = (f(image, space, True) for f in (torch.amin, torch.amax, torch.mean))
+            image = ((image - mean) * value + mean).clamp(low, high)
+        elif name == "brightness":
+            image = image * value
+        else:
+            image = gamma(image, value) if name == "gamma" else -gamma(-image, value)
+    return image, label
+
+
+SOMETIMES = {name: {"prob": 0.5} for name in INTENSITY}
+
+
+@pytest.mark.parametrize("roi", [(5, 7, 3), ROI])  # 105 voxels: no whole number of vectors
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_augment_of_a_batch_is_that_of_each_sample_bit_for_bit(roi, num_channels, batch_size):
+    spatial = {name: {"prob": 0.4} for name in ("rotation", "scale", "flip")}
+    augment = Augment(roi, spacing=SPACING, spatial=spatial, intensity=SOMETIMES)
+    for first in range(0, 4 * batch_size, batch_size):
+        seeds = [*range(first, first + batch_size)]
+        batch = make_batch(augment.input_size, seeds, num_channels)
+        images, labels = augment(batch)
+        for n, seed in enumerate(seeds):
+            draw = augment.draw(seed)
+            image, label = one_by_one(augment, batch["image"][n], batch["label"][n], draw)
+            assert torch.equal(images[n], image), draw
+            assert torch.equal(labels[n], label), draw
+
+
+def test_draw_is_made_of_single_draws_in_their_order():
+    augment = Augment(ROI, spacing=SPACING, intensity=SOMETIMES, flip_axes=[1, 2])
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        turned, angles = rng.random() < 0.2, -30 + rng.random(3) * 60
+        values = {}
+        scaled, u = rng.random(2)
+        flips = [bool(r < 0.5) for r in rng.random(3)]
+        for name, settings in augment.intensity.items():
+            coin, v = rng.random(2)
+            (_, prob), (key, (low, high)) = settings.items()
+            middle = 1 if key == "range" else (low + high) / 2
+            if coin < prob:
+                values[name] = np.interp(v, [0, 0.5, 1], [low, middle, high])
+        draw = augment.draw(seed)
+        assert (draw.intensity, draw.noise_seed) == (values, rng.integers(2**63))
+        assert draw.flips == tuple(axis for axis in (1, 2) if flips[axis])
+        scale = np.interp(u, [0, 0.5, 1], [0.7, 1, 1.4]) if scaled < 0.2 else None
+        assert (draw.matrix is None) == (not turned and scale is None)
+        if draw.matrix is not None:
+            matrix = np.diag(1 / np.array(SPACING)) @ turn(angles * turned) @ np.diag(SPACING)
+            np.testing.assert_allclose(draw.matrix, matrix / (scale or 1), atol=1e-12)
 
 
 def test_augment_differs_between_seeds():

@@ -1,10 +1,15 @@
 """Augmentation on the training device: one resampling, then intensity, a pure function of a seed.
 
 Workers deliver crops with a margin (`input_size` voxels, about the chosen centre); here each is
-rotated, scaled, flipped and cut to `roi_size` by one affine, then changed in intensity. Samples
-are worked on one by one, so that a result depends on the sample's seed and nothing else: not on
-its batch, the workers, the ranks or a global random state. All parameters are Python numbers, so
-that the host never waits for the device.
+rotated, scaled, flipped and cut to `roi_size` by one affine, then changed in intensity. A result
+depends on the sample's seed and nothing else, bit for bit: not on its batch, the workers, the ranks
+or a global random state. So samples share a kernel only where each voxel is computed from its own
+sample alone in one rounding per operation; sums over voxels and powers are made sample by sample,
+since the order of additions, and on a CPU the end of a vectorised loop, would depend on the batch.
+(On CUDA, where `roi_size` has a number of voxels that four does not divide, to rounding: the sums'
+order depends on where in a batch the sample's memory begins.)
+All parameters are numbers on the host or come from pinned memory, so that the host never waits for
+the device.
 
 The operations, their order and defaults are nnU-Net's (Isensee et al., Nature Methods 18, 2021;
 batchgeneratorsv2), but: space is physical, a scale above 1 magnifies, the channels of a sample
@@ -24,6 +29,8 @@ from scipy.spatial.transform import Rotation
 
 Size = tuple[int, ...]
 Settings = Mapping[str, Any]
+Images = Sequence[torch.Tensor]  # (C, H, W, D) each, of one shape
+SPACE = (-3, -2, -1)  # the axes
 
 SPATIAL: Settings = {
     "rotation": {"prob": 0.2, "degrees": [-30, 30]},  # about each axis
@@ -132,8 +139,19 @@ class Augment:
         draws = [Draw(None, (), {}, 0)] * len(images)
         if self.enabled:
             draws = [self.draw(seed) for seed in batch["seed"].tolist()]
-        samples = [self._apply(*sample) for sample in zip(images, labels, draws, strict=True)]
-        image, label = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+        parts, label_parts = self._place(images, labels, draws)
+        for name in self.intensity:
+            chosen = [n for n, draw in enumerate(draws) if name in draw.intensity]
+            if chosen:
+                values = [draws[n].intensity[name] for n in chosen]
+                if name == "noise":
+                    seeds = [draws[n].noise_seed for n in chosen]
+                    changed = add_noise([parts[n] for n in chosen], values, seeds)
+                else:
+                    changed = CHANGES[name]([parts[n] for n in chosen], values)
+                for n, part in zip(chosen, changed, strict=True):
+                    parts[n] = part
+        image, label = torch.stack(parts), torch.stack(label_parts)
         return (image.to(**kwargs) if kwargs else image), label
 
     def _check(self, batch: Mapping[str, torch.Tensor]) -> None:
@@ -150,39 +168,48 @@ class Augment:
     def draw(self, seed: int) -> Draw:
         """Draw a sample's parameters; turning one operation off does not move the others."""
         random = np.random.default_rng(seed % 2**64)
-        rotation = self.spatial["rotation"]
-        low, high = _degrees(rotation["degrees"]).T
-        rotated, angles = random.random() < rotation["prob"], low + random.random(3) * (high - low)
-        scale = _draw_value(random, self.spatial["scale"])
-        flipped = random.random(3) < self.spatial["flip"]["prob"]
+        spatial = self.spatial
+        # all at once: the same numbers as one by one
+        coin, u, v, w, scale_coin, scale_u, *others = random.random(9 + 2 * len(self.intensity))
+        rotated = coin < spatial["rotation"]["prob"]
+        scale = _value(scale_coin, scale_u, spatial["scale"])
         matrix = None
         if rotated or scale is not None:
+            low, high = _degrees(spatial["rotation"]["degrees"]).T
+            angles = low + np.array([u, v, w]) * (high - low)
             # from voxels to mm, turned, and back: entry (i, j) gains spacing_j / spacing_i
             matrix = _rotation(angles * rotated) * self.spacing / self.spacing[:, None]
             matrix = matrix / (1.0 if scale is None else scale)
-        values = {name: _draw_value(random, known) for name, known in self.intensity.items()}
+        prob = spatial["flip"]["prob"]
+        flips = tuple(axis for axis in self.flip_axes if others[axis] < prob)
+        coins, us = others[3::2], others[4::2]
+        values = {
+            name: _value(coin, u, known)
+            for (name, known), coin, u in zip(self.intensity.items(), coins, us, strict=True)
+        }
         intensity = {name: value for name, value in values.items() if value is not None}
-        flips = tuple(axis for axis in self.flip_axes if flipped[axis])
         return Draw(matrix, flips, intensity, int(random.integers(2**63)))
 
-    def _apply(
-        self, image: torch.Tensor, label: torch.Tensor, draw: Draw
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One sample, (C, *input_size) and (1, *input_size), to `roi_size`."""
-        if draw.matrix is None:  # no interpolation: voxels keep their exact values
-            image, label = (crop_and_flip(x, self.roi_size, draw.flips) for x in (image, label))
-        else:
-            matrix = draw.matrix * [-1 if axis in draw.flips else 1 for axis in range(3)]
-            grid = sampling_grid(matrix, self.roi_size, self.input_size, image.device)
-            label = _sample(label.float(), grid, "nearest").to(label.dtype)
-            image = _sample(image, grid, "bilinear")
-        for name, value in draw.intensity.items():
-            if name == "noise":
-                generator = torch.Generator(image.device).manual_seed(draw.noise_seed)
-                noise = torch.randn(image.shape, generator=generator, device=image.device)
-                image = image + value * noise
-            else:
-                image = CHANGES[name](image, value)
+    def _place(
+        self, images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Samples (C, *input_size) and (1, *input_size), turned, scaled, flipped and cut."""
+        moved = [n for n, draw in enumerate(draws) if draw.matrix is not None]
+        image, label = (
+            [  # without a matrix no interpolation: voxels keep their exact values
+                x if draw.matrix is not None else crop_and_flip(x, self.roi_size, draw.flips)
+                for x, draw in zip(batch, draws, strict=True)
+            ]
+            for batch in (images, labels)
+        )
+        if moved:
+            signs = [[-1 if axis in draws[n].flips else 1 for axis in range(3)] for n in moved]
+            matrices = np.array([draws[n].matrix for n in moved]) * np.array(signs)[:, None]
+            grid = sampling_grid(matrices, self.roi_size, self.input_size, images.device)
+            turned = _sample(_stacked([image[n] for n in moved]), grid, "bilinear")
+            classes = _sample(_stacked([label[n] for n in moved]).float(), grid, "nearest")
+            for n, x, y in zip(moved, turned, classes.to(labels.dtype), strict=True):
+                image[n], label[n] = x, y
         return image, label
 
 
@@ -243,72 +270,129 @@ def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Te
 
 
 def sampling_grid(
-    matrix: np.ndarray, roi_size: Size, input_size: Size, device: torch.device
+    matrices: np.ndarray, roi_size: Size, input_size: Size, device: torch.device
 ) -> torch.Tensor:
-    """Grid for `grid_sample` with `align_corners=False`, (1, *roi_size, 3) float32.
+    """Grid for `grid_sample` with `align_corners=False`, (N, *roi_size, 3) float32.
 
-    Not `F.affine_grid`: its matrix product may run in TF32, which is off by a tenth of a voxel,
-    and its matrix is a tensor, for whose copy to the device the host would wait.
+    Not `F.affine_grid`: its matrix product may run in TF32, which is off by a tenth of a voxel.
+
+    Args:
+        matrices: (N, 3, 3), output to input offsets from the centre, in voxels.
+        roi_size: Of the output.
+        input_size: Of what is sampled.
+        device: Where the grid is to be.
     """
-    ramps = [torch.arange(n, device=device) - (n - 1) / 2 for n in roi_size]  # voxels
-    columns = []
-    for row, length in zip(matrix.tolist(), input_size, strict=True):
-        h, w, d = (ramp * (2 * entry / length) for ramp, entry in zip(ramps, row, strict=True))
-        columns.append(h[:, None, None] + w[:, None] + d)
-    return torch.stack(columns[::-1], -1)[None]  # grid_sample wants the last axis first
+    factors = (2 * matrices / np.asarray(input_size)[:, None]).astype(np.float32)
+    factors = factors[:, ::-1]  # grid_sample wants the last axis first
+    ramps = [np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2) for n in roi_size]  # voxels
+    offsets = np.concatenate([factors[..., j, None] * ramp for j, ramp in enumerate(ramps)], -1)
+    h, w, d = _on_device(offsets, device).split(roi_size, -1)  # (N, 3, length) each
+    grid = h[..., None, None] + w[..., None, :, None] + d[..., None, None, :]
+    return grid.permute(0, 2, 3, 4, 1)
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":  # from pageable memory the host would wait for the copy
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _sample(x: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
-    return F.grid_sample(x[None], grid, mode, padding_mode="zeros", align_corners=False)[0]
+    return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=False)
 
 
-def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, but a view of one alone."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def add_noise(images: Images, stds: Sequence[float], seeds: Sequence[int]) -> Images:
+    """Add to each image (C, H, W, D) normal noise of its std, from a generator of its seed."""
+    noise = []
+    for image, seed in zip(images, seeds, strict=True):
+        generator = torch.Generator(image.device).manual_seed(seed)
+        noise.append(torch.randn(image.shape, generator=generator, device=image.device))
+    torch._foreach_mul_(noise, list(stds))
+    return torch._foreach_add(list(images), noise)
+
+
+def scale_brightness(images: Images, factors: Sequence[float]) -> Images:
+    """Multiply each image (C, H, W, D) with its factor."""
+    return torch._foreach_mul(list(images), list(factors))
+
+
+def gaussian_blur(images: Images, sigmas: Sequence[float]) -> Images:
+    """Blur each image (C, H, W, D) by its sigma in voxels."""
+    return [_blurred(image, sigma) for image, sigma in zip(images, sigmas, strict=True)]
+
+
+def _blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:
     """Blur (C, H, W, D) by `sigma` voxels, cut at 4 sigma, the border voxels repeated.
 
     A sum of shifted images, since a convolution would run in TF32 on a GPU.
     """
     radius = int(4 * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    first, *others = (weights / weights.sum()).tolist()
     for axis in (1, 2, 3):
         pad = [0] * 6
         pad[6 - 2 * axis : 8 - 2 * axis] = [radius, radius]  # F.pad wants the last axis first
         padded = F.pad(image, pad, mode="replicate")
-        length, image = image.shape[axis], torch.zeros_like(image)
-        for start, weight in enumerate((weights / weights.sum()).tolist()):
+        length, image = image.shape[axis], padded.narrow(axis, 0, image.shape[axis]) * first
+        for start, weight in enumerate(others, 1):
             image.add_(padded.narrow(axis, start, length), alpha=weight)
     return image
 
 
-def adjust_contrast(image: torch.Tensor, factor: float) -> torch.Tensor:
-    """Scale (C, H, W, D) about each channel's mean, cut to the channel's range."""
-    low, high, mean = (f(image, (1, 2, 3), True) for f in (torch.amin, torch.amax, torch.mean))
-    return ((image - mean) * factor + mean).clamp(low, high)
+def adjust_contrast(images: Images, factors: Sequence[float]) -> Images:
+    """Scale each (C, H, W, D) about its channels' means, cut to the channel's range."""
+    stacked, mean = _stacked(images), _stacked([x.mean(SPACE, True) for x in images])
+    low, high = stacked.amin(SPACE, True), stacked.amax(SPACE, True)
+    changed = stacked - mean
+    torch._foreach_mul_(changed.unbind(), list(factors))
+    return (changed + mean).clamp(low, high).unbind()
 
 
-def adjust_gamma(image: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Raise (C, H, W, D) to `gamma` within each channel's range, its mean and std kept."""
-    low, high = (f(image, (1, 2, 3), True) for f in (torch.amin, torch.amax))
-    raised = ((image - low) / (high - low).clamp(min=1e-7)) ** gamma
-    std, mean = torch.std_mean(image, (1, 2, 3), keepdim=True)
-    raised_std, raised_mean = torch.std_mean(raised, (1, 2, 3), keepdim=True)
-    return (raised - raised_mean) * (std / raised_std.clamp(min=1e-7)) + mean
+def adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
+    """Raise each (C, H, W, D) to its gamma within each channel's range, its mean and std kept."""
+    stacked = _stacked(images)
+    low, high = stacked.amin(SPACE, True), stacked.amax(SPACE, True)
+    raised = (stacked - low) / (high - low).clamp(min=1e-7)
+    torch._foreach_pow_(raised.unbind(), list(gammas))
+    std, mean = _std_and_mean(images)
+    raised_std, raised_mean = _std_and_mean(raised.unbind())
+    changed = (raised - raised_mean) * (std / raised_std.clamp(min=1e-7)) + mean
+    return changed.unbind()
 
 
-CHANGES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+def invert_and_adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
+    """As `adjust_gamma`, the images negative meanwhile."""
+    return torch._foreach_neg(list(adjust_gamma(torch._foreach_neg(list(images)), gammas)))
+
+
+def _std_and_mean(images: Images) -> list[torch.Tensor]:
+    """Of each channel, (N, C, 1, 1, 1) each; sample by sample, see above."""
+    both = [torch.std_mean(image, SPACE, keepdim=True) for image in images]
+    return [_stacked(values) for values in zip(*both, strict=True)]
+
+
+CHANGES: dict[str, Callable[[Images, Sequence[float]], Images]] = {
     "blur": gaussian_blur,
-    "brightness": torch.mul,
+    "brightness": scale_brightness,
     "contrast": adjust_contrast,
-    "gamma_inverted": lambda image, gamma: -adjust_gamma(-image, gamma),
+    "gamma_inverted": invert_and_adjust_gamma,
     "gamma": adjust_gamma,
 }
 
 
-def _draw_value(random: np.random.Generator, settings: Settings) -> float | None:
+def _value(coin: float, u: float, settings: Settings) -> float | None:
     """An operation's value, or None; half of the factors are below 1, as in nnU-Net."""
     (_, prob), (key, (low, high)) = settings.items()
-    coin, u = random.random(2)
+    if coin >= prob:
+        return None
     middle = 1 if key == "range" and low < 1 < high else (low + high) / 2
-    return float(np.interp(u, [0, 0.5, 1], [low, middle, high])) if coin < prob else None
+    return float(np.interp(u, [0, 0.5, 1], [low, middle, high]))
 
 
 def _rotation(degrees: np.ndarray) -> np.ndarray:
