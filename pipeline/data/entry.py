@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,30 @@ class StoredTensor:
             origin: First voxel `(3,)`, negative outside the volume.
             size: `(3,)`; the window must have a voxel in common with the volume.
         """
-        first, last = np.maximum(origin, 0), np.minimum(origin + size, self.shape[1:])
-        source = tuple(slice(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True))
-        target = tuple(slice(a, b) for a, b in zip(first - origin, last - origin, strict=True))
-        inside = self[(slice(None), *source)]
+        source, target = common(origin, size, self.shape[1:])
+        inside = self[source]
         patch = torch.zeros((self.shape[0], *size.tolist()), dtype=inside.dtype)
-        patch[(slice(None), *target)] = inside
+        patch[target] = inside
         return patch
+
+
+Window = tuple[slice, ...]
+
+
+def common(origin: np.ndarray, size: np.ndarray, shape: Sequence[int]) -> tuple[Window, Window]:
+    """What a window has in common with a volume, as slices of the volume and of the window.
+
+    Args:
+        origin: First voxel `(3,)`, negative outside the volume.
+        size: Of the window, `(3,)`.
+        shape: Of the volume, without its channels, all of which are taken.
+    """
+    source, target = [slice(None)], [slice(None)]
+    for start, length, end in zip(origin.tolist(), size.tolist(), shape, strict=True):
+        first, last = max(start, 0), min(start + length, end)
+        source.append(slice(first, last))
+        target.append(slice(first - start, last - start))
+    return tuple(source), tuple(target)
 
 
 def _geometry(tensor: MetaTensor) -> dict[str, Any]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from monai.transforms import ClassesToIndices
 
-from pipeline.data.entry import Entry
-
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
+
+
+class CaseTensors(Protocol):
+    """The tensors of a case by name: in an open file, or in memory."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all that there are."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor: it has a shape, and slices."""
 
 
 def sampling_positions(
@@ -44,12 +56,12 @@ def sampling_positions(
 
 
 def draw_centre(
-    entry: Entry, num_classes: int, foreground_ratio: float, rng: np.random.Generator
+    entry: CaseTensors, num_classes: int, foreground_ratio: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Voxel `(3,)` that a patch is to be centred on.
 
     Args:
-        entry: Of a case, with `label` and its `sampling_positions`.
+        entry: A case, with `label` and its `sampling_positions`.
         num_classes: Classes, background included.
         foreground_ratio: Probability of a voxel of a class drawn from those present; else it is
             any voxel, or any annotated one where some are ignored.

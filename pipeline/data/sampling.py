@@ -7,7 +7,9 @@ run that continues needs to know one number only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import multiprocessing
 import os
 import re
@@ -22,8 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from pipeline import ranks
 from pipeline.data.cache import VolumeCache
 from pipeline.data.listing import Case, named
-from pipeline.data.positions import draw_centre, sampling_positions
+from pipeline.data.positions import CaseTensors, draw_centre, sampling_positions
+from pipeline.data.resident import Residence, ResidentCases
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -118,20 +123,38 @@ class PatchDataset(Dataset):
         return self.data[self._case_index(number)]["case_id"]
 
     def _sample(self, number: int) -> dict[str, Any]:
-        epoch, index = divmod(number, self.samples_per_epoch)
-        rng = generator(self.seed, epoch, index)
-        with self.cached.open(self._case_index(number)) as case:
-            centre = draw_centre(case, self.num_classes, self.foreground_ratio, rng)
-            origin = self._inside(centre, case["label"].shape[1:]) - self.patch_size // 2
+        case_index = self._case_index(number)
+        with self.cached.open(case_index) as case:
+            origin, seed = self._draw(case, number)
             image, label = (case[key].cut(origin, self.patch_size) for key in ("image", "label"))
         return {
             "image": image,
             "label": label,
-            "seed": int(rng.integers(2**63)),
+            "seed": seed,
             "number": number,
-            "case_id": self.case_id(number),
+            "case_id": self.data[case_index]["case_id"],
             "origin": torch.as_tensor(origin),
         }
+
+    def resident_batch(self, numbers: Sequence[int], cases: ResidentCases) -> dict[str, Any]:
+        """Training samples `numbers`, collated, cut where the cases are; bit for bit the same."""
+        indices = [self._case_index(number) for number in numbers]
+        draws = [self._draw(cases[i], n) for i, n in zip(indices, numbers, strict=True)]
+        origins = [origin for origin, _ in draws]
+        return {
+            **cases.cut(indices, origins, self.patch_size),
+            "seed": torch.tensor([seed for _, seed in draws]),
+            "number": torch.tensor(numbers),
+            "case_id": [self.data[i]["case_id"] for i in indices],
+            "origin": torch.from_numpy(np.stack(origins)),
+        }
+
+    def _draw(self, case: CaseTensors, number: int) -> tuple[np.ndarray, int]:
+        """First voxel of a sample's patch, and the seed of what else is random about it."""
+        rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
+        centre = draw_centre(case, self.num_classes, self.foreground_ratio, rng)
+        origin = self._inside(centre, case["label"].shape[1:]) - self.patch_size // 2
+        return origin, int(rng.integers(2**63))
 
     def _prepare(self, case: Case) -> dict[str, Any]:
         loaded = self.transform(case)
@@ -145,7 +168,7 @@ class PatchDataset(Dataset):
     def _case_index(self, number: int) -> int:
         """Cases come in rounds: every case once per round, each round in an order of its own."""
         round_number, place = divmod(number, len(self.data))
-        return int(generator(self.seed, "order", round_number).permutation(len(self.data))[place])
+        return int(_order(self.seed, round_number, len(self.data))[place])
 
     def _inside(self, centre: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """The centre, moved so that the roi lies inside the volume where it fits."""
@@ -153,6 +176,11 @@ class PatchDataset(Dataset):
         low = self.roi_size // 2
         high = size - (self.roi_size - low)
         return np.where(high > low, np.clip(centre, low, np.maximum(high, low)), size // 2)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, round_number: int, num_cases: int) -> np.ndarray:
+    return generator(seed, "order", round_number).permutation(num_cases)
 
 
 class EpochSampler(Sampler[int]):
@@ -201,6 +229,10 @@ class EpochSampler(Sampler[int]):
 class PatchLoader(DataLoader):
     """Loader of micro-batches in the order of their samples' numbers.
 
+    Where the preprocessed cases fit into the device's memory they are put there when the first
+    batch is asked for, and patches are cut there, in this process. Else they are cut on the host,
+    by workers if there are any, into pinned memory on a CUDA machine. The samples are the same.
+
     Workers live for an epoch, so that none is left when the interpreter exits: a process on a CUDA
     machine was seen to hang there with workers kept alive (cause not established).
 
@@ -208,8 +240,10 @@ class PatchLoader(DataLoader):
         dataset: Where the patches come from.
         sampler: Their numbers.
         batch_size: Patches in a micro-batch, of all ranks together.
-        num_workers: Processes of this rank that cut them; 0: none.
+        num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
+        resident: Whether the cases are put on the device; see `Residence`.
+        device: That the patches are for.
     """
 
     def __init__(
@@ -219,7 +253,10 @@ class PatchLoader(DataLoader):
         batch_size: int,
         num_workers: int = 0,
         timeout_s: float = 120.0,
+        resident: bool | str = "auto",
+        device: str | torch.device = "cpu",
     ) -> None:
+        self.residence = Residence(resident, device, num_workers)
         dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
         super().__init__(
             dataset,
@@ -234,7 +271,18 @@ class PatchLoader(DataLoader):
         )
 
     def __iter__(self) -> Any:
-        """One epoch; workers are gone when it ends, however it ends."""
+        """One epoch; workers are gone when it ends, however it ends.
+
+        Raises:
+            InputError: If the cases are to be on the device and do not fit.
+        """
+        patches: Any = self.dataset
+        batches: Any = self.batch_sampler
+        cases = self.residence.of(patches.cached)
+        if cases is not None:
+            for numbers in batches:
+                yield patches.resident_batch(numbers, cases)
+            return
         iterator: Any = super().__iter__()
         try:
             yield from iterator
@@ -243,6 +291,22 @@ class PatchLoader(DataLoader):
                 iterator._shutdown_workers()
                 for worker in iterator._workers:
                     worker.kill()  # one that hangs would not end otherwise, nor the interpreter
+
+    def begin(self) -> None:
+        """Before an epoch of a training: say, the first time, where the cases are.
+
+        Raises:
+            InputError: If they are to be on the device and do not fit.
+        """
+        patches: Any = self.dataset
+        if not self.residence.is_decided:
+            with ranks.together():
+                self.residence.of(patches.cached)
+            log.info("%s", self.residence)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What was asked for and what is in force; `None` before the first batch."""
+        return self.residence.describe()
 
     def explain(self, error: RuntimeError) -> str | None:
         """Which cases a worker that died or hung was loading; `None` for any other error."""
