@@ -6,18 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline import ranks
 from pipeline.data.datasets import Case, Cases, given_cases, load_cases
+from pipeline.data.forecast import Forecast, available_bytes
+from pipeline.data.memory import run_bytes, triples
 from pipeline.data.phantom import make_phantom
 from pipeline.data.plan import AUTO, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
-from pipeline.precision import resolve_device
+from pipeline.data.step_memory import Net
+from pipeline.data.window_memory import Windows
+from pipeline.errors import as_bool
+from pipeline.precision import MODES, resolve_device
 
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
-SHARE_OF_CARD = 0.8
+# of what a card has free: resident cases may take a quarter, augmentation and cuDNN a little
+SHARE_OF_CARD = 0.7
 
 
 class Intake:
@@ -30,10 +37,14 @@ class Intake:
         split: Arguments of `load_cases` that say which cases there are and how they are split.
         check: How much of the files preflight reads; see `preflight`.
         settings: Values of the plan, or `auto`; see `make_plan`.
-        memory_budget_bytes: What a training step may take; `auto`: 8 GiB, less on a smaller card,
-            and 2 GiB on a CPU.
+        memory_budget_bytes: What a training step may take; `auto`: 8 GiB, or 70 % of what the card
+            has free if that is less, and 2 GiB on a CPU.
         device: That it trains on.
         base_channels: Of the network.
+        recompute_levels: Of the network.
+        amp: Whether it trains in mixed precision.
+        amp_dtype: Of that; see `Precision`.
+        windows: How it validates: `at_once` and `overlap`; see `Windows`.
     """
 
     def __init__(
@@ -47,6 +58,10 @@ class Intake:
         memory_budget_bytes: float | str,
         device: str,
         base_channels: int,
+        recompute_levels: int = 0,
+        amp: bool | str = True,
+        amp_dtype: str = AUTO,
+        windows: Mapping[str, Any] | None = None,
     ) -> None:
         root = Path(bundle_root).resolve()
         self.dataset_dir = (root / dataset_dir).resolve()
@@ -60,7 +75,8 @@ class Intake:
         }
         self.check, self.settings = check, settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
-        self.base_channels = base_channels
+        self.base_channels, self.recompute_levels = base_channels, recompute_levels
+        self.amp, self.amp_dtype, self.windows = as_bool(amp, "amp"), amp_dtype, windows or {}
 
     def adopt(self, plan: Plan) -> None:
         """Decide what is `auto` as it was decided for another plan."""
@@ -104,8 +120,32 @@ class Intake:
             dataset=found.cases,
             budget_bytes=self._budget_bytes(),
             base_channels=self.base_channels,
+            recompute_levels=self.recompute_levels,
             num_ranks=ranks.size(),
         )
+
+    def forecast(self, plan: Plan, found: Preflight) -> Forecast | None:
+        """What training and validation are going to take of the card; `None` on a CPU.
+
+        Args:
+            plan: Of the run.
+            found: The largest of its volumes is what validation is predicted for.
+        """
+        device = resolve_device(self.device)
+        if device.type != "cuda" or found.fingerprint is None:
+            return None
+        dtype, _ = MODES["cuda"].get(self.amp_dtype, MODES["cuda"][AUTO])
+        mode = str(dtype if self.amp else torch.float32).removeprefix("torch.")
+        strides = triples(plan.strides)
+        levels = min(self.recompute_levels, len(strides))
+        sizes = self.base_channels, plan.num_classes, plan.in_channels
+        windows = Windows(plan.roi_size, plan.num_classes, **self.windows)
+        shapes = np.array(found.fingerprint["shapes"]["cases"], float)
+        shapes *= np.array(found.fingerprint["spacings_mm"]["cases"]) / np.array(plan.spacing)
+        largest = np.maximum(np.rint(shapes[shapes.prod(axis=1).argmax()]), 1).astype(int)
+        batch = -(-plan.batch_size // ranks.size())
+        peaks = run_bytes(Net(strides, *sizes, levels, mode), batch, windows, largest.tolist())
+        return Forecast(**peaks, available=available_bytes(device), device=str(device))
 
     def _budget_bytes(self) -> float:
         if self.memory_budget_bytes != AUTO:
@@ -113,5 +153,4 @@ class Intake:
         device = resolve_device(self.device)
         if device.type != "cuda":
             return CPU_BUDGET_BYTES
-        total = torch.cuda.get_device_properties(device).total_memory
-        return min(GPU_BUDGET_BYTES, SHARE_OF_CARD * total)
+        return min(GPU_BUDGET_BYTES, SHARE_OF_CARD * available_bytes(device))

@@ -1,4 +1,9 @@
-"""What memory a training step of the dense U-Net takes, as a formula with measured factors."""
+"""What memory of a card training, validation and prediction with the dense U-Net reserve.
+
+The tensors are counted in the order in which they come and go, and PyTorch's allocator is
+computed. Nothing is fitted but what cuDNN takes for itself (`step_memory.workspace`). Readings, of
+configurations that were looked at for that and of others, are in benchmarks/gpu_memory.json.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,64 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-# bytes per term of `activation_terms` in float32: the fit of ten readings on an NVIDIA H200, each
-# met within 4 % (benchmarks/gpu_memory.json)
-BYTES = (56.0, 17.5, 85e3)
+from pipeline.data.arena import Arena
+from pipeline.data.step_memory import FLOAT32, Net, Walk, step
+from pipeline.data.window_memory import Slabs, Windows
+
+SMALL_BYTES = 4 * 2**20  # of norms, losses and the like, all of them together
+
+
+class Process:
+    """The pools of a process that trains or predicts.
+
+    Args:
+        net: The network, whose weights are there from the beginning.
+    """
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.own, self.beside, self.graph = Arena(), Arena(), Arena()
+        self._peak = 0
+        for number in net.weights():
+            self.own.hold(4 * number)
+            if net.mode != FLOAT32:  # brought to channels last
+                self.own.drop(self.own.hold(4 * number))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were reserved, of all pools together."""
+        others = self.beside.reserved + self.graph.reserved
+        return max(self._peak, self.own.peak + others) + SMALL_BYTES
+
+    def train(self, roi_size: Sequence[int], batch_size: int) -> None:
+        """Steps without a graph, the optimizer's moments after the first, then those of a graph."""
+        voxels, own = batch_size * math.prod(roi_size), self.own
+        batch = 4 * voxels * self.net.in_channels, voxels  # image and label
+        given = [own.hold(size) for size in batch]
+        gradients, logits = step(Walk(self.net, own, roi_size, batch_size))
+        for size in (*batch, *batch):
+            self.beside.hold(size)  # the next one and that in use, on a stream of its own
+        for number in self.net.weights():
+            own.hold(4 * number)
+            own.hold(4 * number)
+        own.drop(*gradients, *given, logits)
+        gradients, logits = step(Walk(self.net, own, roi_size, batch_size))
+        own.drop(*gradients, logits)
+        self._peak = own.peak + self.beside.reserved
+        for size in batch:
+            own.hold(size)  # what the graph reads
+        own.trim()
+        own.peak = own.reserved
+        step(Walk(self.net, self.graph, roi_size, batch_size))
+
+    def predict(self, windows: Windows, shape: Sequence[int]) -> None:
+        """A volume by sliding windows, to labels.
+
+        Args:
+            windows: How.
+            shape: Of the preprocessed volume in voxels.
+        """
+        Slabs(self.net, self.own, windows, shape).predict()
 
 
 def step_bytes(
@@ -17,8 +77,11 @@ def step_bytes(
     strides: Sequence[Any],
     base_channels: int,
     num_classes: int,
-) -> float:
-    """Peak memory of a training step in float32, weights and AdamW included, in bytes.
+    in_channels: int = 1,
+    recompute_levels: int = 0,
+    mode: str = FLOAT32,
+) -> int:
+    """Peak of the memory that training steps reserve, weights and AdamW included, in bytes.
 
     Args:
         roi_size: Patch in voxels.
@@ -26,30 +89,31 @@ def step_bytes(
         strides: Pooling per level, an int or a triple.
         base_channels: Of the network.
         num_classes: Background included.
+        in_channels: Of the images.
+        recompute_levels: Levels that keep no activations.
+        mode: `float32`, `float16` or `bfloat16`.
     """
-    terms = activation_terms(roi_size, batch_size, triples(strides), base_channels, num_classes)
-    return sum(term * factor for term, factor in zip(terms, BYTES, strict=True))
+    steps = triples(strides)
+    levels = min(recompute_levels, len(steps))
+    process = Process(Net(steps, base_channels, num_classes, in_channels, levels, mode))
+    process.train(roi_size, batch_size)
+    return process.peak
 
 
-def activation_terms(
-    roi_size: Sequence[int],
-    batch_size: int,
-    strides: Sequence[Sequence[int]],
-    base_channels: int,
-    num_classes: int,
-) -> tuple[float, float, float]:
-    """What the memory of a training step of the dense U-Net grows with.
+def run_bytes(net: Net, batch_size: int, windows: Windows, shape: Sequence[int]) -> dict[str, int]:
+    """Peaks of a run on a CUDA device: of `training`, and of `validation` with its graph in place.
 
-    Returns:
-        Values in feature maps of all levels (voxels x channels), in logits, and, in proportion,
-        in weights.
+    Args:
+        net: The network.
+        batch_size: Patches of a micro-batch.
+        windows: How volumes are validated; patches have their size.
+        shape: Of the largest preprocessed volume.
     """
-    voxels = batch_size * math.prod(roi_size)
-    reduction, widths = 1, 1.0
-    for level, stride in enumerate(strides):
-        reduction *= math.prod(stride)
-        widths += 2 ** (level + 1) / reduction
-    return voxels * base_channels * widths, float(voxels * num_classes), float(base_channels**2)
+    process = Process(net)
+    process.train(windows.roi_size, batch_size)
+    training = process.peak
+    process.predict(windows, shape)
+    return {"training": training, "validation": process.peak}
 
 
 def triples(strides: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -86,6 +86,7 @@ def make_plan(
     dataset: Cases,
     budget_bytes: float,
     base_channels: int,
+    recompute_levels: int = 0,
     num_ranks: int = 1,
 ) -> Plan:
     """Decide what is `auto`.
@@ -97,6 +98,7 @@ def make_plan(
         budget_bytes: Memory that a training step in float32 may take. Mixed precision takes less;
             a plan is the same in every precision, so that precisions can be compared.
         base_channels: Of the network.
+        recompute_levels: Of the network.
         num_ranks: That share a batch; each has that memory.
 
     Raises:
@@ -127,7 +129,8 @@ def make_plan(
     strides = decide("strides", lambda: rules.strides_of(spacing, limit))
 
     def bytes_of(roi_size: Sequence[int], batch_size: int) -> float:
-        return step_bytes(roi_size, batch_size, strides, base_channels, num_classes)
+        network = strides, base_channels, num_classes, chosen["in_channels"], recompute_levels
+        return step_bytes(roi_size, batch_size, *network)
 
     steps = triples(strides)
     roi = decide("roi_size", lambda: rules.patch_of(median, spacing, steps, bytes_of, budget_bytes))

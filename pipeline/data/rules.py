@@ -6,6 +6,7 @@ Supplementary Note 2; where a rule differs it says so. Axes are R, A, S.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,20 +124,26 @@ def patch_of(
     """
     step = np.prod(np.array(strides), axis=0)
     smallest = 2 * step
-    whole = np.maximum(np.ceil(median / step) * step, smallest).astype(int)
-    roi = whole.copy()
-    while (needed := step_bytes(roi.tolist(), MIN_BATCH)) > budget_bytes:
-        extent_mm = np.where(roi > smallest, roi * np.array(spacing), 0)
-        if not extent_mm.any():
-            raise InputError(
-                f"memory_budget_bytes: expected {needed:.0f} or more, for {MIN_BATCH} of the "
-                f"smallest patches, got {budget_bytes:.0f}. Raise it, or lower base_channels."
-            )
+    roi = np.maximum(np.ceil(median / step) * step, smallest).astype(int)
+    smaller = [roi.tolist()]  # and smaller
+    while (extent_mm := np.where(roi > smallest, roi * np.array(spacing), 0)).any():
         axis = int(extent_mm.argmax())
         roi[axis] -= step[axis]
-    if (roi == whole).all():
-        return roi.tolist(), "the median volume, in multiples of what the strides divide by"
-    return roi.tolist(), (
+        smaller.append(roi.tolist())
+
+    def fits(size: Size) -> bool:
+        return step_bytes(size, MIN_BATCH) <= budget_bytes
+
+    first = bisect.bisect_left(smaller, True, key=fits)
+    if first == len(smaller):
+        raise InputError(
+            f"memory_budget_bytes: expected {step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for "
+            f"{MIN_BATCH} of the smallest patches, got {budget_bytes:.0f}. Raise it, or lower "
+            "base_channels."
+        )
+    if first == 0:
+        return smaller[0], "the median volume, in multiples of what the strides divide by"
+    return smaller[first], (
         f"the largest of which {MIN_BATCH} fit into {budget_bytes / 2**30:.3g} GiB; the median "
         f"volume has {'x'.join(f'{n:.0f}' for n in median)} voxels"
     )
@@ -146,22 +153,27 @@ def batch_size_of(
     roi_size: Size, total_voxels: float, step_bytes: StepBytes, budget_bytes: float, num_ranks: int
 ) -> tuple[int, str]:
     """What the budgets of all ranks hold, but no more than a small share of the dataset."""
-    each = step_bytes(roi_size, 2) - step_bytes(roi_size, 1)
-    by_memory = int((budget_bytes - step_bytes(roi_size, 0)) // each)
     by_data = int(MAX_BATCH_SHARE * total_voxels // math.prod(roi_size))
     least = max(MIN_BATCH, num_ranks)
-    if max(by_data, least) <= by_memory * num_ranks:
-        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {least} or more"
-        return max(by_data, least), share
+    wanted = max(by_data, least)
+    of_rank = range(1, math.ceil(wanted / num_ranks) + 1)
+    by_memory = bisect.bisect_left(
+        of_rank, True, key=lambda n: step_bytes(roi_size, n) > budget_bytes
+    )
     each_of = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
     budget = f"{budget_bytes / 2**30:.3g} GiB{each_of}"
+    taken = step_bytes(roi_size, max(by_memory, 1)) / 2**30
+    if wanted <= by_memory * num_ranks:
+        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {least} or more"
+        return wanted, f"{share}; predicted to take {taken:.3g} GiB in float32{each_of}"
     if by_memory < 1:
-        needed = step_bytes(roi_size, 1) / 2**30
         return (
             num_ranks,
-            f"the least; one such patch needs {needed:.3g} GiB, more than {budget}",
+            f"the least; one such patch needs {taken:.3g} GiB, more than {budget}",
         )
-    return by_memory * num_ranks, f"what fits into {budget}"
+    return by_memory * num_ranks, (
+        f"what fits into {budget}; predicted to take {taken:.3g} GiB in float32"
+    )
 
 
 def foreground_ratio_of(roi_size: Size, median: np.ndarray) -> tuple[float, str]:
