@@ -64,6 +64,18 @@ KEYS: dict[str, Key] = {
     ),
     "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
     "cudnn_benchmark": Key("bool", CONTINUABLE, "let cuDNN time its algorithms and choose"),
+    "layout": Key(
+        "str",
+        CONTINUABLE,
+        "memory format of images and weights; auto: channels last",
+        ("auto", "channels_last_3d", "contiguous"),
+    ),
+    "compile": Key(
+        "str",
+        CONTINUABLE,
+        "replay training steps as a CUDA graph; auto: on CUDA, with one rank",
+        ("auto", "cuda_graphs", "none"),
+    ),
     "max_consecutive_skips": Key(
         "int", CONTINUABLE, "skipped steps in a row after which training stops", least=1
     ),
@@ -75,7 +87,15 @@ KEYS: dict[str, Key] = {
     "underflow_every": Key(
         "int", FREE, "steps between two measurements of gradient underflow; 0: none", least=0
     ),
-    "num_workers": Key("int", CONTINUABLE, "processes that cut patches; 0: none", least=0),
+    "resident": Key(
+        "str bool",
+        CONTINUABLE,
+        "keep training cases in the device's memory; auto: on CUDA, where they fit",
+        ("auto", True, False),
+    ),
+    "num_workers": Key(
+        "int", CONTINUABLE, "processes that cut patches of cases not resident; 0: none", least=0
+    ),
     "worker_timeout_s": Key("float", CONTINUABLE, "seconds that a batch may take them", least=1),
     "check": Key(
         "str", FREE, "preflight: headers and voxels, headers, or neither", ("full", "fast", "off")
@@ -95,7 +115,10 @@ KEYS: dict[str, Key] = {
         "person of a case id: regular expression, or pairs (2k-1 and 2k are one person)",
     ),
     "memory_budget_bytes": Key(
-        "int auto", FREE, "what roi_size and batch_size may need; auto: 8 GiB, on a CPU 2", least=1
+        "int auto",
+        FREE,
+        "what roi_size and batch_size may need; auto: 8 GiB or what fits, on a CPU 2",
+        least=1,
     ),
     "spacing": Key("triple auto", IDENTITY, "voxel size in mm that volumes are resampled to"),
     "crop_empty_borders": Key("bool auto", IDENTITY, "cut off what is zero around a volume"),
@@ -113,6 +136,12 @@ KEYS: dict[str, Key] = {
     "class_names": Key("names auto", IDENTITY, "names of the classes, background first"),
     "strides": Key("strides auto", IDENTITY, "pooling per level: an int, or one for each axis"),
     "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work", least=1),
+    "recompute_levels": Key(
+        "int",
+        CONTINUABLE,
+        "finest levels whose activations are computed again in the backward pass: less memory",
+        least=0,
+    ),
     "batch_size": Key("int auto", IDENTITY, "patches in a micro-batch", least=1),
     "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step", least=1),
     "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch", least=1),
@@ -187,12 +216,18 @@ CLIENT_KEYS = ("run_name",)
 
 # where the class of a nested key differs from that of its top-level key
 NESTED = {
+    "network_def::recompute_levels": CONTINUABLE,
     "train::trainer::initial_weights": FREE,  # init_weights says whose they are
     "train::trainer::max_epochs": CONTINUABLE,
+    "train::trainer::compile": CONTINUABLE,
+    "loss_function::backend": CONTINUABLE,
+    "optimizer::fused": CONTINUABLE,
     "train::trainer::replica": FREE,
     "train::trainer::grad_clip": CONTINUABLE,
     "train::handlers": FREE,
+    "train::dataloader::device": CONTINUABLE,
     "train::dataloader::num_workers": CONTINUABLE,
+    "train::dataloader::resident": CONTINUABLE,
     "train::dataloader::timeout_s": CONTINUABLE,
     "train::trainer::grace_s": FREE,
 }

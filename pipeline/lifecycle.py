@@ -15,8 +15,10 @@ from typing import Any
 from pipeline import config, ranks
 from pipeline.compose import source_being_resolved
 from pipeline.data.datasets import Cases
+from pipeline.data.forecast import Forecast
 from pipeline.data.intake import Intake
 from pipeline.data.plan import Plan
+from pipeline.data.preflight import Preflight
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.given import given_data, is_clients, require_same_classes
@@ -31,6 +33,7 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
 
+PREDICTED = "networks.dense_unet.DenseUNet"  # whose memory is
 PARTS = ("train", "validation", "test")  # of the cases
 # that hosts may have in places of their own; the run directory is compared as a path
 PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
@@ -86,6 +89,7 @@ class Lifecycle:
         self.report = as_bool(report, "report")
         self.start = Start(self.source, self.bundle_root, init_weights, init_head)
         self.checkpoint: Path | None = None
+        self.forecast: Forecast | None = None  # on CUDA, of the first rank
         self._cases: Cases | None = None
         self._plan: Plan | None = None
 
@@ -201,6 +205,7 @@ class Lifecycle:
                     f"{plan.batch_size}. Start fewer ranks{'' if begun else ', or raise it'}."
                 )
             self.start.fit(plan)
+            self._forecast(plan, found)
             self.directory.take(self._require_same_run)
             for line in (*found.notes, *(finding.line for finding in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
@@ -208,6 +213,18 @@ class Lifecycle:
             facts = found.fingerprint, self.start.record
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint
+
+    def _forecast(self, plan: Plan, found: Preflight) -> None:
+        """Predict the memory that this network will take.
+
+        Raises:
+            InputError: If the card has less.
+        """
+        network: Any = self.source.get("network_def")
+        if isinstance(network, dict) and network.get("_target_") == PREDICTED:
+            self.forecast = self.intake.forecast(plan, found)
+        if self.forecast is not None:
+            self.forecast.require_room()
 
     def _follow(self) -> None:
         """What the other ranks do when the first one has begun."""
@@ -278,6 +295,7 @@ class Lifecycle:
             dataset_hash=self.cases.fingerprint,
             config_hash=config.identity_hash(self._portable_source()),
             init_weights=self.start.record,
+            predicted_memory_bytes=self.forecast and self.forecast.as_dict(),
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
         )
@@ -344,6 +362,8 @@ class Lifecycle:
         )  # fmt: skip
         for line in self.plan.lines():
             log.info("  %s", line)
+        if self.forecast is not None:
+            log.info("%s", self.forecast.line)
         log.info("Run directory %s", self.run_dir)
         if ranks.size() > 1:
             log.info("Rank %d of %d; batches are divided among them", ranks.rank(), ranks.size())

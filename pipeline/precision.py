@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,12 @@ MODES: dict[str, dict[str, tuple[torch.dtype, bool]]] = {
         "float16": (torch.float16, True),
         "bfloat16": (torch.bfloat16, False),
     },
+}
+
+LAYOUTS = {
+    "auto": torch.channels_last_3d,  # faster in every precision, on cards and on processors
+    "channels_last_3d": torch.channels_last_3d,
+    "contiguous": torch.contiguous_format,
 }
 
 
@@ -93,6 +99,8 @@ class Precision:
         tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
         cudnn_benchmark: Whether cuDNN times its convolution algorithms and takes the fastest on
             CUDA: faster where shapes repeat, and the choice may differ from run to run.
+        layout: Memory format of the weights, which images and activations follow: `auto`,
+            `channels_last_3d`, which is what `auto` is, or `contiguous`.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
 
@@ -112,6 +120,7 @@ class Precision:
         amp_dtype: str = "auto",
         tf32: bool | str = False,
         cudnn_benchmark: bool | str = False,
+        layout: str = "auto",
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
@@ -139,6 +148,12 @@ class Precision:
             )
         self.tf32 = as_bool(tf32, "tf32")
         self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
+        if layout not in LAYOUTS:
+            raise InputError(
+                f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}. "
+                + nearest(str(layout), LAYOUTS)
+            )
+        self.layout = layout
         if self.device.type == "cuda":
             self._set_up_cuda()
 
@@ -149,6 +164,8 @@ class Precision:
                 "amp_dtype: expected a card with bfloat16 (compute capability 8.0 or more), "
                 f"got {torch.cuda.get_device_name(self.device)}. Use float16."
             )
+        if self.device.index is not None:  # Triton and CUDA graphs go to the current device
+            torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
@@ -160,9 +177,8 @@ class Precision:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Layout that convolutions are fastest in: channels last, but for float32 on CUDA."""
-        contiguous = self.device.type == "cuda" and self.dtype == torch.float32
-        return torch.contiguous_format if contiguous else torch.channels_last_3d
+        """Of the weights, which images and activations follow."""
+        return LAYOUTS[self.layout]
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move `network` to the device, its weights in `memory_format`.
@@ -184,6 +200,7 @@ class Precision:
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
             "cudnn_benchmark": self.cudnn_benchmark,
+            "layout": self.layout,
         }
         cuda = self.device.type == "cuda"
         effective = {
@@ -223,6 +240,7 @@ class Precision:
         *,
         grad_clip: float,
         counts: Sequence[float] = (),
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> StepStats:
         """Unscale, clip and step, unless something is not finite; update the loss scale.
 
@@ -237,6 +255,7 @@ class Precision:
                 1e20 leaves loss and gradients finite, but not BatchNorm's running variance.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
             counts: Numbers of this rank to be added up over ranks.
+            meanwhile: Called when the device has all its work and before the host waits for it.
         """
         if self.scaler:
             self.scaler.unscale_(optimizer)
@@ -246,7 +265,9 @@ class Precision:
         scale = self.scaler.scale(one) if self.scaler else one
         own = [norm, loss.float(), buffers_norm, max_abs_logit, scale]
         own += [torch.full_like(one, number) for number in counts]
-        table = ranks.rows(torch.stack(own)).tolist()
+        rows = ranks.rows(torch.stack(own))
+        meanwhile()
+        table = rows.tolist()
         grad_norm, mean_loss, _, _, loss_scale, *_ = table[0]
         applied = all(math.isfinite(value) for row in table for value in row[:3])
         if applied:

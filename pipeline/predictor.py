@@ -24,7 +24,8 @@ COMMON = (
     "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
     "roi_size", "in_channels", "num_classes", "class_names",
 )  # fmt: skip
-PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark")  # the first run's, for all
+# the first run's, for all
+PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark", "layout")
 
 
 class Predictor:
@@ -149,7 +150,7 @@ def load_networks(
         trust.check(
             source, [value for path, value in trust.walk(own) if path[-1:] == ("_target_",)]
         )
-        parser = ConfigParser({**source, **{key: own[key] for key in PRECISION}})
+        parser = ConfigParser({**source, **{key: own[key] for key in PRECISION if key in own}})
         networks.append(parser.get_parsed_content("network"))
         name = source["weights"] if Path(weights).is_absolute() else weights
         load_weights(networks[-1], root / other / name)

@@ -27,6 +27,7 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
         made_from: What the run was made from: names and hashes.
     """
     progress, device = trainer.progress, trainer.precision.device
+    loader = trainer.data_loader
     return {
         "best_mean_dice": progress.best_metric,
         "best_epoch": progress.best_epoch,
@@ -36,9 +37,11 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
         "wall_time_s": round(progress.wall_time_s, 1),
-        **trainer.precision.describe(),
+        **trainer.describe(),
+        "training_data": loader.describe() if hasattr(loader, "describe") else None,
         "device_name": device_name(device),
         "peak_memory_bytes": trainer.peak_memory_bytes,
+        "peak_reserved_bytes": trainer.peak_reserved_bytes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -323,8 +323,9 @@ CASES = {
     ),
     "another class": (
         {"optimizer#_target_": "torch.optim.lr_scheduler.StepLR"},
-        "{file}:2: optimizer#_target_: expected a class that takes params, lr, weight_decay, got "
-        "StepLR, which takes optimizer, step_size, gamma, last_epoch. Name another.",
+        "{file}:2: optimizer#_target_: expected a class that takes params, fused, lr, "
+        "weight_decay, got StepLR, which takes optimizer, step_size, gamma, last_epoch. "
+        "Name another.",
     ),
     "argument missing": (
         {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},

@@ -108,8 +108,10 @@ with interruptible(lambda: told.append(1), grace_s=1):
 """)
     assert ended.returncode == 75
     assert "Not through within 1 s" in ended.stderr
-    state = Path(f"/proc/{int(ended.stdout)}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    state, until = Path(f"/proc/{int(ended.stdout)}/stat"), time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":  # killed, on a busy machine
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_other_threads_are_left_alone():

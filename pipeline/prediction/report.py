@@ -139,7 +139,9 @@ def precision_section(run: Run) -> str:
         ["Loss scaling", "as the precision needs", _word(effective.get("loss_scaling"))],
         ["TF32", _word(requested.get("tf32")), _word(effective.get("tf32"))],
         ["cuDNN times its algorithms", *timed],
-        ["Memory layout", "as the precision needs", effective.get("memory_format", NONE)],
+        ["Compiled", requested.get("compile", NONE), effective.get("compile", NONE)],
+        ["Loss", requested.get("loss_backend", NONE), effective.get("loss_backend", NONE)],
+        ["Memory layout", requested.get("layout", NONE), effective.get("memory_format", NONE)],
     ]
     in_force = page.table(["Setting", "Asked for", "In force"], rows)
     return page.section("precision", title, sentence, in_force, _facts(summary))

@@ -19,7 +19,8 @@ class WeightedSums:
     ) -> None:
         self.box, self.weights = box, weights
         shape = [b - a for a, b in box]
-        self.logits = weights.new_zeros((num_networks, num_classes, *shape))
+        # classes last in memory, as networks in channels last give them
+        self.logits = weights.new_zeros((num_networks, *shape, num_classes)).movedim(-1, 1)
         self.total = weights.new_zeros(shape)
 
     def add(self, number: int, corner: Sequence[int], logits: torch.Tensor) -> None:

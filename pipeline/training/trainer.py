@@ -17,17 +17,21 @@ from typing import Any
 
 import torch
 from ignite.engine import EventEnum, Events
-from monai.engines import SupervisedTrainer, Trainer
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.engines.workflow import Workflow
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline import ranks
-from pipeline.errors import TrainingInterrupted, TrainingStopped
+from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, nearest
 from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.buffers import BufferSnapshot
 from pipeline.training.durable import NO_ROOM
+from pipeline.training.graph import MODES, StepGraph, has_hooks
+from pipeline.training.prefetch import Prefetcher, Prepared
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 from pipeline.training.replica import Replica, mean_over_ranks, require_equal_ranks
 from pipeline.training.signals import interruptible
@@ -75,6 +79,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         roi_size: Network input in voxels; given, it is checked before training starts.
         grace_s: Seconds within which a process ends after it got SIGTERM, SIGINT or SIGUSR1.
         replica: Of the network, where there are ranks; gradients pass through it.
+        compile: `auto`, `cuda_graphs` or `none`: whether forward, loss and backward are replayed
+            as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. Where a hook of a
+            module or a handler of what is between wants to see it, there is no graph.
         initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
             a handler restores, come after them.
         prepare_batch: `(batch, device, non_blocking) -> (image, label)`, augmentation included.
@@ -87,6 +94,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` where it does not.
         peak_memory_bytes: Of training and validation on a CUDA device, when they have ended.
+        peak_reserved_bytes: The same with what the allocator keeps for later.
         interrupted: Whether training ends here, to be continued: decided before the handlers of a
             step, or of an epoch's end, save what it ends with.
 
@@ -109,6 +117,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         roi_size: Sequence[int] | None = None,
         grace_s: float = 25.0,
         replica: Replica | None = None,
+        compile: str = "auto",
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
@@ -135,10 +144,13 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.group: list[dict[str, Any]] = []
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
+        self.peak_reserved_bytes: int | None = None
         self.interrupted = self._told_to_end = False
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
         self._buffers = BufferSnapshot(network)
+        self._compile = compile
+        self._ahead = Prefetcher(lambda: self.data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
             max_epochs=max_epochs,
@@ -155,6 +167,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             **kwargs,
         )
         self.scaler = precision.scaler  # type: ignore[assignment]
+        self._graph = self._step_graph()
         self.add_event_handler(Events.EPOCH_STARTED, _start_epoch)
         self._register_handlers(train_handlers or [])
 
@@ -173,20 +186,48 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
+        asked, in_force = self.describe().values()
+        for name in ("loss_backend", "compile"):
+            log.info("%s in force: %s; asked for: %s", name, in_force[name], asked[name])
+        if self.precision.device.type == "cpu":
+            keep_freed_memory()
         require_equal_ranks(self.network, self.progress.step)
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
             self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s
-        with interruptible(self.interrupt, self.grace_s):
-            self._train()
+        try:
+            with interruptible(self.interrupt, self.grace_s):
+                self._train()
+        finally:
+            self._end_graph()
         if self.precision.device.type == "cuda":  # before anything else is done there
             self.peak_memory_bytes = torch.cuda.max_memory_allocated(self.precision.device)
+            self.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.precision.device)
         if self.diagnosis is not None:
             log.log(self._level, "%s", self.diagnosis)
             raise TrainingStopped(self.diagnosis)
         if self.interrupted:
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
             raise TrainingInterrupted()
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What was asked for and what is in force: precision, backend of the loss, compilation.
+
+        Raises:
+            InputError: If the backend asked for cannot serve on this device.
+        """
+        described = self.precision.describe()
+        backend: Any = getattr(self.loss_function, "in_force", None)
+        classes: Any = getattr(self.network, "out_channels", 2)
+        described["requested"] |= {
+            "loss_backend": getattr(self.loss_function, "backend", None),
+            "compile": self._compile,
+        }
+        described["effective"] |= {
+            "loss_backend": backend(self.precision.device, classes) if backend else None,
+            "compile": "cuda_graphs" if self._graph and self._graph.is_used else "none",
+        }
+        return described
 
     def _begin_round(self) -> None:
         self.progress.phase = STEPPING
@@ -202,7 +243,34 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.scaler = precision.scaler  # type: ignore[assignment]
         self.progress.mode = precision.mode
         self.optimizer.state.clear()
+        self._graph = self._step_graph()
         self._buffers = BufferSnapshot(self.network)
+
+    def _step_graph(self) -> StepGraph | None:
+        if self._compile not in MODES:
+            raise InputError(
+                f"compile: expected one of {', '.join(MODES)}, got {self._compile!r}. "
+                + nearest(str(self._compile), MODES)
+            )
+        possible = self.precision.device.type == "cuda" and not self.replica
+        if self._compile == "cuda_graphs" and not possible:
+            raise InputError(
+                "compile: expected a CUDA device and one rank for cuda_graphs. Use auto."
+            )
+        if self._compile == "none" or not possible:
+            return None
+        return StepGraph(
+            self._work,
+            self.network,
+            accumulates=self.accumulation_steps > 1,
+            required=self._compile == "cuda_graphs",
+        )
+
+    def _end_graph(self) -> None:
+        """Leave its memory to what comes after training."""
+        if self._graph:
+            self._graph.end()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """One optimizer step over the micro-batches of one group, outside of a run."""
@@ -218,7 +286,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             going = self.diagnosis is None and not self.interrupted
             if unfinished and self.progress.phase == STEPPING and going:
                 # not Trainer.run, which would put a new scaler in the place of the policy's
-                super(Trainer, self).run()
+                super(Workflow, self).run(self._ahead, self.state.max_epochs)
         except RuntimeError as error:
             explain: Any = getattr(self.data_loader, "explain", lambda _: None)
             if (reason := ranks.loss_of(error) or explain(error)) is None:
@@ -283,6 +351,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         output: dict[str, Any],
         notify: Callable[[IterationEvents], object] = lambda event: None,
         network: torch.nn.Module | None = None,
+        prepared: Prepared | None = None,
     ) -> torch.Tensor:
         """Loss of one micro-batch in train mode, which is a function of the batch and the weights.
 
@@ -292,11 +361,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             output: Receives `image`, `label`, `pred` and `loss` as they come to be.
             notify: Called with MONAI's events.
             network: In the place of the trainer's own: its replica.
+            prepared: What `prepare_batch` makes of the micro-batch, where it is there already.
         """
         network = network or self.network
+        images, labels = prepared or self._prepare(batchdata)
         # dropout draws from torch's own generator: a function of the samples, not of the past
         torch.manual_seed(int(batchdata["seed"][0]))
-        images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         output |= {Keys.IMAGE: images, Keys.LABEL: labels}
         network.train()
         with autocast:
@@ -309,6 +379,47 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             notify(IterationEvents.LOSS_COMPLETED)
         return output[Keys.LOSS]
 
+    def _prepare(self, batchdata: dict[str, Any]) -> Prepared:
+        """`prepare_batch`, which is to be a function of the batch, should it draw from torch."""
+        torch.manual_seed(int(batchdata["seed"][0]))
+        return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+
+    def _work(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
+        """Forward, loss and backward with nothing in between, for `StepGraph`."""
+        with self.precision.autocast():
+            pred = self.inferer(images, self.network)
+            loss = self.loss_function(pred, labels) / self.accumulation_steps
+        self.precision.backward(loss)
+        detached = [level.detach() for level in pred] if isinstance(pred, list) else pred.detach()
+        return detached, loss.detach()
+
+    def _backpropagate(self, batchdata: dict[str, Any], output: dict[str, Any]) -> torch.Tensor:
+        """Loss of a micro-batch, its gradients added to the parameters'."""
+        prepared = self._ahead.take(batchdata)
+        events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
+        watched = any(self._event_handlers.get(event) for event in events)
+        if self._graph and not watched and not has_hooks(self.network):
+            images, labels = prepared or self._prepare(batchdata)
+            torch.manual_seed(int(batchdata["seed"][0]))
+            self.network.train()
+            pred, loss = self._graph(images, labels)
+            output |= {Keys.IMAGE: images, Keys.LABEL: labels, Keys.PRED: pred}
+            output[Keys.LOSS] = loss * self.accumulation_steps
+            for event in events:
+                self.fire_event(event)
+            return loss
+        last = len(self.group) == self.accumulation_steps
+        with self.replica.no_sync() if self.replica and not last else contextlib.nullcontext():
+            autocast = self.precision.autocast()
+            loss = self.forward(
+                batchdata, autocast, output, self.fire_event, self.replica, prepared
+            )
+            loss = loss / self.accumulation_steps
+            self.precision.backward(loss)
+        return loss
+
     def _iteration(
         self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -317,17 +428,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.group.append(batchdata)
         output: dict[str, Any] = {}
         self.state.output = output
-        autocast, last = self.precision.autocast(), len(self.group) == self.accumulation_steps
-        with self.replica.no_sync() if self.replica and not last else contextlib.nullcontext():
-            loss = self.forward(batchdata, autocast, output, self.fire_event, self.replica)
-            loss = loss / self.accumulation_steps
-            self.precision.backward(loss)
+        loss = self._backpropagate(batchdata, output)
         self._group_loss = self._group_loss + loss.detach()
         largest = torch.maximum(self._max_abs_logit, max_abs(output[Keys.PRED]))
         self._max_abs_logit = largest
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if last:
+        if len(self.group) == self.accumulation_steps:
             self._optimizer_step(samples=len(output[Keys.IMAGE]) * self.accumulation_steps)
+        else:
+            self._ahead.fetch()
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
 
@@ -347,6 +456,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self._buffers.norm(self.precision.device),
             grad_clip=self.grad_clip,
             counts=(samples, self._told_to_end),
+            meanwhile=self._ahead.fetch,
         )
         applied, (samples_of_all, told_to_end) = self.last_step.applied, self.last_step.sums
         if applied:
@@ -374,4 +484,6 @@ def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 def _start_epoch(trainer: MixedPrecisionTrainer) -> None:
     """Let the sampler go on where the progress record stands."""
     loader: Any = trainer.data_loader
+    if hasattr(loader, "begin"):
+        loader.begin()
     loader.sampler.start = trainer.progress.samples

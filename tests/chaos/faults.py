@@ -11,7 +11,7 @@ from torch.utils.data import default_collate, get_worker_info
 
 from pipeline.data.sampling import PatchDataset, PatchLoader
 
-SAMPLE = 5
+SAMPLE, BATCH = 5, 2
 
 
 class DyingDataset(PatchDataset):
@@ -22,10 +22,16 @@ class DyingDataset(PatchDataset):
 
 
 class HangingDataset(PatchDataset):
+    at = SAMPLE
+
     def _sample(self, number: int) -> dict[str, Any]:
-        if number == SAMPLE:
+        if number == self.at:
             time.sleep(3600)
         return super()._sample(number)
+
+
+class HangingAheadDataset(HangingDataset):
+    at = SAMPLE + BATCH  # is fetched while the step of SAMPLE is taken, which then does not end
 
 
 def die_in_collate(samples: list[dict[str, Any]]) -> Any:

@@ -1,0 +1,233 @@
+"""Micro-batches made ready ahead of their turn: nothing but time depends on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import Samples, batch, batch_norm_network, differing, half, make_trainer, state_of
+from ignite.engine import Events
+
+from pipeline.errors import InputError, TrainingInterrupted
+from pipeline.precision import Precision
+from pipeline.training.prefetch import Prefetcher
+from pipeline.training.trainer import StepEvents
+from transforms.augment import Augment
+
+
+class Loader(Samples):
+    """Notes what it is asked for, and fails at one batch."""
+
+    def __init__(self, batches, fails_at=None, error=None):
+        super().__init__(batches)
+        self.asked, self.fails_at, self.error, self.closed = [], fails_at, error, 0
+
+    def __iter__(self):
+        try:
+            for n in range(self.start // 2, len(self.batches)):
+                self.asked.append(n)
+                if n == self.fails_at:
+                    raise self.error
+                yield self.batches[n]
+        finally:
+            self.closed += 1
+
+    def explain(self, error):
+        return None
+
+
+def trainer_of(batches, **kwargs):
+    precision, network = Precision("cpu", amp=False), batch_norm_network()
+    return make_trainer(precision, batches, network=network, **kwargs)
+
+
+def without_prefetching(monkeypatch):
+    monkeypatch.setattr(Prefetcher, "fetch", lambda self: None)
+
+
+def augment(size):
+    both = {name: {"prob": 0.5} for name in ("noise", "blur", "gamma", "contrast")}
+    spatial = {"rotation": {"degrees": 0}, "scale": {"prob": 0.5, "range": [1, 2]}}
+    return Augment((size,) * 3, spatial=spatial, intensity=both)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("is_random", [False, True], ids=["augmented", "drawing from torch"])
+def test_training_is_the_same_with_and_without(monkeypatch, accumulation, is_random):
+    def noisy(data, device, non_blocking):
+        return data["image"] + torch.randn(data["image"].shape), data["label"]
+
+    batches = [batch(n) for n in range(4)]
+    for one in batches:
+        one |= {key: torch.nn.functional.pad(one[key], (1,) * 6) for key in ("image", "label")}
+    ours = noisy if is_random else augment(10)
+    common = {"accumulation": accumulation, "epochs": 2, "prepare_batch": ours}
+    with monkeypatch.context() as patch:
+        without_prefetching(patch)
+        without = trainer_of(batches, **common)
+        without.run()
+    trainer = trainer_of(batches, **common)
+    trainer.run()
+    assert differing(state_of(trainer), state_of(without)) == []
+    assert trainer.last_step == without.last_step
+
+
+def test_next_batch_is_prepared_before_the_host_waits(monkeypatch):
+    seen = []
+    step = Precision.step
+
+    def spy(self, *args, meanwhile, **kwargs):
+        def told():
+            seen.append("meanwhile")
+            meanwhile()
+
+        stats = step(self, *args, meanwhile=told, **kwargs)
+        seen.append("step")
+        return stats
+
+    def prepare(data, device, non_blocking):
+        seen.append(int(data["seed"][0]))
+        return data["image"], data["label"]
+
+    monkeypatch.setattr(Precision, "step", spy)
+    trainer_of([batch(n) for n in range(3)], prepare_batch=prepare).run()
+    assert seen == [0, *("meanwhile", 1, "step"), *("meanwhile", 2, "step"), "meanwhile", "step"]
+
+
+@pytest.mark.parametrize("error", [InputError("lost"), RuntimeError("worker died"), OSError("io")])
+def test_error_of_loading_comes_at_its_batch(error):
+    trainer = trainer_of([batch(n) for n in range(4)])
+    trainer.data_loader.__class__ = Loader
+    trainer.data_loader.__init__(trainer.data_loader.batches, 2, error)
+    with pytest.raises(type(error)):
+        trainer.run()
+    assert trainer.progress.step == 2  # the steps before it were taken, and are saved as such
+    assert trainer.progress.samples == 4
+    assert trainer.data_loader.asked == [0, 1, 2]
+    assert trainer.data_loader.closed == 1
+
+
+def test_error_of_preparing_comes_at_its_batch():
+    def prepare(data, device, non_blocking):
+        if int(data["seed"][0]) == 2:
+            raise ValueError("bad batch")
+        return data["image"], data["label"]
+
+    trainer = trainer_of([batch(n) for n in range(4)], prepare_batch=prepare)
+    with pytest.raises(ValueError, match="bad batch"):
+        trainer.run()
+    assert trainer.progress.step == 2
+
+
+def test_interrupted_run_counts_no_batch_that_was_only_fetched():
+    batches = [batch(n) for n in range(4)]
+    whole = trainer_of(batches)
+    whole.run()
+    trainer = trainer_of(batches)
+    trainer.data_loader.__class__ = Loader
+    trainer.data_loader.__init__(batches)
+
+    def interrupt(engine):
+        if engine.progress.step == 2:
+            engine.interrupt()
+
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, interrupt)
+    with pytest.raises(TrainingInterrupted):
+        trainer.run()
+    assert (trainer.progress.step, trainer.progress.samples) == (3, 6)  # told after its second
+    assert trainer.data_loader.asked == [0, 1, 2, 3]
+    assert trainer.data_loader.closed == 1
+    second = trainer_of(batches)
+    second.data_loader.__class__ = Loader
+    second.data_loader.__init__(batches)
+    for name, state in state_of(trainer).items():
+        getattr(second, name).load_state_dict(state)
+    second.restore(trainer.progress.state_dict())
+    second.run()
+    assert second.data_loader.asked == [3]
+    assert differing(state_of(second), state_of(whole)) == []
+
+
+def test_group_holds_batches_as_loaded_and_a_replay_prepares_anew():
+    prepared = []
+
+    def prepare(data, device, non_blocking):
+        prepared.append(int(data["seed"][0]))
+        return data["image"] * 2, data["label"]
+
+    batches = [batch(n) for n in range(3)]
+    trainer = trainer_of(batches, prepare_batch=prepare)
+    losses = []
+
+    def again(engine):
+        (own,) = engine.group
+        losses.append((own is batches[engine.progress.step - 1], len(prepared)))
+        output = {}
+        engine.forward(own, engine.precision.autocast(), output)
+        assert torch.equal(output["image"], own["image"] * 2)
+
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, again)
+    trainer.run()
+    # each batch once for its step and once for the look at it, the next one in between
+    assert prepared == [0, 1, 0, 2, 1, 2]
+    assert all(is_own for is_own, _ in losses)
+
+
+@pytest.mark.parametrize("how", ["another", "replaced", "in place"])
+def test_batch_that_a_handler_changed_is_prepared_anew(how):
+    seen = []
+
+    def prepare(data, device, non_blocking):
+        return data["image"] + 0, data["label"]
+
+    trainer = trainer_of([batch(n) for n in range(3)], prepare_batch=prepare)
+
+    def change(engine):
+        data = engine.state.batch
+        if how == "another":
+            engine.state.batch = {**data, "image": torch.zeros_like(data["image"])}
+        elif how == "replaced":
+            data["image"] = torch.zeros_like(data["image"])
+        else:
+            data["image"].zero_()
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, change)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output["image"].any())
+    )
+    trainer.run()
+    assert not any(seen)
+
+
+def test_step_outside_of_a_run_fetches_nothing():
+    batches = [batch(0)]
+    trainer = trainer_of(batches)
+    trainer.data_loader.__class__ = Loader
+    trainer.data_loader.__init__(batches)
+    trainer.take_step(batches)
+    assert trainer.progress.step == 1
+    assert trainer.data_loader.asked == []
+
+
+@pytest.mark.gpu
+def test_training_on_a_card_is_the_same_with_and_without(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    pinned = [batch(n, size=4) for n in range(8)]
+    for one in pinned:
+        one |= {key: one[key].pin_memory() for key in ("image", "label")}
+
+    def images(ahead):
+        seen = []
+        with monkeypatch.context() as patch:
+            if not ahead:
+                without_prefetching(patch)
+            trainer = make_trainer(half("cuda"), pinned, epochs=3, prepare_batch=augment(8))
+            trainer.add_event_handler(
+                Events.ITERATION_COMPLETED,
+                lambda engine: seen.append(engine.state.output["image"].clone()),
+            )
+            trainer.run()
+        return seen
+
+    for a, b in zip(images(True), images(False), strict=True):
+        assert torch.equal(a, b)
