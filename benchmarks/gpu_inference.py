@@ -26,6 +26,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
+from benchmarks.stock import torchs_own_layers
 from networks.dense_unet import DenseUNet
 from pipeline.data.images import list_images
 from pipeline.precision import Precision
@@ -89,8 +90,10 @@ def windows(precision: Precision, num_classes: int, *, stock: bool) -> dict[str,
 
     if stock:
         inferer = SlidingWindowInferer(ROI, 4, 0.5, "gaussian")
-        with torch.inference_mode():
+        network.to(memory_format=torch.contiguous_format)
+        with torch.inference_mode(), torchs_own_layers():
             found["stock_monai_logits"] = measured(lambda: inferer(on_card, in_precision))
+        network = precision.place(network)
     segmenter = Segmenter([network], precision, SlidingWindow(ROI, num_classes))
     moved = MetaTensor(on_card[0], affine=image.affine, meta=image.meta)
     found["ours_labels"] = measured(lambda: segmenter(moved))

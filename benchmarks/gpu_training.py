@@ -3,13 +3,16 @@
     python -m benchmarks.gpu_training [--output FILE.json]
 
 The trainer's whole step (forward, loss, backward, unscale, clip, AdamW, one host wait) on fixed
-batches of 2 x 128^3, 14 classes, 32 base channels: float16, bfloat16, float32 (TF32 off and on),
-and stock MONAI's SupervisedTrainer with `amp=True` around the same network.
+batches of two, 32 base channels, of 14 classes and 128^3 and of 70 classes and 128x96x256: float16
+with and without a CUDA graph, bfloat16, float32 (TF32 off and on), and stock MONAI's
+SupervisedTrainer with `amp=True` around the same network.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -24,6 +27,7 @@ from monai.losses import DiceCELoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import machine
+from benchmarks.stock import torchs_own_layers
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision
 from pipeline.training.losses import SegmentationLoss
@@ -62,13 +66,18 @@ class FixedBatches:
 
 def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 128, 128)) -> dict:
     """Median, spread and peak memory of one kind of training step."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    amp = kind in ("float16", "bfloat16")
-    precision = Precision("cuda", amp=amp, amp_dtype=kind if amp else "auto", tf32=kind == "tf32")
+    dtype, _, graphs = kind.partition("_")
+    amp = dtype in ("float16", "bfloat16")
+    precision = Precision("cuda", amp=amp, amp_dtype=dtype if amp else "auto", tf32=kind == "tf32")
     network = DenseUNet(1, num_classes, seed=0)
-    network = network.cuda() if kind.startswith("stock") else precision.place(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    stock = kind.startswith("stock")
+    network = network.cuda() if stock else precision.place(network)
+    if kind.endswith("compiled"):
+        network = torch.compile(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=not stock)
     loader, times = FixedBatches(num_classes, size, precision.device), []
     common = {
         "max_epochs": 1,
@@ -78,7 +87,7 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
         "inferer": SimpleInferer(),
         "train_handlers": [],
     }
-    if kind.startswith("stock"):
+    if stock:
         trainer = SupervisedTrainer(
             device=precision.device,
             loss_function=DiceCELoss(softmax=True, to_onehot_y=True),
@@ -94,6 +103,7 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
             loss_function=SegmentationLoss(),
             lr_scheduler=scheduler,
             steps_per_epoch=len(loader),
+            compile="none" if graphs else "auto",
             **common,
         )
 
@@ -102,7 +112,8 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
         times.append(time.perf_counter())
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, stamp)
-    trainer.run()
+    with torchs_own_layers() if stock else contextlib.nullcontext():
+        trainer.run()
     steps = sorted(
         1000 * (b - a) for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)
     )
@@ -110,6 +121,7 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
         "ms_median": round(statistics.median(steps), 2),
         "ms_quartiles": [round(steps[len(steps) // 4], 2), round(steps[3 * len(steps) // 4], 2)],
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "reserved_GB": round(torch.cuda.max_memory_reserved() / 1e9, 2),
         "skipped_steps": getattr(getattr(trainer, "progress", None), "skipped_steps", None),
     }
 
@@ -141,8 +153,15 @@ def main() -> None:
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(value)[:1500], flush=True)
 
-    kinds = ("float16", "bfloat16", "float32", "tf32", "stock_monai_float16", "float16")
-    keep("step", {f"{n}_{kind}": step_time(kind) for n, kind in enumerate(kinds)})
+    for num_classes, size in ((14, (128, 128, 128)), (70, (128, 96, 256))):
+        kinds = ["stock_monai_float16", "float16", "float16_without_graph", "bfloat16"]
+        kinds += ["tf32", "float32", "stock_monai_float16_compiled"] if num_classes == 14 else []
+        kinds += kinds[:2]  # again: how far two readings of one thing are apart
+        name = f"step_{num_classes}_classes_{'x'.join(map(str, size))}"
+        keep(
+            name,
+            {f"{n}_{kind}": step_time(kind, num_classes, size) for n, kind in enumerate(kinds)},
+        )
 
 
 if __name__ == "__main__":
