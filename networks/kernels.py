@@ -229,7 +229,8 @@ def max_pool_backward(
     cell = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
     y, z, image = line % lines_y, line // lines_y % lines_z, line // lines_y // lines_z
     here = (c < channels)[None, :]
-    whole = (cell < cells_x)[:, None] & here & (y < cells_y) & (z < cells_z)
+    # sizes are 0 where there is nothing: a scalar and a mask are not to be combined in every Triton
+    whole = (cell < tl.where(y < cells_y, tl.where(z < cells_z, cells_x, 0), 0))[:, None] & here
     most = tl.full((POSITIONS, CHANNELS), float("-inf"), tl.float32)
     largest = tl.zeros((POSITIONS, CHANNELS), tl.int32)
     for dz in tl.static_range(Z):
@@ -247,8 +248,8 @@ def max_pool_backward(
     for dz in tl.static_range(Z):
         for dy in tl.static_range(Y):
             for dx in tl.static_range(X):
-                inside = (z * Z + dz < depth) & (y * Y + dy < height)
-                mask = (cell * X + dx < width)[:, None] & here & inside
+                inside = tl.where(z * Z + dz < depth, tl.where(y * Y + dy < height, width, 0), 0)
+                mask = (cell * X + dx < inside)[:, None] & here
                 row = ((image * depth + z * Z + dz) * height + y * Y + dy) * width + cell * X + dx
                 skip = tl.load(grad_skip + row[:, None] * skip_stride + c[None, :], mask=mask)
                 share = tl.where(largest == (dz * Y + dy) * X + dx, pooled, 0.0)
@@ -274,7 +275,8 @@ def _outputs(j, n, size_in, size_out):
     first = tl.ceil((j.to(tl.float32) + 0.5) * (size_out / size_in) - 0.5).to(tl.int32)
     o = first + n
     source = (o.to(tl.float32) + 0.5) * (size_in / size_out) - 0.5
-    is_one = (tl.floor(source).to(tl.int32) == j) & (o >= 0) & (o < size_out)
+    is_inside = tl.where(o >= 0, tl.where(o < size_out, 1, 0), 0)
+    is_one = tl.where(tl.floor(source).to(tl.int32) == j, is_inside, 0)
     return o, source - j.to(tl.float32), is_one
 
 
@@ -313,7 +315,8 @@ def upsample(
             oz, fz, is_z = _outputs(jz, nz + FIRST, d_in, d_out)
             row = ((image * d_out + oz) * h_out + oy).to(tl.int64) * w_out + ox
             at = out + row[:, None] * out_stride + c[None, :]
-            tl.store(at, _between(v0, v1, fz), mask=mask & is_y & is_z)
+            within = (ox < w_out * is_y * is_z)[:, None] & (c < channels)[None, :]
+            tl.store(at, _between(v0, v1, fz), mask=within)
 
 
 @triton.jit

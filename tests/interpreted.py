@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,9 @@ def interpreter():
         def run(*work):
             pickle.dump(work, process.stdin)
             process.stdin.flush()
-            return pickle.load(process.stdout)
+            result, error = pickle.load(process.stdout)
+            assert error is None, error
+            return result
 
         yield run
         process.stdin.close()
@@ -44,7 +47,11 @@ def serve():
     with contextlib.suppress(EOFError):
         while True:
             function, *arguments = pickle.load(sys.stdin.buffer)
-            pickle.dump(function(*arguments), sys.stdout.buffer)
+            try:
+                answer = function(*arguments), None
+            except Exception:
+                answer = None, traceback.format_exc()
+            pickle.dump(answer, sys.stdout.buffer)
             sys.stdout.buffer.flush()
 
 
