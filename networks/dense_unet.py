@@ -293,7 +293,7 @@ def _check_options(norm: str, dropout: float, seed: int | None) -> None:
 
 def _check_recomputed(levels: int, most: int) -> None:
     valid = _is_int(levels, 0) and levels <= most
-    _expect(valid, "recompute_levels", f"0 to {most}, the levels with a decoder,", levels)
+    _expect(valid, "recompute_levels", f"0 to {most}, as many as there are decoders", levels)
 
 
 def _as_bool(name: str, value: object) -> bool:

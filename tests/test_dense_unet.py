@@ -189,9 +189,9 @@ def test_image_of_another_shape_is_refused(shape):
         ("dropout", "0.1", r"number in \[0, 1\)"),
         ("deep_supervision", "yes", "true or false"),
         ("seed", -1, "integer from 0 up"),
-        ("recompute_levels", 4, "0 to 3, the levels with a decoder,"),
-        ("recompute_levels", -1, "0 to 3, the levels with a decoder,"),
-        ("recompute_levels", True, "0 to 3, the levels with a decoder,"),
+        ("recompute_levels", 4, "0 to 3, as many as there are decoders"),
+        ("recompute_levels", -1, "0 to 3, as many as there are decoders"),
+        ("recompute_levels", True, "0 to 3, as many as there are decoders"),
     ],
 )
 def test_wrong_argument_is_refused_in_one_line(argument, value, expected):

@@ -62,6 +62,12 @@ def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
     assert len(summary["dataset_hash"]) == len(summary["config_hash"]) == 64
 
 
+def test_backend_that_cannot_serve_is_told_in_a_line(run, tmp_path, capsys):
+    assert run(tmp_path / "r", **{"loss_function#backend": "triton"}) == 2
+    line = "SegmentationLoss: expected logits on CUDA for backend 'triton', got cpu. Use auto."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == line
+
+
 def test_saved_config_is_the_merged_source(run, tmp_path, dataset):
     assert run(tmp_path / "r", **{"train#trainer#max_epochs": 1}) == 0
     saved = json.loads((tmp_path / "r/configs/train.json").read_text())

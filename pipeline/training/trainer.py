@@ -168,6 +168,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         )
         self.scaler = precision.scaler  # type: ignore[assignment]
         self._graph = self._step_graph()
+        self.describe()  # refuses a backend that cannot serve here
         self.add_event_handler(Events.EPOCH_STARTED, _start_epoch)
         self._register_handlers(train_handlers or [])
 
