@@ -273,11 +273,9 @@ def _fused() -> Any:
 @functools.cache
 def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
     """What triton would need, and what there is instead; `None` where it serves."""
-    if device.type != "cuda" and (device.type != "cpu" or not os.environ.get("TRITON_INTERPRET")):
-        return (
-            "logits on CUDA",
-            device.type,
-        )  # without the second that importing triton takes
+    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET")
+    if device.type != "cuda" and not is_interpreted:  # before triton, whose import takes a second
+        return "logits on CUDA", device.type
     fused = _fused()
     if fused is None:
         return "triton", "no such package"

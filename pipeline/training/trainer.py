@@ -365,10 +365,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             prepared: What `prepare_batch` makes of the micro-batch, where it is there already.
         """
         network = network or self.network
-        images, labels = prepared or self._prepare(batchdata)
-        # dropout draws from torch's own generator: a function of the samples, not of the past
-        torch.manual_seed(int(batchdata["seed"][0]))
-        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
+        images, labels = self._inputs(batchdata, output, prepared)
         network.train()
         with autocast:
             output[Keys.PRED] = self.inferer(images, network)
@@ -384,6 +381,16 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         """`prepare_batch`, which is to be a function of the batch, should it draw from torch."""
         torch.manual_seed(int(batchdata["seed"][0]))
         return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+
+    def _inputs(
+        self, batchdata: dict[str, Any], output: dict[str, Any], prepared: Prepared | None
+    ) -> Prepared:
+        """Image and label of a micro-batch, with torch's generator where its forward begins."""
+        images, labels = prepared or self._prepare(batchdata)
+        # dropout draws from torch's own generator: a function of the samples, not of the past
+        torch.manual_seed(int(batchdata["seed"][0]))
+        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
+        return images, labels
 
     def _work(
         self, images: torch.Tensor, labels: torch.Tensor
@@ -402,11 +409,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
         watched = any(self._event_handlers.get(event) for event in events)
         if self._graph and not watched and not has_hooks(self.network):
-            images, labels = prepared or self._prepare(batchdata)
-            torch.manual_seed(int(batchdata["seed"][0]))
+            images, labels = self._inputs(batchdata, output, prepared)
             self.network.train()
-            pred, loss = self._graph(images, labels)
-            output |= {Keys.IMAGE: images, Keys.LABEL: labels, Keys.PRED: pred}
+            output[Keys.PRED], loss = self._graph(images, labels)
             output[Keys.LOSS] = loss * self.accumulation_steps
             for event in events:
                 self.fire_event(event)
