@@ -9,6 +9,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,17 @@ def run_tiny(dataset: Path, output_dir: Path, *files: str, **changes: Any) -> in
     """`pipeline.run` on a dataset with the tiny settings; returns the exit status."""
     from pipeline.run import main
 
+    return main(["configs/amp.json", *files, *tiny_words(dataset, output_dir, **changes)])
+
+
+def tiny_words(dataset: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """The tiny settings on the command line of `pipeline.run`."""
     values = {"dataset_dir": str(dataset), "output_dir": str(output_dir), **TINY, **changes}
-    words = [
+    return [
         word
         for key, value in values.items()
         for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return main(["configs/amp.json", *files, *words])
 
 
 def finished_run(dataset: Path, output_dir: Path, **changes: Any) -> Path:
@@ -145,6 +150,43 @@ def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`pipeline.run` on the tiny dataset: `run(output_dir, key=value, ...)` → exit status."""
     monkeypatch.chdir(REPOSITORY)
     return partial(run_tiny, dataset)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """A command of the product in this process.
+
+    `command("run", "configs/amp.json", "--key", "value")` returns the exit status and everything
+    that was printed. Tests that use it know no module of the package by its path.
+    """
+    monkeypatch.chdir(REPOSITORY)
+
+    def call(name: str, *words: object) -> tuple[int, str]:
+        capfd.readouterr()
+        try:
+            status = import_module(f"pipeline.{name}").main([str(word) for word in words])
+        except SystemExit as end:
+            status = end.code
+        captured = capfd.readouterr()
+        return status or 0, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def train(command: Callable[..., tuple[int, str]], dataset: Path) -> Callable[..., tuple[int, str]]:
+    """`command("run", ...)` with the tiny settings: `train(output_dir, "overlay.json", key=value)`.
+
+    The dataset is the tiny one where `dataset_dir` names no other.
+    """
+
+    def call(output_dir: Path, *files: object, **changes: Any) -> tuple[int, str]:
+        words = tiny_words(dataset, output_dir, **changes)
+        return command("run", "configs/amp.json", *files, *words)
+
+    return call
 
 
 @pytest.fixture(scope="session")
