@@ -209,7 +209,7 @@ class Lifecycle:
             self.directory.take(self._require_same_run)
             for line in (*found.notes, *(finding.line for finding in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
-            checkpoint = self.directory.store.newest() if begun else None
+            checkpoint = self.directory.checkpoint() if begun else None
             facts = found.fingerprint, self.start.record
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint

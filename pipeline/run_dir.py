@@ -6,6 +6,8 @@ Of several ranks the first one takes it, and the others follow it.
 from __future__ import annotations
 
 import contextlib
+import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +17,8 @@ from pipeline.errors import InputError
 from pipeline.hold import Hold, RunLog
 from pipeline.training.durable import CheckpointStore, make_directory
 
-# what a run may leave that dies before its config is written
-BEGINNING = {
-    ".launch", ".lock", "log.txt", "run.json", "run.json.tmp", "plan.json", "plan.json.tmp",
-    "configs",
-}  # fmt: skip
+# what a run may leave that dies before its run.json is written; `configs` is then empty
+BEGINNING = {".launch", ".lock", "log.txt", "run.json.tmp", "configs"}
 FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
 
 _HELD: dict[Path, Hold | RunLog] = {}  # by this process, whichever object took it
@@ -103,32 +102,61 @@ class RunDirectory:
     def begun(self) -> bool:
         """Whether there is a run to continue; what one left that is not to be continued goes."""
         # a client that initializes anew with resume=false begins anew as well
-        begun = self.resume is not False and self.store.has_begun()
+        begun = self.resume is not False and self._has_begun()
         if not begun and self.is_held:
             for folder in ("checkpoints", "models"):
                 shutil.rmtree(self.path / folder, ignore_errors=True)
         return begun
 
+    def checkpoint(self) -> Path:
+        """File that a run which has begun here continues from.
+
+        Raises:
+            InputError: If none is whole. What there is stays.
+        """
+        if (newest := self.store.newest()) is not None:
+            return newest
+        files = [*self.store.directory.glob("*.pt"), *(self.path / "models").glob("*.pt")]
+        weights = max(files, key=lambda path: path.stat().st_mtime, default="FILE")
+        raise InputError(
+            f"{self.store.directory}: expected a whole checkpoint that manifest.jsonl lists, found "
+            "none of those that there were. Restore it and manifest.jsonl from a copy, or start a "
+            f"run elsewhere from weights that are there: --init_weights {shlex.quote(str(weights))}"
+            " --output_dir OTHER."
+        )
+
+    def _is_run(self) -> bool:
+        """Whether there is the file that runs have, and no other bundle."""
+        try:
+            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def _has_begun(self) -> bool:
+        """Whether there ever was a checkpoint, be it lost since or not."""
+        made = ("summary.json", "models/model.pt", "models/last.pt")
+        return self.store.has_begun() or any((self.path / name).exists() for name in made)
+
     def _require_right(self, require_same_run: Callable[[], object]) -> None:
-        stored = self.path / "configs" / "train.json"
         present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
+        occupied |= "configs" in present and any((self.path / "configs").iterdir())
         if occupied and self.resume is False:
             raise InputError(
                 f"output_dir: expected an empty directory with resume=false, got {self.path}. "
                 "Choose another output_dir."
             )
-        if occupied and not stored.is_file():
+        if occupied and not self._is_run():
             raise InputError(
-                f"output_dir: expected a run directory or an empty one, got {self.path} with "
-                "other files. Choose another output_dir."
+                f"output_dir: expected an empty directory or one with the run.json of a run, got "
+                f"{self.path} with other files. Choose another output_dir."
             )
-        if self.resume is True and not self.store.has_begun():
+        if self.resume is True and not self._has_begun():
             raise InputError(
                 f"resume: expected a run with a checkpoint in {self.path}, found none. "
                 "Use resume=auto to start one."
             )
-        if self.store.has_begun():  # before, there is nothing to be true to
+        if self._has_begun():  # before, there is nothing to be true to
             require_same_run()
 
 

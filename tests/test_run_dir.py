@@ -23,6 +23,7 @@ def begin(path, resume):
     """Take the directory as a run does, and leave it as one that was killed."""
     directory = RunDirectory(path, resume)
     directory.take(lambda: None)
+    (path / "run.json").write_text('{"fingerprint": ""}')
     (path / "models").mkdir(exist_ok=True)
     (path / "configs").mkdir(exist_ok=True)
     (path / "configs" / "train.json").touch()

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import InputError
-
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"
+FIRST_LINE = b'{"manifest": 1}\n'  # one that was emptied or overwritten does not have it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -116,11 +115,10 @@ class CheckpointStore:
         data, path, manifest = _serialized(content), self.directory / name, self._manifest
         try:
             make_directory(self.directory)
-            if not manifest.exists():
-                _write(manifest, b"", os.O_WRONLY | os.O_CREAT)
-                _sync_directory(self.directory)
         except OSError as error:
             raise WriteError(manifest, len(data), error) from error
+        if not manifest.exists():
+            write_durably(manifest, FIRST_LINE)
         write_durably(path, data)
         entry = {
             "file": name,
@@ -140,10 +138,17 @@ class CheckpointStore:
         return [self.directory / name for name in self._present()]
 
     def has_begun(self) -> bool:
-        """Whether there ever was a checkpoint that counts, be it lost since or not."""
-        damaged = any(self.directory.glob("*.damaged"))
-        without_manifest = any(self.directory.glob("*.pt")) and not self._manifest.exists()
-        return bool(self._entries()) or damaged or without_manifest
+        """Whether there ever was a checkpoint that counts, be it lost since or not.
+
+        A file beside a manifest of the first line alone, or of one that was cut off after it, was
+        not acknowledged. A manifest without that line is damaged: its lines may be lost.
+        """
+        if self._entries() or any(self.directory.glob("*.damaged")):
+            return True
+        files = [*self.directory.glob("*.pt")]
+        lines = self._manifest.read_bytes() if self._manifest.exists() else b""
+        is_new = lines.startswith(FIRST_LINE) and lines.count(b"\n") == 1
+        return bool(files) and not (is_new and len(files) == 1)
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose bytes are those that were acknowledged.
@@ -151,8 +156,8 @@ class CheckpointStore:
         A damaged one is renamed to `<name>.damaged`, with a warning, and the one before it is
         taken.
 
-        Raises:
-            InputError: If there were some, but none is whole.
+        Returns:
+            Its file, or None if none is whole.
         """
         present, last = self._present(), next(reversed(self._entries()), None)
         if last is not None and last not in present:
@@ -174,12 +179,6 @@ class CheckpointStore:
                 "checkpoint before it is used.",
                 path, entry["sha256"], digest, aside.name,
             )  # fmt: skip
-        if self.has_begun():
-            raise InputError(
-                f"{self.directory}: expected a whole checkpoint, found none of those that there "
-                "were. Restore one and manifest.jsonl from a copy, or choose another output_dir to "
-                "start over."
-            )
         return None
 
     def _prune(self) -> None:

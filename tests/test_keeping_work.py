@@ -1,0 +1,139 @@
+"""Nothing that people made is lost: foreign folders, finished runs, checkpoints, other data.
+
+All through commands: no test here knows a module of the package by its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import finished_run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> Path:
+    """A run of two epochs that no test changes."""
+    return finished_run(dataset, tmp_path_factory.mktemp("finished") / "r")
+
+
+@pytest.fixture
+def ended(finished, tmp_path) -> Path:
+    """A copy of that run."""
+    shutil.copytree(finished, tmp_path / "r")
+    return tmp_path / "r"
+
+
+# --- an output_dir that is somebody's
+
+
+@pytest.mark.parametrize("files", ["configs models LICENSE", "configs", "configs log.txt"])
+def test_output_dir_with_the_bundle_of_somebody_is_refused(train, finished, tmp_path, files):
+    """Such as one of the model zoo: all but what only a run has."""
+    for name in files.split():
+        if (finished / name).is_dir():
+            shutil.copytree(finished / name, tmp_path / "zoo" / name)
+        else:
+            shutil.copy(finished / name, tmp_path / "zoo" / name)
+    before = contents(tmp_path / "zoo")
+    status, told = train(tmp_path / "zoo")
+    assert status == 2
+    assert f"expected an empty directory or one with the run.json of a run, got {tmp_path}" in told
+    assert contents(tmp_path / "zoo") == before
+
+
+def test_output_dir_with_an_exported_bundle_is_refused(train, command, finished, tmp_path):
+    assert (
+        command("export", finished, "--output", tmp_path / "b", "--formats", "torchscript")[0] == 0
+    )
+    before = contents(tmp_path / "b")
+    status, told = train(tmp_path / "b")
+    assert status == 2
+    assert "output_dir: expected an empty directory or one with the run.json of a run" in told
+    assert contents(tmp_path / "b") == before
+
+
+# --- a finished run without its checkpoints
+
+
+def test_finished_run_without_checkpoints_stays_finished(train, ended):
+    shutil.rmtree(ended / "checkpoints")
+    before = contents(ended / "models")
+    status, told = train(ended)
+    assert status == 0
+    assert "This run is finished; nothing to do." in told
+    status, told = train(ended, seed=5)
+    assert status == 2
+    assert "expected the config of the run there, got other values of seed" in told
+    assert contents(ended / "models") == before
+
+
+def test_run_that_would_go_on_without_checkpoints_stops_with_a_remedy(train, ended, tmp_path):
+    shutil.rmtree(ended / "checkpoints")
+    before = contents(ended / "models")
+    status, told = train(ended, max_epochs=3)
+    assert status == 2
+    assert "checkpoints: expected a whole checkpoint" in told
+    weights = told.split("--init_weights ")[1].split()[0]
+    assert contents(ended / "models") == before
+    assert train(tmp_path / "other", init_weights=weights)[0] == 0  # the remedy is one
+
+
+# --- a damaged manifest
+
+
+def overwrite(damage: bytes):
+    return lambda manifest: manifest.write_bytes(damage)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        overwrite(b""),
+        overwrite(b"\0" * 300),
+        overwrite(b"\xffgarbage\n" * 9),
+        lambda manifest: manifest.write_bytes(manifest.read_bytes()[:40].replace(b"}", b"?")),
+        Path.unlink,
+    ],
+    ids=["empty", "zeros", "garbage", "cut", "removed"],
+)
+def test_damaged_manifest_never_means_to_begin_anew(train, ended, damage):
+    (ended / "summary.json").unlink()
+    shutil.rmtree(ended / "models")
+    damage(ended / "checkpoints" / "manifest.jsonl")
+    before = contents(ended / "checkpoints")
+    for _ in range(2):  # an automatic restart gets the same answer
+        status, told = train(ended, max_epochs=3)
+        assert status == 2
+        assert "expected a whole checkpoint that manifest.jsonl lists, found none" in told
+        assert "Restore it and manifest.jsonl from a copy" in told
+    assert contents(ended / "checkpoints") == before
+
+
+def test_run_killed_in_its_first_save_begins_anew(train, ended):
+    """Its checkpoint is whole, but the manifest does not list it yet."""
+    shutil.rmtree(ended / "models")
+    (ended / "summary.json").unlink()
+    first, *others = sorted((ended / "checkpoints").glob("*.pt"))
+    for path in others:
+        path.unlink()
+    manifest = ended / "checkpoints" / "manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text(lines[0] + "\n" + lines[1][:30])
+    assert first.is_file()
+    status, told = train(ended)
+    assert status == 0
+    assert "epoch 1/2" in told
+    assert json.loads((ended / "summary.json").read_text())["steps"] == 4
