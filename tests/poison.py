@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,18 @@ class PoisonedAugment(Augment):
             if self.seeds is None or seed in self.seeds:
                 image[n, 0, 0, 0, 0] = self.value
         return image, label
+
+
+class CacheDeletingAugment(Augment):
+    """Deletes the cache's folder at each batch."""
+
+    def __init__(self, *args: Any, cache_dir: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache_dir = cache_dir
+
+    def __call__(self, batch, *args: Any, **kwargs: Any):
+        shutil.rmtree(self.cache_dir, ignore_errors=True)
+        return super().__call__(batch, *args, **kwargs)
 
 
 class UndefinedDice(MeanDice):

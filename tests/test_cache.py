@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pipeline.data import content, entry
 from pipeline.data.cache import CachedDataset, VolumeCache
-from pipeline.data.content import ContentHashes
+from pipeline.data.content import HASHES, ContentHashes
 from pipeline.data.datasets import load_cases
 from pipeline.data.entry import encode, open_entry
 from pipeline.errors import InputError
@@ -488,7 +488,7 @@ def forget_one(text):
 )
 def test_hashes_do_no_harm_when_their_memory_is_corrupt(cases, tmp_path, settled, reads, change):
     before = keys_of(tmp_path, cases)
-    path = tmp_path / "cache" / "hashes.json"
+    path = tmp_path / "cache" / HASHES
     path.write_text(change(path.read_text()), encoding="latin-1")
     assert keys_of(tmp_path, cases) == before
     assert len(reads) == 4 * len(cases)
@@ -497,7 +497,7 @@ def test_hashes_do_no_harm_when_their_memory_is_corrupt(cases, tmp_path, settled
 
 
 def test_hashes_do_no_harm_when_they_cannot_be_kept(cases, tmp_path, settled):
-    (tmp_path / "cache" / "hashes.json").mkdir(parents=True)
+    (tmp_path / "cache" / HASHES).mkdir(parents=True)
     assert keys_of(tmp_path, cases) == keys_of(tmp_path, cases)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
@@ -612,7 +612,9 @@ def test_fill_tells_of_a_directory_that_cannot_be(cases, tmp_path):
 
 def test_fill_removes_what_dead_writers_left(cases, tmp_path):
     (tmp_path / "cache").mkdir()
-    abandoned, fresh = (tmp_path / "cache" / f"{name}.tmp" for name in ("abandoned", "fresh"))
+    abandoned, fresh = (
+        tmp_path / "cache" / f"{64 * letter}.{32 * '0'}.tmp" for letter in ("a", "b")
+    )
     abandoned.touch()
     fresh.touch()
     os.utime(abandoned, (time.time() - 4000,) * 2)

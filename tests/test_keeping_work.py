@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,44 @@ def test_run_killed_in_its_first_save_begins_anew(train, ended):
     assert status == 0
     assert "epoch 1/2" in told
     assert json.loads((ended / "summary.json").read_text())["steps"] == 4
+
+
+# --- a cache_dir that has other files, or goes
+
+
+def test_cache_removes_no_file_of_others(train, tmp_path):
+    """Names of other programs, old and large, beside entries that are over the limit."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    digest = hashlib.sha256().hexdigest()
+    for name in (
+        "thesis.tmp", "weights.safetensors", "hashes.json", f"{digest}.tmp", f"{digest}.safetensor",
+        f"model_{digest}.safetensors", f"{digest.upper()}.safetensors", f"{digest}.old.tmp",
+    ):  # fmt: skip
+        (folder / name).write_bytes(b"precious" * 40_000)
+        os.utime(folder / name, (time.time() - 90_000,) * 2)
+    before = contents(folder)
+    left = folder / f"{digest}.{32 * '0'}.tmp"  # of a writer that died
+    left.touch()
+    os.utime(left, (time.time() - 90_000,) * 2)
+    for n, spacing in enumerate(([1, 1, 1], [1, 1, 2])):  # the second set makes the first one go
+        out = tmp_path / f"r{n}"
+        assert train(out, cache_dir=str(folder), cache_limit_bytes=250_000, spacing=spacing)[0] == 0
+    assert "to stay below cache_limit_bytes" in (tmp_path / "r1/log.txt").read_text()
+    assert contents(folder).items() >= before.items()
+    assert not left.exists()
+
+
+def test_cache_that_is_deleted_while_a_run_trains_is_made_again(train, tmp_path):
+    overlay = tmp_path / "overlay.json"
+    cache_dir = str(tmp_path / "cache")
+    augment = {"_target_": "poison.CacheDeletingAugment", "cache_dir": cache_dir}
+    overlay.write_text(
+        json.dumps({f"train#augment#{key}": value for key, value in augment.items()})
+    )
+    allowed = {"allow": "poison.CacheDeletingAugment"}
+    status, told = train(tmp_path / "r", overlay, cache_dir=cache_dir, **allowed)
+    assert status == 0, told
+    assert list((tmp_path / "cache").iterdir())
+    assert train(tmp_path / "undisturbed")[0] == 0
+    assert contents(tmp_path / "r/models") == contents(tmp_path / "undisturbed/models")

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pipeline import ranks
-from pipeline.data.content import ContentHashes, sha256_of
+from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
 from pipeline.data.listing import Case, named
 from pipeline.data.progress_bar import ProgressBar
@@ -74,7 +74,7 @@ class VolumeCache:
         self, cases: Sequence[Case], transform: Preprocess, facts: Mapping[str, Any]
     ) -> CachedCases:
         self.store.prepare()
-        hashes = ContentHashes(self.directory / "hashes.json")
+        hashes = ContentHashes(self.directory / HASHES)
         with ThreadPoolExecutor(min(MAX_THREADS, ranks.own_cores())) as pool:
             contents = list(pool.map(lambda case: _content(hashes, case), cases))
             hashes.save()
@@ -163,7 +163,7 @@ class CachedCases:
 
     def _make_anew(self, number: int) -> None:
         case = self.cases[number]
-        hashes = ContentHashes(self.store.directory / "hashes.json")
+        hashes = ContentHashes(self.store.directory / HASHES)
         if _content(hashes, case) != self.contents[number]:
             raise InputError(
                 f"{case['case_id']}: expected the files that the run began with, got others. "

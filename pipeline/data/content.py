@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.data.volume import files_of
 
+HASHES = "volume_cache_hashes.json"  # in cache_dir, which may have files of others
 MOST_FILES = 100_000  # remembered, the latest
 SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
 HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -19,12 +20,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.content import HASHES
 from pipeline.data.entry import encode, fault_of
 from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+# a folder may have other files: what is removed from it has a name of this form
+OWN = re.compile(
+    rf"[0-9a-f]{{64}}\{SUFFIX}|([0-9a-f]{{64}}|{re.escape(HASHES)})\.[0-9a-f]{{32}}\.tmp"
+)
+ATTEMPTS = 3  # to write into a folder that somebody is deleting
 ABANDONED_S = 3600  # after which a temporary file has no writer any more
 TOUCH_S = 600  # between two notes that an entry is in use
 
@@ -55,7 +62,7 @@ class EntryStore:
         """
         with _told_to_user("a directory that can be written", "Choose another cache_dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.glob("*.tmp"):
+            for path in self._own("*.tmp"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > ABANDONED_S:
                         path.unlink()
@@ -91,18 +98,28 @@ class EntryStore:
         Raises:
             InputError: If there is no room, on the disk or within `limit_bytes`.
         """
-        path, pieces = self.path(key), encode(tensors, key)
-        temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
+        pieces = encode(tensors, key)
         size = sum(map(len, pieces))
+        with _told_to_user(f"to write {size} bytes", "Make room, or choose another cache_dir"):
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    return self._write(key, pieces, size)
+                except FileNotFoundError:
+                    if attempt == ATTEMPTS:
+                        raise
+
+    def _write(self, key: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
+        path = self.path(key)
+        temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
+        self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            with _told_to_user(f"to write {size} bytes", "Make room, or choose another cache_dir"):
-                with open(temporary, "xb") as file:
-                    file.writelines(pieces)
-                with self._lock:
-                    self._reserve(key, size)
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    os.replace(temporary, path)
+            with open(temporary, "xb") as file:
+                file.writelines(pieces)
+            with self._lock:
+                self._reserve(key, size)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -148,10 +165,14 @@ class EntryStore:
 
     def _listing(self) -> Iterator[tuple[int, int, Path]]:
         """Time of last use in ns, bytes and path of every entry."""
-        for path in self.directory.glob("*" + SUFFIX):
+        for path in self._own("*" + SUFFIX):
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 facts = path.lstat()
                 yield facts.st_mtime_ns, facts.st_size, path
+
+    def _own(self, pattern: str) -> Iterator[Path]:
+        """Files of a pattern whose names are certainly the cache's."""
+        return (path for path in self.directory.glob(pattern) if OWN.fullmatch(path.name))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.data import facts
-from pipeline.data.content import ContentHashes, sha256_of, write_whole
+from pipeline.data.content import HASHES, ContentHashes, sha256_of, write_whole
 from pipeline.data.datasets import Case
 from pipeline.data.facts import Facts
 from pipeline.data.progress_bar import ProgressBar
@@ -82,7 +82,7 @@ class FactStore:
     def __init__(self, directory: Path | None, ignore_value: int | None) -> None:
         self.directory = directory / "facts" if directory else Path()
         self.ignore_value = ignore_value
-        self.hashes = ContentHashes(directory / "hashes.json") if directory else None
+        self.hashes = ContentHashes(directory / HASHES) if directory else None
         self.is_writable = True
 
     def key(self, case: Case) -> str | None:
