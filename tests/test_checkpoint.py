@@ -82,7 +82,8 @@ def test_checkpoint_holds_everything_when_float16(run, tmp_path):
     assert run(tmp_path / "r", **HALF) == 0
     content = newest(tmp_path / "r")
     assert content.keys() == {
-        "schema_version", "progress", "network", "optimizer", "lr_scheduler", "scaler"
+        "schema_version", "progress", "network", "optimizer", "learning_rate", "lr_scheduler",
+        "scaler",
     }  # fmt: skip
     assert content["schema_version"] == SCHEMA_VERSION
     assert content["scaler"]["scale"] > 0
@@ -452,7 +453,7 @@ def test_missing_record_of_the_data_is_one_line(run, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "r", max_epochs=3)
     assert ended.value.code == 2
-    assert "expected configs/train.json and run.json of the run there" in capfd.readouterr().err
+    assert "other files and no run.json. If this is a run, restore it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("after", [3, 4])

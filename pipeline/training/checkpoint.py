@@ -6,12 +6,14 @@ A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors a
     progress         the run's `Progress`, from which every counter is derived
     network          state_dict
     optimizer        state_dict
+    learning_rate    that the optimizer was made with
     lr_scheduler     state_dict
     scaler           state_dict of the gradient scaler, or None where none was in force
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import shutil
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import ranks
@@ -164,6 +167,7 @@ class CheckpointHandler:
             "progress": trainer.progress.state_dict(),
             "network": trainer.network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
+            "learning_rate": configured_rate(trainer.optimizer),
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
@@ -229,21 +233,50 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     trainer.restore(checkpoint["progress"])
 
 
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
+# of a group too, where the scheduler cycles the momentum
+MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
+
+
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Moments and position of the schedule; rates and weight decay stay those of the config."""
+    """Moments and position of the schedule; rates and weight decay become those of the config."""
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    base_rates = list(scheduler.base_lrs)
+    arguments = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"}
+    settings = {name: value for name, value in vars(scheduler).items() if name in arguments}
+    base_rates = list(getattr(scheduler, "base_lrs", ()))
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    if not isinstance(scheduler, LambdaLR):
-        return  # its rates depend on the steps before
-    scheduler.base_lrs = base_rates
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, options, base, factor in zip(
-        optimizer.param_groups, given, base_rates, factors, strict=True
-    ):
-        group.update(options, lr=base * factor)
+    vars(scheduler).update(settings)  # such as total_iters, where it is @warmup_steps
+    if isinstance(scheduler, LambdaLR):
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler.base_lrs = base_rates
+        for group, options, base, factor in zip(
+            optimizer.param_groups, given, base_rates, factors, strict=True
+        ):
+            group.update(options, lr=base * factor)
+        return
+    for group, options in zip(optimizer.param_groups, given, strict=True):
+        kept = (*RATES, *MOMENTA) if "max_momentum" in group else RATES
+        group.update({name: value for name, value in options.items() if name not in kept})
+    before, now = checkpoint.get("learning_rate"), configured_rate(optimizer)
+    if before and now != before:
+        _scale_rates(optimizer.param_groups, scheduler, now / before)
+
+
+def configured_rate(optimizer: Optimizer) -> float:
+    """The learning rate that the optimizer was made with, whatever a scheduler made of it."""
+    return float(optimizer.defaults["lr"])
+
+
+def _scale_rates(groups: list[dict[str, Any]], scheduler: Any, factor: float) -> None:
+    """Multiply the current rates and those that a scheduler, or one inside it, starts from."""
+    for group in groups:
+        group.update({name: group[name] * factor for name in RATES if name in group})
+    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+        for name in ("base_lrs", "max_lrs", "_last_lr"):
+            if name in vars(one):
+                setattr(one, name, [rate * factor for rate in getattr(one, name)])
 
 
 def non_finite(content: Any, name: str = "") -> list[str]:
