@@ -101,6 +101,8 @@ def table(found: Any) -> list[str]:
     if cases.excluded:
         lines.append(f"Excluded: {', '.join(cases.excluded)}")
     lines += found.notes
+    if found.num_rounded:  # training says so where it reads them
+        lines.append(f"Label values of {_count(range(found.num_rounded), 'case')} are rounded.")
     ordered = [*found.faults, *found.warnings]
     width = max((len(finding.case_id) for finding in ordered), default=0)
     for finding in ordered:

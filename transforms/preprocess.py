@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import (
-    CastToTyped,
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
@@ -21,9 +20,11 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
+from monai.transforms.traits import RandomizableTrait
 
 from transforms.borders import CropEmptyBordersd
-from transforms.grid import OnImageGridd, on_grid
+from transforms.grid import TOLERANCE_MM, OnImageGridd, compare, on_grid
+from transforms.labels import WholeLabelsd
 from transforms.normalize import Normalization, NormalizeChannelsd
 from transforms.volumes import LoadVolumesd
 
@@ -51,11 +52,13 @@ def preprocessing(
         normalization: Of the intensities; see `NormalizeChannelsd`.
         crop_empty_borders: Whether to cut off what is zero around the image first.
         keys: What to load. A key that a case lacks is left out.
-        before: The user's own dictionary transforms, after loading and before orientation.
+        before: The user's own dictionary transforms, after loading and before orientation; see
+            `UserTransform`.
         after: The user's own dictionary transforms, after everything else.
 
     Raises:
-        ValueError: If `normalization` is unknown or `spacing` is not three positive numbers.
+        ValueError: If `normalization` is unknown, `spacing` is not three positive numbers, or a
+            transform of the user's is random.
     """
     if len(spacing) != 3 or min(spacing) <= 0:
         raise ValueError(f"spacing: expected three positive numbers in mm, got {spacing!r}.")
@@ -68,16 +71,70 @@ def preprocessing(
             LoadVolumesd(keys, **optional),
             EnsureChannelFirstd(keys, **optional),
             *(OnImageGridd(key, **optional) for key in labels),
-            *before,
+            *(UserTransform(one, "transforms_before") for one in before),
             *crop,
             Orientationd(keys, axcodes="RAS", labels=None, **optional),
             SpacingOfKeysd(keys, pixdim=spacing, mode=modes, padding_mode="border", **optional),
             NormalizeChannelsd(normalization),
             EnsureTyped(keys, dtype=torch.float32, **optional),
-            *(CastToTyped(key, dtype=torch.uint8, **optional) for key in labels),
-            *after,
+            *(WholeLabelsd(key, **optional) for key in labels),
+            *(UserTransform(one, "transforms_after") for one in after),
+            *(WholeLabelsd(key, **optional) for key in labels),
         ]
     )
+
+
+class UserTransform(Transform):
+    """A user's own dictionary transform, which has to keep image and label together.
+
+    Args:
+        transform: Takes and returns the dictionary of a case.
+        where: The config key that it stands in, for messages.
+
+    Raises:
+        ValueError: If it is random: preprocessing is done once, and its result is kept. When it is
+            called, if image and label are on one grid before it and not after it.
+    """
+
+    def __init__(self, transform: Callable[[dict], dict], where: str) -> None:
+        self.transform, self.where = transform, where
+        if (random := _random_part(transform)) is not None:
+            raise ValueError(
+                f"{where}: expected a transform that is not random, got {type(random).__name__}. "
+                "Preprocessing is done once and kept; take it out, and set augmentation instead."
+            )
+
+    def __call__(self, data: dict) -> dict:
+        """Apply it to one case."""
+        were_together = _are_together(data)
+        data = self.transform(data)
+        if were_together and not _are_together(data):
+            shapes = [tuple(data[key].shape[1:]) for key in ("image", "label") if key in data]
+            raise ValueError(
+                f"{self.where}: expected image and label on one grid after "
+                f"{type(self.transform).__name__}, got shapes {' and '.join(map(str, shapes))} "
+                'or affines that differ. Give it "keys": ["image", "label"] and '
+                '"allow_missing_keys": true, or take it out.'
+            )
+        return data
+
+
+def _random_part(transform: Any) -> Any:
+    """The transform, or one inside it, that draws random numbers; None if there is none."""
+    if type(transform) is Compose:
+        return next(filter(None, map(_random_part, transform.transforms)), None)
+    return transform if isinstance(transform, RandomizableTrait) else None
+
+
+def _are_together(data: dict) -> bool:
+    """Whether there are an image and a label, on one grid."""
+    if not isinstance(data, dict) or not {"image", "label"} <= data.keys():
+        return False
+    grids = [
+        (data[key].shape[1:], np.asarray(getattr(data[key], "affine", np.eye(4))))
+        for key in ("label", "image")
+    ]
+    return compare(*grids[0], *grids[1]).distance_mm <= TOLERANCE_MM
 
 
 class SpacingOfKeysd(Spacingd):
@@ -109,7 +166,7 @@ class ValidationPreprocessing(Transform):
             [
                 LoadVolumesd("label"),
                 EnsureChannelFirstd("label"),
-                CastToTyped("label", dtype=torch.uint8),
+                WholeLabelsd("label"),
             ]
         )
 

@@ -24,10 +24,11 @@ from torch.utils.data import Dataset, Sampler
 from pipeline import ranks
 from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
+from pipeline.data.findings import some
 from pipeline.data.listing import Case, named
 from pipeline.data.progress_bar import ProgressBar
 from pipeline.data.store import EntryStore
-from pipeline.errors import InputError
+from pipeline.errors import InputError, innermost
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +145,19 @@ class CachedCases:
             yield self._enter(number, stack)
 
     def make(self, number: int) -> None:
-        """Preprocess a case and write its entry."""
-        made = self.transform(self.cases[number])
+        """Preprocess a case and write its entry.
+
+        Raises:
+            InputError: If a transform refuses the case, or it cannot be written.
+        """
+        case = self.cases[number]
+        try:
+            made = self.transform(case)
+        except (RuntimeError, ValueError) as error:
+            cause = innermost(error)
+            if isinstance(cause, InputError):
+                raise cause from error
+            raise InputError(f"{case['case_id']}: {cause}") from error
         kinds = (np.ndarray, torch.Tensor)
         kept = {name: value for name, value in made.items() if isinstance(value, kinds)}
         self.store.write(self.keys[number], kept)
@@ -180,11 +192,31 @@ class CachedDataset(Dataset):
         data: Cases, as dictionaries with `case_id`, `image` and `label`.
         transform: Deterministic preprocessing, applied once per case.
         cache: Where its results are.
+        num_classes: Classes, background included; `None`: label values are not compared with them.
+        ignore_value: Label of voxels that nobody annotated.
+
+    Raises:
+        InputError: If a label has a value that is no class, or a case cannot be cached.
     """
 
-    def __init__(self, data: Sequence[Case], transform: Preprocess, cache: VolumeCache) -> None:
+    def __init__(
+        self,
+        data: Sequence[Case],
+        transform: Preprocess,
+        cache: VolumeCache,
+        num_classes: int | None = None,
+        ignore_value: int | None = None,
+    ) -> None:
         self.data = [named(case) for case in data]
-        self.cached = cache.fill(self.data, transform, form="whole")
+
+        def prepare(case: Case) -> Mapping[str, Any]:
+            made = transform(case)
+            if num_classes is not None:
+                require_classes(case["case_id"], made["label"], num_classes, ignore_value)
+            return made
+
+        classes = {"num_classes": num_classes, "ignore_value": ignore_value}
+        self.cached = cache.fill(self.data, prepare, form="whole", **classes)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -200,6 +232,30 @@ class CachedDataset(Dataset):
         case = self.data[index]
         with self.cached.open(index) as entry:
             return {**case, **{n: entry.whole(n, _filename(case, n)) for n in sorted(entry.names)}}
+
+
+def require_classes(
+    case_id: str, label: torch.Tensor, num_classes: int, ignore_value: int | None
+) -> None:
+    """Refuse label values that are no class.
+
+    Args:
+        case_id: For the message.
+        label: uint8.
+        num_classes: Classes, background included.
+        ignore_value: Label of voxels that nobody annotated; `None`: there are none.
+
+    Raises:
+        InputError: If there is such a value.
+    """
+    values = np.flatnonzero(np.bincount(np.asarray(label).ravel())).tolist()
+    unknown = [n for n in values if n >= num_classes and n != ignore_value]
+    if unknown:
+        raise InputError(
+            f"{case_id}: expected label values 0 to {num_classes - 1}"
+            f"{'' if ignore_value is None else f' and {ignore_value} (ignored)'}, got "
+            f"{some([*map(str, unknown)])}. Declare the value in the dataset or correct the label."
+        )
 
 
 class CaseSampler(Sampler[int]):

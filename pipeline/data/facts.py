@@ -17,10 +17,11 @@ from pipeline.data.datasets import Case
 from pipeline.data.streams import FEW, Moments, smallest_hashes
 from pipeline.data.volume import Header, VolumeError, files_of, read_header, slabs
 from transforms.dicom import DicomError
+from transforms.labels import round_labels
 
 Facts = dict[str, Any]
 
-VERSION = 2  # of the form below; measured facts of another one are measured again
+VERSION = 3  # of the form below; measured facts of another one are measured again
 NUM_QUANTILES = 200  # of a case's foreground intensities
 MAX_FOREGROUND_SAMPLES = 20_000
 MAX_VALUES = 300  # different values of a label that are counted
@@ -60,10 +61,11 @@ def measure_voxels(case: Case, ignore_value: int | None = None) -> Facts:
         ignore_value: Label value that is no foreground.
 
     Returns:
-        `values`: number of voxels by label value (the first 300), `non_integer` and
-        `non_finite_label`: their numbers; `channels`: for each the facts of `_Channel`; `box`:
-        first and last + 1 voxel on each axis that is not zero in every channel; or `error`, and
-        `key` and `number` of the file that could not be read to its end.
+        `values`: number of voxels by label value (the first 300), `non_integer`,
+        `non_finite_label` and `rounded` (to a whole number nearby): their numbers; `channels`: for
+        each the facts of `_Channel`; `box`: first and last + 1 voxel on each axis that is not zero
+        in every channel; or `error`, and `key` and `number` of the file that could not be read to
+        its end.
     """
     paths = files_of(case)
     try:
@@ -126,10 +128,12 @@ class _Label:
         self.ignore_value = ignore_value
         self.foreground, self.seen = np.zeros(size, bool), 0
         self.values: dict[float, int] = {}
-        self.non_integer = self.non_finite = 0
+        self.non_integer = self.non_finite = self.rounded = 0
 
     def add(self, piece: np.ndarray) -> None:
         inside = slice(self.seen, self.seen + len(piece))
+        given, piece = piece, round_labels(piece)
+        self.rounded += int(np.count_nonzero((given != piece) & np.isfinite(given)))
         self.foreground[inside] = (piece > 0) & (piece != self.ignore_value)
         self.seen += len(piece)
         if piece.dtype.kind == "f":
@@ -152,6 +156,7 @@ class _Label:
             "values": {f"{value:g}": n for value, n in sorted(self.values.items())},
             "non_integer": self.non_integer,
             "non_finite_label": self.non_finite,
+            "rounded": self.rounded,
         }
 
 

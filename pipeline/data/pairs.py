@@ -12,8 +12,7 @@ from pipeline.data.listing import ENDINGS, case_name
 from pipeline.data.volume import Header, VolumeError, read_header, slabs
 from pipeline.errors import InputError
 from transforms.grid import TOLERANCE_MM, align
-
-MAX_VALUE = 255  # label maps are kept in a byte
+from transforms.labels import MAX_VALUE, round_labels
 
 Pair = tuple[str, Path, Path]  # case id, prediction, label
 
@@ -123,7 +122,7 @@ def _voxels(path: Path, header: Header, kind: str) -> np.ndarray:
     """`(H, W, D)` uint8, whatever type the file stores them as."""
     voxels, at = np.empty(math.prod(header.shape), np.uint8), 0
     try:
-        for piece in slabs(str(path), header):
+        for piece in map(round_labels, slabs(str(path), header)):
             if not (piece == np.rint(piece)).all():  # nor is a NaN
                 wrong = piece[piece != np.rint(piece)][0]
                 raise InputError(

@@ -30,12 +30,14 @@ class Preflight:
         findings: Faults and warnings of all of them.
         fingerprint: Of training and validation cases; `None` where there is a fault.
         notes: What was taken for what, for people.
+        num_rounded: Cases of which label values are rounded to whole numbers nearby.
     """
 
     cases: Cases
     findings: list[Finding]
     fingerprint: Fingerprint | None
     notes: list[str]
+    num_rounded: int = 0
 
     @property
     def faults(self) -> list[Finding]:
@@ -71,6 +73,7 @@ class Preflight:
             "faults": [asdict(finding) for finding in self.faults],
             "warnings": [asdict(finding) for finding in self.warnings],
             "notes": self.notes,
+            "num_rounded": self.num_rounded,
             "fingerprint": self.fingerprint,
         }
 
@@ -118,7 +121,8 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
     if fingerprint and not cases.class_names and level == "full":
         findings += (gaps := _gaps(cases, fingerprint))
         fingerprint = None if gaps else fingerprint
-    return Preflight(cases, findings, fingerprint, _notes(facts))
+    num_rounded = sum(bool((of["voxels"] or {}).get("rounded")) for of in facts.values())
+    return Preflight(cases, findings, fingerprint, _notes(facts), num_rounded)
 
 
 def _fingerprint(cases: Cases, facts: dict[str, Facts]) -> Fingerprint:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline import ranks
-from pipeline.data.cache import VolumeCache
+from pipeline.data.cache import VolumeCache, require_classes
 from pipeline.data.listing import Case, named
 from pipeline.data.positions import CaseTensors, draw_centre, sampling_positions
 from pipeline.data.resident import Residence, ResidentCases
@@ -159,6 +159,7 @@ class PatchDataset(Dataset):
     def _prepare(self, case: Case) -> dict[str, Any]:
         loaded = self.transform(case)
         volumes = {key: loaded[key] for key in ("image", "label")}
+        require_classes(case["case_id"], volumes["label"], self.num_classes, self.ignore_value)
         try:
             positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
         except ValueError as error:
