@@ -52,17 +52,23 @@ class Composed:
 def parse_overrides(words: Sequence[str]) -> Config:
     """`--key value` pairs; values are JSON and, failing that, plain strings.
 
+    A top-level key that is true or false may stand alone for true.
+
     Raises:
         InputError: If a key or value is missing, or a value is an expression or reference.
     """
     overrides: Config = {}
     faults: list[str] = []
-    pairs = iter(words)
-    for word in pairs:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("--"):
             raise InputError(f"{word}: expected --key value, got a word without key.")
         key, given, value = word[2:].partition("=")
-        text = value if given else next(pairs, None)
+        is_flag = key in KEYS and KEYS[key].types == "bool"
+        if is_flag and not given and (not rest or rest[0].startswith("--")):
+            value = given = "true"
+        text = value if given else rest.pop(0) if rest else None
         if text is None:
             raise InputError(f"--{key}: expected a value after it, got none.")
         try:

@@ -47,6 +47,9 @@ KEYS: dict[str, Key] = {
     "cache_dir": Key("str", FREE, "folder for what was read and preprocessed, shared by runs"),
     "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
     "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
+    "accept_changed_data": Key(
+        "bool", FREE, "continue a run where files of its cases were changed", is_optional=True
+    ),
     "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
     "init_weights": Key(
         "str null",
@@ -230,6 +233,8 @@ NESTED = {
     "train::dataloader::resident": CONTINUABLE,
     "train::dataloader::timeout_s": CONTINUABLE,
     "train::trainer::grace_s": FREE,
+    "validate::dataset::num_classes": FREE,  # in older runs' configs they are not yet
+    "validate::dataset::ignore_value": FREE,
 }
 
 WORDS = ("auto", "all")  # that stand for themselves

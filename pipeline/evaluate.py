@@ -132,6 +132,11 @@ def evaluate(pred_dir: Path, label_dir: Path, options: Mapping[str, Any]) -> tup
     }
     default = f"{pred_dir.resolve()}_scores"
     output_dir = Path(str(options["output_dir"] or default))
+    if (output_dir / "summary.json").exists() and not (output_dir / "metrics.csv").exists():
+        raise InputError(  # such as a run's
+            f"--output_dir: expected no summary.json but of scores, got another in {output_dir}. "
+            "Choose another folder."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     rows, faults = _score(pairs, options["num_threads"], how)
     if names is None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline import config, ranks
 from pipeline.compose import source_being_resolved
+from pipeline.data.content import contents_of
 from pipeline.data.datasets import Cases
+from pipeline.data.findings import some
 from pipeline.data.forecast import Forecast
 from pipeline.data.intake import Intake
 from pipeline.data.plan import Plan
@@ -24,7 +27,14 @@ from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.given import given_data, is_clients, require_same_classes
 from pipeline.process_group import ProcessGroup
 from pipeline.recipe import preprocessing_recipe
-from pipeline.run_configs import changes_since, portable, stored_plan, write_configs, write_docs
+from pipeline.run_configs import (
+    changed_cases,
+    changes_since,
+    portable,
+    stored_plan,
+    write_configs,
+    write_docs,
+)
 from pipeline.run_dir import RunDirectory, told_to_user
 from pipeline.start import Start
 from pipeline.summary import log_whereabouts, summarize
@@ -52,6 +62,7 @@ class Lifecycle:
         report: Whether to write `report/index.html` at the end.
         init_weights: File of the weights that a new run begins with; see `Start`.
         init_head: Whether its head is drawn anew all the same.
+        accept_changed_data: Whether a run goes on where files of its cases were changed.
         process_group: Of several ranks. The first one has the run directory and writes what is of
             the run; each of the others writes a log there, and predictions that are scored.
 
@@ -75,6 +86,7 @@ class Lifecycle:
         init_weights: str | None = None,
         init_head: bool | str = False,
         process_group: ProcessGroup | None = None,
+        accept_changed_data: bool | str = False,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
@@ -87,6 +99,7 @@ class Lifecycle:
         self.max_epochs = max_epochs
         self.intake, self.process_group = intake, process_group
         self.report = as_bool(report, "report")
+        self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
         self.start = Start(self.source, self.bundle_root, init_weights, init_head)
         self.checkpoint: Path | None = None
         self.forecast: Forecast | None = None  # on CUDA, of the first rank
@@ -209,8 +222,10 @@ class Lifecycle:
             self.directory.take(self._require_same_run)
             for line in (*found.notes, *(finding.line for finding in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
+            if begun and (changed := self._changed_cases()):
+                log.warning("Continuing with changed files of %s", some(changed))
             checkpoint = self.directory.checkpoint() if begun else None
-            facts = found.fingerprint, self.start.record
+            facts = found.fingerprint, self.start.record, self._contents
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint
 
@@ -336,16 +351,42 @@ class Lifecycle:
 
     def _require_same_run(self) -> None:
         """Refuse another run than the one that has begun; end where that one is finished."""
-        source = self._portable_source()
-        for key in changes_since(self.run_dir, source, self.cases.fingerprint):
+        source, changed = self._portable_source(), self._changed_cases()
+        known = None if changed else self.cases.fingerprint
+        for key in changes_since(self.run_dir, source, known):
             log.info("Continuing with a changed %s", key)
-        self._stop_if_finished()
+        self._stop_if_finished(changed)
+        if changed and not self.accept_changed_data:
+            raise InputError(
+                f"dataset_dir: expected the data that the run in {self.run_dir} began with, got "
+                f"changed files of {some(changed)}. Restore them, choose another output_dir, or go "
+                "on with --accept_changed_data."
+            )
+        if changed:
+            require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
 
-    def _stop_if_finished(self) -> None:
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """What the files of all cases hold."""
+        cases = self.cases
+        return contents_of([*cases.train, *cases.validation, *cases.test], self.cache_dir)
+
+    def _changed_cases(self) -> list[str]:
+        cases = self.cases
+        ids = [case["case_id"] for case in (*cases.train, *cases.validation, *cases.test)]
+        return changed_cases(self.run_dir, ids, self._contents)
+
+    def _stop_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
         if summary and summary["progress"]["epoch"] >= self.max_epochs:
             log.info("This run is finished; nothing to do.")
+            if changed:
+                log.warning(
+                    "Its data changed: files of %s. Weights and scores are of what there was; "
+                    "train on the new data with another output_dir.",
+                    some(changed),
+                )
             log_whereabouts(self.run_dir, summary)
             raise SystemExit(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def portable(
         "bundle_root": ".",
         "dataset_dir": os.path.relpath(dataset_dir, run_dir),
         "output_dir": f"../{run_dir.name}_again",
+        **({"accept_changed_data": False} if "accept_changed_data" in source else {}),
     }
 
 
@@ -50,6 +51,7 @@ def write_configs(
     plan: Plan,
     fingerprint: Fingerprint | None,
     start: dict[str, Any] | None = None,
+    contents: Mapping[str, str] | None = None,
 ) -> None:
     """Make the run directory a bundle.
 
@@ -60,10 +62,12 @@ def write_configs(
         plan: For its dataset.
         fingerprint: Of its training and validation cases.
         start: Which weights it began with, where they were a file's.
+        contents: What the files of its cases hold; see `contents_of`.
     """
     target = run_dir / "configs"
     make_directory(target)
-    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint, "init_weights": start})
+    record = {"fingerprint": cases.fingerprint, "init_weights": start, "contents": contents}
+    write_json(run_dir / "run.json", record)
     write_json(run_dir / "plan.json", plan.as_dict())
     write_json(target / "train.json", source)
     shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
@@ -105,6 +109,28 @@ def stored_plan(run_dir: Path) -> Plan:
             f"{path}: expected the plan of the run there, got: {error}. Restore it, or choose "
             "another output_dir."
         ) from error
+
+
+def changed_cases(
+    run_dir: Path, case_ids: Collection[str], contents: Mapping[str, str]
+) -> list[str]:
+    """Cases whose files hold something else than when the run there last started.
+
+    Args:
+        run_dir: Of the run.
+        case_ids: Of the dataset of now.
+        contents: Of the dataset of now; see `contents_of`.
+
+    Returns:
+        Their ids; none where the cases are others, or the run is of a version without contents.
+    """
+    try:
+        known = json.loads((run_dir / "run.json").read_text())["contents"]
+    except (OSError, ValueError, KeyError):
+        return []  # `changes_since` says so
+    if not known or known.keys() != {*case_ids}:
+        return []
+    return [case_id for case_id in contents if contents[case_id] != known[case_id]]
 
 
 def changes_since(run_dir: Path, source: config.Config, fingerprint: str | None) -> list[str]:

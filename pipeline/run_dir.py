@@ -149,7 +149,8 @@ class RunDirectory:
         if occupied and not self._is_run():
             raise InputError(
                 f"output_dir: expected an empty directory or one with the run.json of a run, got "
-                f"{self.path} with other files. Choose another output_dir."
+                f"{self.path} with other files and no run.json. If this is a run, restore it; "
+                "otherwise choose another output_dir."
             )
         if self.resume is True and not self._has_begun():
             raise InputError(

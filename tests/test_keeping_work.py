@@ -12,8 +12,10 @@ import shutil
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
-from conftest import finished_run
+from conftest import finished_run, tiny_words
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -180,3 +182,94 @@ def test_cache_that_is_deleted_while_a_run_trains_is_made_again(train, tmp_path)
     assert list((tmp_path / "cache").iterdir())
     assert train(tmp_path / "undisturbed")[0] == 0
     assert contents(tmp_path / "r/models") == contents(tmp_path / "undisturbed/models")
+
+
+# --- data that were corrected
+
+
+@pytest.fixture(params=[".nii", ".nii.gz"])
+def correctable(request, dataset, tmp_path):
+    """A dataset, and a function that exchanges two classes in its first label, in place."""
+    root = tmp_path / "data"
+    for source in dataset.glob("*Tr/*.nii.gz"):
+        folder = {"imagesTr": "images", "labelsTr": "labels"}[source.parent.name]
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.load(source), root / folder / source.name.replace(".nii.gz", request.param))
+
+    def correct(folder: str = "labels") -> None:
+        path = root / folder / f"tiny_001{request.param}"
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj).copy()
+        voxels = np.where(voxels == 1, 2, np.where(voxels == 2, 1, voxels)).astype(voxels.dtype)
+        nib.save(nib.Nifti1Image(voxels[::-1], image.affine), path)
+
+    return root, correct
+
+
+def test_finished_run_says_that_its_data_changed(train, tmp_path, correctable):
+    root, correct = correctable
+    where = {"dataset_dir": str(root), "max_epochs": 1}
+    assert train(tmp_path / "r", **where)[0] == 0
+    status, told = train(tmp_path / "r", **where)
+    assert (status, "data changed" in told) == (0, False)
+    before = contents(tmp_path / "r/models")
+    correct()
+    for _ in range(2):
+        status, told = train(tmp_path / "r", **where)
+        assert status == 0
+        assert "This run is finished; nothing to do." in told
+        assert "Its data changed: files of tiny_001." in told
+    assert contents(tmp_path / "r/models") == before
+
+
+@pytest.mark.parametrize("folder", ["labels", "images"])
+def test_run_goes_on_with_changed_data_only_when_told_to(train, tmp_path, correctable, folder):
+    root, correct = correctable
+    where = {"dataset_dir": str(root)}
+    assert train(tmp_path / "r", **where, max_epochs=1)[0] == 0
+    correct(folder)
+    before = contents(tmp_path / "r/checkpoints")
+    for _ in range(2):
+        status, told = train(tmp_path / "r", **where)
+        assert status == 2
+        assert "got changed files of tiny_001. Restore them, choose another output_dir" in told
+        assert contents(tmp_path / "r/checkpoints") == before
+    status, told = train(tmp_path / "r", **where, accept_changed_data=True)
+    assert status == 0, told
+    assert "Continuing with changed files of tiny_001" in told
+    status, told = train(tmp_path / "r", **where)
+    assert (status, "data changed" in told) == (0, False)  # they are now the run's own
+
+
+def test_switch_may_stand_without_a_value(command, train, tmp_path, correctable):
+    root, correct = correctable
+    words = ("run", "configs/amp.json", *tiny_words(root, tmp_path / "r"))
+    assert command(*words, "--max_epochs", "1")[0] == 0
+    correct()
+    assert command(*words, "--accept_changed_data")[0] == 0
+    correct()
+    assert command(*words, "--accept_changed_data", "--max_epochs", "3")[0] == 0
+
+
+def test_more_cases_are_another_run_whatever_is_accepted(train, tmp_path, correctable):
+    root, correct = correctable
+    assert train(tmp_path / "r", dataset_dir=str(root), max_epochs=1)[0] == 0
+    correct()
+    for path in root.glob("*/tiny_002.*"):
+        shutil.copy(path, path.with_name(path.name.replace("002", "007")))
+    changes = {"dataset_dir": str(root), "accept_changed_data": True}
+    status, told = train(tmp_path / "r", **changes)
+    assert status == 2
+    assert "dataset_dir (other cases)" in told
+
+
+# --- results of commands
+
+
+def test_scores_are_not_written_over_a_run(command, dataset, ended):
+    before = contents(ended)
+    labels = dataset / "labelsTr"
+    status, told = command("evaluate", labels, labels, "--output_dir", ended)
+    assert status == 2
+    assert "--output_dir: expected no summary.json but of scores" in told
+    assert contents(ended) == before

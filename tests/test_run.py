@@ -202,7 +202,7 @@ def test_foreign_directory_is_refused(run, tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
         run(tmp_path / "r")
     assert exit.value.code == 2
-    assert "expected a run directory or an empty one" in capfd.readouterr().err
+    assert "expected an empty directory or one with the run.json of a run" in capfd.readouterr().err
 
 
 def test_second_writer_is_refused_with_the_first_ones_name(run, tmp_path, capfd):
@@ -365,7 +365,7 @@ def test_help_lists_every_key_with_value_and_meaning(capfd, monkeypatch):
 
 def test_table_of_keys_is_equal_to_the_file():
     assert list(AMP) == [key for key in AMP if key in config.KEYS]
-    assert set(AMP) == {key for key, spec in config.KEYS.items() if not spec.is_optional}
+    assert {key for key, spec in config.KEYS.items() if not spec.is_optional} <= set(AMP)
     config.check(AMP)
 
 

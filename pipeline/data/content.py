@@ -13,13 +13,15 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.volume import files_of
 
 HASHES = "volume_cache_hashes.json"  # in cache_dir, which may have files of others
+MAX_THREADS = 8
 MOST_FILES = 100_000  # remembered, the latest
 SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
 HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file
@@ -73,6 +75,26 @@ class ContentHashes:
         with contextlib.suppress(OSError):
             write_whole(self.path, json.dumps({"sha256": sha256_of(files), "files": files}))
         self._new = {}
+
+
+def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str, str]:
+    """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out.
+
+    Args:
+        cases: As `ContentHashes.of_case` takes them.
+        cache_dir: Where the hashes of files are remembered.
+    """
+    hashes = ContentHashes(cache_dir / HASHES)
+
+    def content(case: Mapping[str, Any]) -> str | None:
+        with contextlib.suppress(OSError):
+            return hashes.of_case(case)
+        return None
+
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        found = list(pool.map(content, cases))
+    hashes.save()
+    return {c["case_id"]: key for c, key in zip(cases, found, strict=True) if key is not None}
 
 
 def sha256_of(value: Any) -> str:
