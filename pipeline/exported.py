@@ -34,6 +34,7 @@ from pipeline.exportable import Run, read_config
 from pipeline.given import given_data
 from pipeline.parity import TOLERANCE, NotComparedError, cases_of, mean_dices
 from pipeline.run_configs import TEMPLATES
+from pipeline.training.durable import load
 
 COMMAND = "pipeline.run"  # which says mistakes in a line each
 LIBRARIES = ("torch", "monai", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime")
@@ -107,7 +108,7 @@ def write_weights(folder: Path, network: torch.nn.Module) -> Facts:
     first, second = folder / "model.pt", folder / "model.safetensors"
     torch.save(state, first)
     save_file(state, second, {"format": "pt"})
-    for read in (torch.load(first, weights_only=True), load_file(second)):
+    for read in (load(first), load_file(second)):
         if read.keys() != state.keys() or not all(_same(state[n], read[n]) for n in state):
             raise RuntimeError(f"{folder}: expected to read the weights as written, got others.")
     digest = hashlib.sha256(second.read_bytes()).hexdigest()

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import config, ranks
 from pipeline.compose import source_being_resolved
 from pipeline.data.content import contents_of
@@ -124,6 +126,11 @@ class Lifecycle:
         if self._plan is None:
             raise RuntimeError("lifecycle: expected enter() before plan, got it after.")
         return self._plan
+
+    @property
+    def initial_weights(self) -> dict[str, torch.Tensor] | None:
+        """What a new run begins with beside the network's own weights; there after `enter`."""
+        return self.start.tensors
 
     @property
     def recipe(self) -> dict[str, Any]:

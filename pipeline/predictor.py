@@ -16,6 +16,7 @@ from pipeline import config, trust
 from pipeline.compose import source_being_resolved
 from pipeline.config import Config
 from pipeline.errors import InputError, innermost
+from pipeline.training.durable import load
 from transforms.preprocess import LOADING_STEPS
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
@@ -169,7 +170,7 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
             "them with --run_dir, or train one."
         )
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(load(path))
     except Exception as error:  # torch and pickle raise many kinds
         reason = " ".join(str(error).split())
         raise InputError(

@@ -14,10 +14,12 @@ Left out on purpose, since a config could run code of its choice or fetch someth
                           download
     ProbMapProducer, MLFlowHandler, ClearMLHandler, TrtHandler
                           reach for other services and compilers
+    LogfileHandler        writes lines of the config's choice under any name
     monai.bundle, torch.hub, torch.load, torch.jit, torch.utils.collect_env
                           run what they are given
 
-`FORBIDDEN` holds single arguments of allowed classes for the same reason.
+`FORBIDDEN` holds single arguments of allowed classes for the same reason. `MEMBERS` holds what
+expressions may ask of an object: nothing that could be called to do more than the config itself.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ MONAI = {  # by their bare name too
     "monai.engines": "SupervisedEvaluator SupervisedTrainer",
     "monai.handlers": """
         CheckpointLoader CheckpointSaver ConfusionMatrix DecollateBatch EarlyStopHandler
-        GarbageCollector HausdorffDistance IgniteMetricHandler LogfileHandler LrScheduleHandler
-        MeanAbsoluteError MeanDice MeanIoUHandler MeanSquaredError MetricLogger MetricsSaver
+        GarbageCollector HausdorffDistance IgniteMetricHandler LrScheduleHandler MeanAbsoluteError
+        MeanDice MeanIoUHandler MeanSquaredError MetricLogger MetricsSaver
         PanopticQuality PeakSignalToNoiseRatio PostProcessing ROCAUC RootMeanSquaredError
         SmartCacheHandler StatsHandler SurfaceDistance TensorBoardImageHandler
         TensorBoardStatsHandler ValidationHandler""",
@@ -120,7 +122,57 @@ OTHERS = {
         StepLR""",
     "torch.utils.data": "BatchSampler DataLoader RandomSampler SequentialSampler",
 }
-FORBIDDEN = {"SaveImaged": {"writer": "it names any class by dotted path"}}
+COMPILE = {
+    "compile": ("", "its compiler runs programs that the config names"),
+    "compile_kwargs": ("", "they name programs that the compiler runs"),
+}
+LOG_DIR = {"log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent")}
+TORCH_FILE = (r".*\.pt", "a file that is not named *.pt may be one that Python executes")
+# by class, arguments that are nothing or text of a pattern, and why
+FORBIDDEN = {
+    "CheckpointSaver": {"final_filename": TORCH_FILE, "key_metric_filename": TORCH_FILE},
+    "MixedPrecisionEvaluator": COMPILE,
+    "MixedPrecisionTrainer": {"compile_kwargs": COMPILE["compile_kwargs"]},
+    "SaveImaged": {"writer": ("", "it names any class by dotted path")},
+    "StatsHandler": {
+        "key_var_format": (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects")
+    },
+    "SupervisedEvaluator": COMPILE,
+    "SupervisedTrainer": COMPILE,
+    "TensorBoardImageHandler": LOG_DIR,
+    "TensorBoardStatsHandler": LOG_DIR,
+}
+# by class, the attributes and methods that expressions may ask for, with the class of their values
+# where more may be asked of it
+_LIFECYCLE = """
+    cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights leave() lost plan:Plan recipe
+    run_dir:Path start.tensors"""  # the last one in configs of older runs
+_NETWORK = "named_parameters() parameters() state_dict()"
+MEMBERS = {
+    name: dict(word.partition(":")[::2] for word in words.split())
+    for name, words in {
+        "Augment": "input_size",
+        "Cases": "test train validation",
+        "EpochSampler": "samples_per_epoch",
+        "Lifecycle": _LIFECYCLE,
+        "MixedPrecisionEvaluator": "run()",
+        "MixedPrecisionTrainer": "run()",
+        "Module": _NETWORK,
+        "Plan": """
+            batch_size class_names crop_empty_borders flip_axes foreground_ratio ignore_value
+            in_channels normalization num_classes roi_size spacing strides""",
+        "Precision": "device place():Module",
+        "Prediction": "run()",
+        "ProcessGroup": "replica()",
+        "Scoring": "run()",
+        "SupervisedEvaluator": "run()",
+        "SupervisedTrainer": "run()",
+        "Visit": _LIFECYCLE + " best_model:Path",
+        **dict.fromkeys(["DenseUNet", *MONAI["monai.networks.nets"].split()], _NETWORK),
+    }.items()
+}
+ANY = "*"  # stands for the classes of the user's own, of which anything may be asked
+MEMBERS[ANY] = {asked: kind for known in MEMBERS.values() for asked, kind in known.items()}
 
 
 def _names(table: dict[str, str]) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 A config names classes and ties them together; it runs no code of its own. `_target_` holds a name
 of the list in `pipeline.targets` or one that the command line allows. An expression starts from an
-`@id` and is a chain of attributes, or one call of a method in `METHODS` on that id with references
-and literals as arguments. Macros (`%`) and MONAI's debugging mode do not exist.
+`@id` and reads one attribute of its object, or calls one method with such values and literals as
+arguments: one that `targets.MEMBERS` has for the object's class, or any of a class that is there
+since the command line allows it. Macros (`%`) and MONAI's debugging mode do not exist.
 
 What is judged is not what was written but what MONAI would evaluate: relative ids resolved and
 references replaced by MONAI's own functions. `python -m monai.bundle` executes what a config says
@@ -13,41 +14,24 @@ without asking here; it is outside of this boundary.
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
 from pipeline.errors import InputError, nearest
-from pipeline.targets import FORBIDDEN, is_allowed, names
+from pipeline.targets import ANY, FORBIDDEN, MEMBERS, OTHERS, is_allowed, names
 
 Path = tuple[str, ...]  # keys from the root of the config; "#".join of it is the id
 
 ID = re.compile(r"\w+(::\w+)*")  # not empty, which would be the whole config
 OBJECT = re.compile(r"_target_[\"']?\s*[:=]")  # in what was meant to be JSON, too
-METHODS = {
-    "enter", "leave", "named_parameters", "parameters", "place", "replica", "run", "state_dict",
-}  # fmt: skip
 MODES = ("default", "callable")  # not "debug", which stops in pdb
 SPECIAL = sorted(ConfigComponent.non_arg_keys)
 REFERENCES = ReferenceResolver._vars  # the name that holds them when MONAI evaluates
-GRAMMAR = "Write @id, $@id.attribute or $@id.method(@id, 1), a method of " + ", ".join(
-    sorted(METHODS)
-)
-
-# A chain of attributes may end in a bound method that its receiver calls, so that a Path's are as
-# good as called (`"lost": "$@lifecycle.run_dir.rmdir"`), and a module is as good as everything.
-MODULES = """
-    asyncio builtins code codeop ctypes ftplib functools gc http ignite importlib inspect io
-    itertools json logger logging marshal monai mp multiprocessing nib nibabel np numpy operator
-    os pathlib pdb pickle posix pprint profile pty runpy sched scipy shelve shutil signal smtplib
-    socket sqlite3 ssl subprocess sys tempfile threading timeit torch tqdm traceback types urllib
-    warnings weakref webbrowser
-"""
-UNREACHABLE = {name for name in dir(FilePath) if callable(getattr(FilePath, name))}
-UNREACHABLE |= {*MODULES.split()}
+GRAMMAR = "Write @id, $@id.attribute or $@id.method(@id, 1)."
 
 
 def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -75,80 +59,184 @@ def check(source: Any, allow: Collection[str] = ()) -> None:
 
 def faults(source: Any, allow: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
     """What a config may not say: the place, and what is expected there."""
+    objects = Objects(source, allow)
     for path, value in walk(source):
         if isinstance(value, str) and path[-1:] != ("_target_",):
-            fault = string_fault(path, value)
+            fault = _string_fault(path, value, objects)
             if fault:
                 yield path, fault
         elif isinstance(value, dict):
-            yield from ((path + place, fault) for place, fault in _object_faults(value, allow))
+            yield from ((path + at, fault) for at, fault in _object_faults(path, value, objects))
+    for name, asked in objects.lacking.items():
+        got = repr(objects.nodes[name])[:60]
+        yield tuple(name.split("::")), f"expected an object with {asked!r}, got {got}. Correct it."
 
 
-def string_fault(path: Path, written: str) -> str | None:
-    """Why a string may not stand in a config, or `None`."""
+class Objects:
+    """What is known of the objects of a config before they are made.
+
+    Args:
+        source: A merged config.
+        allow: Dotted names that `_target_` may hold beside the list.
+    """
+
+    def __init__(self, source: Any, allow: Collection[str]) -> None:
+        self.allow = allow
+        self.nodes: dict[str, Any] = {}
+        self.lacking: dict[str, str] = {}  # plain values, and what expressions asked of them
+        for path, node in walk(source):
+            name = "::".join(path)
+            self.nodes[name] = {} if name in self.nodes else node  # of two MONAI takes either
+        self.uses: dict[str, list[tuple[str, str]]] = {}  # of expressions; none of a faulty one
+        for name, node in self.nodes.items():
+            if isinstance(node, str) and node.startswith("$"):
+                with contextlib.suppress(ValueError):
+                    self.uses[name] = []
+                    self.uses[name] = _uses(_resolved(name, node) or "")
+
+    def follow(self, name: str) -> str:
+        """The id where plain references end, beginning with that of an id."""
+        seen = set()
+        while name not in seen and isinstance(node := self.nodes.get(name), str):
+            seen.add(name)
+            text = _resolved(name, node) or ""
+            name = text[1:] if ReferenceResolver.id_matcher.fullmatch(text) else name
+        return name
+
+    def kind(self, name: str) -> str | None:
+        """The class of an id's object, as `MEMBERS` names it.
+
+        Empty if there is no telling; `None` if nothing comes of it: there is no such id, its
+        references go in a circle, or what it is made from is refused in its place.
+        """
+        trail: list[str] = []
+        while (name := self.follow(name)) in self.uses:
+            if not self.uses[name] or len(trail) > len(self.uses):
+                return None
+            name, asked = self.uses[name][0]
+            trail.append(asked)
+        node = self.nodes.get(name)
+        kind = "" if name in self.nodes else None
+        if isinstance(node, dict) and "_target_" in node:
+            kind = self._class(node)
+        for asked in filter(None, reversed(trail)):
+            kind = MEMBERS.get(kind or "", {}).get(asked, "" if kind == ANY else None)
+        return kind
+
+    def _class(self, node: dict[str, Any]) -> str | None:
+        target = node["_target_"]
+        if not isinstance(target, str) or not is_allowed(target, self.allow):
+            return None
+        module, _, name = target.rpartition(".")
+        if module in OTHERS or node.get("_mode_", "default") != "default":
+            return ""
+        return name if is_allowed(target) else ANY
+
+    def reason(self, text: str) -> str:
+        """What an expression has that is not of the grammar; empty if nothing.
+
+        Args:
+            text: With its `$`, relative ids resolved.
+        """
+        try:
+            for name, asked in _uses(text):
+                kind = self.kind(name)
+                known = MEMBERS.get(kind or "", {})
+                if not asked or kind in (None, ANY) or asked in known:
+                    continue
+                at = self.follow(name)
+                if at in self.uses or ConfigComponent.is_instantiable(self.nodes[at]):
+                    what = f"a {kind}" if known else "of which nothing may be asked"
+                    hint = f" {nearest(asked, known)}" if known else ""
+                    return f"asks for {asked!r} of @{name.replace('::', '#')}, {what}.{hint}"
+                self.lacking.setdefault(at, asked)
+        except ValueError as error:
+            return f"{error}."
+        return ""
+
+    def is_harmless(self, name: str, pattern: str) -> bool:
+        """Whether what stands at an id is nothing, a path of a run, or text of a pattern."""
+        node = self.nodes.get(self.follow(name))
+        plain = isinstance(node, str) and re.fullmatch(rf"(?!\$){pattern}", node) is not None
+        return node in (None, False) or plain or self.kind(name) == "Path"
+
+
+def _resolved(name: str, written: str) -> str | None:
+    """A string with its relative ids resolved; `None` where they lead out of the config."""
     try:
-        text = ConfigParser.resolve_relative_ids("::".join(path), written)
+        return ConfigParser.resolve_relative_ids(name, written)
     except ValueError:
+        return None
+
+
+def _string_fault(path: Path, written: str, objects: Objects) -> str | None:
+    """Why a string may not stand in a config, or `None`."""
+    text = _resolved("::".join(path), written)
+    if text is None:
         return f"expected a relative id within the config, got {written!r}. Use fewer #."
     if text.startswith("%"):
         return f"expected no macro, got {written!r}. Write the value itself, or refer to it by @."
-    reason = expression_fault(text) if text.startswith("$") else ""
+    reason = objects.reason(text) if text.startswith("$") else ""
     if not reason:
         return None
-    return f"expected an expression on an id, got {written!r}, which {reason}. {GRAMMAR}."
+    return f"expected an expression on an id, got {written!r}, which {reason} {GRAMMAR}"
 
 
-def expression_fault(text: str) -> str:
-    """What an expression has that is not of the grammar; empty if nothing.
+def _uses(text: str) -> list[tuple[str, str]]:
+    """The ids of an expression, each with the `attribute` or `method()` that is asked of it.
+
+    The first is what the expression is of; those after it are arguments.
 
     Args:
         text: With its `$`, relative ids resolved.
+
+    Raises:
+        ValueError: If it is not of the grammar.
     """
+    if not text.startswith("$@"):
+        raise ValueError("starts from no @id")
     matches = ReferenceResolver.id_matcher.findall(ReferenceResolver.normalize_id(text))
-    ids = {match[1:]: None for match in matches}
-    reason = "" if text.startswith("$@") else "starts from no @id"
-    if not reason:
-        try:
-            code = ReferenceResolver.update_refs_pattern(text, ids)[1:]
-            tree = ast.parse(code, mode="eval")
-            seen = sum(_is_reference(node) for node in ast.walk(tree))
-            reason = _reason(tree.body)
-            if not reason and seen != len(matches):  # one in a literal, or one written by hand
-                reason = "has a reference in the wrong place"
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            reason = "cannot be read"
-    return reason
+    try:
+        code = ReferenceResolver.update_refs_pattern(text, {match[1:]: None for match in matches})
+        body = ast.parse(code[1:], mode="eval").body
+        count = sum(map(_is_reference, ast.walk(body)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError("cannot be read") from None
+    if isinstance(body, ast.Call):
+        if not (isinstance(body.func, ast.Attribute) and _is_reference(body.func.value)):
+            raise ValueError("calls something else than a method of an @id")
+        if any(keyword.arg is None or keyword.arg.startswith("_") for keyword in body.keywords):
+            raise ValueError("has an argument without a plain name")
+        arguments = [*body.args, *(keyword.value for keyword in body.keywords)]
+        arguments = [argument for argument in arguments if not _is_literal(argument)]
+        uses = [_use(body.func, "()"), *map(_use, arguments)]
+    else:
+        uses = [_use(body)]
+    if count != len(matches):  # one in a literal, or one written by hand
+        raise ValueError("has a reference in the wrong place")
+    return uses
 
 
-def _reason(node: ast.expr) -> str:
-    """What is wrong with a whole expression; empty if nothing is."""
-    if not isinstance(node, ast.Call):
-        return _chain_reason(node)
-    method = node.func
-    if not (isinstance(method, ast.Attribute) and _is_reference(method.value)):
-        return "calls something else than a method of an @id"
-    if method.attr not in METHODS:
-        return f"calls {method.attr}(). {nearest(method.attr, sorted(METHODS))[:-1]}"
-    if any(keyword.arg is None or keyword.arg.startswith("_") for keyword in node.keywords):
-        return "has an argument without a plain name"
-    arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-    return next(filter(None, map(_argument_reason, arguments)), "")
-
-
-def _argument_reason(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        plain = node.value is None or isinstance(node.value, (str, int, float))
-        return "" if plain and REFERENCES not in str(node.value) else "has an unusual literal"
-    return _chain_reason(node)
-
-
-def _chain_reason(node: ast.expr) -> str:
-    """What is wrong with a reference and the attributes after it."""
+def _use(node: ast.expr, call: str = "") -> tuple[str, str]:
+    """An id, and the one thing at most that is asked of it."""
+    chain: list[str] = []
     while isinstance(node, ast.Attribute):
-        if node.attr.startswith("_") or node.attr in UNREACHABLE:
-            return f"reaches for {node.attr!r}"
+        chain.insert(0, node.attr)
         node = node.value
-    return "" if _is_reference(node) else f"holds a {type(node).__name__}"
+    asked = ".".join(chain) + call
+    if not isinstance(node, ast.Subscript) or not _is_reference(node):
+        raise ValueError(f"holds a {type(node).__name__}")
+    if any(name.startswith("_") for name in chain) or (chain[1:] and asked not in MEMBERS[ANY]):
+        raise ValueError(f"reaches for {asked!r}")
+    return ast.literal_eval(node.slice), asked
+
+
+def _is_literal(node: ast.expr) -> bool:
+    """Whether an argument is a plain value."""
+    plain = isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None)
+    if isinstance(node, ast.Constant) and (not plain or REFERENCES in str(node.value)):
+        raise ValueError("has an unusual literal")
+    return plain
 
 
 def _is_reference(node: ast.AST) -> bool:
@@ -163,7 +251,9 @@ def _is_reference(node: ast.AST) -> bool:
     )
 
 
-def _object_faults(node: dict[str, Any], allow: Collection[str]) -> Iterator[tuple[Path, str]]:
+def _object_faults(
+    path: Path, node: dict[str, Any], objects: Objects
+) -> Iterator[tuple[Path, str]]:
     """What is wrong with the keys of an object that MONAI reads itself."""
     for key in node:
         if key.startswith("_") and key not in SPECIAL and key != "_meta_":
@@ -172,14 +262,22 @@ def _object_faults(node: dict[str, Any], allow: Collection[str]) -> Iterator[tup
                 yield (key,), f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
     if "_target_" not in node:
         return
-    target = node["_target_"]
-    if not isinstance(target, str) or not is_allowed(target, allow):
-        yield ("_target_",), _target_fault(target, allow)
-    elif forbidden := FORBIDDEN.get(target.rpartition(".")[2], {}):
-        for key in forbidden.keys() & node.keys():
-            yield (key,), f"expected no {key}, since {forbidden[key]}. Leave it out."
-    if node.get("_mode_", "default") not in MODES:
-        yield ("_mode_",), f"expected one of {', '.join(MODES)}, got {node['_mode_']!r}."
+    target, mode = node["_target_"], node.get("_mode_", "default")
+    forbidden: dict[str, tuple[str, str]] = {}
+    if not isinstance(target, str) or not is_allowed(target, objects.allow):
+        yield ("_target_",), _target_fault(target, objects.allow)
+    elif is_allowed(target):  # the user's own may take what they want
+        forbidden = FORBIDDEN.get(target.rpartition(".")[2], {})
+    for key in forbidden.keys() & node.keys():
+        pattern, reason = forbidden[key]
+        if not objects.is_harmless("::".join((*path, key)), pattern):
+            yield (
+                (key,),
+                f"expected no such {key}, since {reason}, got {node[key]!r}. Leave it out.",
+            )
+    if mode not in MODES or (mode != "default" and forbidden):  # by position it could be given them
+        modes = MODES[:1] if forbidden else MODES
+        yield ("_mode_",), f"expected one of {', '.join(modes)}, got {mode!r}. Leave it out."
     if str(node.get("_disabled_", False)).lower() not in ("true", "false"):
         yield ("_disabled_",), f"expected true or false, got {node['_disabled_']!r}."
 

@@ -373,22 +373,23 @@ CASES = {
     ),
     "no such attribute": (
         {"steps_per_epoch": "$@plan.batch_sise"},
-        "{file}:2: steps_per_epoch: expected an attribute of @plan (a Plan), got 'batch_sise'. "
-        "Did you mean 'batch_size'?",
+        "{file}:2: steps_per_epoch: expected an expression on an id, got '$@plan.batch_sise', "
+        "which asks for 'batch_sise' of @plan, a Plan. Did you mean 'batch_size'?",
     ),
     "no such attribute of an object": (
         {"cases": "$@lifecycle.casez"},
-        "{file}:2: cases: expected an attribute of @lifecycle (a Lifecycle), got 'casez'. "
-        "Did you mean 'cases'?",
+        "{file}:2: cases: expected an expression on an id, got '$@lifecycle.casez', which asks for "
+        "'casez' of @lifecycle, a Lifecycle. Did you mean 'cases'?",
     ),
     "method of another object": (
         {"initialize": ["$@precision.enter()"]},
-        "{file}:3: initialize#0: expected an attribute of @precision (a Precision), got 'enter'.",
+        "{file}:3: initialize#0: expected an expression on an id, got '$@precision.enter()', which "
+        "asks for 'enter()' of @precision, a Precision. Valid are: device, place().",
     ),
     "unknown method": (
         {"run": ["$@train#trainer.runn()"]},
         "{file}:3: run#0: expected an expression on an id, got '$@train#trainer.runn()', which "
-        "calls runn(). Did you mean 'run'.",
+        "asks for 'runn()' of @train#trainer, a MixedPrecisionTrainer. Did you mean 'run()'?",
     ),
     "@ forgotten before a number": (
         {"train#sampler#batch_size": "batch_size"},

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import ranks
 from pipeline.errors import STOPS, InputError
-from pipeline.training.durable import CheckpointStore, WriteError, make_directory, save
+from pipeline.training.durable import CheckpointStore, WriteError, load, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -49,7 +49,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InputError: If the file is not a checkpoint that this version can read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load(path)
         version = content.get("schema_version")
     except Exception as error:
         reason = str(error).splitlines()[0]

@@ -81,6 +81,11 @@ def save(content: Any, path: Path) -> None:
     write_durably(path, _serialized(content))
 
 
+def load(file: Path | io.BytesIO, device: torch.device | str = "cpu") -> Any:
+    """Tensors and plain values, as `save` writes them; nothing in the file is executed."""
+    return torch.load(file, map_location=device, weights_only=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """JSON, durably.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.precision import Precision
+from pipeline.training.durable import load
 from pipeline.training.replay import Batch, gradients
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -40,7 +41,7 @@ def measure(
     batches = first_group(trainer)
     weights = {
         "first": {k: v.to("cpu", copy=True) for k, v in trainer.network.state_dict().items()},
-        "last": torch.load(last, map_location="cpu", weights_only=True),
+        "last": load(last),
     }
     references: dict[str, torch.Tensor] = {}
     result = {}

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.training.checkpoint import non_finite
+from pipeline.training.durable import load
 
 HEAD = ("head.", "deep_heads.")  # what the names of the last layers begin with
 
@@ -46,7 +47,7 @@ def read_weights(path: Path) -> WeightsFile:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load(data)
         else:
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = load(io.BytesIO(data))
     except Exception as error:  # torch, pickle and safetensors raise many kinds
         reason = " ".join(str(error).split())
         raise InputError(

@@ -18,13 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Events
 
 from pipeline import ranks
 from pipeline.errors import STOPS, InputError
 from pipeline.precision import StepStats
-from pipeline.training.durable import save
+from pipeline.training.durable import load, save
 from pipeline.training.replay import Finding, Stage, first_non_finite
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
@@ -196,13 +195,15 @@ def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dic
             f"replay_step: expected a skipped step whose weights were kept "
             f"({', '.join(map(str, steps)) or 'there is none'}), got {step}."
         )
-    kept = torch.load(path, map_location=trainer.state.device, weights_only=True)
     try:
+        kept = load(path, trainer.state.device)
         trainer.network.load_state_dict(kept["network"])
-    except RuntimeError as error:
+    except Exception as error:  # torch and pickle raise many kinds
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path}: expected the weights of this network, got another's. Use the run's config."
-        ) from error
+            f"{path}: expected the weights of this network, got: {reason[:200]}. Use the run's "
+            "config, and the file that the run wrote."
+        ) from None
     loader: Any = trainer.data_loader
     loader.sampler.start = kept["first_sample"]
     batches = [batch for _, batch in zip(range(trainer.accumulation_steps), loader, strict=False)]
