@@ -21,6 +21,7 @@ from pipeline.command import run_command
 from pipeline.compose import parse_overrides
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError
+from pipeline.parser import Parser
 
 USAGE = "usage: python -m pipeline.check DATASET_DIR [--plan] [--json FILE] [--key value ...]"
 CONFIG = "configs/amp.json"
@@ -61,9 +62,7 @@ def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
     Raises:
         InputError: If there is no dataset, it cannot be split as asked, or `file` not be written.
     """
-    from monai.bundle import ConfigParser
-
-    intake = ConfigParser(source).get_parsed_content("intake")
+    intake = Parser(source).get_parsed_content("intake")
     found = intake.inspect(intake.load())
     report = found.as_dict()
     print("\n".join(table(found)))

@@ -14,9 +14,10 @@ from monai.bundle import ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
 
 from pipeline import located, targets, trust
-from pipeline.config import KEYS, Config
+from pipeline.config import KEYS, MARKS, Config, read_word
 from pipeline.doctor.signatures import signature_of
 from pipeline.errors import InputError, nearest
+from pipeline.parser import Resolver
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Composed:
 
 
 def parse_overrides(words: Sequence[str]) -> Config:
-    """`--key value` pairs; values are JSON and, failing that, plain strings.
+    """`--key value` pairs; see `config.read_word`.
 
     A top-level key that is true or false may stand alone for true.
 
@@ -71,10 +72,7 @@ def parse_overrides(words: Sequence[str]) -> Config:
         text = value if given else rest.pop(0) if rest else None
         if text is None:
             raise InputError(f"--{key}: expected a value after it, got none.")
-        try:
-            overrides[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            overrides[key] = text
+        overrides[key] = read_word(key, text)
         faults += filter(None, [trust.override_fault(key, overrides[key])])
     if faults:
         raise InputError(*faults)
@@ -217,10 +215,38 @@ def source_being_resolved() -> Config:
     Raises:
         RuntimeError: If no config is being resolved.
     """
+    resolver = _resolver_at_work()
+    if resolver is None:
+        raise RuntimeError("lifecycle: expected to be built from a config, got a direct call.")
+    return deepcopy(resolver.items[""].get_config())
+
+
+def require_unaltered() -> None:
+    """Refuse what MONAI's own parser has altered, `::` for `#`, and nothing else would refuse.
+
+    Raises:
+        InputError: A line for each.
+    """
+    resolver = _resolver_at_work()
+    if resolver is None or isinstance(resolver, Resolver):
+        return
+    source = resolver.items[""].get_config()
+    faults = [
+        f"{key}: expected no # under monai.bundle, which puts :: in its place, got {value!r}. "
+        "Use python -m pipeline.run."
+        for key in ("output_dir", "cache_dir", "group_pattern")
+        if "::" in str(value := source.get(key)) and not str(value).startswith(MARKS)
+    ]
+    if faults:
+        raise InputError(*faults)
+
+
+def _resolver_at_work() -> ReferenceResolver | None:
+    """The resolver that the innermost object is being built by, or an expression evaluated."""
     frame = inspect.currentframe()
     while frame is not None:
         resolver = frame.f_locals.get("self")
         if isinstance(resolver, ReferenceResolver):
-            return deepcopy(resolver.items[""].get_config())
+            return resolver
         frame = frame.f_back
-    raise RuntimeError("lifecycle: expected to be built from a config, got a direct call.")
+    return None

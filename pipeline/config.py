@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.errors import InputError, nearest
 
 Config = dict[str, Any]
+MARKS = ("$", "@", "%")  # with which a string begins that is no text
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Key:
 IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
 
 KEYS: dict[str, Key] = {
-    "bundle_root": Key("str", FREE, "folder that relative paths start from"),
-    "dataset_dir": Key("str", FREE, "folder with dataset.json; data/phantom makes itself"),
+    "bundle_root": Key("path", FREE, "folder that relative paths start from"),
+    "dataset_dir": Key("path", FREE, "folder with dataset.json; data/phantom makes itself"),
     "output_dir": Key(
-        "str null",
+        "path null",
         FREE,
         "run directory; null: runs/<name of dataset_dir>; of predictions: their folder",
     ),
-    "cache_dir": Key("str", FREE, "folder for what was read and preprocessed, shared by runs"),
+    "cache_dir": Key("path", FREE, "folder for what was read and preprocessed, shared by runs"),
     "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
     "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
     "accept_changed_data": Key(
@@ -52,7 +53,7 @@ KEYS: dict[str, Key] = {
     ),
     "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
     "init_weights": Key(
-        "str null",
+        "path null",
         IDENTITY,
         "weights that a new run begins with: model.pt, .safetensors or a checkpoint",
     ),
@@ -103,14 +104,14 @@ KEYS: dict[str, Key] = {
     "check": Key(
         "str", FREE, "preflight: headers and voxels, headers, or neither", ("full", "fast", "off")
     ),
-    "data_roots": Key("names", FREE, "folders beside dataset_dir that its files may lie in"),
+    "data_roots": Key("paths", FREE, "folders beside dataset_dir that its files may lie in"),
     "exclude": Key("names", IDENTITY, "case ids to leave out"),
     "fold": Key(
         "int all", IDENTITY, "which of the folds is validated on; all: train on every case"
     ),
     "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
     "split_seed": Key("int", IDENTITY, "which division into folds"),
-    "split_file": Key("str null", IDENTITY, "JSON of case ids, as nnU-Net's splits_final.json"),
+    "split_file": Key("path null", IDENTITY, "JSON of case ids, as nnU-Net's splits_final.json"),
     "test_share": Key("float", IDENTITY, "share of the persons that is never looked at", least=0),
     "group_pattern": Key(
         "str object null",
@@ -190,9 +191,9 @@ KEYS: dict[str, Key] = {
 # of an inference config, beside those that it has in common with training
 PREDICTION_KEYS: dict[str, Key] = {
     "device": Key("str object", CONTINUABLE, "auto, cpu, cuda or cuda:N; clients want one made"),
-    "input": Key("str", FREE, "file or folder to predict: NIfTI, or DICOM series"),
-    "weights": Key("str", FREE, "state dict of the network, as a path from bundle_root"),
-    "ensemble": Key("names", FREE, "further run directories; probabilities are averaged"),
+    "input": Key("path", FREE, "file or folder to predict: NIfTI, or DICOM series"),
+    "weights": Key("path", FREE, "state dict of the network, as a path from bundle_root"),
+    "ensemble": Key("paths", FREE, "further run directories; probabilities are averaged"),
     "mirror": Key("bool", FREE, "average over mirror images along flip_axes"),
     "sums_bytes": Key("int", FREE, "memory for the sums of a slab of all classes", least=1),
     "min_volume_ml": Key(
@@ -212,6 +213,13 @@ PREDICTION_KEYS: dict[str, Key] = {
     "postprocessing": Key("object", FREE, "of the evaluator"),
     "handlers": Key("list", FREE, "of the evaluator"),
     "evaluator": Key("object", FREE, "predicts whole volumes in all class channels, for clients"),
+}
+
+# of a command line alone
+WORDS_OF_COMMANDS = {
+    **dict.fromkeys(("run_dir", "ensemble"), "path paths null"),
+    **dict.fromkeys(("config", "json", "output"), "path"),
+    **dict.fromkeys(("metric", "case_column", "class_column", "person_column"), "str"),
 }
 
 # that clients of MONAI add of themselves: a name of theirs for the run
@@ -239,12 +247,14 @@ NESTED = {
 
 WORDS = ("auto", "all")  # that stand for themselves
 _TYPES = {
-    "str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "object": dict,
-    "null": type(None),
+    "str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list,
+    "object": dict, "null": type(None),
 }  # fmt: skip
 
 _SHOWN = {
     "triple": "[x, y, z], each above 0",
+    "path": "a path",
+    "paths": "a list of paths",
     "names": "a list of strings",
     "strides": "a list of whole numbers or [x, y, z], each above 0,",
 }
@@ -278,13 +288,38 @@ def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
         if spec.choices and value not in spec.choices:
             shown = ", ".join(json.dumps(choice) for choice in spec.choices)
             faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
-        elif not any(_is_a(value, name) for name in spec.types.split()):
+        elif not is_one_of(value, spec.types):
             expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
             faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
         elif spec.least is not None and not isinstance(value, str) and value < spec.least:
             faults.append(f"{key}: expected at least {spec.least} ({spec.meaning}), got {value}.")
     if faults:
         raise InputError(*faults)
+
+
+def read_word(key: str, word: str) -> Any:
+    """A value of the command line: JSON, and a string where that is none, or none for its key.
+
+    So a folder may be named 2024 or true. A path that begins as a reference does gets `./` before.
+    """
+    spec = {**PREDICTION_KEYS, **KEYS}.get(key)
+    types = WORDS_OF_COMMANDS.get(key) or (spec.types if spec else "")
+    try:
+        value = json.loads(word)
+    except (ValueError, RecursionError):
+        value = word
+    if {"str", "path"} & {*types.split()} and not is_one_of(value, types):
+        value = word
+    if "path" not in types:
+        return value
+    several = value if isinstance(value, list) else [value]
+    marked = [f"./{one}" if str(one).lstrip().startswith(MARKS) else one for one in several]
+    return marked if isinstance(value, list) else marked[0]
+
+
+def is_one_of(value: Any, types: str) -> bool:
+    """Whether a value is of one of the types of a `Key`."""
+    return any(_is_a(value, name) for name in types.split())
 
 
 def _is_a(value: Any, name: str) -> bool:
@@ -295,7 +330,7 @@ def _is_a(value: Any, name: str) -> bool:
         return numbers and len(value) == 3
     if name in WORDS:
         return bool(value == name)
-    if name == "names":
+    if name in ("names", "paths"):
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if name == "strides":
         return isinstance(value, list) and bool(value) and all(map(_is_stride, value))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from monai.bundle import ConfigParser
 
 from pipeline import trust
 from pipeline.bundle.contents import metadata_faults
 from pipeline.config import Config
 from pipeline.errors import InputError, innermost
 from pipeline.parity import ON_CPU
+from pipeline.parser import Parser
 from pipeline.predictor import load_weights, read_inference_config
 
 OPTIONAL = ("evaluate.json",)
@@ -71,7 +71,7 @@ class Run:
         if missing:
             raise InputError(*missing)
         try:
-            network = ConfigParser({**inference, **ON_CPU}).get_parsed_content("network_def")
+            network = Parser({**inference, **ON_CPU}).get_parsed_content("network_def")
         except (RuntimeError, ValueError, LookupError) as error:
             raise InputError(str(innermost(error))) from error
         load_weights(network, weights)

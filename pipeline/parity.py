@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 
 from pipeline.bundle.formats import reason
 from pipeline.bundle.writers import Network
@@ -17,6 +16,7 @@ from pipeline.config import Config
 from pipeline.data.datasets import Cases
 from pipeline.data.progress_bar import ProgressBar
 from pipeline.given import given_data
+from pipeline.parser import Parser
 from pipeline.prediction.metrics import dice_per_class
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.run_configs import stored_plan
@@ -51,7 +51,7 @@ def cases_of(run_dir: Path, train: Config) -> Cases:
     Raises:
         NotComparedError: If it is not, or is another one.
     """
-    parser = ConfigParser({**train, **ON_CPU, "bundle_root": str(run_dir)})
+    parser = Parser({**train, **ON_CPU, "bundle_root": str(run_dir)})
     try:
         intake = parser.get_parsed_content("intake")
         if not intake.dataset_dir.exists():
@@ -84,7 +84,7 @@ def mean_dices(
     """
     if not cases.validation:
         raise NotComparedError("the run has no validation cases")
-    parser = ConfigParser({**inference, **ON_CPU, "bundle_root": str(run_dir)})
+    parser = Parser({**inference, **ON_CPU, "bundle_root": str(run_dir)})
     segmenters = _segmenters(parser.get_parsed_content("segmenter"), networks)
     preprocess = ValidationPreprocessing(parser.get_parsed_content("preprocessing"))
     ignored, num_classes = stored_plan(run_dir).ignore_value, len(inference["class_names"])

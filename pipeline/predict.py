@@ -27,6 +27,7 @@ from monai.transforms import Compose
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import ranks
+from pipeline.compose import require_unaltered
 from pipeline.config import Config
 from pipeline.data.facts import measure_headers
 from pipeline.data.findings import some
@@ -95,6 +96,7 @@ class Prediction:
         try:
             with ranks.together():
                 ranks.quiet()
+                require_unaltered()
                 self._require_same_cases()
                 self._prepare_output()
         except InputError as error:

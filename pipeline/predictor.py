@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from pipeline import config, trust
@@ -17,6 +16,7 @@ from pipeline.compose import source_being_resolved
 from pipeline.config import Config
 from pipeline.errors import InputError, innermost
 from pipeline.training.durable import load
+from pipeline.parser import Parser
 from transforms.preprocess import LOADING_STEPS
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
@@ -54,7 +54,7 @@ class Predictor:
         keys = {**config.KEYS, **config.PREDICTION_KEYS}
         known = {key: spec for key, spec in keys.items() if key in source}
         config.check({key: source[key] for key in known}, known)
-        parser = ConfigParser(source)
+        parser = Parser(source)
         self.in_channels = source["in_channels"]
         try:
             self.preprocessing = parser.get_parsed_content("preprocessing")
@@ -151,7 +151,7 @@ def load_networks(
         trust.check(
             source, [value for path, value in trust.walk(own) if path[-1:] == ("_target_",)]
         )
-        parser = ConfigParser({**source, **{key: own[key] for key in PRECISION if key in own}})
+        parser = Parser({**source, **{key: own[key] for key in PRECISION if key in own}})
         networks.append(parser.get_parsed_content("network"))
         name = source["weights"] if Path(weights).is_absolute() else weights
         load_weights(networks[-1], root / other / name)

@@ -24,6 +24,7 @@ from pipeline import config, ranks, trust
 from pipeline.compose import compose, compose_located, parse_overrides
 from pipeline.doctor import diagnosis
 from pipeline.errors import InputError, innermost
+from pipeline.parser import Parser
 
 USAGE = (
     "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
@@ -134,7 +135,6 @@ def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], c
         return [*files], overrides
     from pipeline.predictor import CONFIG, read_inference_config
 
-    # a path may look like a number, which is then read as one
     paths = {key: _words(key, overrides[key]) for key in PATHS if key in overrides}
     first, *others = paths.pop("run_dir")
     read_inference_config(first)
@@ -149,9 +149,9 @@ def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], c
 def _words(key: str, value: Any) -> list[str]:
     """One path, or several where there may be."""
     several = value if isinstance(value, list) and key in ("run_dir", "ensemble") else [value]
-    if not several or any(type(one) not in (str, int, float) for one in several):
+    if not several or not all(isinstance(one, str) for one in several):
         raise InputError(f"--{key}: expected a path, got {json.dumps(value)}. Quote it.")
-    return [str(one) for one in several]
+    return several
 
 
 def predict(files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()) -> None:
@@ -212,6 +212,7 @@ def _workflow(
     logs = str(LOGGING) if LOGGING.is_file() else False
     workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type=kind, **overrides)
     workflow.config_root_path = Path()
+    workflow.parser = Parser(workflow.parser.get())
     trust.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
     return workflow
 

@@ -39,7 +39,8 @@ def portable(
         **{key: moved(source[key]) for key in PATHS},
         "bundle_root": ".",
         "dataset_dir": os.path.relpath(dataset_dir, run_dir),
-        "output_dir": f"../{run_dir.name}_again",
+        # without what monai.bundle makes another name of
+        "output_dir": f"../{run_dir.name}_again".replace("#", ""),
         **({"accept_changed_data": False} if "accept_changed_data" in source else {}),
     }
 

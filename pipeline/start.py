@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 
 from pipeline.config import Config
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, as_bool, innermost
+from pipeline.parser import Parser
 from pipeline.training.init_weights import WeightsFile, fitted, read_weights
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Start:
         if self._file is None:
             return
         try:
-            parser = ConfigParser({**self.source, "plan": plan})
+            parser = Parser({**self.source, "plan": plan})
             network = parser.get_parsed_content("network_def")
         except (RuntimeError, ValueError) as error:
             raise InputError(str(innermost(error))) from error

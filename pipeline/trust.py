@@ -19,9 +19,11 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
+from monai.bundle import ConfigComponent, ReferenceResolver
 
+from pipeline.config import MARKS
 from pipeline.errors import InputError, nearest
+from pipeline.parser import Parser
 from pipeline.targets import ANY, FORBIDDEN, MEMBERS, OTHERS, is_allowed, names
 
 Path = tuple[str, ...]  # keys from the root of the config; "#".join of it is the id
@@ -164,7 +166,7 @@ class Objects:
 def _resolved(name: str, written: str) -> str | None:
     """A string with its relative ids resolved; `None` where they lead out of the config."""
     try:
-        return ConfigParser.resolve_relative_ids(name, written)
+        return Parser.resolve_relative_ids(name, written)
     except ValueError:
         return None
 
@@ -300,7 +302,7 @@ def override_fault(key: str, value: Any) -> str | None:
     """
     for path, inner in walk(value, tuple(ReferenceResolver.split_id(key))):
         special = [part for part in path if part in SPECIAL]
-        evaluated = isinstance(inner, str) and inner.lstrip()[:1] in ("$", "@", "%")
+        evaluated = isinstance(inner, str) and inner.lstrip().startswith(MARKS)
         if special or evaluated or (isinstance(inner, str) and OBJECT.search(inner)):
             return (
                 f"--{key}: expected a JSON value or a plain string, got "

@@ -218,7 +218,7 @@ def test_expressions_are_refused_in_a_file(tmp_path, capfd):
         ("--roi_size", '["$__import__(\'os\')", 1, 1]'),
         ("--augmentation", '{"a": {"b": "@seed"}}'),
         ("--augmentation", '{"a": [{"_target_": "os.system", "command": "true"}]}'),
-        ("--augmentation", '{"\\u005ftarget_": "os.system"}'), ("--output_dir", '"\\u0024@seed"'),
+        ("--augmentation", '{"\\u005ftarget_": "os.system"}'), ("--device", '"\\u0024@seed"'),
         ("--loss_function#_target_", "os.system"), ("--loss_function::_target_", "DiceLoss"),
         ("--loss_function#_mode_", "debug"), ("--seed", "%configs/amp.json"), ("--seed", "@fold"),
         ("--seed", " $@fold"), ("--initialize", '["$import os"]'),

@@ -80,8 +80,8 @@ def run_metadata(
         "required_packages_version": _installed(metadata["required_packages_version"]),
         "task": f"Segmentation of {classes}",
         "description": f"A {kind}, trained on {cases.name} to segment {classes}.",
-        "data_source": cases.description.get("reference", cases.name),
-        "data_license": cases.description.get("licence", "not stated by the dataset"),
+        "data_source": cases.description.get("reference", cases.name).lstrip("$@%"),
+        "data_license": cases.description.get("licence", "not stated by the dataset").lstrip("$@%"),
         "network_data_format": _data_format(metadata["network_data_format"], source, cases, plan),
     }
     return metadata

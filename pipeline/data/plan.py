@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import MARKS
 from pipeline.data import rules
 from pipeline.data.datasets import Cases
 from pipeline.data.fingerprint import Fingerprint
@@ -157,6 +158,12 @@ def _require_fit(chosen: Settings, dataset: Cases, fingerprint: Fingerprint) -> 
         faults.append(
             f"class_names: expected different names, got {', '.join(chosen['class_names'])}. "
             "Rename one."
+        )
+    named = [*chosen["class_names"], *(dataset.channel_names or [])]
+    if marked := [name for name in named if name.startswith(MARKS)]:
+        faults.append(
+            f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
+            f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
         )
     least = max(len(dataset.class_names or []), len(fingerprint["classes"]))
     if chosen["num_classes"] < least:

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Collection, Sequence
 
 from pipeline import config, trust
-from pipeline.compose import Composed, compose_located
+from pipeline.compose import Composed, compose_located, require_unaltered
 from pipeline.doctor import objects, references
 from pipeline.doctor.chart import Chart
 from pipeline.errors import InputError, nearest
@@ -57,6 +57,7 @@ def check_source(source: config.Config) -> None:
     Raises:
         InputError: A line for each mistake.
     """
+    require_unaltered()
     faults = diagnose(Composed(source), None, training=True)
     if faults:
         raise InputError(*faults)

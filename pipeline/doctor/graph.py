@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Union
 
-from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
+from monai.bundle import ConfigComponent, ReferenceResolver
 
 from pipeline import targets
 from pipeline.doctor.signatures import attributes, returned
+from pipeline.parser import Parser
 from pipeline.trust import Path, walk
 
 CHAIN = re.compile(rf"({ReferenceResolver.id_matcher.pattern})((?:\.\w+)*)(\()?")
@@ -141,7 +142,7 @@ class Graph:
 def find_references(path: Path, text: str) -> Iterator[Reference]:
     """The references in a string of a config: the whole of it, or those of an expression."""
     try:
-        text = ConfigParser.resolve_relative_ids("::".join(path), text)
+        text = Parser.resolve_relative_ids("::".join(path), text)
     except ValueError:
         return
     if not text.startswith("$"):
