@@ -1,8 +1,9 @@
 """Predicts a file or a folder with a trained run; `configs/inference.json` is the config.
 
-    python -m pipeline.run configs/inference.json --run_dir RUN --input FILE_OR_FOLDER \\
-        --output_dir OUT [--key value ...]
+    python -m pipeline.predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]
 
+The same as `python -m pipeline.run configs/inference.json --run_dir RUN_DIR --input INPUT
+--output_dir OUTPUT_DIR`.
 A case that cannot be predicted is named and left out, the others are predicted, and the exit status
 is 1; with `strict` the first one ends it. Started by torchrun, each process predicts a share, and
 ends with `strict` at the first one of its own.
@@ -27,6 +28,7 @@ from monai.transforms import Compose
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import ranks
+from pipeline.command import run_command
 from pipeline.compose import require_unaltered
 from pipeline.config import Config
 from pipeline.data.facts import measure_headers
@@ -276,3 +278,30 @@ def reason(error: BaseException) -> str:
 
 def _triple(values: np.ndarray) -> str:
     return "x".join(f"{value:.3g}" for value in values)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Predict; returns the exit status.
+
+    Args:
+        words: The command line after the command, by default this process's.
+    """
+    return run_command(__doc__, words, _main)
+
+
+def _main(words: list[str]) -> int:
+    from pipeline import run
+
+    paths, rest = run.split_words(words)
+    if len(paths) != 3:
+        raise InputError(
+            "command line: expected a run, what to predict, and a folder for the labels, got "
+            f"{len(paths)} words. usage: python -m pipeline.predict RUN_DIR INPUT OUTPUT_DIR"
+        )
+    named = zip(("run_dir", "input", "output_dir"), paths, strict=True)
+    config = run.LOGGING.with_name("inference.json")
+    return run.main([str(config), *(f"--{key}={path}" for key, path in named), *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

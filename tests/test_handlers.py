@@ -220,8 +220,8 @@ def border(box):
 
 
 def drawn(volume, k):
-    """Slice k as a picture: rows from anterior to posterior, columns from left to right."""
-    return np.kron(volume[:, ::-1, k].T, np.ones((4, 4), int)).astype(bool)
+    """Slice k as a picture: rows from anterior to posterior, columns from right to left."""
+    return np.kron(volume[::-1, ::-1, k].T, np.ones((4, 4), int)).astype(bool)
 
 
 def test_outline_slice_draws_label_green_and_prediction_red():
@@ -243,7 +243,8 @@ def test_outline_slice_draws_label_green_and_prediction_red():
 def test_outline_slice_is_yellow_when_label_and_prediction_agree():
     label = cube((8, 8, 3), (2, 6), (2, 6), (1, 2))
     picture = outline_slice(np.zeros((8, 8, 3)), label, label)
-    assert set(map(tuple, picture.reshape(-1, 3))) == {(0, 0, 0), YELLOW}
+    letters = (255, 255, 255)
+    assert set(map(tuple, picture.reshape(-1, 3))) == {(0, 0, 0), YELLOW, letters}
 
 
 def test_outline_slice_draws_borders_between_classes():
@@ -261,17 +262,17 @@ def test_outline_slice_shows_the_slice_with_most_foreground():
     image[:4, :, 4] = 10  # the left half of slice 4 alone is uneven
     picture = outline_slice(image, label, np.zeros_like(label))
     np.testing.assert_array_equal(where(picture, GREEN), border(drawn(label, 4)))
-    assert picture[0, 0].tolist() == [255] * 3
-    assert picture[0, -1].tolist() == [0] * 3
+    assert picture[0, -1].tolist() == [255] * 3
+    assert picture[0, 0].tolist() == [0] * 3
 
 
-def test_outline_slice_draws_anterior_up_and_left_on_the_left():
+def test_outline_slice_draws_anterior_up_and_left_on_the_right():
     image = np.zeros((10, 12, 1))
     image[:3, :, 0] += 1  # the patient's left
     image[:, -4:, 0] += 2  # anterior
     picture = outline_slice(image, np.zeros((10, 12, 1), np.uint8), np.zeros((10, 12, 1), np.uint8))
     grey = picture[..., 0].astype(int)
-    assert grey[0, 0] > grey[0, -1] > grey[-1, 0] > grey[-1, -1] == 0
+    assert grey[0, -1] > grey[0, 0] > grey[-1, -1] > grey[-1, 0] == 0
 
 
 def test_outline_slice_does_not_let_one_bright_voxel_darken_the_rest():

@@ -38,8 +38,8 @@ class Plan:
     Attributes:
         spacing: Voxel size that volumes are resampled to, mm.
         crop_empty_borders: Whether what is zero around a volume is cut off first.
-        normalization: For each channel a name of `transforms.preprocess.NORMALIZATIONS`, or
-            `clip`, `mean` and `std`.
+        normalization: For all channels, or a list of one for each: a name of
+            `transforms.preprocess.NORMALIZATIONS`, or `clip`, `mean` and `std`.
         roi_size: Patch in voxels.
         strides: Pooling per level and axis.
         class_names: In the order of the label values, background first.
@@ -55,7 +55,7 @@ class Plan:
 
     spacing: Sequence[float]
     crop_empty_borders: bool
-    normalization: str | Sequence[Any]
+    normalization: str | Mapping[str, Any] | Sequence[Any]
     roi_size: Sequence[int]
     strides: Sequence[Any]
     class_names: Sequence[str]
