@@ -278,7 +278,15 @@ FAULTS = [
                         for f in (image_of, label_of)], "spacing"),
     Fault("image and label: singular affine",
           lambda root: [inflated(f, header(srow_y=[0, 1, 1, 0], srow_z=[0] * 4))(root)
-                        for f in (image_of, label_of)], "affine"),
+                        for f in (image_of, label_of)], "singular"),
+    Fault("image: NaN in its affine", inflated(image_of, header(srow_x=[np.nan, 0, 0, 0])),
+          "spacing"),
+    Fault("label: infinite offset in its affine",
+          inflated(label_of, header(srow_z=[0, 0, 1.5, np.inf])), "spacing"),
+    Fault("label: singular affine", inflated(label_of, header(srow_x=[0] * 4)), "spacing"),
+    Fault("image and label: voxel size of 0, no sform",
+          lambda root: [inflated(f, header(sform_code=0, pixdim=[1, 0, 1, 1, 0, 0, 0, 0]))(root)
+                        for f in (image_of, label_of)], "unreadable"),
     Fault("image: no orientation in its header",
           lambda root: [inflated(f, header(sform_code=0, qform_code=0))(root)
                         for f in (image_of, label_of)], "orientation", True),

@@ -29,13 +29,13 @@ def header_findings(case: Case, headers: Facts, num_channels: int | None) -> lis
     problems = list(_shape_problems(headers, num_channels))
     if not any(problem.check == "shape" for problem in problems):
         # else nothing is known of axes that are not there
-        image = headers["image"][0]
+        first, *others = named
         for key, number, entry in named:
             problems += _geometry_problems(_name(case, key, number), entry)
-        for other in headers["image"][1:]:
-            problems += _grid_problems("channel", image, other)
-        for label in headers.get("label", ()):
-            problems += _grid_problems("label", image, label)
+        if all(problem.warning for problem in problems):  # else there may be no grid to compare
+            for key, _, entry in others:
+                what = "label" if key == "label" else "channel"
+                problems += _grid_problems(what, first[2], entry)
     return [make_finding(case, problem) for problem in problems]
 
 
@@ -101,12 +101,15 @@ def _geometry_problems(name: str, entry: Facts) -> Iterator[Problem]:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = SPACING_RANGE_MM
     shown = "x".join(f"{s:g}" for s in spacing)
-    if not np.isfinite(affine).all() or (spacing < low).any() or (spacing > high).any():
+    if not np.isfinite(affine).all():
+        expected = f"an affine of finite numbers in {name}"
+        yield Problem("spacing", expected, f"{affine[:3].tolist()}", "Correct the header")
+    elif (spacing < low).any() or (spacing > high).any():
         expected = f"a spacing of {low:g} to {high:g} mm in {name}"
         yield Problem("spacing", expected, f"{shown} mm", "Correct the header")
     elif abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         expected = f"an affine with three directions in {name}"
-        yield Problem("affine", expected, "a singular one", "Correct the header")
+        yield Problem("singular", expected, "a singular one", "Correct the header")
     elif not entry["is_oriented"]:
         expected = f"an orientation in the header of {name}"
         remedy = "Which side is left is a guess; set one of the two"

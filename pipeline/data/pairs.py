@@ -109,11 +109,11 @@ def _grid(path: Path, kind: str) -> Header:
             f"expected a {kind} of shape (H, W, D), got {header.shape}. Store one label map."
         )
     axes = header.affine[:3, :3]
-    least = 1e-3 * np.linalg.norm(axes, axis=0).prod()
-    if not abs(np.linalg.det(axes)) > least:  # nor is NaN
+    is_finite = np.isfinite(header.affine).all()
+    if not is_finite or abs(np.linalg.det(axes)) <= 1e-3 * np.linalg.norm(axes, axis=0).prod():
         raise InputError(
-            f"expected an affine with three directions in the {kind}, got {axes.tolist()}. "
-            "Correct the header."
+            f"expected an affine with three directions in the {kind}, got "
+            f"{header.affine[:3].tolist()}. Correct the header."
         )
     return header
 

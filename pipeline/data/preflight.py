@@ -17,7 +17,7 @@ from pipeline.data.leakage import identical_images, shared_grey_values
 from pipeline.data.survey import survey
 from pipeline.errors import InputError
 
-UNPLANNED = ("unreadable", "missing", "shape", "spacing")  # with these there is no plan
+UNPLANNED = ("unreadable", "missing", "shape", "spacing", "singular")  # with these there is no plan
 SIDES = ("training", "validation", "test")
 
 

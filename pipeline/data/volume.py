@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-from transforms.dicom import read_geometry, read_series
+from transforms.dicom import DicomError, read_geometry, read_series
 
 HEADER_BYTES = 348  # of NIfTI-1; nibabel reads voxels from within it if the offset says so
 MAX_VOXELS = 2**31  # 16 times 512 x 512 x 512
@@ -105,6 +105,10 @@ def _parse(block: bytes) -> Any:
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         size = kind.template_dtype.itemsize
         if len(block) >= size and kind.may_contain_header(block[:size]):
+            stated = kind(block[:size], check=False)  # else nibabel puts 1 for 0 in pixdim
+            sizes = stated["pixdim"][1:4][: stated["dim"][0]]
+            if stated["sform_code"] <= 0 and not sizes.all():
+                raise VolumeError("a voxel size of 0 in pixdim and no sform")
             return kind(block[:size])
     raise VolumeError("no NIfTI header")
 
@@ -120,7 +124,10 @@ def _series_header(folder: str) -> Header:
 def _of_series(reader: Callable[[str], Any], folder: str) -> Any:
     try:
         return reader(folder)
-    except OSError as error:  # a file that may not be opened, or is gone
+    except DicomError:
+        raise
+    # a file that may not be opened, or is gone; a value of another form than its name asks for
+    except (OSError, ValueError, TypeError) as error:
         raise VolumeError(_first_line(error)) from error
 
 

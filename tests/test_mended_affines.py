@@ -1,0 +1,105 @@
+"""An affine of no space is a line about its case, and hides nothing of the others: by commands."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import make_dataset, write_case
+
+NAN, INF = np.nan, np.inf
+FIELDS = {
+    "NaN in the sform": {"srow_x": [NAN, 0, 0, 0]},
+    "NaN in the sform's offset": {"srow_y": [0, 1, 0, NAN]},
+    "infinite sform": {"srow_x": [INF, 0, 0, 0]},
+    "infinite offset": {"srow_z": [0, 0, 1.5, -INF]},
+    "column of zeros": {"srow_x": [0, 0, 0, 0]},
+    "all zeros": {"srow_x": [0] * 4, "srow_y": [0] * 4, "srow_z": [0] * 4},
+    "two parallel columns": {"srow_x": [1, 1, 0, 0], "srow_y": [0, 0, 0, 0]},
+    "spacing of a kilometre": {"srow_x": [1e6, 0, 0, 0]},
+    "qform of NaN": {"sform_code": 0, "qform_code": 1, "quatern_b": NAN},
+    "qform that is no rotation": {"sform_code": 0, "qform_code": 1, "quatern_b": 3},
+    "qform with an infinite offset": {"sform_code": 0, "qform_code": 1, "qoffset_x": INF},
+    "qform, pixdim of NaN": {"sform_code": 0, "qform_code": 1, "pixdim": [1] + [NAN] * 7},
+    "pixdim of zero": {"sform_code": 0, "qform_code": 1, "pixdim": [1, 0, 1, 1, 0, 0, 0, 0]},
+    "neither, pixdim of zero": {"sform_code": 0, "qform_code": 0, "pixdim": [1] + [0] * 7},
+    "neither, pixdim of NaN": {"sform_code": 0, "qform_code": 0, "pixdim": [1] + [NAN] * 7},
+}
+
+
+def spoil(path, fields):
+    """Set fields of a NIfTI header, unchecked."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    block = np.frombuffer(bytes(raw[:348]), nib.Nifti1Header.template_dtype).copy()
+    for name, value in fields.items():
+        block[0][name] = value
+    raw[:348] = block.tobytes()
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def blamed(told):
+    return {line.split()[1] for line in told.splitlines() if line.startswith("fault ")}
+
+
+@pytest.mark.parametrize("level", ["full", "fast", "off"])
+@pytest.mark.parametrize("folders", [("imagesTr",), ("labelsTr",), ("imagesTr", "labelsTr")])
+def test_every_case_is_told_of(command, train, tmp_path, level, folders):
+    root = make_dataset(tmp_path / "d", len(FIELDS) + 4)
+    names = [f"tiny_{n:03d}" for n in range(1, len(FIELDS) + 1)]
+    for name, fields in zip(names, FIELDS.values(), strict=True):
+        for folder in folders:
+            spoil(root / folder / f"{name}.nii.gz", fields)
+    cut = root / "imagesTr" / f"tiny_{len(FIELDS) + 1:03d}.nii.gz"
+    cut.write_bytes(b"no volume")
+    expected = {*names, cut.name.removesuffix(".nii.gz")}
+    status, told = command("check", root, "--check", level, "--cache_dir", tmp_path / "cache")
+    assert status == 2
+    assert blamed(told) == expected, told
+    for case in names:
+        lines = [line for line in told.splitlines() if case in line]
+        assert len(lines) == len(folders), lines
+        assert all("  expected " in line and "  fault" not in line for line in lines)
+    status, told = train(tmp_path / "r", dataset_dir=str(root), check=level)
+    assert status == 2
+    assert {line.split(":")[0] for line in told.splitlines()} == expected, told
+    assert not (tmp_path / "r").exists()
+
+
+def test_one_channel_of_several_is_told_of(command, tmp_path):
+    root, names = tmp_path / "d", [f"c{n:02d}" for n in range(len(FIELDS) + 4)]
+    for seed, name in enumerate(names):
+        for channel in ("0000", "0001"):
+            write_case(root, f"{name}_{channel}", seed)
+        (root / f"labelsTr/{name}_0001.nii.gz").unlink()
+        (root / f"labelsTr/{name}_0000.nii.gz").rename(root / f"labelsTr/{name}.nii.gz")
+    for name, fields in zip(names, FIELDS.values(), strict=False):
+        spoil(root / f"imagesTr/{name}_0001.nii.gz", fields)
+    status, told = command("check", root, "--check", "fast", "--num_folds", 2)
+    assert status == 2
+    assert blamed(told) == {*names[: len(FIELDS)]}, told
+    assert all("_0001" in line for line in told.splitlines() if line.startswith("fault "))
+
+
+def test_the_others_are_predicted_and_scored(command, train, dataset, tmp_path):
+    few = {"max_epochs": 1, "steps_per_epoch": 1}
+    assert train(tmp_path / "r", **few)[0] == 0
+    images = make_dataset(tmp_path / "d", len(FIELDS) + 1) / "imagesTr"
+    names = sorted(path.name.removesuffix(".nii.gz") for path in images.iterdir())
+    for name, fields in zip(names, FIELDS.values(), strict=False):
+        spoil(images / f"{name}.nii.gz", fields)
+    words = ["--run_dir", tmp_path / "r", "--input", images, "--output_dir", tmp_path / "out"]
+    status, told = command("run", "configs/inference.json", *words)
+    assert status == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{names[-1]}.nii.gz"]
+    listed = told.partition("Not predicted: ")[2].splitlines()
+    assert [line.split(":")[0].strip() for line in listed[1:]] == names[:-1], told
+    assert all(": expected " in line for line in listed[1:])
+
+    labels = tmp_path / "d" / "labelsTr"
+    for name, fields in zip(names, FIELDS.values(), strict=False):
+        (tmp_path / "out" / f"{name}.nii.gz").write_bytes((labels / f"{name}.nii.gz").read_bytes())
+        spoil(tmp_path / "out" / f"{name}.nii.gz", fields)
+    status, told = command("evaluate", tmp_path / "out", labels, "--output_dir", tmp_path / "s")
+    assert status == 1
+    refused = [line.split(":")[0] for line in told.splitlines() if ": expected " in line]
+    assert refused == names[:-1], told
