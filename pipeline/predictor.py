@@ -15,8 +15,8 @@ from pipeline import config, trust
 from pipeline.compose import source_being_resolved
 from pipeline.config import Config
 from pipeline.errors import InputError, innermost
-from pipeline.training.durable import load
 from pipeline.parser import Parser
+from pipeline.training.durable import load
 from transforms.preprocess import LOADING_STEPS
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
