@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import monai.bundle
 import nibabel as nib
@@ -27,7 +26,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-# --- 4: a string reaches its place unchanged
+# --- a string reaches its place unchanged
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,7 +132,7 @@ def test_names_that_a_config_could_not_hold_are_told_before_training(train, tmp_
     assert "got @left. Rename them." in told
 
 
-# --- 11: what is shown works, and nothing ends silently
+# --- what is shown works, and nothing ends silently
 
 CT = {"clip": [0, 120], "mean": 40, "std": 30}
 
@@ -190,13 +189,11 @@ def test_module_that_is_no_command_says_what_to_type(name):
 
 def test_package_lists_its_commands_at_once():
     for words, status in (["--help"], 0), ([], 2):
-        began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "pipeline", *words],
             cwd=REPOSITORY, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == status
-        assert time.perf_counter() - began < 5  # of a busy machine
         assert not re.search(r"\| +(torch|monai|numpy)$", done.stderr, re.MULTILINE)
         for name in ("check", "run", "predict", "evaluate", "compare", "certify", "export"):
             assert f"python -m pipeline.{name} " in done.stdout
