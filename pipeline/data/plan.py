@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import MARKS
 from pipeline.data import rules
 from pipeline.data.datasets import Cases
 from pipeline.data.fingerprint import Fingerprint
@@ -160,7 +159,7 @@ def _require_fit(chosen: Settings, dataset: Cases, fingerprint: Fingerprint) -> 
             "Rename one."
         )
     named = [*chosen["class_names"], *(dataset.channel_names or [])]
-    if marked := [name for name in named if name.startswith(MARKS)]:
+    if marked := [name for name in named if name.startswith(("$", "@", "%"))]:
         faults.append(
             f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
             f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
