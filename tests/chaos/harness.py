@@ -33,12 +33,15 @@ SETTINGS = {
     "network_def#num_dense_layers": 1, "network_def#growth_rate": 4, "network_def#dropout": 0.2,
     "network_def#strides": [[2, 2, 1], [2, 2, 2]], "steps_per_epoch": 5, "max_epochs": 4,
     "val_interval": 1, "warmup_steps": 1, "log_every": 1, "checkpoint_every": EVERY,
+    "final_scores": False, "report": False,  # half of the time of such a run
 }  # fmt: skip
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch.utils.tensorboard", "monai.bundle", "monai.engines", "monai.inferers",
-     "pipeline.lifecycle", "pipeline.training.recorder", "pipeline.training.handlers"]
+     "pipeline.lifecycle", "pipeline.training.recorder", "pipeline.training.handlers",
+     "pipeline.training.losses", "pipeline.training.checkpoint", "pipeline.scoring",
+     "pipeline.run", "networks.dense_unet", "transforms.augment", "transforms.preprocess"]
 )  # fmt: skip
 
 

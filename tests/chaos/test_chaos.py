@@ -39,7 +39,8 @@ def orphans() -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", list(MODES))
 def test_killed_runs_lose_nothing_and_end_the_same(dataset, tmp_path, report, mode, workers):
-    settings = {**MODES[mode], "num_workers": workers}
+    to_the_end = {"final_scores": True, "report": True}
+    settings = {**MODES[mode], **to_the_end, "num_workers": workers}
     whole = Run(tmp_path / "whole", dataset, **settings)
     assert whole.finish() == 0, whole.output
     started = time.monotonic()

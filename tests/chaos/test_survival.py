@@ -1,4 +1,7 @@
-"""A run survives: the part that belongs to every test run."""
+"""A run survives: the part that belongs to every test run.
+
+Of each kind of fault there is one that does; further ones of the same kind are `chaos`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import curve, read, snapshot
@@ -23,6 +27,11 @@ from pipeline.training.checkpoint import load_checkpoint
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
 STEPS = SETTINGS["steps_per_epoch"] * SETTINGS["max_epochs"]
+
+
+def further(*values: Any) -> Any:
+    """Values of a parametrized test that are `chaos`."""
+    return pytest.param(*values, marks=pytest.mark.chaos)
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +58,14 @@ def check_is_whole(run: Run, whole: Run) -> None:
 
 def test_killed_run_ends_as_the_one_that_was_not(dataset, tmp_path, whole):
     run = Run(tmp_path, dataset)
-    found = kill_until_done(run, random.Random(1), deaths=8, within=1.5)
-    assert found["kills"] >= 3
+    found = kill_until_done(run, random.Random(1), deaths=3, within=1.5)
+    assert found["kills"] == 3
     assert found["lost"] == 0
     assert found["most_steps_lost"] <= EVERY
     check_is_whole(run, whole)
 
 
-@pytest.mark.parametrize("call", [1, 3, 5, 9, 17, 20, 21, 23, 25, 27, 28])
+@pytest.mark.parametrize("call", [*map(further, (1, 3, 5, 9, 17, 20, 21, 23, 25, 27)), 28])
 def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call):
     """Inside its first directories and files, the manifest, the first checkpoint and its line."""
     run = Run(tmp_path, dataset)
@@ -105,7 +114,9 @@ def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
 # --- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [further(signal.SIGTERM), further(signal.SIGINT), signal.SIGUSR1]
+)
 def test_signal_ends_a_run_at_a_step_to_be_continued(dataset, tmp_path, whole, number):
     run = Run(tmp_path, dataset)
     process = run.start_and_pause(EVERY + 1)
@@ -205,7 +216,7 @@ def test_heartbeat_of_another_host_is_respected(dataset, tmp_path):
     assert "elsewhere" in lock.read_text()
 
 
-@pytest.mark.parametrize("age_s", [0, 10**6, -(10**6)])
+@pytest.mark.parametrize("age_s", [further(0), further(10**6), -(10**6)])
 def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
     dataset, tmp_path, whole, age_s
 ):
@@ -225,8 +236,8 @@ def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
     ("part", "kind", "message"),
     [
         ("dataset", "DyingDataset", "worker"),
-        ("dataset", "HangingDataset", "timed out"),
-        ("dataloader", "DyingLoader", "worker"),
+        further("dataset", "HangingDataset", "timed out"),
+        further("dataloader", "DyingLoader", "worker"),
     ],
 )
 def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, part, kind, message):
