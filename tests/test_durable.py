@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
-from monai.handlers import CheckpointSaver
 
 from pipeline.training.durable import MANIFEST, CheckpointStore, WriteError, save, write_json
 
@@ -88,20 +86,6 @@ def test_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path, calls):
     store.save(content(3), "step_3.pt")
     assert is_durable(calls, store.directory, "step_3.pt", "step_1.pt")
     assert [path.name for path in store.acknowledged()] == ["step_2.pt", "step_3.pt"]
-
-
-def test_stock_saver_fails_the_same_test(tmp_path, calls):
-    trainer = Engine(lambda engine, batch: None)
-    saver = CheckpointSaver(
-        str(tmp_path), {"net": torch.nn.Linear(1, 1)}, save_interval=1, n_saved=1
-    )
-    saver.attach(trainer)
-    trainer.run([0], max_epochs=2)
-    names = [path.name for path in tmp_path.iterdir()]
-    removed = [Path(path).name for name, path, _ in calls if name == "unlink"]
-    assert len(names) == len(removed) == 1  # it was seen at work
-    assert not is_durable(calls, tmp_path, names[0], removed[0])
-    assert not [name for name, _, _ in calls if name in ("fsync", "replace")]
 
 
 def test_directory_is_on_the_disk_before_what_is_saved_in_it(tmp_path, calls):
