@@ -93,7 +93,7 @@ def call(logits, label, device, scale, options):
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("num_classes", CLASSES)
 def test_value_and_gradient_are_those_of_the_definition(place, num_classes, layout):
-    size = (3, 4, 5) if num_classes == 256 and place.device == "cpu" else place.size
+    size = (3, 4, 5) if num_classes > 14 and place.device == "cpu" else place.size
     logits, label = volume(num_classes, size)
     assert_right(place, laid_out(logits, layout), label)
 
