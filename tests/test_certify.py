@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +261,41 @@ def test_config_that_a_run_refused_can_be_corrected_in_place(dataset, tmp_path, 
     assert certify.main(command_line(dataset, out, *SOME, "--seed", "3")) == 0
 
 
+def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, monkeypatch, capfd):
+    """Processes that wait stand for runs."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    waits = f"import os, time; open(f'{begun}/{{os.getpid()}}', 'w'); time.sleep(100)"
+
+    def start(command, **settings):
+        return subprocess.Popen([sys.executable, "-S", "-c", waits], **settings)
+
+    monkeypatch.setattr(trials, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    monkeypatch.chdir(REPOSITORY)
+    words = command_line(dataset, tmp_path / "c", *SOME, "--jobs", "2")
+    monkeypatch.setattr(sys, "argv", ["certify", *words])
+
+    def command():
+        warnings.simplefilter("ignore")  # that the module has been imported before
+        runpy.run_module("pipeline.certify", run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    until = time.monotonic() + 60
+    while len(list(begun.iterdir())) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)  # to the command alone, as a scheduler may
+    process.join(60)
+    assert process.exitcode == 130
+    assert "Interrupted; the same command goes on." in capfd.readouterr().err
+    assert len(list(begun.iterdir())) == 2  # none was begun after
+    for file in begun.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.name), 0)
+
+
+@pytest.mark.chaos
 def test_interrupted_certificate_leaves_no_run_behind(dataset, tmp_path):
     words = command_line(dataset, tmp_path / "c", *SOME, "--jobs", "2", "--steps_per_epoch", "900")
     words += ["--checkpoint_every", "3"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import finished_run
 from engines import batch, curve, in_mode, make_trainer, make_validator, read, snapshot
 from ignite.engine import Events
 
@@ -115,22 +118,39 @@ def test_two_newest_checkpoints_are_kept(run, tmp_path):
 # --- resume
 
 
-@pytest.mark.parametrize("mode", [{"amp": False}, HALF], ids=["float32", "float16"])
-@pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
-def test_continued_run_has_the_same_weights(run, tmp_path, killed_at, mode, after):
+CONTINUED = {"max_epochs": 3, "network_def#dropout": 0.2}
+MODES = {"float32": {"amp": False}, "float16": HALF}
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """The last checkpoint of a run that nothing happened to, in a mode."""
+
+    @functools.cache
+    def made(mode: str) -> dict:
+        out = tmp_path_factory.mktemp("whole") / "r"
+        return newest(finished_run(dataset, out, **CONTINUED, **MODES[mode]))
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("mode", "after"), [*(("float32", n) for n in (1, 2, 3, 4, 5)), ("float16", 3)]
+)
+def test_continued_run_has_the_same_weights(run, tmp_path, killed_at, whole, mode, after):
     """Checkpoints are written twice per epoch: before and after its validation."""
-    changes = {**mode, "max_epochs": 3, "network_def#dropout": 0.2}
-    assert run(tmp_path / "whole", **changes) == 0
+    changes = {**CONTINUED, **MODES[mode]}
+    expected = copy.deepcopy(whole(mode))
     killed_at(after)
     run_and_die(run, tmp_path / "parts", **changes)
     assert run(tmp_path / "parts", **changes) == 0
-    whole, parts = newest(tmp_path / "whole"), newest(tmp_path / "parts")
-    assert digest(whole["network"]) == digest(parts["network"])
-    assert whole["scaler"] == parts["scaler"]
-    assert whole["lr_scheduler"]["last_epoch"] == parts["lr_scheduler"]["last_epoch"]
-    for record in (whole, parts):
+    parts = newest(tmp_path / "parts")
+    assert digest(expected["network"]) == digest(parts["network"])
+    assert expected["scaler"] == parts["scaler"]
+    assert expected["lr_scheduler"]["last_epoch"] == parts["lr_scheduler"]["last_epoch"]
+    for record in (expected, parts):
         record["progress"].pop("wall_time_s")
-    assert whole["progress"] == parts["progress"]
+    assert expected["progress"] == parts["progress"]
 
 
 def test_lost_validation_is_done_after_resuming(run, tmp_path, killed_at):

@@ -163,7 +163,12 @@ def test_overflow_has_each_modules_largest_finite_activation(tmp_path, mode, mak
     expected = {name: max(values, default=None) for name, values in finite.items()}
     assert len(expected) >= 5
     assert (None in expected.values()) is (len(seeds) == 1)
-    assert line["max_abs_activation"] == expected
+    one_rounding = 2e-3 if mode == "float16" else 1e-5  # the recorder looks with gradients
+    found = line["max_abs_activation"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        wanted = value if value is None else pytest.approx(value, rel=one_rounding)
+        assert found[name] == wanted, name
 
 
 @pytest.mark.parametrize("name", ["encoders.0.conv2", "bottleneck.0.conv1", "head"])
