@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY
+from forked import monai_bundle
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 
@@ -31,12 +30,6 @@ REQUIRED_METADATA = {
     "task", "description", "authors", "copyright", "network_data_format", "schema", "changelog",
     "name",
 }  # fmt: skip
-
-
-def monai_bundle(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "monai.bundle", "run", *words]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def as_words(values: dict) -> list[str]:

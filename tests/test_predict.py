@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_tiny, write_case
 from dicom_series import write_series
+from forked import monai_bundle
 from monai.data import MetaTensor
-from test_bundle import monai_bundle
 from test_transforms import GRIDS, make_affine
 
 from pipeline.errors import InputError

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import TINY
 from engines import curve, differing, leaves, overflows, read, strict_json
+from forked import monai_bundle
 
 from pipeline.errors import TrainingStopped
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
@@ -163,12 +161,7 @@ def test_monai_bundle_run_stops_with_status_1_and_no_traceback(dataset, tmp_path
         for w in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
     files = str(["configs/amp.json", str(tmp_path / "poisoned.json")])
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *words],
-        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = monai_bundle("--config_file", files, *words)
     assert done.returncode == 1, done.stderr
     assert (
         "step 2: expected finite loss and gradients, got 2 skipped steps in a row." in done.stdout

@@ -6,19 +6,15 @@ Those have all imports already: two ranks that train take a second, under torchr
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
 import tempfile
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import forked
 from conftest import REPOSITORY, TINY
 
 WITHIN_S = 240
@@ -71,39 +67,17 @@ def in_forks(module: str, *words: str, num_ranks: int = 2) -> Ranks:
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks), "TORCHELASTIC_RUN_ID": "none",
     }  # fmt: skip
-    context = multiprocessing.get_context("fork")
     with tempfile.NamedTemporaryFile("r") as output:
-        processes = []
-        for rank in range(num_ranks):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            work = (module, words, environment, output.name)
-            processes.append(context.Process(target=_rank, args=work))
-            processes[-1].start()
+        processes = [
+            forked.start(
+                module, words, REPOSITORY, (output.name,) * 2, RANK=rank, LOCAL_RANK=rank, **shared
+            )
+            for rank in map(str, range(num_ranks))
+        ]
         for process in processes:
             process.join(WITHIN_S)
         statuses = [process.exitcode for process in processes]
         for process in processes:
             process.kill()  # where it hangs; its status is then None
+            process.join()
         return Ranks(statuses, output.read())
-
-
-def _rank(module: str, words: tuple[str, ...], environment: dict[str, str], output: str) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(file, number)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - to the end
-    warnings.resetwarnings()  # a command does not end by them
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    os.chdir(REPOSITORY)
-    sys.argv = [module, *words]
-    status: Any = 0
-    try:
-        runpy.run_module(module, run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    os._exit(status)
