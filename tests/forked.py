@@ -27,10 +27,18 @@ class Ended(NamedTuple):
     stderr: str
 
 
+def python(code: str, within_s: float = WITHIN_S) -> Ended:
+    """`python -c code`."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        return _ended(file.name, (), REPOSITORY, within_s)
+
+
 def start(
     module: str, words: tuple[str, ...], cwd: Path, outputs: tuple[str, str], **environment: str
 ) -> BaseProcess:
-    """`python -m module words`, with standard output and error in files that are there."""
+    """`python -m module words`, or `python file.py words`; its outputs in files that are there."""
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_work, args=(module, words, cwd, outputs, environment))
     process.start()
@@ -39,9 +47,13 @@ def start(
 
 def monai_bundle(*words: str, cwd: Path = REPOSITORY) -> Ended:
     """`python -m monai.bundle run words` in a directory."""
+    return _ended("monai.bundle", ("run", *words), cwd, WITHIN_S)
+
+
+def _ended(module: str, words: tuple[str, ...], cwd: Path, within_s: float) -> Ended:
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as error:
-        process = start("monai.bundle", ("run", *words), cwd, (out.name, error.name))
-        process.join(WITHIN_S)
+        process = start(module, words, cwd, (out.name, error.name))
+        process.join(within_s)
         status = process.exitcode
         process.kill()
         process.join()
@@ -66,7 +78,8 @@ def _work(
     sys.argv = [module, *words]
     status: Any = 0
     try:
-        runpy.run_module(module, run_name="__main__")
+        run = runpy.run_path if module.endswith(".py") else runpy.run_module
+        run(module, run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from pipeline import lifecycle
@@ -20,11 +19,8 @@ told = []
 """
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BEGIN + code],
-        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+def run_python(code: str) -> forked.Ended:
+    return forked.python(BEGIN + code, within_s=60)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
