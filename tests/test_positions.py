@@ -112,8 +112,8 @@ def test_patches_are_never_centred_on_an_ignored_voxel(tmp_path, ratio):
     one = {"roi_size": (1, 1, 1), "patch_size": (1, 1, 1), "foreground_ratio": ratio}
     patches = make_patches(tmp_path, [0.9, 0.5], ignore_value=IGNORED, **one)
     assert IGNORED not in centres(patches, 400)
-    without = make_patches(tmp_path, [0.9, 0.5], **one)
-    assert (IGNORED in centres(without, 400)) == (ratio < 1)
+    without = make_patches(tmp_path, [0.9, 0.5], num_classes=IGNORED + 1, **one)
+    assert IGNORED in centres(without, 400)
 
 
 def test_patches_are_never_centred_on_a_class_that_is_ignored(tmp_path):
@@ -136,10 +136,12 @@ def test_patches_refuse_a_case_without_annotation(tmp_path):
 
 
 def test_positions_follow_ignore_value_and_number_of_classes(tmp_path):
-    first = make_patches(tmp_path, [0.5]).cached.keys
-    assert make_patches(tmp_path, [0.5]).cached.keys == first
-    assert make_patches(tmp_path, [0.5], ignore_value=IGNORED).cached.keys != first
-    assert make_patches(tmp_path, [0.5], num_classes=3).cached.keys != first
+    classes = IGNORED + 1
+    first = make_patches(tmp_path, [0.5], num_classes=classes).cached.keys
+    assert make_patches(tmp_path, [0.5], num_classes=classes).cached.keys == first
+    ignoring = make_patches(tmp_path, [0.5], num_classes=classes, ignore_value=IGNORED)
+    assert ignoring.cached.keys != first
+    assert make_patches(tmp_path, [0.5], num_classes=classes + 1).cached.keys != first
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from test_positions import IGNORED, make_patches
+from test_positions import IGNORED
+from test_positions import make_patches as make_patches_of
 
 from pipeline import ranks
 from pipeline.data import resident
@@ -14,7 +16,8 @@ from pipeline.data.sampling import EpochSampler, PatchLoader
 from pipeline.errors import InputError
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
-SHARES = [0, 0, 0.3, 0.5]  # of voxels that are ignored; the first two cases differ
+SHARES = [0, 0, 0.3, 0.5]  # of voxels of the last class; the first two cases differ
+make_patches = partial(make_patches_of, num_classes=IGNORED + 1)
 
 
 def loader(patches, *, batch_size=2, **kwargs):
@@ -36,7 +39,7 @@ def require_equal(got, expected):
     "changes",
     [
         {},
-        {"ignore_value": IGNORED, "foreground_ratio": 0.0},
+        {"ignore_value": IGNORED, "num_classes": 4, "foreground_ratio": 0.0},
         {"roi_size": (3, 15, 7), "patch_size": (21, 15, 9)},
         {"roi_size": (4, 5, 3), "patch_size": (4, 5, 3), "foreground_ratio": 1.0},
     ],
