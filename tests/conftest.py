@@ -47,6 +47,17 @@ TINY = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a file's tests are one worker's, so that its runs are trained once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "load":
+        return None  # another one is asked for
+    config.option.loadscopereorder = False  # files with few tests are not the quick ones
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors are several times slower on two busy threads than on one."""

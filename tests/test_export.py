@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -90,14 +90,6 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.fixture
-def elsewhere(export, tmp_path) -> Path:
-    """The bundle out of its zip, in a place where nothing else is."""
-    with zipfile.ZipFile(export.zip) as archive:
-        archive.extractall(tmp_path / "away")
-    return tmp_path / "away" / "b"
-
-
 def test_bundle_holds_what_a_bundle_has(export):
     files = files_in(export.bundle)
     package = export.package
@@ -157,39 +149,72 @@ def test_zip_is_the_bundle_as_monai_reads_it(export):
         assert {k: v for k, v in parser.get().items() if k != "_meta_"} == inference, path
 
 
-def test_bundle_predicts_elsewhere_as_the_run_does(export, elsewhere, monkeypatch):
-    assert python(elsewhere, "-c", "import pipeline").returncode != 0  # there is no repository
-    done = python(
-        elsewhere, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json",
-        "--input", str(export.dataset / "imagesTr"), "--output_dir", str(elsewhere.parent / "p"),
-    )  # fmt: skip
+THREE_COMMANDS = """
+import json, os, runpy, sys
+sys.path.insert(0, os.getcwd())  # as with -m
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["monai.bundle", "run", "--config_file", *words]
+    try:
+        runpy.run_module("monai.bundle", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+    print("---", flush=True)
+"""
+
+
+class Away(NamedTuple):
+    """What the bundle made in a place where nothing else is, and said of its evaluation."""
+
+    folder: Path
+    words: list[str]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def away(export, tmp_path_factory) -> Away:
+    """It predicts, trains and evaluates there, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("away")
+    with zipfile.ZipFile(export.zip) as archive:
+        archive.extractall(folder)
+    assert python(folder / "b", "-c", "import pipeline").returncode != 0  # there is no repository
+    data = shutil.copytree(export.dataset, folder / "data")
+    write_dataset_json(data, [f"tiny_00{n}" for n in range(1, 6)])  # that the run did not exclude
+    same = {"dataset_dir": export.dataset, "max_epochs": 1, "cache_dir": folder / "c"}
+    words = [word for key, value in same.items() for word in (f"--{key}", str(value))]
+    images = ["--input", str(export.dataset / "imagesTr"), "--output_dir", str(folder / "p")]
+    overlaid = "['configs/train.json','configs/evaluate.json']"
+    commands = [
+        ["configs/inference.json", *images],
+        ["configs/train.json", *words],
+        [overlaid, "--dataset_dir", str(data)],
+    ]
+    before = files_in(folder / "b")
+    done = python(folder / "b", "-c", THREE_COMMANDS, json.dumps(commands))
     assert done.returncode == 0, done.stderr
+    assert files_in(folder / "b") == before
+    return Away(folder, words, done.stdout.split("---")[2])
+
+
+def test_bundle_predicts_elsewhere_as_the_run_does(export, away, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    own = elsewhere.parent / "own"
+    own = tmp_path / "own"
     words = ["--input", str(export.dataset / "imagesTr"), "--output_dir", str(own)]
     assert run_main(["configs/inference.json", "--run_dir", str(export.run), *words]) == 0
     assert len(files_in(own)) == 6
     for name in files_in(own):
-        one, other = (nib.load(folder / name) for folder in (own, elsewhere.parent / "p"))
+        one, other = (nib.load(folder / name) for folder in (own, away.folder / "p"))
         assert np.array_equal(one.dataobj, other.dataobj)
         assert np.array_equal(one.affine, other.affine)
 
 
-def test_bundle_trains_elsewhere_as_the_run_does_and_beside(export, elsewhere, monkeypatch):
-    before = files_in(elsewhere)
-    same = {"dataset_dir": export.dataset, "max_epochs": 1, "cache_dir": elsewhere.parent / "c"}
-    words = [word for key, value in same.items() for word in (f"--{key}", str(value))]
-    train = ("-m", "monai.bundle", "run", "--config_file")
-    done = python(elsewhere, *train, "configs/train.json", *words)
-    assert done.returncode == 0, done.stderr
-    assert files_in(elsewhere) == before
-    again = elsewhere.parent / "r_again"
+def test_bundle_trains_elsewhere_as_the_run_does_and_beside(export, away, tmp_path, monkeypatch):
+    again = away.folder / "r_again"
     assert (again / "summary.json").is_file()
     monkeypatch.chdir(export.run)
-    own = elsewhere.parent / "own"
+    own = tmp_path / "own"
     # what is reset in the bundle, since it names cases
     reset = ["--exclude", "[]", "--group_pattern", "null", "--output_dir", str(own)]
-    assert run_main(["configs/train.json", *words, *reset]) == 0
+    assert run_main(["configs/train.json", *away.words, *reset]) == 0
     ours, theirs = (torch.load(p / "models/last.pt", weights_only=True) for p in (own, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # the new run is a bundle of the same code
@@ -197,14 +222,8 @@ def test_bundle_trains_elsewhere_as_the_run_does_and_beside(export, elsewhere, m
     assert inference["network_def"]["_target_"] == f"{export.package}.networks.dense_unet.DenseUNet"
 
 
-def test_bundle_evaluates_elsewhere(export, elsewhere):
-    data = shutil.copytree(export.dataset, elsewhere.parent / "data")
-    write_dataset_json(data, [f"tiny_00{n}" for n in range(1, 6)])  # that the run did not exclude
-    overlaid = "['configs/train.json','configs/evaluate.json']"
-    words = ("-m", "monai.bundle", "run", "--config_file", overlaid)
-    done = python(elsewhere, *words, "--dataset_dir", str(data))
-    assert done.returncode == 0, done.stderr
-    assert f"mean_dice {export.facts['validation']['mean_dice']:.4f}" in done.stdout
+def test_bundle_evaluates_elsewhere(export, away):
+    assert f"mean_dice {export.facts['validation']['mean_dice']:.4f}" in away.said
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPOSITORY, TINY, finished_run, make_dataset, run_tiny, write_dataset_json
+from forked import monai_bundle
 
 from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
@@ -117,11 +116,7 @@ def test_monai_bundle_begins_with_them_too(run, former, dataset, tmp_path):
         for key, value in values.items()
         for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/amp.json"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    done = monai_bundle("--config_file", "configs/amp.json", *words)
     assert done.returncode == 0, done.stderr
     ours, theirs = (weights(tmp_path / who / "models/last.pt") for who in ("ours", "theirs"))
     assert differing(ours, theirs) == []
