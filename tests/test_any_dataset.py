@@ -318,7 +318,7 @@ def test_certify_refuses_fold_all_before_training(tmp_path, monkeypatch, capsys)
         ("check", "none", '--check: expected one of "full", "fast", "off", got "none".'),
         ("exclude", "case_001", "--exclude: expected a list of strings (case ids to leave out)"),
         ("exclude", [1], "--exclude: expected a list of strings (case ids to leave out)"),
-        ("data_roots", [3], "--data_roots: expected a list of strings"),
+        ("data_roots", [3], "--data_roots: expected a list of paths"),
     ],
 )
 def test_run_answers_a_mistyped_value_and_starts_without_it(

@@ -108,7 +108,7 @@ def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
         path.write_bytes(b"")
     for _ in range(2):  # an automatic restart must not take it for a beginning
         assert run.finish() == 2
-    assert "expected a whole checkpoint, found none" in run.output
+    assert "expected a whole checkpoint that manifest.jsonl lists, found none" in run.output
 
 
 # --- signals
@@ -198,6 +198,7 @@ def hold_from_elsewhere(run: Run) -> Path:
     run.dir.mkdir(parents=True)
     lock = run.dir / ".lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    (run.dir / "run.json").write_text('{"fingerprint": ""}')
     (run.dir / "configs").mkdir()
     (run.dir / "configs" / "train.json").write_text("{}")
     return lock
