@@ -154,6 +154,7 @@ def test_certify_trains_compares_and_goes_on_where_it_stopped(dataset, tmp_path,
     assert "got other values of learning_rate" in capfd.readouterr().err
 
 
+@pytest.mark.chaos
 def test_certify_runs_in_processes_of_their_own_and_tells_what_one_refuses(
     tmp_path, capfd, monkeypatch
 ):
@@ -231,6 +232,7 @@ def test_run_that_says_nothing_of_the_precision_is_a_failure(
     assert not list((tmp_path / "c").glob("*/stopped.json"))
 
 
+@pytest.mark.chaos
 def test_precision_in_which_training_stops_is_worse(dataset, tmp_path, trained, capfd):
     """Inputs of 1e6 are out of float16's range, and not of float32's."""
     overlay = tmp_path / "loud.json"
@@ -255,6 +257,7 @@ def test_run_in_another_precision_than_its_name_is_refused(dataset, tmp_path, tr
     assert "expected a run in bfloat16, got dtype float32" in capfd.readouterr().err
 
 
+@pytest.mark.chaos
 def test_config_that_a_run_refused_can_be_corrected_in_place(dataset, tmp_path, trained):
     out = tmp_path / "c"
     assert certify.main(command_line(dataset, out, *SOME, "--seed", "3", "--fold", "9")) == 2

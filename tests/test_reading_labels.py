@@ -40,11 +40,18 @@ def put(value):
     return change
 
 
-@pytest.mark.parametrize("check", ["full", "fast", "off"])
 @pytest.mark.parametrize(
-    ("value", "dtype"),
-    [(257, np.int16), (-1, np.int16), (np.nan, np.float32), (0.5, np.float32), (3, np.uint8)],
-    ids=["257", "-1", "NaN", "0.5", "undeclared"],
+    ("value", "dtype", "check"),
+    [
+        (257, np.int16, "full"),
+        (257, np.int16, "fast"),
+        (257, np.int16, "off"),
+        (-1, np.int16, "fast"),
+        (np.nan, np.float32, "fast"),
+        (0.5, np.float32, "fast"),
+        (3, np.uint8, "full"),
+        (3, np.uint8, "off"),
+    ],
 )
 def test_label_value_that_is_no_class_is_refused_with_its_case(
     train, labelled, tmp_path, check, value, dtype

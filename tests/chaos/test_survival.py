@@ -87,6 +87,7 @@ def test_run_killed_before_its_summary_does_not_train_again(dataset, tmp_path, w
 # --- damage
 
 
+@pytest.mark.chaos
 def test_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(dataset, tmp_path, whole):
     run = Run(tmp_path, dataset)
     process = run.start_and_pause(2 * EVERY + 1)
@@ -100,6 +101,7 @@ def test_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(dataset, tmp
     check_is_whole(run, whole)
 
 
+@pytest.mark.chaos
 def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
     run = Run(tmp_path, dataset)
     assert run.finish() == 0
@@ -161,6 +163,7 @@ def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
 # --- one writer
 
 
+@pytest.mark.chaos
 def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path, whole):
     first = Run(tmp_path, dataset)
     process = first.start_and_pause(EVERY + 1)
@@ -175,6 +178,7 @@ def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path, whole):
     check_is_whole(first, whole)
 
 
+@pytest.mark.chaos
 def test_run_whose_lock_was_deleted_stops_when_another_has_taken_its_place(
     dataset, tmp_path, whole
 ):
@@ -256,6 +260,7 @@ def test_worker_that_fails_names_its_case(dataset, tmp_path, samples, part, kind
 # --- disks
 
 
+@pytest.mark.chaos
 def test_file_size_limit_leaves_the_older_checkpoint_and_says_what_is_needed(
     dataset, tmp_path, whole
 ):
