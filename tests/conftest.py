@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,6 +22,10 @@ from interpreted import interpreter, place  # noqa: F401 (fixtures)
 from scipy.ndimage import gaussian_filter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# tiny tensors are several times slower on two busy threads than on one: fixtures and processes too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # of all runs of a session; gone with the interpreter
 CACHE = tempfile.TemporaryDirectory(prefix="cache_")
@@ -58,13 +63,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log)
 
 
+def further(*values: Any) -> Any:
+    """Values of a parametrized test of which others stand for the kind: `chaos`."""
+    return pytest.param(*values, marks=pytest.mark.chaos)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors are several times slower on two busy threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A test may have changed it."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -208,6 +208,7 @@ def test_make_phantom_keeps_the_winners_dataset_when_it_lost_the_race(tmp_path, 
     assert list(tmp_path.iterdir()) == [directory]
 
 
+@pytest.mark.chaos
 def test_make_phantom_leaves_one_dataset_when_two_processes_start_at_once(tmp_path):
     directory = tmp_path / "new" / "phantom"
     root = Path(phantom.__file__).parents[2]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import further
 from engines import (
     batch,
     batch_norm_network,
@@ -121,7 +122,7 @@ def small_unet() -> nn.Module:
 # --- the same training
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, further(3)])
 @pytest.mark.parametrize(
     "settings",
     [

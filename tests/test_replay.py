@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import further
 from engines import (
     batch,
     batch_norm_network,
@@ -246,7 +247,7 @@ def test_underflow_is_measured_every_so_many_steps(run, tmp_path, every, steps):
         assert steps_of(events, "AMP/underflow_fraction") == steps
 
 
-@pytest.mark.parametrize("changes", [HALF, {"amp": False}], ids=["float16", "float32"])
+@pytest.mark.parametrize("changes", [HALF, further({"amp": False})], ids=["float16", "float32"])
 def test_measuring_underflow_does_not_change_the_training(run, tmp_path, changes):
     changes = {**changes, "network_def#norm": "batch", "network_def#dropout": 0.3}
     saved = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from conftest import further
 
 from pipeline import lifecycle
 
@@ -123,7 +124,7 @@ thread.join()
     assert (ended.returncode, ended.stdout) == (0, "True\n")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", further("SIGINT"), further("SIGUSR1")])
 @pytest.mark.parametrize("moment", ["check_source", "summarize"])
 def test_signal_outside_of_training_ends_a_run_to_be_continued(
     run, tmp_path, monkeypatch, capfd, name, moment

@@ -17,6 +17,7 @@ share their parameters, and low resolution is not simulated.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,13 +254,19 @@ def margin_size(
         Size in voxels, of `roi_size`'s parity on each axis so that the centres coincide.
     """
     half = (np.asarray(roi_size) - 1) / 2 * spacing  # mm, from the centre to the last voxel's
-    angles = [np.unique(np.linspace(low, high, 41)) for low, high in degrees]
-    turns = _rotation(np.stack(np.meshgrid(*angles), -1).reshape(-1, 3))  # (N, 3, 3)
+    turns = _turns_between(tuple(map(tuple, np.asarray(degrees).tolist())))
     missed = np.deg2rad(np.ptp(degrees, axis=1) / 80).sum() ** 2 / 2 * np.linalg.norm(half)
-    reach = np.minimum((np.abs(turns) @ half).max(0) + missed, np.linalg.norm(half))
+    reach = np.minimum((turns @ half).max(0) + missed, np.linalg.norm(half))
     reach = np.maximum(reach, half) / lowest_scale  # at least half: rotation may not be drawn
     margin = np.ceil((reach - half) / spacing - 1e-6)
     return tuple(n + 2 * int(m) for n, m in zip(roi_size, margin, strict=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _turns_between(degrees: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Absolute entries (N, 3, 3) of the rotations by a grid of angles between given ones."""
+    angles = [np.unique(np.linspace(low, high, 41)) for low, high in degrees]
+    return np.abs(_rotation(np.stack(np.meshgrid(*angles), -1).reshape(-1, 3)))
 
 
 def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Tensor:

@@ -15,9 +15,9 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import further
 from engines import curve, read, snapshot
 from faults import SAMPLE
 from harness import EVERY, SETTINGS, Run, kill_until_done, wait_for
@@ -27,11 +27,6 @@ from pipeline.training.checkpoint import load_checkpoint
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
 STEPS = SETTINGS["steps_per_epoch"] * SETTINGS["max_epochs"]
-
-
-def further(*values: Any) -> Any:
-    """Values of a parametrized test that are `chaos`."""
-    return pytest.param(*values, marks=pytest.mark.chaos)
 
 
 @pytest.fixture(scope="session")
