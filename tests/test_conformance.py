@@ -11,7 +11,6 @@ import os
 import runpy
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -90,17 +89,6 @@ def cli(monkeypatch) -> Callable[..., None]:
         runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 
     return command
-
-
-def monai_bundle_run(*words: str, cwd: Path) -> str:
-    """What the command prints, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", *words],
-        cwd=cwd, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(params=["repository", "run"])
@@ -284,10 +272,8 @@ def test_monai_bundle_run_evaluates_and_changes_nothing(finished, before):
 
 
 def test_monai_bundle_run_predicts(finished, data, before, tmp_path):
-    monai_bundle_run(
-        "--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"),
-        cwd=finished,
-    )  # fmt: skip
+    words = ("--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
+    assert monai_bundle(*words, cwd=finished).returncode == 0
     images = sorted((data / "imagesTr").iterdir())
     for path in images:
         assert nib.load(tmp_path / "out" / path.name).shape == nib.load(path).shape

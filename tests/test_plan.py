@@ -232,7 +232,7 @@ def test_strides_bring_levels_nearer_to_isotropic():
 
 def test_roi_size_fits_strides_and_budget():
     fitted = whole = 0
-    for spacings, shapes, budget in grids(120, seed=1):
+    for spacings, shapes, budget in grids(60, seed=1):
         try:
             plan = plan_of(fingerprint_of(spacings, shapes), budget=budget)
         except InputError:
@@ -256,7 +256,7 @@ def test_roi_size_fits_strides_and_budget():
             assert max(needed(size + step * (np.arange(3) == n), 2) for n in range(3)) > budget
         else:
             whole += 1
-    assert min(fitted, whole) > 20
+    assert min(fitted, whole) > 10
 
 
 def test_roi_size_is_refused_when_two_of_the_smallest_do_not_fit():

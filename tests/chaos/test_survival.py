@@ -69,6 +69,7 @@ def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call
     check_is_whole(run, whole)
 
 
+@pytest.mark.chaos
 def test_run_killed_before_its_summary_does_not_train_again(dataset, tmp_path, whole):
     run = Run(tmp_path, dataset)
     assert run.finish() == 0
