@@ -70,7 +70,7 @@ def child_run(words: list[str]) -> dict[str, Any]:
 
 def child_time(words: list[str]) -> dict[str, Any]:
     """Seconds to build the training dataset, to build it again, and milliseconds per sample."""
-    from pipeline.data.datasets import load_cases
+    from pipeline.data.dataset import load_cases
     from pipeline.data.sampling import PatchDataset
     from transforms.preprocess import preprocessing
 

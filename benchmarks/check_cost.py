@@ -1,4 +1,4 @@
-"""Time and memory of `pipeline.check`, cold and with its cache filled.
+"""Time and memory of `pipeline.commands.check`, cold and with its cache filled.
 
     python -m benchmarks.check_cost DATASET_DIR [--output FILE.json]
 
@@ -50,8 +50,8 @@ def make_large(root: Path) -> Path:
 # its own highest resident memory: what the system counts for a child begins with the parent's
 CHECK = """
 import sys
-from pipeline.check import main
-import pipeline.data.intake, monai.bundle
+from pipeline.commands.check import main
+import pipeline.data.data_module, monai.bundle
 status = main(sys.argv[1:]) if sys.argv[1:] else 0
 lines = open("/proc/self/status").read().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=sys.stderr)

@@ -27,9 +27,9 @@ from monai.inferers import SlidingWindowInferer
 
 from benchmarks.gpu_inference import network_of, volume_of
 from benchmarks.machine import processor
-from pipeline.data.images import list_images
+from pipeline.data.input_images import list_images
 from pipeline.precision import Precision
-from pipeline.predict import Prediction
+from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
 from transforms.preprocess import preprocessing

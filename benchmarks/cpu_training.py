@@ -33,10 +33,10 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from benchmarks import machine
-from networks import dense_unet, fused
+from networks import dense_unet, fused_layers
 from pipeline.precision import Precision
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 WARM_UP = 3
@@ -79,7 +79,7 @@ class FixedBatches:
 def with_torch_alone() -> None:
     """Let the network be made of torch's own layers, as it was in the default layout."""
     dense_unet.NORMS["instance"] = nn.InstanceNorm3d
-    fused.upsample = lambda x, size: F.interpolate(
+    fused_layers.upsample = lambda x, size: F.interpolate(
         x, size=size, mode="trilinear", align_corners=False
     )
 

@@ -41,10 +41,10 @@ import numpy as np
 COMMANDS = {
     "train": "pipeline.run",
     "predict": "pipeline.run",
-    "check": "pipeline.check",
-    "evaluate": "pipeline.evaluate",
-    "compare": "pipeline.compare",
-    "export": "pipeline.export",
+    "check": "pipeline.commands.check",
+    "evaluate": "pipeline.commands.evaluate",
+    "compare": "pipeline.commands.compare",
+    "export": "pipeline.commands.export",
     "bundle": "monai.bundle",
 }
 # path in the record, with the reason why it may differ

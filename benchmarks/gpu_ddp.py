@@ -30,11 +30,11 @@ from monai.inferers import SimpleInferer
 from benchmarks import machine
 from benchmarks.gpu_training import FixedBatches
 from networks.dense_unet import DenseUNet
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.precision import Precision
 from pipeline.process_group import ProcessGroup
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 ROUNDS, STEPS = 10, 12  # rounds of STEPS steps of each kind in turn
@@ -75,12 +75,12 @@ def taken(trainer: MixedPrecisionTrainer, batches: list[Any]) -> list[float]:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Inside, the trainer's own collectives are those of a single process."""
-    before = ranks.size, ranks.rank
-    ranks.size, ranks.rank = (lambda: 1), (lambda: 0)
+    before = distributed.size, distributed.rank
+    distributed.size, distributed.rank = (lambda: 1), (lambda: 0)
     try:
         yield
     finally:
-        ranks.size, ranks.rank = before
+        distributed.size, distributed.rank = before
 
 
 def all_reduced(trainer: MixedPrecisionTrainer, batches: list[Any]) -> dict[str, int]:
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)
     output = parser.parse_args().output
-    ranks.join()
+    distributed.join()
     group = ProcessGroup("cuda")
     group.enter()
     groups = None, group, ProcessGroup("cuda", sync_batch_norm=False)
@@ -139,11 +139,11 @@ def main() -> None:
         "all_reduced_per_step": all_reduced(trainers["replica"], batches),
         "skipped_steps": trainers["replica"].progress.skipped_steps,
     }
-    if ranks.is_main():
+    if distributed.is_main():
         print(json.dumps(result, indent=2))
         if output:
             output.write_text(json.dumps(result, indent=2) + "\n")
-    ranks.leave()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

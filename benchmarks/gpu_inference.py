@@ -28,9 +28,9 @@ from monai.inferers import SlidingWindowInferer
 
 from benchmarks.stock import torchs_own_layers
 from networks.dense_unet import DenseUNet
-from pipeline.data.images import list_images
+from pipeline.data.input_images import list_images
 from pipeline.precision import Precision
-from pipeline.predict import Prediction
+from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
 from transforms.postprocess import to_original_grid

@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks import machine
 from benchmarks.stock import torchs_own_layers
-from networks import fused
+from networks import fused_layers
 
 LAST = torch.channels_last_3d
 READINGS, WARM_UP = 40, 8
@@ -51,7 +51,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float16, layout: Any = LAST) 
 
 
 def upsample(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (fused.upsample_concat(x, skip),)
+    return (fused_layers.upsample_concat(x, skip),)
 
 
 def torchs_upsample(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -62,7 +62,7 @@ def torchs_upsample(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def pooled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return fused.pool_and_skip(x, nn.MaxPool3d((2, 2, 2), (2, 2, 2)))
+    return fused_layers.pool_and_skip(x, nn.MaxPool3d((2, 2, 2), (2, 2, 2)))
 
 
 def torchs_pooled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -71,7 +71,7 @@ def torchs_pooled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def norm_relu(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     weights = torch.promote_types(x.dtype, torch.float32)
-    return (fused.norm_relu(norm_of(x.shape[1], weights), x),)
+    return (fused_layers.norm_relu(norm_of(x.shape[1], weights), x),)
 
 
 @functools.cache

@@ -41,11 +41,11 @@ from torch.utils.data import RandomSampler
 from benchmarks import machine
 from benchmarks.gpu_training import REAL
 from benchmarks.stock import torchs_own_layers
-from pipeline.compose import parse_overrides
+from pipeline.config.compose import parse_overrides
 from pipeline.precision import Precision
 from pipeline.run import _content, _workflow
 from pipeline.training.graph import StepGraph
-from pipeline.training.losses import SegmentationLoss
+from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 FIXED, PROFILED = 4, 30  # batches of the bare step; steps

@@ -22,8 +22,8 @@ import torch
 from monai.losses import DiceCELoss
 
 from benchmarks import machine
-from pipeline.training import fused_loss
-from pipeline.training.losses import SegmentationLoss
+from networks.kernels import fused_loss
+from pipeline.training.loss import SegmentationLoss
 
 CASES = {
     "3 classes": (3, (2, 128, 128, 128)),

@@ -37,8 +37,8 @@ from pipeline.data.window_memory import Windows
 from pipeline.precision import Precision
 from pipeline.prediction.segmenter import Segmenter, SlidingWindowLabels
 from pipeline.prediction.sliding_window import SlidingWindow
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 Config = dict[str, Any]

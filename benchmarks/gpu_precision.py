@@ -32,8 +32,8 @@ from benchmarks.gpu_training import LIMIT_S, FixedBatches, command, scalars
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision, StepStats
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 from transforms.augment import Augment
 

@@ -30,8 +30,8 @@ from benchmarks import machine
 from benchmarks.stock import torchs_own_layers
 from networks.dense_unet import DenseUNet
 from pipeline.precision import Precision
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 WARM_UP, MEASURED = 8, 24

@@ -383,8 +383,8 @@ def ask_stock(root: Path) -> tuple[str, float]:
 
 
 def ask_us(root: Path) -> list[str]:
-    """The lines of `pipeline.check`'s report that name a finding."""
-    from pipeline.data.datasets import load_cases
+    """The lines of `pipeline.commands.check`'s report that name a finding."""
+    from pipeline.data.dataset import load_cases
     from pipeline.data.preflight import preflight
     from pipeline.errors import InputError
 

@@ -288,7 +288,7 @@ def _predict(out: Path, side: str, command: list[str], environment: dict[str, st
 
 def _scored(work: Path, out: Path, side: str) -> dict[str, Any]:
     """Dice by class and their mean, of the product's scorer; writes `<out>/<side>_scores`."""
-    from pipeline import evaluate
+    from pipeline.commands import evaluate
 
     scores = out / f"{side}_scores"
     options = ["--class_names", json.dumps(CLASSES), "--group_pattern", "pairs"]
@@ -330,7 +330,7 @@ def validate(words: argparse.Namespace) -> None:
 def score(words: argparse.Namespace) -> None:
     """Both on the test cases; the difference of their means and its intervals."""
     from benchmarks import machine
-    from pipeline import compare
+    from pipeline.commands import compare
 
     work, output = words.work, Path(words.output)
     if output.exists():
@@ -378,8 +378,8 @@ def difference(files: dict[str, list[str]], num_resamples: int = 10_000) -> dict
     arm its own. Of three seeds it reaches no further than the lowest and the highest, and is too
     narrow; the product's own comparison, beside it in the result, makes up for that.
     """
-    from pipeline.prediction.score_files import read_arms
-    from pipeline.prediction.score_tables import Columns
+    from pipeline.evaluation.score_files import read_arms
+    from pipeline.evaluation.score_tables import Columns
 
     scores = read_arms(files, Columns(metric="dice"), person_of=person_of)
     a, b = (np.nanmean(arm.values, axis=2) for arm in scores.arms)  # (seeds, cases)
@@ -416,7 +416,9 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{of['low']:+.4f} to {of['high']:+.4f}"
     )
     if low is not None:
-        lines.append(f"made up for few seeds (pipeline.compare): {low:+.4f} to {high:+.4f}")
+        lines.append(
+            f"made up for few seeds (pipeline.commands.compare): {low:+.4f} to {high:+.4f}"
+        )
     return lines
 
 

@@ -25,7 +25,7 @@ from monai.transforms import (
 )
 
 from pipeline.data.phantom import make_phantom
-from transforms.volumes import LoadVolumesd
+from transforms.load import LoadVolumesd
 
 SPACING_MM = (1.5, 1.5, 3.0)
 NUM_BINS = 256

@@ -26,8 +26,8 @@ import scipy
 import torch
 
 from benchmarks import machine
-from pipeline.evaluate import DEFAULTS, evaluate
-from pipeline.prediction.scores import score_case
+from pipeline.commands.evaluate import DEFAULTS, evaluate
+from pipeline.evaluation.scores import score_case
 
 SHAPE = (512, 512, 200)
 SPACING_MM = (0.8, 0.8, 1.5)

@@ -8,13 +8,13 @@ from unittest import mock
 
 import torch
 
-from networks import fused
+from networks import fused_layers
 
 
 @contextlib.contextmanager
 def torchs_own_layers() -> Iterator[None]:
     """The network as it is written with torch's operations, in torch's default layout."""
-    with mock.patch.multiple(fused, serves=_never, channels_last=_as_it_is):
+    with mock.patch.multiple(fused_layers, serves=_never, channels_last=_as_it_is):
         yield
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from networks import fused
-from networks.on_cpu import InstanceNorm, upsample
+from networks import fused_layers
+from networks.cpu_layers import InstanceNorm, upsample
 
 NORMS = {"batch": nn.BatchNorm3d, "instance": InstanceNorm}
 COUNTS = ("in_channels", "out_channels", "base_channels", "num_dense_layers", "growth_rate")
@@ -114,7 +114,7 @@ class DenseUNet(nn.Module):
             self._check(image)
         x = image
         if not torch.jit.is_scripting():
-            x = fused.channels_last(image, self.deepest.conv2.weight)
+            x = fused_layers.channels_last(image, self.deepest.conv2.weight)
         skips: list[torch.Tensor] = []
         for encoder, pool in zip(self.encoders, self.pools):  # noqa: B905 (TorchScript)
             if torch.jit.is_scripting():
@@ -123,7 +123,7 @@ class DenseUNet(nn.Module):
                 x = pool(x)
             else:
                 x = self._at(len(skips), encoder, x)
-                x, skip = fused.pool_and_skip(x, pool)
+                x, skip = fused_layers.pool_and_skip(x, pool)
                 skips.append(skip)
         x = self.bottleneck(self.deepest(x))
         levels: list[torch.Tensor] = []
@@ -210,12 +210,12 @@ class _ConvBlock(nn.Module):
         if torch.jit.is_scripting():
             x = F.relu(self.norm1(self.conv1(x)), inplace=True)
             return F.relu(self.norm2(self.conv2(x)), inplace=True)
-        x = fused.norm_relu(self.norm1, self.conv1(x))
-        return fused.norm_relu(self.norm2, self.conv2(x))
+        x = fused_layers.norm_relu(self.norm1, self.conv1(x))
+        return fused_layers.norm_relu(self.norm2, self.conv2(x))
 
 
 def _decoded(block: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    return block(fused.upsample_concat(x, skip))
+    return block(fused_layers.upsample_concat(x, skip))
 
 
 @contextlib.contextmanager
@@ -250,8 +250,8 @@ class _DenseLayer(nn.Module):
             new = self.conv1(F.relu(self.norm1(x), inplace=True))
             new = self.conv2(F.relu(self.norm2(new), inplace=True))
         else:
-            new = self.conv1(fused.norm_relu(self.norm1, x))
-            new = self.conv2(fused.norm_relu(self.norm2, new))
+            new = self.conv1(fused_layers.norm_relu(self.norm1, x))
+            new = self.conv2(fused_layers.norm_relu(self.norm2, new))
         return torch.cat([x, self.dropout(new)], dim=1)  # (B, channels + growth_rate, …)
 
 

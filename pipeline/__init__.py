@@ -4,13 +4,11 @@ import sys
 
 COMMANDS = ("check", "run", "predict", "evaluate", "compare", "certify", "export", "report")
 
-if sys.argv[:1] == ["-m"]:  # the module that Python is about to run is being looked for
-    _names = (word.removeprefix("-m") for word in sys.orig_argv)
-    _asked = next((name for name in _names if name.startswith(f"{__name__}.")), "")
-    if _asked and _asked.removeprefix(f"{__name__}.") not in COMMANDS:
-        print(
-            f"{_asked}: expected a command, one of {', '.join(COMMANDS)}, got another name. "
-            "Each says with --help what to type.",
-            file=sys.stderr,
-        )
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module that it is about to run
+    _words = (word.removeprefix("-m") for word in sys.orig_argv)
+    _asked = next((word for word in _words if word.startswith(f"{__name__}.")), "")
+    if _asked not in ("", f"{__name__}.run"):
+        _command = _asked.rpartition(".")[2]
+        _known = _command if _command in COMMANDS else f"COMMAND, one of {', '.join(COMMANDS)}"
+        print(f"{_asked}: expected python -m {__name__} {_known}.", file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.errors import InputError, as_bool, nearest
 
 # device type -> requested dtype -> (effective dtype, loss scaling)
@@ -78,11 +78,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"device: expected auto, cpu or cuda[:N], got {device!r}.") from None
     if resolved.type not in MODES:
         raise InputError(f"device: expected auto, cpu or cuda[:N], got '{resolved}'.")
-    if resolved.type == "cuda" and resolved.index is None and ranks.local_rank() is not None:
-        resolved = torch.device("cuda", ranks.local_rank())
+    if resolved.type == "cuda" and resolved.index is None and distributed.local_rank() is not None:
+        resolved = torch.device("cuda", distributed.local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        remedy = "Use auto." if ranks.local_rank() is None else "Start fewer ranks."
+        remedy = "Use auto." if distributed.local_rank() is None else "Start fewer ranks."
         raise InputError(
             f"device: expected one of the {found} CUDA devices here, got '{resolved}'. {remedy}"
         )
@@ -265,7 +265,7 @@ class Precision:
         scale = self.scaler.scale(one) if self.scaler else one
         own = [norm, loss.float(), buffers_norm, max_abs_logit, scale]
         own += [torch.full_like(one, number) for number in counts]
-        rows = ranks.rows(torch.stack(own))
+        rows = distributed.rows(torch.stack(own))
         meanwhile()
         table = rows.tolist()
         grad_norm, mean_loss, _, _, loss_scale, *_ = table[0]

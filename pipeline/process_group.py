@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.errors import InputError, as_bool
 from pipeline.precision import resolve_device
-from pipeline.training.replica import Replica
+from pipeline.training.replica import SummedDDP
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,17 @@ class ProcessGroup:
         self._gradient_bytes = 0
 
     def enter(self) -> None:
-        """Set this rank up, inside of `ranks.together`: its console, and its device.
+        """Set this rank up, inside of `distributed.sync_errors`: its console, and its device.
 
         Raises:
             InputError: If there is not a device for each.
         """
-        ranks.quiet()
-        if ranks.is_launched():
+        distributed.silence_other_ranks()
+        if distributed.is_launched():
             self._require_devices()
 
     def _require_devices(self) -> None:
-        num_ranks = ranks.local_size()
+        num_ranks = distributed.local_size()
         named = str(self.device)
         wants_cuda = named.startswith("cuda") or (named == "auto" and torch.cuda.is_available())
         found = torch.cuda.device_count()
@@ -67,13 +67,13 @@ class ProcessGroup:
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
-    def replica(self, network: nn.Module) -> Replica | None:
+    def replica(self, network: nn.Module) -> SummedDDP | None:
         """The network as the ranks train it, its batch norms synchronized where the device can.
 
         Args:
             network: On its device. Its layers are replaced in place; parameters and names stay.
         """
-        if not ranks.is_launched():
+        if not distributed.is_launched():
             return None
         if any(isinstance(module, _BatchNorm) for module in network.modules()):
             if self.sync_batch_norm and next(network.parameters()).is_cuda:
@@ -81,8 +81,8 @@ class ProcessGroup:
                 self._batch_norm = SYNCHRONIZED
             else:
                 self._batch_norm = OWN_ON_CPU if self.sync_batch_norm else OWN
-        ranks.gathered(None)  # one that has failed is not waited for, as DDP would
-        replica = Replica(network)
+        distributed.all_gather_object(None)  # one that has failed is not waited for, as DDP would
+        replica = SummedDDP(network)
         self._gradient_bytes = replica.gradient_bytes
         facts = ", ".join(f"{key} {value}" for key, value in self.describe().items())
         log.info("Process group in force: %s", facts)
@@ -92,8 +92,8 @@ class ProcessGroup:
         """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""
         cuda = resolve_device(self.device).type == "cuda"
         return {
-            "num_ranks": ranks.size(),
-            "backend": None if not ranks.is_launched() else "nccl" if cuda else "gloo",
+            "num_ranks": distributed.size(),
+            "backend": None if not distributed.is_launched() else "nccl" if cuda else "gloo",
             "sync_batch_norm": self.sync_batch_norm,
             "batch_norm": self._batch_norm,
             "gradient_bytes_per_step": self._gradient_bytes,

@@ -5,7 +5,7 @@ An inference config predicts, with the values of the run that `--run_dir RUN` na
 Checks the config, then hands the same files and overrides to MONAI's bundle workflow, so that it
 does exactly what `python -m monai.bundle run` does. With `--replay_step N` it trains nothing, but
 looks again for what was not finite in a skipped step of the run that is there. `--allow NAME` lets
-`_target_` hold a name that is not on the list; see `pipeline.trust`.
+`_target_` hold a name that is not on the list; see `pipeline.config.allowed`.
 
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
@@ -20,11 +20,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, ranks, trust
-from pipeline.compose import compose, compose_located, parse_overrides
-from pipeline.doctor import diagnosis
+from pipeline import distributed
+from pipeline.config import allowed, keys, validate
+from pipeline.config.compose import compose, compose_located, parse_overrides
+from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
-from pipeline.parser import Parser
 
 USAGE = (
     "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
@@ -42,8 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
-        with ranks.together():
-            allow, rest = trust.split_allow(rest)
+        with distributed.sync_errors():
+            allow, rest = allowed.split_allow(rest)
             if "--help" in rest or "-h" in rest:
                 source = compose(files or ["configs/amp.json"], {}, allow)
                 print(help_text(source))
@@ -56,8 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 files, overrides = in_run(files, overrides)
             replaying = trains and "replay_step" in overrides
             step = overrides.pop("replay_step") if replaying else None
-            diagnosis.check(files, overrides, allow, training=trains)
-            if replaying and ranks.size() > 1:
+            validate.check(files, overrides, allow, training=trains)
+            if replaying and distributed.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
         if not trains:
             predict(files, overrides, allow)
@@ -69,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
         error.tell()
         return 2
     except KeyboardInterrupt:  # of a prediction; training ends by itself
-        if ranks.is_main():
+        if distributed.is_main():
             print("Interrupted.", file=sys.stderr)
         return 130
     return 0
@@ -81,9 +81,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:first_key], words[first_key:]
 
 
-def run_workflow(
-    files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()
-) -> None:
+def run_workflow(files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()) -> None:
     """Initialize, run and finalize the config as a MONAI bundle workflow.
 
     Raises:
@@ -95,7 +93,7 @@ def run_workflow(
     with interruptible_at_once():
         workflow = _workflow(files, overrides, allow)
         try:
-            with ranks.together():
+            with distributed.sync_errors():
                 workflow.initialize()
                 evaluates = "@validate::evaluator.run(" in str(workflow.parser.get("run"))
                 _content(workflow, "validate::evaluator" if evaluates else "train::trainer")
@@ -117,7 +115,7 @@ def is_training(files: Sequence[str]) -> bool:
     }
 
 
-def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], config.Config]:
+def in_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], keys.Config]:
     """An inference config with the values of the run that `--run_dir` names.
 
     Args:
@@ -133,7 +131,7 @@ def in_run(files: Sequence[str], overrides: config.Config) -> tuple[list[str], c
     """
     if "run_dir" not in overrides:
         return [*files], overrides
-    from pipeline.predictor import CONFIG, read_inference_config
+    from pipeline.prediction.predictor import CONFIG, read_inference_config
 
     paths = {key: _words(key, overrides[key]) for key in PATHS if key in overrides}
     first, *others = paths.pop("run_dir")
@@ -154,13 +152,13 @@ def _words(key: str, value: Any) -> list[str]:
     return several
 
 
-def predict(files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()) -> None:
+def predict(files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()) -> None:
     """Run an inference config as a MONAI bundle workflow.
 
     Raises:
         InputError: If there is a mistake in the config, or an object of it refuses its arguments.
     """
-    with ranks.together():
+    with distributed.sync_errors():
         workflow = _workflow(files, overrides, allow, "inference")
         workflow.initialize()
         _content(workflow, "prediction")
@@ -169,7 +167,7 @@ def predict(files: Sequence[str], overrides: config.Config, allow: Collection[st
 
 
 def open_run(
-    files: Sequence[str], overrides: config.Config, allow: Collection[str] = ()
+    files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()
 ) -> tuple[Any, Any]:
     """Lifecycle and trainer of a run that is there, without handlers: nothing is written.
 
@@ -184,7 +182,7 @@ def open_run(
 
 
 def replay(
-    files: Sequence[str], overrides: config.Config, step: object, allow: Collection[str] = ()
+    files: Sequence[str], overrides: keys.Config, step: object, allow: Collection[str] = ()
 ) -> dict[str, Any]:
     """Replay a skipped step of the run that the config names; see `recorder.replay_kept`.
 
@@ -193,14 +191,14 @@ def replay(
     """
     if type(step) is not int:
         raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
-    from pipeline.training.recorder import replay_kept
+    from pipeline.training.flight_recorder import replay_kept
 
     lifecycle, trainer = open_run(files, overrides, allow)
     return replay_kept(trainer, lifecycle.run_dir, step)
 
 
 def _workflow(
-    files: Sequence[str], overrides: config.Config, allow: Collection[str], kind: str = "train"
+    files: Sequence[str], overrides: keys.Config, allow: Collection[str], kind: str = "train"
 ) -> Any:
     # imported here, so that a mistake on the command line is answered at once
     from monai.bundle import ConfigWorkflow
@@ -213,7 +211,7 @@ def _workflow(
     workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type=kind, **overrides)
     workflow.config_root_path = Path()
     workflow.parser = Parser(workflow.parser.get())
-    trust.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
+    allowed.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
     return workflow
 
 
@@ -228,13 +226,13 @@ def _content(workflow: Any, name: str) -> Any:
         raise InputError(str(cause)) from error
 
 
-def help_text(source: config.Config) -> str:
+def help_text(source: keys.Config) -> str:
     """Usage and, for each top-level key, its value in `source` and its meaning."""
-    known = config.KEYS if "train" in source else {**config.KEYS, **config.PREDICTION_KEYS}
-    keys = {key: spec for key, spec in known.items() if key in source or known is config.KEYS}
-    width = max(map(len, keys))
+    known = keys.KEYS if "train" in source else {**keys.KEYS, **keys.PREDICTION_KEYS}
+    table = {key: spec for key, spec in known.items() if key in source or known is keys.KEYS}
+    width = max(map(len, table))
     lines = [USAGE, "", "Top-level keys, their values here, and what they mean:", ""]
-    for key, spec in keys.items():
+    for key, spec in table.items():
         value = source.get(key)
         plain = not isinstance(value, (dict, list)) or len(json.dumps(value)) < 30
         shown = json.dumps(value) if plain else "{...}" if isinstance(value, dict) else "[...]"

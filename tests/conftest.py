@@ -185,7 +185,9 @@ def command(
     def call(name: str, *words: object) -> tuple[int, str]:
         capfd.readouterr()
         try:
-            status = import_module(f"pipeline.{name}").main([str(word) for word in words])
+            status = import_module(
+                "pipeline.run" if name == "run" else f"pipeline.commands.{name}"
+            ).main([str(word) for word in words])
         except SystemExit as end:
             status = end.code
         captured = capfd.readouterr()

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.training.trainer import StepEvents
 
 
@@ -20,7 +20,7 @@ class DiesOnce:
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
 
     def after_step(self, trainer) -> None:
-        due = ranks.rank() == self.rank and trainer.progress.step == self.step
+        due = distributed.rank() == self.rank and trainer.progress.step == self.step
         if due and not self.mark.exists():
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from pipeline.precision import Precision, StepStats
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.loss import SegmentationLoss
 from pipeline.training.progress import Progress
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.prediction.metrics import MeanDice
+from pipeline.evaluation.metrics import MeanDice
 from pipeline.training.trainer import StepEvents
 from transforms.augment import Augment
 

@@ -13,7 +13,7 @@ from engines import batch, batch_norm_network, half, in_mode, make_trainer, weig
 from monai.engines.utils import IterationEvents
 
 from pipeline.precision import Precision
-from pipeline.training.optimization import warmup_cosine
+from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import StepEvents
 
 

@@ -278,7 +278,7 @@ def test_run_reads_voxels_for_preflight_once(train, tmp_path, monkeypatch):
 
 
 def test_certify_refuses_fold_all_before_training(tmp_path, monkeypatch, capsys):
-    from pipeline import certify
+    from pipeline.commands import certify
 
     monkeypatch.chdir(REPOSITORY)
     words = ["configs/amp.json", "--fold", "all", "--output_dir", str(tmp_path / "c")]

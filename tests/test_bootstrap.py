@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.prediction.bootstrap import (
+from pipeline.evaluation.bootstrap import (
     EQUIVALENT,
     UNDECIDED,
     WORSE,

@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 
 from pipeline.bundle.metadata import modality_of, run_metadata
-from pipeline.data.datasets import Cases, load_cases
+from pipeline.data.dataset import Cases, load_cases
 from pipeline.data.plan import Plan
 from transforms.preprocess import LOADING_STEPS
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pipeline.data import content, entry
 from pipeline.data.cache import CachedDataset, VolumeCache
 from pipeline.data.content import HASHES, ContentHashes
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.entry import encode, open_entry
 from pipeline.errors import InputError
 from transforms.postprocess import ToOriginalGridd

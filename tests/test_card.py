@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_dataset, run_tiny, write_dataset_json
 
-from pipeline import run_configs
-from pipeline.bundle.card import model_card
+from pipeline.lifecycle import stored_configs
+from pipeline.reporting.model_card import model_card
 
 CASE_IDS = [f"tiny_{n:03d}" for n in range(1, 7)]
 
@@ -133,7 +133,7 @@ def test_card_that_cannot_be_written_does_not_fail_the_run(run, tmp_path, monkey
     def broken(_: Path) -> str:
         raise KeyError("no such fact")
 
-    monkeypatch.setattr(run_configs, "model_card", broken)
+    monkeypatch.setattr(stored_configs, "model_card", broken)
     assert run(tmp_path / "r") == 0
     assert (tmp_path / "r/summary.json").is_file()
     assert not (tmp_path / "r/docs/README.md").exists()

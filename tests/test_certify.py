@@ -23,14 +23,15 @@ import torch
 from conftest import REPOSITORY, TINY
 from engines import batch, batch_norm_network, make_trainer, weights
 
-from pipeline import certify, run, trials
+from pipeline import run
+from pipeline.commands import certify, trials
 from pipeline.errors import STOPS
+from pipeline.evaluation import fixed_batch
+from pipeline.evaluation.bootstrap import EQUIVALENT, UNDECIDED, WORSE
+from pipeline.evaluation.certificate import CONTROL, compare, markdown
+from pipeline.evaluation.fixed_batch import agreement, gradient, step_cost
+from pipeline.files import WriteError
 from pipeline.precision import Precision
-from pipeline.prediction.bootstrap import EQUIVALENT, UNDECIDED, WORSE
-from pipeline.prediction.certificate import CONTROL, compare, markdown
-from pipeline.training import fixed_batch
-from pipeline.training.durable import WriteError
-from pipeline.training.fixed_batch import agreement, gradient, step_cost
 
 SOME = ["--dtypes", "bfloat16", "--seeds", "2", "--margin", "0.003"]
 
@@ -280,7 +281,7 @@ def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, mon
 
     def command():
         warnings.simplefilter("ignore")  # that the module has been imported before
-        runpy.run_module("pipeline.certify", run_name="__main__")
+        runpy.run_module("pipeline.commands.certify", run_name="__main__")
 
     process = multiprocessing.get_context("fork").Process(target=command)
     process.start()
@@ -303,7 +304,7 @@ def test_interrupted_certificate_leaves_no_run_behind(dataset, tmp_path):
     words = command_line(dataset, tmp_path / "c", *SOME, "--jobs", "2", "--steps_per_epoch", "900")
     words += ["--checkpoint_every", "3"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.certify", *words],
+        [sys.executable, "-m", "pipeline.commands.certify", *words],
         cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while len({path.parent for path in (tmp_path / "c").glob("*/checkpoints/*.pt")}) < 2:

@@ -1,4 +1,4 @@
-"""`python -m pipeline.check`: what it tells of sound and broken datasets, and of mistakes."""
+"""`python -m pipeline check`: what it tells of sound and broken datasets, and of mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, REPOSITORY
 
-from pipeline.check import main
+from pipeline.commands.check import main
 
 Check = Callable[..., int]
 

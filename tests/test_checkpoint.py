@@ -17,16 +17,17 @@ from conftest import finished_run, further
 from engines import batch, curve, in_mode, make_trainer, make_validator, read, snapshot
 from ignite.engine import Events
 
-from pipeline import run_dir as run_dir_module
+from pipeline import files
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
-from pipeline.training import checkpoint, durable
+from pipeline.files import CheckpointStore, save
+from pipeline.lifecycle import run_directory as run_dir_module
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     CheckpointHandler,
     checkpoints,
     load_checkpoint,
     non_finite,
 )
-from pipeline.training.durable import CheckpointStore, save
 from pipeline.training.progress import SCHEMA_VERSION, Progress
 from pipeline.training.trainer import StepEvents
 
@@ -441,7 +442,7 @@ def run_is_free(run_dir: Path) -> bool:
     [("run.json", 2), ("train.json", 2), ("validation.json", 1), ("summary.json", 1)],
 )
 def test_full_disk_at_any_file_is_told_in_one_line(run, tmp_path, monkeypatch, capfd, name, status):
-    write = durable._write
+    write = files._write
 
     def full(path, content, flags):
         if path.name == f"{name}.tmp":
@@ -449,7 +450,7 @@ def test_full_disk_at_any_file_is_told_in_one_line(run, tmp_path, monkeypatch, c
         write(path, content, flags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_write", full)
+        patch.setattr(files, "_write", full)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "r")
     assert ended.value.code == status

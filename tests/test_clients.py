@@ -36,10 +36,10 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.inferers import SimpleInferer
 from monai.transforms import Compose, LoadImaged, MapTransform, SaveImaged
 
-from pipeline.data.datasets import given_cases
+from pipeline.commands.export import export
+from pipeline.data.dataset import given_cases
 from pipeline.errors import InputError
-from pipeline.export import export
-from pipeline.predictor import Predictor
+from pipeline.prediction.predictor import Predictor
 from pipeline.training.trainer import StepEvents
 
 pytestmark = [  # MONAI warns of every config that it is given

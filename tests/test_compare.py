@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.compare import main
+from pipeline.commands.compare import main
 from pipeline.errors import InputError
-from pipeline.prediction.comparison import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, Arm, compare
-from pipeline.prediction.difference import difference, holm, relative_ranks
-from pipeline.prediction.score_tables import Columns, direction, read_table
+from pipeline.evaluation.comparison import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, Arm, compare
+from pipeline.evaluation.difference import difference, holm, relative_ranks
+from pipeline.evaluation.score_tables import Columns, direction, read_table
 
 NAN = float("nan")
 OURS = ["case_id", "person", "class", "status", "dice", "iou", "hd95_mm", "volume_difference_ml"]

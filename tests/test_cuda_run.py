@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_tiny
 
-from pipeline.export import export
-from pipeline.predictor import Predictor
+from pipeline.commands.export import export
+from pipeline.prediction.predictor import Predictor
 from pipeline.run import main
 
 pytestmark = [

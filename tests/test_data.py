@@ -13,7 +13,7 @@ from conftest import make_dataset, write_case, write_dataset_json
 from monai.data import MetaTensor
 
 from pipeline.data.cache import VolumeCache
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.preflight import preflight
 from pipeline.data.sampling import EpochSampler, PatchDataset, PatchLoader
 from pipeline.errors import InputError

@@ -16,7 +16,7 @@ from engines import curve, read
 from in_ranks import in_ranks
 from torchrun import CONFIGS, in_forks, settings, torchrun
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.run import main
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
 
@@ -214,7 +214,7 @@ def run_in_ranks(capfd, *words: str, of_the_second: tuple[str, ...] = ()) -> lis
 
     def work() -> int:
         try:
-            return main([*CONFIGS, *words, *(of_the_second if ranks.rank() else ())])
+            return main([*CONFIGS, *words, *(of_the_second if distributed.rank() else ())])
         except SystemExit as error:
             return int(error.code or 0)
 

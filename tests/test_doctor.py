@@ -14,10 +14,10 @@ import pytest
 from conftest import REPOSITORY, TINY
 from monai.bundle import ConfigParser
 
-from pipeline import certify, config
-from pipeline.compose import Composed, compose_located
-from pipeline.doctor import diagnosis
-from pipeline.doctor.diagnosis import diagnose
+from pipeline.commands import certify
+from pipeline.config import keys, validate
+from pipeline.config.compose import Composed, compose_located
+from pipeline.config.validate import diagnose
 from pipeline.errors import InputError
 from pipeline.run import main
 
@@ -152,7 +152,7 @@ def is_pinpointed(lines: list[str], composed: Composed, kind: str, path: tuple) 
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.chaos)])
 def test_diagnosis_pinpoints_mutations_of_every_key(monkeypatch, every):
     """By default of every twelfth one, of all kinds together; each kind where every one counts."""
-    monkeypatch.setattr("pipeline.data.intake.load_cases", None)  # no data are looked at
+    monkeypatch.setattr("pipeline.data.data_module.load_cases", None)  # no data are looked at
     monkeypatch.setattr("nibabel.load", None)
     caught: Counter[str] = Counter()
     missed: dict[str, list[str]] = defaultdict(list)
@@ -277,28 +277,28 @@ LEGAL = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_config_as_it_is_draws_no_complaint(file):
-    assert diagnosis.check([str(file)], {})
+    assert validate.check([str(file)], {})
 
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_legal_overlay_draws_no_complaint(tmp_path, name):
     (tmp_path / "mine.json").write_text(json.dumps(LEGAL[name], indent=1))
-    assert diagnosis.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
+    assert validate.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_draws_no_complaint(name):
-    assert diagnosis.check([AMP, f"configs/{name}"], {}, training=True)
+    assert validate.check([AMP, f"configs/{name}"], {}, training=True)
 
 
 def test_config_with_overrides_draws_no_complaint():
-    assert diagnosis.check([AMP], {**TINY, "learning_rate": 1, "amp": "true"}, training=True)
+    assert validate.check([AMP], {**TINY, "learning_rate": 1, "amp": "true"}, training=True)
 
 
 def test_source_in_a_running_workflow_draws_no_complaint():
     parser = ConfigParser(json.loads((REPOSITORY / AMP).read_text()))
     parser.parse()
-    diagnosis.check_source(parser.get())
+    validate.check_source(parser.get())
 
 
 def test_source_in_a_running_workflow_is_looked_at():
@@ -307,7 +307,7 @@ def test_source_in_a_running_workflow_is_looked_at():
     source["network_def"]["dropuot"] = 0.1
     source["train"]["inferer"] = "$__import__('os')"
     with pytest.raises(InputError) as error:
-        diagnosis.check_source(source)
+        validate.check_source(source)
     assert [fault.split(": ")[0] for fault in error.value.faults] == [
         "network_def#dropuot", "optimizer#_target_",
     ]  # fmt: skip
@@ -484,7 +484,7 @@ def complaints(tmp_path: Path, overlay: dict, *files: str) -> list[str]:
     """What the doctor says to an overlay of `configs/amp.json`."""
     (tmp_path / "mine.json").write_text(json.dumps(overlay, indent=1))
     try:
-        diagnosis.check([AMP, *files, str(tmp_path / "mine.json")], {}, training=True)
+        validate.check([AMP, *files, str(tmp_path / "mine.json")], {}, training=True)
     except InputError as error:
         return list(error.faults)
     return []
@@ -506,7 +506,7 @@ def test_independent_mistakes_are_told_at_once(tmp_path):
 
 def test_override_is_named_in_the_place_of_file_and_line():
     with pytest.raises(InputError) as error:
-        diagnosis.check([AMP], {"network_def#dropout": "much", "seed": "a"}, training=True)
+        validate.check([AMP], {"network_def#dropout": "much", "seed": "a"}, training=True)
     assert error.value.faults == (
         '--network_def#dropout: expected a number, got "much". Correct it.',
         "--seed: expected int (of weights, sample order, crops, augmentation and dropout), "
@@ -525,7 +525,7 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
         '{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}'
     )
     with pytest.raises(InputError) as error:
-        diagnosis.check(["configs/inference.json", str(tmp_path / "mine.json")], {})
+        validate.check(["configs/inference.json", str(tmp_path / "mine.json")], {})
     assert error.value.faults == (
         f"{tmp_path}/mine.json:2: postprocesing: expected a known key, got 'postprocesing'. "
         "Did you mean 'postprocessing'?",
@@ -548,7 +548,7 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
 def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(InputError) as error:
-        diagnosis.check([AMP, str(tmp_path / "mine.json")], {})
+        validate.check([AMP, str(tmp_path / "mine.json")], {})
     assert len(error.value.faults) == 1
     assert str(error.value).startswith(f"{tmp_path}/mine.json{message}")
 
@@ -573,4 +573,4 @@ def test_lines_are_those_of_the_file():
 
 def test_keys_of_the_table_have_the_doctors_attention():
     composed = compose_located([AMP, "configs/multi_gpu.json"], {})
-    assert set(config.KEYS) == set(composed.source)
+    assert set(keys.KEYS) == set(composed.source)

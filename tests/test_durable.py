@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.training.durable import MANIFEST, CheckpointStore, WriteError, save, write_json
+from pipeline.files import MANIFEST, CheckpointStore, WriteError, save, write_json
 
 
 def content(step: int) -> dict:

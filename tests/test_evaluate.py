@@ -1,4 +1,4 @@
-"""`python -m pipeline.evaluate`: what it scores, what it refuses, and what it says."""
+"""`python -m pipeline evaluate`: what it scores, what it refuses, and what it says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-import pipeline.evaluate
-from pipeline.evaluate import main
-from pipeline.prediction.scores import read_scores, score_case
+import pipeline.commands.evaluate
+from pipeline.commands.evaluate import main
+from pipeline.evaluation.scores import read_scores, score_case
 
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
 AFFINE[:3, 3] = [-3, 7, 11]
@@ -131,13 +131,13 @@ def test_evaluate_does_not_depend_on_the_number_of_threads(root):
 
 def test_evaluate_scores_as_many_cases_at_once_as_there_are_threads(root, monkeypatch):
     barrier = threading.Barrier(4, timeout=20)
-    read = pipeline.evaluate.read_pair
+    read = pipeline.commands.evaluate.read_pair
 
     def read_together(*paths):
         barrier.wait()
         return read(*paths)
 
-    monkeypatch.setattr(pipeline.evaluate, "read_pair", read_together)
+    monkeypatch.setattr(pipeline.commands.evaluate, "read_pair", read_together)
     assert run(root, "--num_threads", 4) == 0
 
 
@@ -446,13 +446,13 @@ def test_folders_with_nothing_to_compare_end_with_status_2(root, pred, label, me
 
 def test_a_folder_that_cannot_be_written_ends_with_status_2(root, capsys, monkeypatch):
     (root / "file").write_text("")
-    monkeypatch.delattr(pipeline.evaluate, "read_pair")  # before any work
+    monkeypatch.delattr(pipeline.commands.evaluate, "read_pair")  # before any work
     assert run(root, "--output_dir", root / "file") == 2
     assert "--output_dir: expected a folder that can be written" in capsys.readouterr().err
 
 
 def test_help_tells_every_option(capsys):
-    from pipeline.evaluate import DEFAULTS
+    from pipeline.commands.evaluate import DEFAULTS
 
     assert main(["--help"]) == 0
     told = capsys.readouterr().out

@@ -25,12 +25,12 @@ from conftest import CACHE, REPOSITORY, make_dataset, run_tiny, write_dataset_js
 from monai.bundle import ConfigWorkflow, load_bundle_config
 from safetensors.torch import load_file
 
-from pipeline import exported as filling
+from pipeline.bundle import exported as filling
 from pipeline.bundle import formats
 from pipeline.bundle.contents import absolute_paths, leaks, metadata_faults, neutral, telling
 from pipeline.bundle.package import needed_modules, package_name, write_package
 from pipeline.bundle.renaming import renamed_config, renamed_source
-from pipeline.export import main
+from pipeline.commands.export import main
 from pipeline.run import main as run_main
 
 PERSON, HOST = "zq_radiologist", "zq-scanner7"
@@ -99,10 +99,10 @@ def test_bundle_holds_what_a_bundle_has(export):
         "models/model.onnx", "models/model.pt", "models/model.pt2", "models/model.safetensors",
         "models/model.ts", "plan.json",
     ]  # fmt: skip
-    assert f"{package}/pipeline/lifecycle.py" in files
+    assert f"{package}/pipeline/lifecycle/lifecycle.py" in files
     assert f"{package}/networks/dense_unet.py" in files
-    assert f"{package}/pipeline/export.py" not in files
-    assert f"{package}/pipeline/certify.py" not in files
+    assert f"{package}/pipeline/commands/export.py" not in files
+    assert f"{package}/pipeline/commands/certify.py" not in files
     assert f"from {package}.pipeline.predictor" in (export.bundle / "docs/README.md").read_text()
 
 
@@ -652,7 +652,7 @@ def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.export.write_zip", fail)
+    monkeypatch.setattr("pipeline.commands.export.write_zip", fail)
     assert main([str(copied), "--formats", "torchscript"]) == 130
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 

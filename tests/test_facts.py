@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.data import content, facts, volume
+from pipeline.data import content, facts, nifti
 from pipeline.data.facts import measure_headers, measure_voxels
 from pipeline.data.survey import survey
 
@@ -23,7 +23,7 @@ SHAPE = (9, 8, 7)
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
-    monkeypatch.setattr(volume, "SLAB_VOXELS", 101)
+    monkeypatch.setattr(nifti, "SLAB_VOXELS", 101)
 
 
 def save(path, voxels):

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import ndimage
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.prediction import figures, page, slices
-from pipeline.prediction.run_files import read_curves
+from pipeline.reporting import case_images, figures, page
+from pipeline.reporting.run_files import read_curves
 
 
 def pixels(figure) -> np.ndarray:
@@ -37,7 +37,7 @@ def volumes(label: np.ndarray, pred: np.ndarray, ignore_value=None, spacing=(1, 
     counted = label != (-1 if ignore_value is None else ignore_value)
     image = np.full(label.shape, 0.5)
     image[..., 0], image[..., -1] = 0, 1  # so that all between is in the middle of the window
-    return slices.CaseVolumes(
+    return case_images.CaseVolumes(
         "case", image, label * counted, pred * counted, counted, np.array(spacing)
     )
 
@@ -65,11 +65,11 @@ def test_plane_shows_right_anterior_superior_at_the_upper_left(tmp_path, axes):
         "image": write(tmp_path, "image", image, axes=axes),
         "label": write(tmp_path, "label", label, axes=axes[::-1]),  # the same grid otherwise
     }
-    case = slices.read_case("case", paths)
+    case = case_images.read_case("case", paths)
     np.testing.assert_array_equal(case.image, image)
     np.testing.assert_array_equal(case.label, label)
-    for name in slices.PLANES:
-        figure = slices.plane(case, name)
+    for name in case_images.PLANES:
+        figure = case_images.plane(case, name)
         rows, columns = largest_white(figure)
         height, width, _ = pixels(figure).shape
         assert rows.stop < height / 2, name
@@ -89,7 +89,7 @@ def test_plane_is_to_scale_in_mm(tmp_path, name, across_mm, up_mm):
         "image": write(tmp_path, "image", image, spacing, "ASL"),
         "label": write(tmp_path, "label", label, spacing, "ASL"),
     }
-    figure = slices.plane(slices.read_case("case", paths), name)
+    figure = case_images.plane(case_images.read_case("case", paths), name)
     rows, columns = largest_white(figure)
     height, width = (s.stop - s.start for s in (rows, columns))
     assert width / height == pytest.approx(across_mm / up_mm, rel=0.06)  # a pixel or two
@@ -99,10 +99,10 @@ def test_plane_tints_what_differs_also_where_only_the_class_does():
     label = np.zeros((30, 30, 30), int)
     label[5:15, 5:15, 5:15], label[16:26, 5:15, 5:15] = 1, 2
     swapped = np.choose(label, [0, 2, 1])
-    assert tinted(slices.plane(volumes(label, label), "axial")) == 0
-    assert tinted(slices.plane(volumes(label, swapped), "axial")) > 5_000
+    assert tinted(case_images.plane(volumes(label, label), "axial")) == 0
+    assert tinted(case_images.plane(volumes(label, swapped), "axial")) > 5_000
     half = label * (np.arange(30) > 9)[:, None, None]
-    assert tinted(slices.plane(volumes(label, half), "axial")) > 1_000
+    assert tinted(case_images.plane(volumes(label, half), "axial")) > 1_000
 
 
 def test_plane_leaves_ignored_voxels_alone():
@@ -110,8 +110,8 @@ def test_plane_leaves_ignored_voxels_alone():
     label[8:20, 8:20, 8:20] = 255
     label[1, 1, 1] = 1
     pred[label > 0] = 1
-    assert tinted(slices.plane(volumes(label, pred), "axial")) > 0
-    assert tinted(slices.plane(volumes(label, pred, 255), "axial")) == 0
+    assert tinted(case_images.plane(volumes(label, pred), "axial")) > 0
+    assert tinted(case_images.plane(volumes(label, pred, 255), "axial")) == 0
 
 
 def test_case_has_no_prediction_where_the_label_is_ignored(tmp_path):
@@ -119,7 +119,7 @@ def test_case_has_no_prediction_where_the_label_is_ignored(tmp_path):
     label[0], label[1] = 255, 1
     paths = {key: write(tmp_path, key, label) for key in ("image", "label")}
     paths["pred"] = write(tmp_path, "pred", np.ones_like(label))
-    case = slices.read_case("case", paths, 255)
+    case = case_images.read_case("case", paths, 255)
     assert case.label[:2].max(axis=(1, 2)).tolist() == [0, 1]
     assert case.pred[:2].max(axis=(1, 2)).tolist() == [0, 1]
 
@@ -127,7 +127,7 @@ def test_case_has_no_prediction_where_the_label_is_ignored(tmp_path):
 def test_gallery_is_to_scale_in_mm():
     label = np.zeros((20, 20, 20), int)
     label[5:15, 5:15, 5:15] = 1
-    figure = slices.gallery([volumes(label, label, spacing=(1, 2, 4))] * 2, ["a", "b"])
+    figure = case_images.gallery([volumes(label, label, spacing=(1, 2, 4))] * 2, ["a", "b"])
     figure.draw_without_rendering()
     boxes = [part.axes[0].get_window_extent() for part in figure.subfigs]
     assert [box.height / box.width for box in boxes] == pytest.approx([2, 2])
@@ -136,10 +136,10 @@ def test_gallery_is_to_scale_in_mm():
 def test_plane_outlines_label_and_prediction_in_their_colours():
     label, pred = np.zeros((2, 30, 30, 30), int)
     label[5:15, 5:15, 5:15], pred[5:15, 10:25, 5:15] = 1, 1
-    figure = slices.plane(volumes(label, pred), "axial")
+    figure = case_images.plane(volumes(label, pred), "axial")
     figure.set_dpi(300)  # lines of more than a pixel
     image = pixels(figure)
-    for colour in (slices.LABEL, slices.PREDICTION):
+    for colour in (case_images.LABEL, case_images.PREDICTION):
         wanted = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
         assert (np.abs(image - wanted).max(axis=2) < 12).sum() > 100
 
@@ -150,7 +150,7 @@ def test_case_is_refused_when_its_prediction_is_on_another_grid(tmp_path):
         for key, spacing in (("image", (1, 1, 1)), ("label", (1, 1, 1)), ("pred", (1, 1, 2)))
     }
     with pytest.raises(ValueError, match="expected pred and image on one grid"):
-        slices.read_case("case", paths)
+        case_images.read_case("case", paths)
 
 
 def test_case_has_the_first_of_its_channels(tmp_path):
@@ -160,7 +160,7 @@ def test_case_has_the_first_of_its_channels(tmp_path):
     together = tmp_path / "both.nii.gz"
     nib.save(nib.Nifti1Image(np.stack([first, second], axis=3), np.eye(4)), together)
     for image in (files, together):
-        case = slices.read_case("case", {"image": image, "label": label})
+        case = case_images.read_case("case", {"image": image, "label": label})
         np.testing.assert_array_equal(case.image, first)
 
 

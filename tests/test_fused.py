@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import further
 from torch import nn
 
-from networks import fused
+from networks import fused_layers
 from networks.dense_unet import DenseUNet
 
 pytest.importorskip("triton")
@@ -60,8 +60,8 @@ def norm_of(kind, channels, device):
 def norm_relu(kind, x, gradient, device):
     """Output, gradients and statistics of the kernels."""
     norm, x = norm_of(kind, x.shape[1], device), leaf(x, device)
-    assert fused.serves(x)
-    out = fused.norm_relu(norm, x)
+    assert fused_layers.serves(x)
+    out = fused_layers.norm_relu(norm, x)
     out.backward(gradient.to(device))
     assert out.is_contiguous(memory_format=LAST)
     assert x.grad.is_contiguous(memory_format=LAST)
@@ -97,7 +97,7 @@ def test_statistics_stay_exact_where_the_mean_is_large(place):
 def nan_of_norm_relu(device):
     x = tensor(1, 8, 4, 4, 4)
     x[0, 0, 0, 0, 0] = torch.nan
-    return fused.norm_relu(norm_of("train", 8, device), x.to(device)).cpu()
+    return fused_layers.norm_relu(norm_of("train", 8, device), x.to(device)).cpu()
 
 
 def test_nan_is_not_hidden_by_relu(place):
@@ -114,7 +114,7 @@ def pool_and_skip(x, stride, gradients, device):
     wide = gradients[1].new_zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:])
     wide = wide.to(device).contiguous(memory_format=LAST)
     wide[:, : x.shape[1]] = gradients[1]  # of a part of the channels, as the decoder's is
-    outputs = fused.pool_and_skip(x, nn.MaxPool3d(stride, stride))
+    outputs = fused_layers.pool_and_skip(x, nn.MaxPool3d(stride, stride))
     torch.autograd.backward(outputs, [gradients[0].to(device), wide[:, : x.shape[1]]])
     return [t.detach().cpu() for t in (*outputs, x.grad)]
 
@@ -136,7 +136,7 @@ def test_pooling_is_torchs(place, stride):
 def nan_of_pool(device):
     x = tensor(1, 8, 4, 4, 4)
     x[0, 0, 1, 0, 0] = torch.nan
-    return fused.pool_and_skip(x.to(device), nn.MaxPool3d((2, 2, 2), (2, 2, 2)))[0].cpu()
+    return fused_layers.pool_and_skip(x.to(device), nn.MaxPool3d((2, 2, 2), (2, 2, 2)))[0].cpu()
 
 
 def test_nan_is_the_largest_value(place):
@@ -150,7 +150,7 @@ def test_nan_is_the_largest_value(place):
 
 def upsample_concat(x, skip, gradient, device):
     x, skip = leaf(x, device), leaf(skip, device)
-    out = fused.upsample_concat(x, skip)
+    out = fused_layers.upsample_concat(x, skip)
     out.backward(gradient.to(device))
     assert out.is_contiguous(memory_format=LAST)
     return [t.detach().cpu() for t in (out, x.grad, skip.grad)]
@@ -184,10 +184,10 @@ def test_upsampling_is_torchs(place, small, large):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_lines_may_be_more_than_an_axis_of_a_grid_takes():
     x, skip = tensor(70, 8, 64, 64, 4).cuda(), tensor(70, 8, 128, 128, 4, seed=1).cuda()
-    pooled, _ = fused.pool_and_skip(skip, nn.MaxPool3d((2, 2, 1), (2, 2, 1)))
+    pooled, _ = fused_layers.pool_and_skip(skip, nn.MaxPool3d((2, 2, 1), (2, 2, 1)))
     assert torch.equal(pooled, F.max_pool3d(skip, (2, 2, 1)))
     x.requires_grad_()
-    out = fused.upsample_concat(x, skip)
+    out = fused_layers.upsample_concat(x, skip)
     (gradient,) = torch.autograd.grad(out.float().sum(), x)
     up = F.interpolate(x.float(), size=skip.shape[2:], mode="trilinear")
     (expected,) = torch.autograd.grad(up.sum(), x)
@@ -213,7 +213,7 @@ def network_step(device, dtype, seen=None):
     image = tensor(2, 1, 4, 6, 7, dtype=dtype).to(device)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_NormReLU", "_PoolAndSkip", "_UpsampleConcat"):
-            operation = getattr(fused, name)
+            operation = getattr(fused_layers, name)
             patch.setattr(operation, "apply", counted(operation.apply, name, seen))
         with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
             logits = network(image)
@@ -243,7 +243,7 @@ def gradient_of_strides(shape, step, device):
     _, channels, height, width, depth = shape
     line = depth * channels
     strides = (height * width * line, 1, width * line, line, step)
-    out = fused.norm_relu(norm, x)
+    out = fused_layers.norm_relu(norm, x)
     (mine,) = torch.autograd.grad(out, x, gradient.as_strided(shape, strides))
     (true,) = torch.autograd.grad(F.relu(norm(x)), x, gradient)
     return (mine - true).abs().max().item()
@@ -267,7 +267,7 @@ def calls_of_norm(what, device):
     else:
         inner = norm.forward
         norm.forward = lambda x: calls.append(1) or inner(x)
-    fused.norm_relu(norm, tensor(2, 8, 3, 3, 3).float().to(device))
+    fused_layers.norm_relu(norm, tensor(2, 8, 3, 3, 3).float().to(device))
     return len(calls)
 
 
@@ -279,10 +279,10 @@ def test_norms_that_kernels_do_not_know_are_called(place, what):
 def test_other_layouts_dtypes_and_norms_are_left_to_torch():
     x = torch.randn(2, 4, 3, 3, 3)  # on a CPU without the interpreter
     norm = nn.BatchNorm3d(4)
-    assert not fused.serves(x)
-    assert torch.equal(fused.norm_relu(copy.deepcopy(norm), x.clone()), F.relu(norm(x)))
+    assert not fused_layers.serves(x)
+    assert torch.equal(fused_layers.norm_relu(copy.deepcopy(norm), x.clone()), F.relu(norm(x)))
     group = nn.GroupNorm(2, 4)
-    assert torch.equal(fused.norm_relu(group, x.clone()), F.relu(group(x)))
+    assert torch.equal(fused_layers.norm_relu(group, x.clone()), F.relu(group(x)))
 
 
 @pytest.mark.gpu

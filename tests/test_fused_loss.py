@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.training import losses
-from pipeline.training.losses import SegmentationLoss
+from pipeline.training import loss
+from pipeline.training.loss import SegmentationLoss
 
 pytest.importorskip("triton")
-fused_loss = pytest.importorskip("pipeline.training.fused_loss")
+fused_loss = pytest.importorskip("networks.kernels.fused_loss")
 
 CLASSES = [2, 3, 14, 33, 70, 256]
 EPS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
@@ -250,7 +250,7 @@ def test_backend_is_torch_on_a_cpu_unless_interpreted(interpreter):
 def test_backend_that_is_not_there_is_refused_in_one_line(monkeypatch):
     with pytest.raises(InputError, match=r"^SegmentationLoss: expected backend .*got 'tritn'\. .*"):
         SegmentationLoss(backend="tritn")
-    monkeypatch.setattr(losses, "_fused", lambda: None)
+    monkeypatch.setattr(loss, "_fused", lambda: None)
     with pytest.raises(InputError, match=r"expected triton for backend 'triton', got no such pack"):
         SegmentationLoss(backend="triton")
     assert SegmentationLoss().in_force(torch.device("cpu")) == "torch"

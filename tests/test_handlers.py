@@ -11,10 +11,10 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from PIL import Image
 
+from pipeline.drawing import outline_slice
+from pipeline.evaluation.metrics import MeanDice
 from pipeline.precision import StepStats
-from pipeline.prediction.metrics import MeanDice
-from pipeline.training.handlers import ConsoleHandler, ScoreHandler, TensorBoardHandler
-from pipeline.training.picture import outline_slice
+from pipeline.training.logging_handlers import ConsoleHandler, ScoreHandler, TensorBoardHandler
 from pipeline.training.trainer import StepEvents
 
 AMP_TAGS = {f"AMP/{name}" for name in ("loss_scale", "skipped_steps", "grad_norm", "max_abs_logit")}
@@ -310,7 +310,9 @@ def test_tensorboard_picture_is_axial_and_upright_whatever_the_files_orientation
 
 
 def messages(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "pipeline.training.handlers"]
+    return [
+        r.getMessage() for r in caplog.records if r.name == "pipeline.training.logging_handlers"
+    ]
 
 
 def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(caplog, capfd):

@@ -12,13 +12,13 @@ import time
 import pytest
 from conftest import REPOSITORY
 
-from pipeline import hold
 from pipeline.errors import InputError
-from pipeline.hold import Hold
+from pipeline.lifecycle import run_lock
+from pipeline.lifecycle.run_lock import RunLock
 
 TRY = """
-import sys; from pathlib import Path; from pipeline.hold import Hold
-Hold(Path(sys.argv[1]))
+import sys; from pathlib import Path; from pipeline.lifecycle.run_lock import RunLock
+RunLock(Path(sys.argv[1]))
 """
 
 
@@ -30,7 +30,7 @@ def other_process(run_dir) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def held(tmp_path):
-    holder = Hold(tmp_path)
+    holder = RunLock(tmp_path)
     yield holder
     holder.close()
 
@@ -66,8 +66,8 @@ def test_heartbeat_goes_on_after_an_error(tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(os, "utime", utime)
-    monkeypatch.setattr(hold, "HEARTBEAT_S", 0.02)
-    holder = Hold(tmp_path)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.02)
+    holder = RunLock(tmp_path)
     before = (tmp_path / ".lock").stat().st_mtime_ns
     end = time.monotonic() + 20
     while (tmp_path / ".lock").stat().st_mtime_ns == before and time.monotonic() < end:
@@ -79,8 +79,8 @@ def test_heartbeat_goes_on_after_an_error(tmp_path, monkeypatch):
 def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_path, monkeypatch):
     """Where the kernel's lock does not reach the other host."""
     (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 6}))
-    monkeypatch.setattr(hold, "WATCH_S", 0.1)
-    lock, locked = hold.fcntl.lockf, []
+    monkeypatch.setattr(run_lock, "WATCH_S", 0.1)
+    lock, locked = run_lock.fcntl.lockf, []
 
     def late(*args):
         lock(*args)
@@ -88,15 +88,15 @@ def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_pa
         if len(locked) == 2:  # the first was let go for the watch
             (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
 
-    monkeypatch.setattr(hold.fcntl, "lockf", late)
+    monkeypatch.setattr(run_lock.fcntl, "lockf", late)
     with pytest.raises(InputError, match="process 7 on elsewhere"):
-        Hold(tmp_path)
+        RunLock(tmp_path)
 
 
 def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(hold.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="No locks available"):
-        Hold(tmp_path)
+        RunLock(tmp_path)

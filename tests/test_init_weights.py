@@ -17,7 +17,7 @@ from forked import monai_bundle
 
 from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
-from pipeline.training.init_weights import fitted, read_weights
+from pipeline.training.pretrained import fitted, read_weights
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 HEAD = ["head.weight", "head.bias"]
@@ -301,7 +301,7 @@ def test_init_head_of_a_network_without_one_is_refused(tmp_path):
 
 
 def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("pipeline.data.intake.preflight", pytest.fail)
+    monkeypatch.setattr("pipeline.data.data_module.preflight", pytest.fail)
     (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
     assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
     assert not (tmp_path / "r").exists()

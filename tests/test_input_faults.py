@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.input_faults import BAD, FAULTS, label_of, make_case, make_dataset, write
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.preflight import preflight
 from pipeline.errors import InputError
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 OWN = ("pipeline", "transforms", "networks", "configs", "tests", "notebooks", "benchmarks")
-SHARED = {"pipeline.precision", "pipeline.errors", "pipeline.ranks", "pipeline.rendezvous"}
+SHARED = {"pipeline.precision", "pipeline.errors", "pipeline.distributed", "pipeline.rendezvous"}
 ROOMS = ("pipeline.data", "pipeline.training", "pipeline.prediction", "pipeline.bundle")
 
 
@@ -35,7 +35,7 @@ def imports(path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: expected absolute imports"
             names.append(node.module or "")
-            # `from pipeline import config` imports the module pipeline.config
+            # `from pipeline import config` imports the module pipeline.config.keys
             names += [f"{node.module}.{a.name}" for a in node.names if node.module == "pipeline"]
     return [name for name in names if name.split(".")[0] in OWN and name != "pipeline"]
 

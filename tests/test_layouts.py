@@ -6,7 +6,7 @@ import pytest
 from conftest import make_dataset, write_dataset_json
 from dicom_series import write_series
 
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.layouts import read_layout
 from pipeline.errors import InputError
 

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.facts import measure_headers, measure_voxels
 from pipeline.data.leakage import identical_images, shared_grey_values
 from pipeline.data.preflight import preflight

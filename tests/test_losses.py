@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss, DiceLoss
 
-from pipeline.training.losses import SegmentationLoss
+from pipeline.training.loss import SegmentationLoss
 
 LOW_PRECISION = [torch.float16, torch.bfloat16]
 

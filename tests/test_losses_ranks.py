@@ -10,8 +10,8 @@ import torch.distributed as dist
 from in_ranks import in_ranks
 from test_losses import reference, volume
 
-from pipeline import ranks
-from pipeline.training.losses import SegmentationLoss
+from pipeline import distributed
+from pipeline.training.loss import SegmentationLoss
 
 IGNORED = 255
 NAMES = ("batch_dice", "include_background", "class_weights", "ignore_value", "is_deep")
@@ -34,7 +34,7 @@ def batch(size, ignore_value=None, is_deep=False):
 
 def own(tensors, shares):
     """The part of each tensor that belongs to this rank."""
-    return [tensor.split(shares)[ranks.rank()] for tensor in tensors]
+    return [tensor.split(shares)[distributed.rank()] for tensor in tensors]
 
 
 def value_and_gradients(function, levels, label):
@@ -162,7 +162,7 @@ def test_ranks_add_up_once_a_forward_pass_however_many_levels(num_levels, batch_
 def local(is_apart):
     (logits,), label = batch(3)
     logits, label = own([logits, label], [2, 1])
-    where = ranks.apart(torch.nn.Identity()) if is_apart else contextlib.nullcontext()
+    where = distributed.local_only(torch.nn.Identity()) if is_apart else contextlib.nullcontext()
     with where, counted() as made:
         value, (gradient,) = value_and_gradients(SegmentationLoss(), [logits], label)
     return value, gradient.numpy(), len(made)

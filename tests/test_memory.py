@@ -13,7 +13,7 @@ from conftest import REPOSITORY, run_tiny
 from test_plan import Declared, fingerprint_of
 
 from networks.dense_unet import DenseUNet
-from pipeline.data import intake, window_memory
+from pipeline.data import data_module, window_memory
 from pipeline.data.arena import MIB, Arena
 from pipeline.data.forecast import GIB, Forecast
 from pipeline.data.memory import Process, step_bytes
@@ -186,14 +186,14 @@ def test_forecast_says_what_is_predicted_and_what_is_there():
 
 
 def card_of(monkeypatch, free):
-    monkeypatch.setattr(intake, "resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(intake, "available_bytes", lambda device: free)
+    monkeypatch.setattr(data_module, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(data_module, "available_bytes", lambda device: free)
 
 
 def intake_of(**changes):
     split = {"split_file": None, "data_roots": []}
     arguments = {"memory_budget_bytes": AUTO, "device": "cuda", "base_channels": 16, **changes}
-    return intake.Intake(".", "d", "c", split, "full", {}, **arguments)
+    return data_module.DataModule(".", "d", "c", split, "full", {}, **arguments)
 
 
 @pytest.mark.parametrize(("free", "budget"), [(80 * GIB, 8 * GIB), (7 * GIB, 0.7 * 7 * GIB)])
@@ -229,7 +229,7 @@ def test_nothing_is_forecast_on_a_cpu():
 def test_run_that_will_not_fit_ends_before_it_begins(dataset, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(REPOSITORY)
     forecast = Forecast(9 * GIB, 10 * GIB, 8 * GIB, "cuda:0")
-    monkeypatch.setattr(intake.Intake, "forecast", lambda *arguments: forecast)
+    monkeypatch.setattr(data_module.DataModule, "forecast", lambda *arguments: forecast)
     with pytest.raises(SystemExit, match=r"^2$"):
         run_tiny(dataset, tmp_path / "r")
     assert "batch_size: expected training steps that fit into 8.00 GiB" in capfd.readouterr().err
@@ -239,7 +239,7 @@ def test_run_that_will_not_fit_ends_before_it_begins(dataset, tmp_path, monkeypa
 def test_run_says_what_is_predicted_and_keeps_it(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     forecast = Forecast(2 * GIB, 3 * GIB, 8 * GIB, "cuda:0")
-    monkeypatch.setattr(intake.Intake, "forecast", lambda *arguments: forecast)
+    monkeypatch.setattr(data_module.DataModule, "forecast", lambda *arguments: forecast)
     assert run_tiny(dataset, tmp_path / "r", max_epochs=1, recompute_levels=1) == 0
     assert forecast.line in (tmp_path / "r" / "log.txt").read_text()
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())

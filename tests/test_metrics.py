@@ -7,7 +7,7 @@ from monai.engines import SupervisedEvaluator
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
-from pipeline.prediction.metrics import MeanDice, dice_per_class
+from pipeline.evaluation.metrics import MeanDice, dice_per_class
 
 NAMES = ["background", "dim", "bright"]
 

@@ -11,7 +11,7 @@ from conftest import make_dataset, write_case, write_dataset_json
 
 from networks.dense_unet import DenseUNet
 from pipeline.data import rules
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.memory import step_bytes
 from pipeline.data.plan import AUTO, make_plan
 from pipeline.data.preflight import preflight

@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.precision import MODES, Precision
 from pipeline.training.evaluator import MixedPrecisionEvaluator
-from pipeline.training.losses import SegmentationLoss
+from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 # --- the table

@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from test_transforms import GRIDS, make_affine
 
 from pipeline.errors import InputError
-from pipeline.predictor import Predictor
+from pipeline.prediction.predictor import Predictor
 from pipeline.run import main
 
 

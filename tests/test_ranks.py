@@ -38,14 +38,14 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from networks.dense_unet import DenseUNet
-from pipeline import ranks, rendezvous
+from pipeline import distributed, rendezvous
 from pipeline.data.sampling import EpochSampler
 from pipeline.errors import InputError, TrainingStopped
 from pipeline.training.checkpoint import CheckpointHandler, checkpoints, load_checkpoint
-from pipeline.training.handlers import TensorBoardHandler
-from pipeline.training.losses import SegmentationLoss
-from pipeline.training.recorder import FlightRecorder
-from pipeline.training.replica import Replica
+from pipeline.training.flight_recorder import FlightRecorder
+from pipeline.training.logging_handlers import TensorBoardHandler
+from pipeline.training.loss import SegmentationLoss
+from pipeline.training.replica import SummedDDP
 from pipeline.training.signals import interruptible_at_once
 from pipeline.training.trainer import StepEvents
 
@@ -67,7 +67,7 @@ def train(mode="float32", network=None, batches=None, poison=None, **kwargs) -> 
         in_mode(mode, init_scale=1024.0),
         [part(each) for each in batches],
         network=network,
-        replica=Replica(network) if dist.is_initialized() else None,
+        replica=SummedDDP(network) if dist.is_initialized() else None,
         **kwargs,
     )
     trainer.add_event_handler(
@@ -228,7 +228,7 @@ def put(value: float, rank: int, place: str, iteration: int = 4):
     """Something that is not finite comes up once, on one rank."""
 
     def poison(trainer):
-        if ranks.rank() != rank:
+        if distributed.rank() != rank:
             return
         batches = trainer.data_loader.batches
         if place == "input":
@@ -352,7 +352,7 @@ def test_network_of_which_a_part_takes_none_in_a_step_is_refused():
 def test_signal_to_one_rank_ends_all_at_the_same_step():
     def run():
         def tell(trainer):
-            if ranks.rank() == 1:
+            if distributed.rank() == 1:
                 trainer.add_event_handler(
                     Events.ITERATION_STARTED,
                     lambda engine: engine.progress.step == 3 and engine.interrupt(),
@@ -369,7 +369,7 @@ def test_signal_to_one_rank_ends_all_at_the_same_step():
 def test_signal_in_the_validation_of_one_rank_ends_all_after_the_epoch(tmp_path):
     def run():
         def tell(trainer):
-            if ranks.rank() == 1:
+            if distributed.rank() == 1:
                 trainer.add_event_handler(
                     Events.EPOCH_COMPLETED, lambda engine: engine.interrupt()
                 )  # fmt: skip
@@ -389,7 +389,7 @@ def test_rank_that_stops_ends_all(tmp_path, caplog):
     def run():
         with caplog.at_level(logging.INFO):
             handler = CheckpointHandler(tmp_path, make_validator(), every=3)
-            if ranks.is_main():
+            if distributed.is_main():
                 handler.lost = lambda: "process 1 on other"
             result = trained(train_handlers=[handler])
         levels = [r.levelname for r in caplog.records if "in this process's hands" in r.message]
@@ -427,9 +427,9 @@ def test_ranks_with_other_weights_are_refused():
     def run():
         network = instance_norm_network()
         trainer = make_trainer(
-            in_mode("float32"), [part(batch(0))], network=network, replica=Replica(network)
+            in_mode("float32"), [part(batch(0))], network=network, replica=SummedDDP(network)
         )
-        if ranks.rank() == 1:
+        if distributed.rank() == 1:
             next(network.parameters()).data[0] += 1
         trainer.run()
 
@@ -445,12 +445,17 @@ def test_ranks_with_other_weights_are_refused():
 
 def test_one_process_is_a_rank_by_itself():
     value = torch.tensor([2.0], requires_grad=True)
-    assert (ranks.rank(), ranks.size(), ranks.is_main(), ranks.local_rank()) == (0, 1, True, None)
-    assert ranks.gathered(3) == [3]
-    assert ranks.share([1, 2, 3]) == [1, 2, 3]
-    assert ranks.summed(value) is value
-    assert ranks.rows(value).tolist() == [[2.0]]
-    with pytest.raises(InputError, match=r"^a: expected b\.$") as raised, ranks.together():
+    assert (
+        distributed.rank(),
+        distributed.size(),
+        distributed.is_main(),
+        distributed.local_rank(),
+    ) == (0, 1, True, None)
+    assert distributed.all_gather_object(3) == [3]
+    assert distributed.shard([1, 2, 3]) == [1, 2, 3]
+    assert distributed.all_reduce_sum(value) is value
+    assert distributed.rows(value).tolist() == [[2.0]]
+    with pytest.raises(InputError, match=r"^a: expected b\.$") as raised, distributed.sync_errors():
         raise InputError("a: expected b.")
     assert not raised.value.is_told
 
@@ -459,15 +464,18 @@ def test_one_process_is_a_rank_by_itself():
 @pytest.mark.parametrize("number", [0, 1, 4, 5])
 def test_shares_are_all_items_once_and_come_back_in_order(size, number):
     items = list(range(number))
-    for found in in_ranks(lambda: ranks.in_order(ranks.gathered(ranks.share(items))), size=size):
+    for found in in_ranks(
+        lambda: distributed.interleave(distributed.all_gather_object(distributed.shard(items))),
+        size=size,
+    ):
         assert found == items
 
 
 def test_summed_is_the_sum_and_its_gradient_ones_own():
     def run():
-        value = torch.tensor([1.0, 10.0]) * (ranks.rank() + 1)
+        value = torch.tensor([1.0, 10.0]) * (distributed.rank() + 1)
         value.requires_grad_()
-        (ranks.summed(value) ** 2).sum().backward()
+        (distributed.all_reduce_sum(value) ** 2).sum().backward()
         return value.grad.tolist()
 
     assert in_ranks(run) == [[6.0, 60.0], [6.0, 60.0]]  # 2 (a + b)
@@ -476,10 +484,10 @@ def test_summed_is_the_sum_and_its_gradient_ones_own():
 @pytest.mark.parametrize("who", [[0], [1], [0, 1], [1, 2]])
 def test_a_refusal_of_some_is_told_once_by_the_first(who):
     def run():
-        with ranks.together(), ranks.together():
-            if ranks.rank() in who:
+        with distributed.sync_errors(), distributed.sync_errors():
+            if distributed.rank() in who:
                 raise InputError("a: expected b.")
-            ranks.gathered("c")
+            distributed.all_gather_object("c")
         return "went on"
 
     for rank, error in enumerate(in_ranks(run, size=3)):
@@ -494,11 +502,11 @@ def test_a_refusal_of_some_is_told_once_by_the_first(who):
 
 def test_an_exit_of_one_is_that_of_all():
     def run(status):
-        with ranks.together():
-            with ranks.together():
-                if ranks.is_main():
+        with distributed.sync_errors():
+            with distributed.sync_errors():
+                if distributed.is_main():
                     raise SystemExit(status)
-            ranks.gathered("c")
+            distributed.all_gather_object("c")
 
     for status in (0, 2):
         assert [error.code for error in in_ranks(run, status)] == [status, status]
@@ -509,12 +517,14 @@ def test_signal_in_an_exchange_is_held_until_it_is_through(busy):
     """A handler that raised in its middle would leave the others there."""
 
     def run():
-        with interruptible_at_once(), ranks.together():
-            if ranks.rank() == busy:
+        with interruptible_at_once(), distributed.sync_errors():
+            if distributed.rank() == busy:
                 time.sleep(1)
             else:
                 threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
-            said = ranks.gathered("a word that is longer than others"[: 5 + 20 * ranks.rank()])
+            said = distributed.all_gather_object(
+                "a word that is longer than others"[: 5 + 20 * distributed.rank()]
+            )
             assert len(said[1]) == 25
         return "went on"
 
@@ -531,9 +541,9 @@ def test_by_main_waits_for_what_rank_0_does_and_refuses():
                 raise InputError("a: expected b.")
             return os.getpid()
 
-        ranks._store = dist.PrefixStore("test", _get_default_store())  # as `join` leaves one
-        with ranks.together():
-            return ranks.by_main(work)
+        distributed._store = dist.PrefixStore("test", _get_default_store())  # as `join` leaves one
+        with distributed.sync_errors():
+            return distributed.run_on_main(work)
 
     first, second = in_ranks(run, False)
     assert first == second
@@ -565,9 +575,9 @@ def test_name_of_a_start_is_no_earlier_ones():
 def test_quiet_leaves_errors(capfd):
     def run():
         logging.basicConfig(force=True, format="%(message)s", level=logging.INFO)
-        ranks.quiet()
-        logging.info("told by %d", ranks.rank())
-        logging.error("failed on %d", ranks.rank())
+        distributed.silence_other_ranks()
+        logging.info("told by %d", distributed.rank())
+        logging.error("failed on %d", distributed.rank())
 
     in_ranks(run)
     assert sorted(capfd.readouterr().err.split("\n")) == [
@@ -577,8 +587,8 @@ def test_quiet_leaves_errors(capfd):
 
 def test_apart_sums_nothing():
     def run():
-        with ranks.apart(nn.Identity()):
-            inside = ranks.summed(torch.ones(1)).item()
-        return inside, ranks.summed(torch.ones(1)).item()
+        with distributed.local_only(nn.Identity()):
+            inside = distributed.all_reduce_sum(torch.ones(1)).item()
+        return inside, distributed.all_reduce_sum(torch.ones(1)).item()
 
     assert in_ranks(run) == [(1.0, 2.0), (1.0, 2.0)]

@@ -21,19 +21,20 @@ from in_ranks import in_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pipeline import ranks, scoring
+from pipeline import distributed
 from pipeline.data import cache as cache_module
 from pipeline.data.cache import CachedDataset, CaseSampler, VolumeCache
-from pipeline.data.datasets import load_cases
-from pipeline.data.images import list_images
-from pipeline.data.progress_bar import ProgressBar
+from pipeline.data.dataset import load_cases
+from pipeline.data.input_images import list_images
 from pipeline.errors import InputError
+from pipeline.evaluation import final_scores
+from pipeline.evaluation.final_scores import Scoring
+from pipeline.evaluation.metrics import MeanDice
 from pipeline.precision import Precision
-from pipeline.predict import Prediction
-from pipeline.prediction.metrics import MeanDice
+from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import PredictionError, Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
-from pipeline.scoring import Scoring
+from pipeline.progress_bar import ProgressBar
 from pipeline.training.evaluator import MixedPrecisionEvaluator
 from transforms.preprocess import ValidationPreprocessing, preprocessing
 
@@ -78,7 +79,7 @@ class Counted:
 def fill(folder: Path, cases, *, folders: int = 1, limit_bytes: int = 10**9, **counted: Any):
     """Cases that this rank made, and the first voxel of each case's entry."""
     made = Counted(**counted)
-    place = folder / f"cache_{ranks.rank() % folders}"
+    place = folder / f"cache_{distributed.rank() % folders}"
     cached = VolumeCache(place, limit_bytes, {}).fill(cases, made)
     return made.seen, [float(cached_image(cached, n)[0, 0, 0, 0]) for n in range(len(cases))]
 
@@ -122,7 +123,7 @@ def test_rank_whose_cache_is_full_makes_nothing(cases, tmp_path):
 
 def changed_on_others(folder, cases, change, **given):
     """`fill`, of other cases on all ranks but the first."""
-    return fill(folder, change(cases) if ranks.rank() else cases, **given)
+    return fill(folder, change(cases) if distributed.rank() else cases, **given)
 
 
 def refusals(results) -> list[str]:
@@ -223,7 +224,7 @@ class Terminal(io.StringIO):
 
 def test_bar_is_shown_by_the_first_rank_alone():
     def shown():
-        ranks.gathered(None)  # before one ends, all have met
+        distributed.all_gather_object(None)  # before one ends, all have met
         terminal = Terminal()
         list(ProgressBar(range(3), file=terminal, mininterval=0))
         return bool(terminal.getvalue())
@@ -262,10 +263,10 @@ def evaluate(num_cases: int, batch_size: int = 1) -> dict[str, Any]:
         val_data_loader=DataLoader(data, batch_size=batch_size, sampler=sampler),
         key_val_metric={"mean_dice": MeanDice(NAMES)},
     )
-    fired, asked, gathered = [], [], ranks.gathered
+    fired, asked, gathered = [], [], distributed.all_gather_object
     for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
         evaluator.add_event_handler(event, lambda e: fired.append(e.last_event_name.value))
-    ranks.gathered = lambda value: asked.append(value) or gathered(value)
+    distributed.all_gather_object = lambda value: asked.append(value) or gathered(value)
     predicted = []
     evaluator.add_event_handler(
         Events.ITERATION_COMPLETED,
@@ -274,7 +275,7 @@ def evaluate(num_cases: int, batch_size: int = 1) -> dict[str, Any]:
     for epoch in (3, 5):
         evaluator.run(epoch)
         fired.append(evaluator.state.epoch)
-    ranks.gathered = gathered
+    distributed.all_gather_object = gathered
     state = evaluator.state
     told = {
         "metrics": state.metrics,
@@ -316,10 +317,10 @@ def test_evaluation_without_any_case_does_nothing():
 
 def test_mean_dice_may_be_computed_by_one_rank_alone():
     def compute():
-        ranks.gathered(None)  # before one ends, all have met
+        distributed.all_gather_object(None)  # before one ends, all have met
         metric = MeanDice(NAMES)
         metric.cases = {"a": np.array([0.25, 0.5])}
-        return metric.compute() if ranks.rank() == 1 else None
+        return metric.compute() if distributed.rank() == 1 else None
 
     assert in_ranks(compute) == [None, 0.375]
 
@@ -374,9 +375,9 @@ class Fussy(Segmenter):
 
 def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
     """Score a run that is made here; messages of this rank, and how often it predicted."""
-    scoring.Segmenter = Fussy  # in this process, which ends
+    final_scores.Segmenter = Fussy  # in this process, which ends
     validation_cases, test_cases = split_of(dataset)
-    if ranks.is_main():
+    if distributed.is_main():
         (folder / "models").mkdir(parents=True)
         (folder / "scores/old").mkdir(parents=True)
         (folder / "scores/old/metrics.csv").touch()
@@ -384,7 +385,7 @@ def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
         torch.save(small_network(2).state_dict(), folder / "models/last.pt")
         if same_weights:
             shutil.copy(folder / "models/model.pt", folder / "models/last.pt")
-    ranks.gathered(None)
+    distributed.all_gather_object(None)
     transform = ValidationPreprocessing(preprocessing([1, 1, 1]))
     validation = CachedDataset(
         validation_cases, transform, VolumeCache(dataset.parent / "cache", 10**9, {})
@@ -451,8 +452,8 @@ def test_scores_are_those_of_one_rank(to_score, tmp_path, same_weights, size):
 
 def hide_best():
     """On the second rank the best weights are seen late."""
-    if ranks.rank() == 1:
-        real = scoring.Path.is_file
+    if distributed.rank() == 1:
+        real = final_scores.Path.is_file
         calls: list[Path] = []
 
         def is_file(path):
@@ -460,7 +461,7 @@ def hide_best():
             calls.append(path)
             return False if late else real(path)
 
-        scoring.Path.is_file = is_file
+        final_scores.Path.is_file = is_file
 
 
 def test_which_weights_there_are_is_decided_by_rank_0(to_score, tmp_path):
@@ -477,8 +478,8 @@ def test_disk_that_is_full_for_one_rank_ends_all(to_score, tmp_path, what, rank)
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        if ranks.rank() == rank:
-            setattr(scoring, what, full)
+        if distributed.rank() == rank:
+            setattr(final_scores, what, full)
 
     results = in_ranks(score, tmp_path / "r", to_score, False, fill_disk)
     assert all(isinstance(result, SystemExit) and result.code == 1 for result in results)
@@ -490,7 +491,7 @@ def test_disk_that_is_full_for_one_rank_ends_all(to_score, tmp_path, what, rank)
 def predict_images(images: Path, out: Path, set_up=lambda work: None, **values):
     """How it ended, what was written to stderr, the log, and how often ranks were left."""
     left = []
-    ranks.leave = lambda: left.append(1)  # the group is ended by `in_ranks`
+    distributed.destroy = lambda: left.append(1)  # the group is ended by `in_ranks`
     inferer = SlidingWindow([16, 16, 8], 3)
     work = Prediction(
         list_images(images, 1),
@@ -576,7 +577,7 @@ def test_strict_stops_each_rank_at_its_first_fault(images, tmp_path):
 
 def test_output_that_one_rank_refuses_is_refused_once(images, tmp_path):
     def refuse_on_the_second(work):
-        if ranks.rank() == 1:
+        if distributed.rank() == 1:
             work.output_dir = images
 
     results = in_ranks(predict_images, images, tmp_path / "out", refuse_on_the_second)
@@ -597,7 +598,7 @@ def test_interrupted_prediction_waits_for_no_other_rank(images, tmp_path):
                 raise KeyboardInterrupt
             predict_one(case)
 
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             work._predict = until_third
 
     first, second = in_ranks(predict_images, images, tmp_path / "out", interrupt_the_first)

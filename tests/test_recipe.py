@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 
 from pipeline.data.plan import Plan
-from pipeline.recipe import preprocessing_recipe
+from pipeline.data.recipe import preprocessing_recipe
 
 AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
 PLAN = Plan([1, 2, 3], False, ["zscore"], [8, 8, 8], [2], ["background", "a"], 1, 2)

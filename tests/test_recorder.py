@@ -27,10 +27,11 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from networks.dense_unet import DenseUNet
+from pipeline import files
 from pipeline.errors import TrainingStopped
-from pipeline.training import durable, recorder, replay
-from pipeline.training.recorder import FlightRecorder
-from pipeline.training.replay import Probe, first_non_finite
+from pipeline.training import flight_recorder, replay
+from pipeline.training.flight_recorder import FlightRecorder
+from pipeline.training.replay import NonFiniteProbe, first_non_finite
 
 HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
 KEYS = {
@@ -115,7 +116,7 @@ def test_finite_run_pays_nothing(run, tmp_path, monkeypatch):
         pytest.fail("looked although all was finite")
 
     for owner, name in (
-        (Probe, "__init__"),
+        (NonFiniteProbe, "__init__"),
         (replay, "gradients"),
         (nn.Module, "register_forward_hook"),
         (nn.Module, "register_forward_pre_hook"),
@@ -328,7 +329,7 @@ def test_recorder_goes_on_when_a_step_cannot_be_run_again(tmp_path, monkeypatch,
     def no_room(*_):
         raise error("no room")
 
-    monkeypatch.setattr(recorder, "first_non_finite", no_room)
+    monkeypatch.setattr(flight_recorder, "first_non_finite", no_room)
     (line,), trainer = record(tmp_path, in_mode("float32"))
     assert (line["step"], line["stage"]) == (2, "not replayed")
     assert line["case_ids"] == ["case_1_0", "case_1_1"]
@@ -341,7 +342,7 @@ def test_full_disk_while_weights_are_kept_stops_training_with_one_line(tmp_path,
     def full(path, content, flags):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(durable, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     batches = [batch(0), batch(1, value=math.inf)]
     trainer = make_trainer(in_mode("float32"), batches, train_handlers=[FlightRecorder(tmp_path)])
     with pytest.raises(TrainingStopped, match=r"step_000000002.pt: expected to write \d+ bytes"):

@@ -27,10 +27,10 @@ from engines import (
 )
 from torch import nn
 
-from pipeline.training import handlers
+from pipeline.training import logging_handlers
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
-from pipeline.training.handlers import TensorBoardHandler
-from pipeline.training.losses import SegmentationLoss
+from pipeline.training.logging_handlers import TensorBoardHandler
+from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer, max_abs
 
 HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
@@ -290,7 +290,7 @@ def test_underflow_is_not_measured_where_there_is_no_memory_for_it(tmp_path, mon
     def no_room(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(handlers, "underflow_fraction", no_room)
+    monkeypatch.setattr(logging_handlers, "underflow_fraction", no_room)
     handler = TensorBoardHandler(tmp_path, make_validator(), underflow_every=1)
     trainer = make_trainer(half(), [batch(0), batch(1)], train_handlers=[handler])
     trainer.run()

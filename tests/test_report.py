@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_tiny
 
+from pipeline.commands.report import main
 from pipeline.errors import InputError
-from pipeline.prediction.report import write_report
-from pipeline.prediction.run_files import read_run
-from pipeline.prediction.scores import score_case, write_scores
-from pipeline.prediction.scores_shown import chosen
-from pipeline.report import main
+from pipeline.evaluation.scores import score_case, write_scores
+from pipeline.reporting.report import write_report
+from pipeline.reporting.run_files import read_run
+from pipeline.reporting.score_figures import chosen
 
 NAMES = ["background", "dim", "bright"]
 SCALE = {"precision#init_scale": 2.0**22, "amp": True, "amp_dtype": "float16", "device": "cpu"}

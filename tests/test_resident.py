@@ -10,8 +10,8 @@ import torch
 from test_positions import IGNORED
 from test_positions import make_patches as make_patches_of
 
-from pipeline import ranks
-from pipeline.data import resident
+from pipeline import distributed
+from pipeline.data import device_cache
 from pipeline.data.sampling import EpochSampler, PatchLoader
 from pipeline.errors import InputError
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -49,7 +49,7 @@ def require_equal(got, expected):
 def test_resident_batches_are_those_of_the_cache(tmp_path, device, changes, start):
     patches = make_patches(tmp_path, SHARES, **changes)
     resident, cached = loader(patches, resident=True, device=device), loader(patches)
-    for one in (resident, cached):
+    for one in (device_cache, cached):
         one.sampler.start = start
     got = list(resident)
     assert {batch[key].device.type for batch in got for key in ("image", "label")} == {device}
@@ -59,9 +59,9 @@ def test_resident_batches_are_those_of_the_cache(tmp_path, device, changes, star
 def test_resident_batches_are_divided_among_ranks(tmp_path, monkeypatch):
     patches = make_patches(tmp_path, SHARES)
     whole = list(loader(patches, batch_size=5))
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     for rank, own in enumerate([slice(0, 3), slice(3, 5)]):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts = list(loader(patches, batch_size=5, resident=True))
         require_equal(parts, [{k: v[own] for k, v in batch.items()} for batch in whole])
 
@@ -98,7 +98,7 @@ def test_auto_on_a_cpu_reads_the_cache(tmp_path):
     ],
 )  # fmt: skip
 def test_decision_takes_a_quarter_of_what_is_free(asked, size, free, expected):
-    got, reason = resident.decision(asked, size, free)
+    got, reason = device_cache.decision(asked, size, free)
     assert got is expected
     assert reason
 
@@ -109,8 +109,8 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
         raise torch.OutOfMemoryError("full")
 
     ours = loader(make_patches(tmp_path, SHARES), resident=asked)
-    monkeypatch.setattr(resident, "ResidentCases", full)
-    monkeypatch.setattr(resident, "decision", lambda *args: (True, ""))
+    monkeypatch.setattr(device_cache, "ResidentCases", full)
+    monkeypatch.setattr(device_cache, "decision", lambda *args: (True, ""))
     if asked == "auto":
         assert len(list(ours)) == 5
         assert "taken meanwhile" in ours.describe()["effective"]["reason"]

@@ -14,8 +14,8 @@ import torch
 from conftest import REPOSITORY, make_dataset, write_dataset_json
 from engines import snapshot
 
-from pipeline import config
-from pipeline.compose import compose
+from pipeline.config import keys
+from pipeline.config.compose import compose
 from pipeline.run import main
 
 CONFIG = "configs/amp.json"
@@ -357,16 +357,16 @@ def test_help_lists_every_key_with_value_and_meaning(capfd, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert main(["configs/amp.json", "--help"]) == 0
     out = capfd.readouterr().out
-    for key, spec in config.KEYS.items():
+    for key, spec in keys.KEYS.items():
         assert f"--{key} " in out
         assert spec.meaning in out
     assert '"data/phantom"' in out
 
 
 def test_table_of_keys_is_equal_to_the_file():
-    assert list(AMP) == [key for key in AMP if key in config.KEYS]
-    assert {key for key, spec in config.KEYS.items() if not spec.is_optional} <= set(AMP)
-    config.check(AMP)
+    assert list(AMP) == [key for key in AMP if key in keys.KEYS]
+    assert {key for key, spec in keys.KEYS.items() if not spec.is_optional} <= set(AMP)
+    keys.check(AMP)
 
 
 def test_changes_are_sorted_by_class():
@@ -376,11 +376,11 @@ def test_changes_are_sorted_by_class():
     other["log_every"] = 3
     other["train"]["trainer"]["grad_clip"] = 1.0
     other["train"]["trainer"]["max_epochs"] = 1
-    assert config.changes(AMP, other) == {
+    assert keys.changes(AMP, other) == {
         "identity": ["seed"],
         "continuable": ["max_epochs", "train#trainer#grad_clip", "train#trainer#max_epochs"],
         "free": ["log_every"],
     }
-    assert config.identity_hash(AMP) != config.identity_hash(other)
+    assert keys.identity_hash(AMP) != keys.identity_hash(other)
     other["seed"] = 0
-    assert config.identity_hash(AMP) == config.identity_hash(other)
+    assert keys.identity_hash(AMP) == keys.identity_hash(other)

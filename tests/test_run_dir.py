@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.run_dir import RunDirectory
+from pipeline.lifecycle.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from pipeline.errors import InputError
-from pipeline.prediction import scores
-from pipeline.prediction.metrics import MeanDice
-from pipeline.prediction.scores import COLUMNS, read_scores, score_case, write_scores
+from pipeline.evaluation import scores
+from pipeline.evaluation.metrics import MeanDice
+from pipeline.evaluation.scores import COLUMNS, read_scores, score_case, write_scores
 
 NAN = float("nan")
 NAMES = ["background", "dim", "bright"]

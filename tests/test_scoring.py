@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_dataset, run_tiny
 
-from pipeline import scoring
-from pipeline.data.datasets import load_cases
-from pipeline.evaluate import main as evaluate
-from pipeline.prediction.scores import read_scores
+from pipeline.commands.evaluate import main as evaluate
+from pipeline.data.dataset import load_cases
+from pipeline.evaluation import final_scores
+from pipeline.evaluation.scores import read_scores
 from pipeline.prediction.segmenter import PredictionError, Segmenter
 
 SPLITS = ("validation", "test")
@@ -96,7 +96,7 @@ def test_run_that_dies_while_it_is_scored_goes_on_there(run, tmp_path, monkeypat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_scores", kill)
+        patch.setattr(final_scores, "write_scores", kill)
         with pytest.raises(Killed):
             run(tmp_path / "r", final_scores=True)
     assert not (tmp_path / "r/summary.json").exists()
@@ -121,7 +121,7 @@ def test_case_that_cannot_be_predicted_is_named_and_the_rest_scored(
                 raise PredictionError("expected finite logits in float16, got NaN or infinity.")
             return super().__call__(image, **values)
 
-    monkeypatch.setattr(scoring, "Segmenter", FailsOnce)
+    monkeypatch.setattr(final_scores, "Segmenter", FailsOnce)
     assert run(tmp_path / "r", final_scores=True) == 0
     told = capsys.readouterr().out
     summary = json.loads((tmp_path / "r/scores/validation_best/summary.json").read_text())
@@ -161,7 +161,7 @@ def test_full_disk_while_scoring_ends_the_run_to_be_continued(run, tmp_path, mon
 
     for name in ("write_scores", "save_like"):
         with monkeypatch.context() as patch:
-            patch.setattr(scoring, name, full)
+            patch.setattr(final_scores, name, full)
             with pytest.raises(SystemExit) as end:
                 run(tmp_path / "r", final_scores=True)
         assert end.value.code == 1
@@ -171,9 +171,9 @@ def test_full_disk_while_scoring_ends_the_run_to_be_continued(run, tmp_path, mon
 
 
 def test_volumes_do_not_pile_up_where_scoring_is_slow(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "MOST_THREADS", 1)
+    monkeypatch.setattr(final_scores, "MOST_THREADS", 1)
     waiting, most = [], []
-    submit = scoring.ThreadPoolExecutor.submit
+    submit = final_scores.ThreadPoolExecutor.submit
 
     def watched(self, work, *args):
         if work.__name__ != "_score_case":
@@ -188,7 +188,7 @@ def test_volumes_do_not_pile_up_where_scoring_is_slow(run, tmp_path, monkeypatch
 
         return submit(self, slow)
 
-    monkeypatch.setattr(scoring.ThreadPoolExecutor, "submit", watched)
+    monkeypatch.setattr(final_scores.ThreadPoolExecutor, "submit", watched)
     dataset = make_dataset(tmp_path / "data", 12)
     assert run(tmp_path / "r", dataset_dir=str(dataset), num_folds=2, final_scores=True) == 0
     assert len(most) >= 6
@@ -197,9 +197,11 @@ def test_volumes_do_not_pile_up_where_scoring_is_slow(run, tmp_path, monkeypatch
 
 def test_weights_that_are_the_same_are_scored_once(run, tmp_path, monkeypatch):
     scored = []
-    score = scoring.Scoring._score
+    score = final_scores.Scoring._score
     monkeypatch.setattr(
-        scoring.Scoring, "_score", lambda self, *args: scored.append(args) or score(self, *args)
+        final_scores.Scoring,
+        "_score",
+        lambda self, *args: scored.append(args) or score(self, *args),
     )
     assert run(tmp_path / "r", final_scores=True, max_epochs=1) == 0
     assert len(scored) == 1
@@ -230,7 +232,7 @@ def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
     def fail(_):
         raise OSError("no room")
 
-    monkeypatch.setattr("pipeline.prediction.report.write_report", fail)
+    monkeypatch.setattr("pipeline.reporting.report.write_report", fail)
     assert run(tmp_path / "b", report=True) == 0
     assert "report: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "b/summary.json").exists()

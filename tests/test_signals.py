@@ -11,7 +11,7 @@ import forked
 import pytest
 from conftest import further
 
-from pipeline import lifecycle
+from pipeline.lifecycle import lifecycle
 
 BEGIN = """
 import hashlib, os, signal, threading, time

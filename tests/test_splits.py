@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import write_dataset_json
 
-from pipeline.data.datasets import load_cases
+from pipeline.data.dataset import load_cases
 from pipeline.data.splits import person_of
 from pipeline.errors import InputError
 

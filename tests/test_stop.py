@@ -14,7 +14,7 @@ from forked import monai_bundle
 
 from pipeline.errors import TrainingStopped
 from pipeline.training.checkpoint import checkpoints, load_checkpoint
-from pipeline.training.recorder import diagnosis
+from pipeline.training.flight_recorder import diagnosis
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 LATE = range(4, 16)  # every sample after step 2, which ends the first epoch

@@ -9,8 +9,8 @@ import pytest
 from conftest import REPOSITORY
 from monai.bundle import ComponentLocator, ConfigParser, ReferenceResolver
 
-from pipeline import targets, trust
-from pipeline.compose import compose, parse_overrides
+from pipeline.config import allowed, targets
+from pipeline.config.compose import compose, parse_overrides
 from pipeline.errors import InputError
 from pipeline.run import _workflow, main
 
@@ -63,8 +63,8 @@ def test_class_is_allowed_by_each_of_its_names(name):
         "torch.optim.lr_scheduler.LambdaLR", "LoadImaged", "LoadImage", "Lambdad", "RandLambdad",
         "PersistentDataset", "DecathlonDataset", "PatchInferer", "NumpyReader", "TorchVisiond",
         "monai.losses.os.DiceLoss", "monai.losses..DiceLoss", "DiceLoss ", "networks.dense_unet.nn",
-        "pipeline.lifecycle.shutil.rmtree", "monai.utils.module.instantiate", "@name", "$@x.y",
-        "%x",
+        "pipeline.lifecycle.lifecycle.shutil.rmtree", "monai.utils.module.instantiate", "@name",
+        "$@x.y", "%x",
         "", ".", "pathlib.Path.unlink", "pipeline.run.main", "poison.PoisonedAugment",
     ],
 )  # fmt: skip
@@ -94,7 +94,7 @@ def test_refused_target_is_not_imported(tmp_path, capfd, monkeypatch):
 def test_allow_extends_the_list_for_this_command(tmp_path, words):
     overlay = {"+train#handlers": [{"_target_": "poison.BreakWeights", "step": 3}]}
     (tmp_path / "mine.json").write_text(json.dumps(overlay))
-    allow, rest = trust.split_allow(["--seed", "1", *words])
+    allow, rest = allowed.split_allow(["--seed", "1", *words])
     assert rest == ["--seed", "1"]
     assert compose([AMP, str(tmp_path / "mine.json")], {}, allow)["seed"] == 0
     with pytest.raises(InputError, match=r"--allow poison\.BreakWeights"):
@@ -104,7 +104,7 @@ def test_allow_extends_the_list_for_this_command(tmp_path, words):
 @pytest.mark.parametrize("name", ["", "a b", "os.system()", "a..b", "*"])
 def test_allow_takes_exact_names_only(name):
     with pytest.raises(InputError, match="expected a name such as"):
-        trust.split_allow(["--allow", name])
+        allowed.split_allow(["--allow", name])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_forbidden_arguments_are_refused_under_every_name():
         "monai.transforms.SaveImaged",
         "monai.transforms.io.dictionary.SaveImaged",
     ):
-        found = list(trust.faults({"a": {"_target_": name, "keys": "x", "writer": "a.B"}}))
+        found = list(allowed.faults({"a": {"_target_": name, "keys": "x", "writer": "a.B"}}))
         assert [path for path, _ in found] == [("a", "writer")]
 
 
@@ -171,7 +171,11 @@ def test_expression_or_macro_is_refused_wherever_it_stands(text):
         {"_meta_": {"a": text}},
     ):
         # of an id that is not there nothing can be asked, and MONAI says so
-        found = list(trust.faults({"k": source, "x": {"_target_": "pipeline.lifecycle.Lifecycle"}}))
+        found = list(
+            allowed.faults(
+                {"k": source, "x": {"_target_": "pipeline.lifecycle.lifecycle.Lifecycle"}}
+            )
+        )
         assert len(found) == 1, source
         assert found[0][0][:1] == ("k",)
 
@@ -185,7 +189,7 @@ def test_expression_or_macro_is_refused_wherever_it_stands(text):
     ],
 )  # fmt: skip
 def test_expression_of_the_grammar_is_taken(text):
-    assert list(trust.faults({"a": {"b": {"c": text}}})) == []
+    assert list(allowed.faults({"a": {"b": {"c": text}}})) == []
 
 
 def test_expression_is_judged_as_monai_resolves_it():
@@ -194,11 +198,11 @@ def test_expression_is_judged_as_monai_resolves_it():
     source = {evil: {"a": {"b": "$@##y.run()"}}}
     resolved = ConfigParser.resolve_relative_ids(f"{evil}::a::b", "$@##y.run()")
     assert "__import__" in ReferenceResolver.update_refs_pattern(resolved, {"x": None})
-    assert [path for path, _ in trust.faults(source)] == [(evil, "a", "b")]
+    assert [path for path, _ in allowed.faults(source)] == [(evil, "a", "b")]
 
 
 def test_relative_id_out_of_the_config_is_refused():
-    assert list(trust.faults({"a": "@####b"}))
+    assert list(allowed.faults({"a": "@####b"}))
 
 
 def test_expressions_are_refused_in_a_file(tmp_path, capfd):

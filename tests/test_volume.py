@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from dicom_series import write_series
 
-from pipeline.data import volume
-from pipeline.data.volume import VolumeError, read_header, slabs
-from transforms.volumes import LoadVolumesd
+from pipeline.data import nifti
+from pipeline.data.nifti import VolumeError, read_header, slabs
+from transforms.load import LoadVolumesd
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[0, 1.5, 0, -3], [-1.0, 0, 0, 4], [0, 0, 2.5, 5], [0, 0, 0, 1]])
@@ -67,7 +67,7 @@ def refusal(path):
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("endian", ["<", ">"])
 def test_slabs_agree_with_nibabel(tmp_path, monkeypatch, dtype, kind, endian):
-    monkeypatch.setattr(volume, "SLAB_VOXELS", 37)
+    monkeypatch.setattr(nifti, "SLAB_VOXELS", 37)
     for name in ("a.nii", "a.nii.gz"):
         path = save(tmp_path / name, voxels_of(dtype), kind, endian=endian)
         header, expected = read_header(path), nib.load(path)
@@ -127,7 +127,7 @@ def test_slabs_read_a_gzip_file_of_several_members(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_slabs_pass_over_padding_after_the_voxels(tmp_path, name):
-    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(volume.MAX_TRAILING_BYTES)
+    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
     path = tmp_path / name
     path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     np.testing.assert_array_equal(read(str(path)), voxels_of())
@@ -137,7 +137,7 @@ def test_slabs_pass_over_padding_after_the_voxels(tmp_path, name):
 
 
 def test_slabs_of_a_dicom_series_agree_with_the_loader(tmp_path, monkeypatch):
-    monkeypatch.setattr(volume, "SLAB_VOXELS", 11)
+    monkeypatch.setattr(nifti, "SLAB_VOXELS", 11)
     stored = np.random.default_rng(0).integers(0, 999, (4, 5, 6))
     write_series(tmp_path / "a", stored, np.diag([1.0, 2.0, 3.0, 1.0]))
     path = str(tmp_path / "a")
@@ -209,7 +209,7 @@ def test_series_is_refused_when_a_file_of_it_may_not_be_opened(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied", folder)
 
     write_series(tmp_path / "a", np.zeros((4, 5, 6), int), np.eye(4))
-    monkeypatch.setattr(volume, reader, refuse)
+    monkeypatch.setattr(nifti, reader, refuse)
     assert refusal(str(tmp_path / "a")) == "Permission denied"
 
 

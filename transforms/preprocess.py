@@ -25,8 +25,8 @@ from monai.transforms.traits import RandomizableTrait
 from transforms.borders import CropEmptyBordersd
 from transforms.grid import TOLERANCE_MM, OnImageGridd, compare, on_grid
 from transforms.labels import WholeLabelsd
+from transforms.load import LoadVolumesd
 from transforms.normalize import Normalization, NormalizeChannelsd
-from transforms.volumes import LoadVolumesd
 
 LOADING_STEPS = 2  # of `preprocessing`, after which a volume is `(C, H, W, D)` as in its file
 

@@ -27,7 +27,7 @@ SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's cha
 
 
 class DatasetFacts(Protocol):
-    """What is taken from the dataset; `pipeline.data.datasets.Cases` has it."""
+    """What is taken from the dataset; `pipeline.data.dataset.Cases` has it."""
 
     @property
     def name(self) -> str: ...  # noqa: D102

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
-from pipeline.data.findings import some
+from pipeline.data.issues import some
 from pipeline.data.listing import Case, named
-from pipeline.data.progress_bar import ProgressBar
 from pipeline.data.store import EntryStore
 from pipeline.errors import InputError, innermost
+from pipeline.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class VolumeCache:
             InputError: If a case cannot be read, the cache cannot be written, this run's cases do
                 not fit into `limit_bytes`, or ranks have different cases.
         """
-        with ranks.together():
+        with distributed.sync_errors():
             return self._filled(cases, transform, facts)
 
     def _filled(
@@ -76,7 +76,7 @@ class VolumeCache:
     ) -> CachedCases:
         self.store.prepare()
         hashes = ContentHashes(self.directory / HASHES)
-        with ThreadPoolExecutor(min(MAX_THREADS, ranks.own_cores())) as pool:
+        with ThreadPoolExecutor(min(MAX_THREADS, distributed.own_cores())) as pool:
             contents = list(pool.map(lambda case: _content(hashes, case), cases))
             hashes.save()
             versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -96,7 +96,7 @@ class VolumeCache:
             whole = pool.map(self.store.is_whole, missing)
             missing = [key for key, is_whole in zip(missing, whole, strict=True) if not is_whole]
             self.store.require_room()
-            missing_everywhere = ranks.gathered(missing)
+            missing_everywhere = distributed.all_gather_object(missing)
             if not any(missing_everywhere):
                 return
             mine = _to_make(missing_everywhere)
@@ -105,7 +105,7 @@ class VolumeCache:
                 log.info("Preprocessing %d of %d cases into %s", *counts, self.directory)
                 made = pool.map(cached.make, [numbers[key] for key in mine])
                 list(ProgressBar(made, desc="Preprocessing", total=len(mine)))
-            ranks.gathered(None)  # all have made theirs
+            distributed.all_gather_object(None)  # all have made theirs
             missing = [key for key in missing if key not in {*mine}]
 
 
@@ -276,7 +276,7 @@ class CaseSampler(Sampler[int]):
 
     @property
     def _numbers(self) -> Sequence[int]:
-        return ranks.share(range(len(self.dataset)))
+        return distributed.shard(range(len(self.dataset)))
 
 
 def _to_make(missing: Sequence[Sequence[str]]) -> list[str]:
@@ -290,7 +290,7 @@ def _to_make(missing: Sequence[Sequence[str]]) -> list[str]:
         for key in keys:
             missed_by.setdefault(key, []).append(rank)
     turns = enumerate(missed_by.items())
-    return [key for turn, (key, who) in turns if who[turn % len(who)] == ranks.rank()]
+    return [key for turn, (key, who) in turns if who[turn % len(who)] == distributed.rank()]
 
 
 def _require_same(
@@ -302,7 +302,7 @@ def _require_same(
         InputError: With a line for each library, or else each case, that differs.
     """
     mine = list(zip(case_ids, keys, strict=True))
-    its_versions, its = ranks.from_main((versions, mine))
+    its_versions, its = distributed.broadcast_object((versions, mine))
     faults = [
         f"{name}: expected version {its_versions[name]}, which rank 0 has, got {version}. "
         "Install the same everywhere."

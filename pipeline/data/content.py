@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.volume import files_of
+from pipeline.data.nifti import files_of
 
 HASHES = "volume_cache_hashes.json"  # in cache_dir, which may have files of others
 MAX_THREADS = 8

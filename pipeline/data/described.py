@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.findings import Finding
 from pipeline.data.folders import pair
-from pipeline.data.listing import ENDINGS, Case, Layout, case_name, channel_of, volumes_in
+from pipeline.data.issues import DatasetIssue
+from pipeline.data.listing import ENDINGS, Case, DatasetLayout, case_name, channel_of, volumes_in
 from pipeline.errors import InputError
 
 NNUNET_KEYS = {"file_ending", "dataset"}
@@ -19,7 +19,7 @@ FREE_FACTS = {
 }  # fmt: skip
 
 
-def read_described(root: Path) -> Layout:
+def read_described(root: Path) -> DatasetLayout:
     """The layout of a folder with `dataset.json`, paths as they are stated.
 
     Raises:
@@ -45,7 +45,7 @@ def read_described(root: Path) -> Layout:
         if nnunet
         else ([{"case_id": case_name(e["image"]), **_pair(e)} for e in source["training"]], [])
     )
-    return Layout(
+    return DatasetLayout(
         root=root.resolve(),
         kind="nnunet" if nnunet else "msd",
         name=str(source.get("name", root.resolve().name)),
@@ -139,7 +139,7 @@ def _by_value(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _nnunet_cases(
     root: Path, source: Mapping[str, Any], num_channels: int
-) -> tuple[list[Case], list[Finding]]:
+) -> tuple[list[Case], list[DatasetIssue]]:
     ending = source.get("file_ending", ".nii.gz")
     if ending not in ENDINGS:
         raise InputError(
@@ -160,7 +160,7 @@ def _nnunet_cases(
     for name in [name for name, channels in images.items() if "" in channels]:
         images.pop(name)
         message = f"expected a name <case>_0000{ending} in imagesTr, got {name}. Rename the file."
-        findings.append(Finding(name, "unpaired", message))
+        findings.append(DatasetIssue(name, "unpaired", message))
     for path in volumes_in(root / "labelsTr"):
         if path.name.endswith(ending):
             labels[path.name.removesuffix(ending)] = f"labelsTr/{path.name}"
@@ -168,7 +168,7 @@ def _nnunet_cases(
     return cases, findings + more
 
 
-def _listed(listed: Any, where: Path, numbers: list[str]) -> tuple[list[Case], list[Finding]]:
+def _listed(listed: Any, where: Path, numbers: list[str]) -> tuple[list[Case], list[DatasetIssue]]:
     """The cases of `dataset`, an object of case id to `images` and `label`."""
     if not isinstance(listed, Mapping):
         raise InputError(f"{where}: expected 'dataset' (mapping), got {listed!r}. Correct it.")

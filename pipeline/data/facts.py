@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.datasets import Case
+from pipeline.data.dataset import Case
+from pipeline.data.nifti import Header, VolumeError, files_of, read_header, slabs
 from pipeline.data.streams import FEW, Moments, smallest_hashes
-from pipeline.data.volume import Header, VolumeError, files_of, read_header, slabs
 from transforms.dicom import DicomError
 from transforms.labels import round_labels
 

@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pipeline.data.datasets import Case
+from pipeline.data.dataset import Case
 from pipeline.data.facts import Facts
 
 Fingerprint = dict[str, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.findings import Finding
-from pipeline.data.listing import Case, Layout, case_name, channel_of, volumes_in
+from pipeline.data.issues import DatasetIssue
+from pipeline.data.listing import Case, DatasetLayout, case_name, channel_of, volumes_in
 
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
@@ -16,7 +16,7 @@ def folder_pair(root: Path) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if all((root / name).is_dir() for name in pair)), None)
 
 
-def read_folders(root: Path) -> Layout:
+def read_folders(root: Path) -> DatasetLayout:
     """The layout of a folder with `images/` and `labels/`, paths as they are stated.
 
     An image is a NIfTI file or a folder with a DICOM series, and is named as its label is; where
@@ -33,7 +33,7 @@ def read_folders(root: Path) -> Layout:
         for case, channels in grouped.items()
     }
     cases, unpaired = pair(named, labels, expected if numbers != [""] else [""])
-    return Layout(
+    return DatasetLayout(
         root=root.resolve(),
         kind="folders",
         name=root.resolve().name,
@@ -62,7 +62,7 @@ def group_channels(names: Sequence[str], labels: Mapping[str, str]) -> dict[str,
 
 def pair(
     images: Mapping[str, Mapping[str, str]], labels: Mapping[str, str], numbers: Sequence[str]
-) -> tuple[list[Case], list[Finding]]:
+) -> tuple[list[Case], list[DatasetIssue]]:
     """Cases of which image and label are there, and a finding for each of which not all is.
 
     Args:
@@ -76,17 +76,17 @@ def pair(
         missing = [number for number in numbers if number not in channels]
         if case not in images:
             message = f"expected an image of label {labels[case]}, found none. Add it or move the "
-            findings.append(Finding(case, "unpaired", message + "label away."))
+            findings.append(DatasetIssue(case, "unpaired", message + "label away."))
         elif case not in labels:
             first = channels[min(channels)]
             message = f"expected a label of image {first}, found none. Add it or move the "
-            findings.append(Finding(case, "unpaired", message + "image away."))
+            findings.append(DatasetIssue(case, "unpaired", message + "image away."))
         elif missing:
             message = f"expected channels {_words(numbers)}, found no {_words(missing)}. Add it."
-            findings.append(Finding(case, "missing", message))
+            findings.append(DatasetIssue(case, "missing", message))
         elif len(channels) > len(numbers):
             message = f"expected channels {_words(numbers)}, got {_words(sorted(channels))}. "
-            findings.append(Finding(case, "unpaired", message + "Move the others away."))
+            findings.append(DatasetIssue(case, "unpaired", message + "Move the others away."))
         else:
             paths = [channels[number] for number in numbers]
             image = paths if len(paths) > 1 else paths[0]
@@ -98,7 +98,7 @@ def _words(numbers: Sequence[str]) -> str:
     return ", ".join(number or "in one file" for number in numbers)
 
 
-def _by_name(root: Path, folder: str) -> tuple[dict[str, str], list[Finding]]:
+def _by_name(root: Path, folder: str) -> tuple[dict[str, str], list[DatasetIssue]]:
     """Path by name of case or channel, and a finding for each name that there is twice."""
     found: dict[str, str] = {}
     findings = []
@@ -108,6 +108,6 @@ def _by_name(root: Path, folder: str) -> tuple[dict[str, str], list[Finding]]:
             message = (
                 f"expected one volume of this name in {folder}, got two. Rename or remove one."
             )
-            findings.append(Finding(name, "duplicate_id", message))
+            findings.append(DatasetIssue(name, "duplicate_id", message))
         found[name] = f"{folder}/{path.name}"
     return found, findings

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.data.datasets import Case, Cases
+from pipeline.data.dataset import Case, Cases
 from pipeline.data.facts import Facts
-from pipeline.data.findings import Finding, Problem, make_finding, some
+from pipeline.data.issues import DatasetIssue, Problem, make_finding, some
 from transforms.grid import TOLERANCE_MM, align, compare
 
 SPACING_RANGE_MM = (0.001, 100.0)
 MAX_LABEL_VALUE = 254  # labels are kept in a byte
 
 
-def header_findings(case: Case, headers: Facts, num_channels: int | None) -> list[Finding]:
+def header_findings(case: Case, headers: Facts, num_channels: int | None) -> list[DatasetIssue]:
     """What the headers of one case tell; it may have no label."""
     named = [(key, n, entry) for key in headers for n, entry in enumerate(headers[key])]
     unreadable = [
@@ -39,7 +39,7 @@ def header_findings(case: Case, headers: Facts, num_channels: int | None) -> lis
     return [make_finding(case, problem) for problem in problems]
 
 
-def voxel_findings(case: Case, voxels: Facts, cases: Cases) -> list[Finding]:
+def voxel_findings(case: Case, voxels: Facts, cases: Cases) -> list[DatasetIssue]:
     """What the voxels of one case tell."""
     if "error" in voxels:
         return [_unreadable(case, voxels["key"], voxels["number"], voxels)]
@@ -57,9 +57,9 @@ def _image_problems(channels: Sequence[Facts]) -> Iterator[Problem]:
         yield Problem("constant", "an image with contrast", got, "Replace it or exclude the case")
 
 
-def _unreadable(case: Case, key: str, number: int, entry: Facts) -> Finding:
+def _unreadable(case: Case, key: str, number: int, entry: Facts) -> DatasetIssue:
     if entry["is_dicom"]:
-        return Finding(case["case_id"], "unreadable", entry["error"])
+        return DatasetIssue(case["case_id"], "unreadable", entry["error"])
     expected = f"a readable NIfTI file {_name(case, key, number)}"
     return make_finding(case, Problem("unreadable", expected, entry["error"], "Replace the file"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.data.described import read_described
 from pipeline.data.folders import folder_pair, read_folders
-from pipeline.data.listing import Layout, resolved
+from pipeline.data.listing import DatasetLayout, resolved
 from pipeline.data.tables import TABLES, read_table
 from pipeline.errors import InputError
 
@@ -23,7 +23,7 @@ KNOWN = (
 )
 
 
-def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = ()) -> Layout:
+def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = ()) -> DatasetLayout:
     """Recognise a dataset's layout and read it.
 
     Args:
@@ -47,7 +47,7 @@ def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = (
         ) from error
 
 
-def _recognised(path: Path, data_roots: Sequence[str | Path]) -> Layout:
+def _recognised(path: Path, data_roots: Sequence[str | Path]) -> DatasetLayout:
     if path.is_file():
         if path.suffix.lower() not in (".csv", ".json"):
             raise InputError(

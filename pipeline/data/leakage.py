@@ -6,9 +6,9 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from pipeline.data.datasets import Case
+from pipeline.data.dataset import Case
 from pipeline.data.facts import Facts
-from pipeline.data.findings import Finding, Problem, make_finding, some
+from pipeline.data.issues import DatasetIssue, Problem, make_finding, some
 
 # a grey value that more cases than this have says nothing about a person
 COMMON_SHARE, COMMON_CASES = 0.05, 4
@@ -16,7 +16,7 @@ MIN_VALUES = 16  # of which a share means something
 SHARED_MOST = 0.5
 
 
-def identical_images(cases: Iterable[Case], facts: dict[str, Facts]) -> list[Finding]:
+def identical_images(cases: Iterable[Case], facts: dict[str, Facts]) -> list[DatasetIssue]:
     """Cases whose images hold the same voxels, whatever their files are called."""
     seen: dict[str, str] = {}
     found = []
@@ -35,7 +35,7 @@ def identical_images(cases: Iterable[Case], facts: dict[str, Facts]) -> list[Fin
     return found
 
 
-def shared_grey_values(parts: dict[str, list[Case]], facts: dict[str, Facts]) -> list[Finding]:
+def shared_grey_values(parts: dict[str, list[Case]], facts: dict[str, Facts]) -> list[DatasetIssue]:
     """Cases that share most of their exact grey values with one on another side of the split.
 
     Scans of one session, or two parts of one scan, have values in common that no other person's

@@ -1,6 +1,6 @@
 """What a dataset lists: its cases as they are named, and which of their files are there.
 
-Each layout has a reader that makes a `Layout` whose cases still hold the paths as they are stated;
+Each layout has a reader that makes a `DatasetLayout` whose cases still hold the paths as stated;
 `resolved` makes them absolute and takes out the cases that cannot be used.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.findings import Finding
+from pipeline.data.issues import DatasetIssue
 from pipeline.errors import InputError
 from transforms.dicom import dicom_files
 
@@ -24,7 +24,7 @@ ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """A dataset as it lies on the disk.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout:
     channel_names: list[str] | None = None
     ignore_value: int | None = None
     cases: list[Case] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[DatasetIssue] = field(default_factory=list)
     description: dict[str, str] = field(default_factory=dict)
     labels: Mapping[str, Any] | None = None
 
@@ -91,7 +91,9 @@ def paths_of(case: Case) -> list[str]:
     return image + ([case["label"]] if "label" in case else [])
 
 
-def resolved(layout: Layout, root: Path, data_roots: Sequence[str | Path], where: str) -> Layout:
+def resolved(
+    layout: DatasetLayout, root: Path, data_roots: Sequence[str | Path], where: str
+) -> DatasetLayout:
     """`layout` with absolute paths, without the cases that have a fault.
 
     Args:
@@ -114,7 +116,7 @@ def resolved(layout: Layout, root: Path, data_roots: Sequence[str | Path], where
         raise InputError(*faults)
     allowed = [os.path.realpath(folder) for folder in (root, *data_roots)]
     findings = [
-        Finding(
+        DatasetIssue(
             case_id,
             "duplicate_id",
             f"expected one case of this name in {where}, got {count}. Rename or remove one.",
@@ -136,7 +138,7 @@ def _absolute(case: Case, root: Path) -> Case:
     return {**case, "image": image, "label": paths[-1]}
 
 
-def _path_findings(case: Case, root: Path, allowed: list[str], where: str) -> list[Finding]:
+def _path_findings(case: Case, root: Path, allowed: list[str], where: str) -> list[DatasetIssue]:
     """Of files that are not there, and of those that lie elsewhere."""
     findings = []
     stated = paths_of(case)
@@ -154,7 +156,7 @@ def _path_findings(case: Case, root: Path, allowed: list[str], where: str) -> li
             check, mend = "outside", "Put it there or name its folder in data_roots."
         else:
             continue
-        findings.append(Finding(case["case_id"], check, what + mend))
+        findings.append(DatasetIssue(case["case_id"], check, what + mend))
     return findings
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation
 
 from pipeline.data.listing import ENDINGS, case_name
-from pipeline.data.volume import Header, VolumeError, read_header, slabs
+from pipeline.data.nifti import Header, VolumeError, read_header, slabs
 from pipeline.errors import InputError
 from transforms.grid import TOLERANCE_MM, align
 from transforms.labels import MAX_VALUE, round_labels

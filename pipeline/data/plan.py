@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import rules
-from pipeline.data.datasets import Cases
+from pipeline.data.dataset import Cases
 from pipeline.data.fingerprint import Fingerprint
 from pipeline.data.memory import step_bytes, triples
 from pipeline.errors import InputError

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.datasets import Case, Cases
+from pipeline.data.dataset import Case, Cases
 from pipeline.data.facts import Facts
-from pipeline.data.findings import Finding
 from pipeline.data.fingerprint import Fingerprint, make_fingerprint
 from pipeline.data.integrity import count_channels, header_findings, voxel_findings
+from pipeline.data.issues import DatasetIssue
 from pipeline.data.leakage import identical_images, shared_grey_values
 from pipeline.data.survey import survey
 from pipeline.errors import InputError
@@ -34,18 +34,18 @@ class Preflight:
     """
 
     cases: Cases
-    findings: list[Finding]
+    findings: list[DatasetIssue]
     fingerprint: Fingerprint | None
     notes: list[str]
     num_rounded: int = 0
 
     @property
-    def faults(self) -> list[Finding]:
+    def faults(self) -> list[DatasetIssue]:
         """Findings with which training does not start."""
         return [finding for finding in self.findings if not finding.warning]
 
     @property
-    def warnings(self) -> list[Finding]:
+    def warnings(self) -> list[DatasetIssue]:
         """Findings with which it does."""
         return [finding for finding in self.findings if finding.warning]
 
@@ -89,7 +89,7 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
     """
     every = [*cases.train, *cases.validation, *cases.test]
 
-    def of_headers(case: Case, headers: Facts) -> list[Finding]:
+    def of_headers(case: Case, headers: Facts) -> list[DatasetIssue]:
         return header_findings(case, headers, cases.num_channels)
 
     by_id = {case["case_id"]: case for case in every}
@@ -146,7 +146,7 @@ def _numbered(word: str, count: int) -> list[str]:
 
 def _channel_findings(
     cases: Sequence[Case], facts: dict[str, Facts], declared: int | None
-) -> list[Finding]:
+) -> list[DatasetIssue]:
     """Where the dataset does not say how many channels there are: not what most cases have."""
     counts = {c["case_id"]: count_channels(facts[c["case_id"]]["headers"]) for c in cases}
     known = Counter(count for count in counts.values() if count is not None)
@@ -154,7 +154,7 @@ def _channel_findings(
         return []
     usual = known.most_common(1)[0][0]
     return [
-        Finding(
+        DatasetIssue(
             case_id,
             "channels",
             f"expected {usual} image channels, as most cases have, got {count}. "
@@ -165,14 +165,14 @@ def _channel_findings(
     ]
 
 
-def _gaps(cases: Cases, fingerprint: Fingerprint) -> list[Finding]:
+def _gaps(cases: Cases, fingerprint: Fingerprint) -> list[DatasetIssue]:
     """Undeclared label values must count from 0 all the same."""
     missing = [n for n, entry in enumerate(fingerprint["classes"]) if not entry["num_cases"]]
     if not missing and len(fingerprint["classes"]) > 1:
         return []
     found = [n for n in range(len(fingerprint["classes"])) if n not in missing]
     return [
-        Finding(
+        DatasetIssue(
             cases.name,
             "label_values",
             f"expected label values 0, 1, 2, … without gaps, got {', '.join(map(str, found[:9]))}"

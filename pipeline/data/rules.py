@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.datasets import Cases
+from pipeline.data.dataset import Cases
 from pipeline.data.fingerprint import Fingerprint
 from pipeline.errors import InputError
 from transforms.augment import resolve_flip_axes

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.data.cache import VolumeCache, require_classes
+from pipeline.data.device_cache import DeviceCache, ResidentCases
 from pipeline.data.listing import Case, named
 from pipeline.data.positions import CaseTensors, draw_centre, sampling_positions
-from pipeline.data.resident import Residence, ResidentCases
 from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -205,16 +205,16 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, batch_size: int, accumulation_steps: int, steps_per_epoch: int) -> None:
-        if batch_size < ranks.size():
+        if batch_size < distributed.size():
             raise InputError(
-                f"batch_size: expected {ranks.size()} or more, a patch for each rank, got "
+                f"batch_size: expected {distributed.size()} or more, a patch for each rank, got "
                 f"{batch_size}. Start fewer ranks."
             )
         self.batch_size = batch_size
         self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch
-        least, more = divmod(batch_size, ranks.size())
-        first = ranks.rank() * least + min(ranks.rank(), more)
-        self.own = slice(first, first + least + (ranks.rank() < more))
+        least, more = divmod(batch_size, distributed.size())
+        first = distributed.rank() * least + min(distributed.rank(), more)
+        self.own = slice(first, first + least + (distributed.rank() < more))
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -243,7 +243,7 @@ class PatchLoader(DataLoader):
         batch_size: Patches in a micro-batch, of all ranks together.
         num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
-        resident: Whether the cases are put on the device; see `Residence`.
+        resident: Whether the cases are put on the device; see `DeviceCache`.
         device: That the patches are for.
     """
 
@@ -257,7 +257,7 @@ class PatchLoader(DataLoader):
         resident: bool | str = "auto",
         device: str | torch.device = "cpu",
     ) -> None:
-        self.residence = Residence(resident, device, num_workers)
+        self.residence = DeviceCache(resident, device, num_workers)
         dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
         super().__init__(
             dataset,
@@ -301,7 +301,7 @@ class PatchLoader(DataLoader):
         """
         patches: Any = self.dataset
         if not self.residence.is_decided:
-            with ranks.together():
+            with distributed.sync_errors():
                 self.residence.of(patches.cached)
             log.info("%s", self.residence)
 
@@ -329,5 +329,5 @@ class PatchLoader(DataLoader):
 
 def _ignore_signals(worker_id: int) -> None:
     """Leave signals to a whole group to the main process, which saves and ends the workers."""
-    for number in ranks.SIGNALS:
+    for number in distributed.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.described import read_json
-from pipeline.data.findings import Finding
+from pipeline.data.issues import DatasetIssue
 from pipeline.data.listing import Case
 from pipeline.data.splits import GroupPattern, Split, parted, persons_of
 from pipeline.errors import InputError, nearest
@@ -51,7 +51,7 @@ def split_by_file(
     if faults:
         raise InputError(*faults)
     unlisted = [
-        Finding(
+        DatasetIssue(
             case_id,
             "not_in_split",
             f"expected the case in {where}, fold {fold}, found it in no part of it. "

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.data.findings import Finding
+from pipeline.data.issues import DatasetIssue
 from pipeline.data.listing import Case
 from pipeline.errors import InputError
 
@@ -29,7 +29,7 @@ class Split:
     train: list[Case]
     validation: list[Case]
     test: list[Case]
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[DatasetIssue] = field(default_factory=list)
 
 
 def split_by_hash(
@@ -150,7 +150,7 @@ def parted(
     train: Collection[str],
     validation: Collection[str],
     test: Collection[str],
-    findings: Sequence[Finding] = (),
+    findings: Sequence[DatasetIssue] = (),
 ) -> Split:
     """The cases of each set of case ids."""
     train_cases, validation_cases, test_cases = (

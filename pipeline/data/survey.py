@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pipeline.data import facts
 from pipeline.data.content import HASHES, ContentHashes, sha256_of, write_whole
-from pipeline.data.datasets import Case
+from pipeline.data.dataset import Case
 from pipeline.data.facts import Facts
-from pipeline.data.progress_bar import ProgressBar
+from pipeline.progress_bar import ProgressBar
 
 MAX_THREADS = 8  # each holds two masks of a volume in memory
 

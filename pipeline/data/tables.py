@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.described import read_json
-from pipeline.data.findings import Finding
-from pipeline.data.listing import Case, Layout, case_name, channel_of
+from pipeline.data.issues import DatasetIssue
+from pipeline.data.listing import Case, DatasetLayout, case_name, channel_of
 from pipeline.errors import InputError
 
 TABLES = ("cases.csv", "cases.json")
@@ -19,7 +19,7 @@ TABLES = ("cases.csv", "cases.json")
 Row = dict[str, Any]
 
 
-def read_table(path: Path) -> Layout:
+def read_table(path: Path) -> DatasetLayout:
     """The layout that a table lists, paths as they are stated.
 
     Columns are `image` (or `image_0`, `image_1`, … for channels), `label`, and `case_id` and
@@ -40,12 +40,12 @@ def read_table(path: Path) -> Layout:
         if absent:
             message = f"expected {' and '.join(absent)} in row {number} of {path}, got an empty "
             name = case.get("case_id") or f"row {number}"
-            findings.append(Finding(name, "missing", message + "cell. Fill it in."))
+            findings.append(DatasetIssue(name, "missing", message + "cell. Fill it in."))
         else:
             cases.append(case)
     root = path.parent.resolve()
     name = root.name if path.name in TABLES else path.stem
-    return Layout(root=root, kind="table", name=name, cases=cases, findings=findings)
+    return DatasetLayout(root=root, kind="table", name=name, cases=cases, findings=findings)
 
 
 def _csv_rows(path: Path) -> list[Row]:

@@ -27,9 +27,9 @@ from monai.engines import Evaluator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.errors import STOPS, InputError
-from pipeline.training.durable import CheckpointStore, WriteError, load, make_directory, save
+from pipeline.files import CheckpointStore, WriteError, load, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -99,8 +99,8 @@ class CheckpointHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        with ranks.together():
-            if ranks.is_main():
+        with distributed.sync_errors():
+            if distributed.is_main():
                 make_directory(self.models)
                 self._check_room(trainer)
         if self.checkpoint is not None:
@@ -182,7 +182,7 @@ class CheckpointHandler:
         write: Callable[[], object],
     ) -> None:
         """Call `write`, or stop training where `content` is not finite or does not fit."""
-        if not ranks.is_main():
+        if not distributed.is_main():
             return
         if holder := self.lost():
             trainer.stop(

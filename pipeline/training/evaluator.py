@@ -11,7 +11,7 @@ from monai.engines import Evaluator, SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.precision import Precision, require_float32
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         All ranks have to call it.
         """
         has_cases = self.state.epoch_length != 0
-        if not any(ranks.gathered(has_cases)):
+        if not any(distributed.all_gather_object(has_cases)):
             return
         if has_cases:
             super().run(global_epoch)

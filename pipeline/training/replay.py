@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import ranks
-from pipeline.training.buffers import buffers_kept
+from pipeline import distributed
+from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 Batch = dict[str, Any]
@@ -41,7 +41,7 @@ def gradients(
     batches: Sequence[Batch],
     autocast: Callable[[], contextlib.AbstractContextManager],
     loss_scale: float = 1.0,
-    probe: Probe | None = None,
+    probe: NonFiniteProbe | None = None,
 ) -> list[torch.Tensor]:
     """Gradients of an accumulation group's mean loss, beside those that the parameters hold.
 
@@ -59,8 +59,8 @@ def gradients(
     """
     parameters = trained_parameters(trainer.network)
     total = [torch.zeros_like(p) for p in parameters]
-    network, parts_of_loss = trainer.network, len(batches) * ranks.size()
-    with buffers_kept(network), ranks.apart(network), probe or contextlib.nullcontext():
+    network, parts_of_loss = trainer.network, len(batches) * distributed.size()
+    with buffers_kept(network), distributed.local_only(network), probe or contextlib.nullcontext():
         for batch in batches:
             if probe:
                 probe.batch = batch
@@ -113,7 +113,7 @@ def first_non_finite(
         batches: The group's micro-batches.
         loss_scale: That the step was taken with.
     """
-    probe = Probe(trainer.network)
+    probe = NonFiniteProbe(trainer.network)
     gradients(trainer, batches, trainer.precision.autocast, loss_scale, probe)
     return probe.finding()
 
@@ -125,7 +125,7 @@ def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
     """
     exact = gradients(trainer, trainer.group, contextlib.nullcontext)
     lowered = [parameter.grad for parameter in trained_parameters(trainer.network)]
-    if ranks.size() > 1:  # those are the sums of all ranks
+    if distributed.size() > 1:  # those are the sums of all ranks
         scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
         lowered = list(gradients(trainer, trainer.group, trainer.precision.autocast, scale))
     lost, elements = torch.zeros((), device=trainer.state.device), 0
@@ -136,7 +136,7 @@ def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
     return lost.item() / max(elements, 1)
 
 
-class Probe:
+class NonFiniteProbe:
     """Hooks on a network that note, in order of time, which tensors are not finite.
 
     The notes stay on the device until `finding` asks for them.
@@ -155,7 +155,7 @@ class Probe:
         self._largest: dict[str, torch.Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> NonFiniteProbe:
         self._handles.append(self.network.register_forward_pre_hook(self._input))
         for name, module in self.network.named_modules():
             look = partial(self._output, name or "network")

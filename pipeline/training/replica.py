@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.errors import InputError
 
 
-class Replica(DistributedDataParallel):
+class SummedDDP(DistributedDataParallel):
     """DistributedDataParallel that sums gradients over ranks where torch's own takes their mean.
 
     The loss is that of the samples of all ranks, and each rank's gradients are those of its own
@@ -66,7 +66,7 @@ class Replica(DistributedDataParallel):
         self._is_checked = True
         parameters = self.module.named_parameters()
         unused = [name for name, p in parameters if p.requires_grad and p.grad is None]
-        with ranks.together():
+        with distributed.sync_errors():
             if unused:
                 raise InputError(
                     f"network: expected all parameters to take part in a step of several ranks, "
@@ -79,7 +79,7 @@ class Replica(DistributedDataParallel):
         """Make running statistics that each rank has of its own samples the mean of all ranks'."""
         if not self._statistics:
             return
-        mean = torch.cat([buffer.flatten() for buffer in self._statistics]) / ranks.size()
+        mean = torch.cat([buffer.flatten() for buffer in self._statistics]) / distributed.size()
         dist.all_reduce(mean)
         parts = mean.split([buffer.numel() for buffer in self._statistics])
         torch._foreach_copy_(
@@ -95,7 +95,9 @@ def mean_over_ranks(loss: torch.Tensor, samples: int) -> torch.Tensor:
         loss: Mean of this rank's `samples`, scalar.
         samples: Their number.
     """
-    total = ranks.summed(torch.stack([loss.float(), torch.ones_like(loss.float())]) * samples)
+    total = distributed.all_reduce_sum(
+        torch.stack([loss.float(), torch.ones_like(loss.float())]) * samples
+    )
     return total[0] / total[1]
 
 
@@ -109,14 +111,14 @@ def require_equal_ranks(network: nn.Module, step: int) -> None:
     Raises:
         InputError: If one does.
     """
-    if ranks.size() == 1:
+    if distributed.size() == 1:
         return
     weights = hashlib.sha256()
     for parameter in network.parameters():
         weights.update(parameter.detach().cpu().numpy().tobytes())
     own = step, weights.digest()
-    with ranks.together():
-        if own != ranks.from_main(own):
+    with distributed.sync_errors():
+        if own != distributed.broadcast_object(own):
             raise InputError(
                 "output_dir: expected the checkpoint and weights of rank 0, got others. Give all "
                 "ranks one on a file system that their hosts share."

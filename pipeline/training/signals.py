@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from pipeline.distributed import SIGNALS
 from pipeline.errors import TrainingInterrupted, interrupted_status
-from pipeline.ranks import SIGNALS
 
 NO_MORE = 0  # no signal has this number
 

@@ -24,17 +24,17 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeline import ranks
+from pipeline import distributed
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, nearest
+from pipeline.files import NO_ROOM
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training.allocator import keep_freed_memory
-from pipeline.training.buffers import BufferSnapshot
-from pipeline.training.durable import NO_ROOM
 from pipeline.training.graph import MODES, StepGraph, has_hooks
 from pipeline.training.prefetch import Prefetcher, Prepared
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.replica import Replica, mean_over_ranks, require_equal_ranks
+from pipeline.training.replica import SummedDDP, mean_over_ranks, require_equal_ranks
 from pipeline.training.signals import interruptible
+from pipeline.training.snapshot import BufferSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
         grace_s: float = 25.0,
-        replica: Replica | None = None,
+        replica: SummedDDP | None = None,
         compile: str = "auto",
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
@@ -290,7 +290,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 super(Workflow, self).run(self._ahead, self.state.max_epochs)
         except RuntimeError as error:
             explain: Any = getattr(self.data_loader, "explain", lambda _: None)
-            if (reason := ranks.loss_of(error) or explain(error)) is None:
+            if (reason := distributed.loss_of(error) or explain(error)) is None:
                 raise
             self.stop(reason)
         except OSError as error:
@@ -305,7 +305,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     def agree(self) -> None:
         """End training on all ranks where one was told to `stop`; all have to call it."""
-        told = [diagnosis for diagnosis in ranks.gathered(self.diagnosis) if diagnosis]
+        told = [
+            diagnosis for diagnosis in distributed.all_gather_object(self.diagnosis) if diagnosis
+        ]
         if told and self.diagnosis is None:
             self._level = logging.INFO
             self.stop(told[0])
@@ -339,7 +341,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last = self.progress.epoch >= self.state.max_epochs
         self.progress.phase = FINALIZING if last else STEPPING
         if not last:
-            self._heed(any(ranks.gathered(self._told_to_end)))
+            self._heed(any(distributed.all_gather_object(self._told_to_end)))
 
     def finish(self) -> None:
         """Mark the run as done: it never trains again."""
@@ -371,7 +373,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             output[Keys.PRED] = self.inferer(images, network)
             notify(IterationEvents.FORWARD_COMPLETED)
             loss = self.loss_function(output[Keys.PRED], labels)
-            if ranks.size() > 1 and not getattr(self.loss_function, "is_over_ranks", False):
+            if distributed.size() > 1 and not getattr(self.loss_function, "is_over_ranks", False):
                 loss = mean_over_ranks(loss, len(images))
             output[Keys.LOSS] = loss
             notify(IterationEvents.LOSS_COMPLETED)

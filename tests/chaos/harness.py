@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline import hold
+from pipeline.files import CheckpointStore
+from pipeline.lifecycle import run_lock
 from pipeline.training.checkpoint import load_checkpoint
-from pipeline.training.durable import CheckpointStore
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 EVERY = 2  # steps between checkpoints
@@ -39,8 +39,9 @@ SETTINGS = {
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch.utils.tensorboard", "monai.bundle", "monai.engines", "monai.inferers",
-     "pipeline.lifecycle", "pipeline.training.recorder", "pipeline.training.handlers",
-     "pipeline.training.losses", "pipeline.training.checkpoint", "pipeline.scoring",
+     "pipeline.lifecycle.lifecycle", "pipeline.training.flight_recorder",
+     "pipeline.training.logging_handlers",
+     "pipeline.training.loss", "pipeline.training.checkpoint", "pipeline.evaluation.final_scores",
      "pipeline.run", "networks.dense_unet", "transforms.augment", "transforms.preprocess"]
 )  # fmt: skip
 
@@ -54,7 +55,7 @@ def train(words: list[str], folder: Path, fault: str | None, environment: dict[s
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.path[:0] = [str(Path(__file__).parent)]  # for the classes in faults.py
-    hold.HEARTBEAT_S, hold.WATCH_S = 0.2, 1.5
+    run_lock.HEARTBEAT_S, run_lock.WATCH_S = 0.2, 1.5
     kind, _, number = (fault or "").partition(" ")
     pause = (int(number), folder / "go") if kind == "pause" else None
     log_steps(open(folder / "steps.txt", "a", buffering=1), pause)  # noqa: SIM115 - until the end
@@ -113,7 +114,7 @@ def arrange(kind: str, number: int) -> None:
         return call
 
     os.open = note
-    for name in ("write", "fsync", "replace"):  # as pipeline.training.durable makes them
+    for name in ("write", "fsync", "replace"):  # as pipeline.files makes them
         setattr(os, name, dying(name))
 
 

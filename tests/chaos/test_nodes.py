@@ -28,9 +28,9 @@ from engines import curve, read
 from harness import digest_of, wait_for
 from torchrun import CONFIGS, settings
 
-from pipeline import ranks
+from pipeline import distributed
+from pipeline.files import CheckpointStore
 from pipeline.training.checkpoint import load_checkpoint
-from pipeline.training.durable import CheckpointStore
 from pipeline.training.trainer import StepEvents
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("at_the_root")]
@@ -60,7 +60,7 @@ class Paced:
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
 
     def after_step(self, trainer) -> None:
-        line = [os.getpid(), ranks.rank(), ranks.size(), trainer.progress.step]
+        line = [os.getpid(), distributed.rank(), distributed.size(), trainer.progress.step]
         with open(self.folder / "steps.txt", "a") as file:
             file.write(json.dumps(line) + "\n")
         time.sleep(1 if (self.folder / "slowly").exists() else self.pause_s)

@@ -1,0 +1,332 @@
+"""The layers that only move memory, each in one pass where torch takes several.
+
+On CUDA, for tensors that are channels last, these are kernels of `networks.kernels`; anywhere else,
+and in what is scripted, traced or exported, torch's own operations, of which the kernels are the
+same functions: they compute in float32 and round once, to the dtype that they store.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks.cpu_layers import upsample
+
+try:
+    import triton
+
+    from networks.kernels import norm_activation
+except ImportError:  # no Triton for this platform
+    triton = None
+
+log = logging.getLogger(__name__)
+
+LAST = torch.channels_last_3d
+TILE = 4096  # values that a program holds at a time
+PROGRAMS = 1024  # that share the sums over an image: some for each multiprocessor of a card
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels can take these tensors, `(B, C, H, W, D)`, and are wanted."""
+    if triton is None or not _is_eager():
+        return False
+    return all(
+        type(x) is torch.Tensor
+        and _works_on(x.device)
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and x.dtype == tensors[0].dtype
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=LAST)
+        for x in tensors
+    )
+
+
+@functools.cache
+def _works_on(device: torch.device) -> bool:
+    """Whether Triton can run there: it may lack a C compiler, or the card may be too old."""
+    if device.type != "cuda":
+        return bool(triton.knobs.runtime.interpret)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("Layers are not fused: %s is too old", torch.cuda.get_device_name(device))
+        return False
+    x = torch.zeros(2, 16, device=device)
+    try:
+        norm_activation.copy_rows[(1, 1)](x[0], x[1], 1, 16, 16, 16, ROWS=1, CHANNELS=16)
+    except Exception as error:
+        log.warning("Layers are not fused, Triton does not run: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def channels_last(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`image`, its strides channels last where `weight`'s are and one channel leaves it open.
+
+    A convolution takes its layout from its input: of an undecided one it brought the gradient of
+    its output to the other layout and back, a tenth of a training step.
+
+    Args:
+        image: `(B, C, H, W, D)`.
+        weight: Of a convolution of the same network that has several channels.
+    """
+    last = weight.is_contiguous(memory_format=LAST) and not weight.is_contiguous()
+    if not (last and image.is_cuda and _is_eager()):
+        return image
+    if image.shape[1] != 1 or not image.is_contiguous():
+        return image
+    _, _, height, width, depth = image.shape
+    return image.as_strided(image.shape, (height * width * depth, 1, width * depth, depth, 1))
+
+
+def norm_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`relu(norm(x))`.
+
+    Args:
+        norm: BatchNorm3d or InstanceNorm3d with weights; any other, or one with a hook, is called.
+        x: `(B, C, H, W, D)`; it may be overwritten.
+    """
+    if _is_usual(norm) and serves(x):
+        return _NormReLU.apply(x, norm.weight, norm.bias, norm)
+    return F.relu(norm(x), inplace=True)
+
+
+def _is_usual(norm: nn.Module) -> bool:
+    """Whether the kernels do what this norm does, and nobody watches it."""
+    if not isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d) or not norm.affine:
+        return False
+    if norm._forward_hooks or norm._forward_pre_hooks or norm.momentum is None:
+        return False
+    return isinstance(norm, nn.BatchNorm3d) == norm.track_running_stats
+
+
+def pool_and_skip(x: torch.Tensor, pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` pooled, and `x`, whose gradients are added up where they meet again.
+
+    Args:
+        x: `(B, C, H, W, D)`.
+        pool: MaxPool3d whose stride is its kernel's size, a triple; called where it has a hook.
+    """
+    if not pool._forward_hooks and not pool._forward_pre_hooks and serves(x):
+        return _PoolAndSkip.apply(x, pool.kernel_size)
+    return pool(x), x
+
+
+def upsample_concat(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    """`x`, interpolated to the size of `skip` (trilinear, corners not aligned), then `skip`.
+
+    Args:
+        x: `(B, C, h, w, d)`, no larger than `skip` along any axis.
+        skip: `(B, C', H, W, D)`.
+    """
+    if serves(x, skip):
+        return _UpsampleConcat.apply(x, skip)
+    return torch.cat([upsample(x, list(skip.shape[2:])), skip], dim=1)
+
+
+class _NormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm: Any):
+        images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        per_image = isinstance(norm, nn.InstanceNorm3d)
+        fixed = not per_image and not norm.training
+        if fixed:
+            mean, rstd = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+        else:
+            mean, rstd = _moments(x, norm, per_image)
+        out = torch.empty_like(x)
+        tile, grid = _tiles(rows, channels, images)
+        norm_activation.norm_relu[grid](
+            x, out, mean, rstd, weight, bias, rows, channels, PER_IMAGE=per_image, **tile
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.per_image, ctx.fixed = per_image, fixed
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        grad = _rows(grad)
+        groups = images if ctx.per_image else 1
+        part = _Parts(rows, channels, images)
+        parts = x.new_empty((images, part.count, 2, channels), dtype=torch.float32)
+        norm_activation.norm_relu_sums_of_parts[part.grid](
+            grad, x, parts, mean, rstd, weight, bias, rows, part.rows, channels, grad.stride(4),
+            PER_IMAGE=ctx.per_image, **_tile(channels),
+        )  # fmt: skip
+        sums = parts.new_empty((groups, 2, channels))
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        norm_activation.norm_relu_sums[(triton.cdiv(channels, 16),)](
+            parts, sums, grad_weight, grad_bias, channels, NUM_PARTS=part.count,
+            IMAGES=images // groups, GROUPS=groups, PARTS=64, CHANNELS=16,
+        )  # fmt: skip
+        out = torch.empty_like(x)
+        tile, grid = _tiles(rows, channels, images)
+        norm_activation.norm_relu_backward[grid](
+            grad, x, out, mean, rstd, weight, bias, sums, rows, channels, grad.stride(4),
+            float(rows * images // groups), PER_IMAGE=ctx.per_image, FIXED=ctx.fixed, **tile,
+        )  # fmt: skip
+        return out, grad_weight, grad_bias, None
+
+
+def _moments(x: torch.Tensor, norm: Any, per_image: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    groups = images if per_image else 1
+    part = _Parts(rows, channels, images)
+    parts = x.new_empty((images, part.count, 2, channels), dtype=torch.float32)
+    norm_activation.moments_of_parts[part.grid](
+        x, parts, rows, part.rows, channels, **_tile(channels)
+    )
+    mean, rstd = parts.new_empty((2, groups, channels))
+    running = not per_image and norm.track_running_stats
+    if running:
+        norm.num_batches_tracked.add_(1)
+    norm_activation.moments[(triton.cdiv(channels, 16), groups)](
+        parts, mean, rstd, norm.running_mean, norm.running_var, rows, part.rows, channels,
+        norm.eps, norm.momentum, NUM_PARTS=part.count, IMAGES=images // groups, RUNNING=running,
+        PARTS=64, CHANNELS=16,
+    )  # fmt: skip
+    return mean, rstd
+
+
+class _PoolAndSkip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stride: tuple[int, int, int]):
+        (images, channels, *size), (sz, sy, sx) = x.shape, stride
+        cells = [n // s for n, s in zip(size, stride, strict=True)]
+        out = _empty(x, images, channels, cells)
+        tile, grid = _line_tiles(images * cells[0] * cells[1], cells[2], channels)
+        norm_activation.max_pool[grid](x, out, *size, channels, Z=sz, Y=sy, X=sx, **tile)
+        ctx.save_for_backward(x)
+        ctx.stride = stride
+        return out, x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_pooled: torch.Tensor, grad_skip: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        (images, channels, *size), (sz, sy, sx) = x.shape, ctx.stride
+        grad_skip, grad_pooled = _rows(grad_skip), grad_pooled.contiguous(memory_format=LAST)
+        out = torch.empty_like(x)
+        lines = [triton.cdiv(n, s) for n, s in zip(size, ctx.stride, strict=True)]
+        tile, grid = _line_tiles(images * lines[0] * lines[1], lines[2], channels)
+        norm_activation.max_pool_backward[grid](
+            x, grad_pooled, grad_skip, out, *size, channels, grad_skip.stride(4),
+            Z=sz, Y=sy, X=sx, **tile,
+        )  # fmt: skip
+        return out, None
+
+
+class _UpsampleConcat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        images, channels, *size = skip.shape
+        new = x.shape[1]
+        out = _empty(skip, images, new + channels, size)
+        d_in, h_in, w_in = x.shape[2:]
+        tile, grid = _line_tiles(images * (d_in + 1) * (h_in + 1), size[2], new)
+        # of ratios that divide evenly no output lies on an input, where rounding would decide
+        exact = all(o == i or o % (2 * i) == 0 for o, i in ((size[0], d_in), (size[1], h_in)))
+        counts = [-(-o // i) + (0 if exact else 2) for o, i in ((size[0], d_in), (size[1], h_in))]
+        norm_activation.upsample[grid](
+            x, out, d_in, h_in, w_in, *size, new, new + channels, NUM_Z=counts[0],
+            NUM_Y=counts[1], FIRST=0 if exact else -1, **tile,
+        )  # fmt: skip
+        rows = images * math.prod(size)
+        tile, of_skip = _tiles(rows, channels, 1)
+        norm_activation.copy_rows[of_skip](
+            skip, out[:, new:], rows, channels, channels, new + channels, **tile
+        )
+        ctx.shape = x.shape
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, new, *size_in = ctx.shape
+        grad, size_out = _rows(grad), grad.shape[2:]
+        out = _empty(grad, images, new, size_in)
+        taps = [_taps(n, o) for n, o in zip(size_in, size_out, strict=True)]
+        tile, grid = _line_tiles(images * math.prod(size_in[:2]), size_in[2], new)
+        norm_activation.upsample_backward[grid](
+            grad, out, *size_in, *size_out, new, grad.stride(4),
+            TAPS_Z=taps[0], TAPS_Y=taps[1], TAPS_X=taps[2], **tile,
+        )  # fmt: skip
+        return out, grad[:, new:]  # a view: pooling's backward reads rows of any stride
+
+
+def _taps(size_in: int, size_out: int) -> int:
+    """Outputs of an axis that one input may have a share in."""
+    whole, rest = divmod(2 * size_out, size_in)
+    return 1 if size_in == size_out else whole + 2 * (rest > 0)
+
+
+class _Parts:
+    """How sums over the rows of an image are divided between programs."""
+
+    def __init__(self, rows: int, channels: int, images: int) -> None:
+        tile = _tile(channels)
+        blocks = triton.cdiv(channels, tile["CHANNELS"])
+        wanted = max(1, PROGRAMS // (images * blocks))
+        self.rows = triton.cdiv(triton.cdiv(rows, wanted), tile["ROWS"]) * tile["ROWS"]
+        self.count = triton.cdiv(rows, self.rows)
+        self.grid = (self.count, blocks, images)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """Rows and channels of a program's tile."""
+    block = _channel_block(channels)
+    return {"ROWS": TILE // block, "CHANNELS": block}
+
+
+def _tiles(rows: int, channels: int, images: int) -> tuple[dict[str, int], tuple[int, ...]]:
+    tile = _tile(channels)
+    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(channels, tile["CHANNELS"]), images
+    return tile, grid
+
+
+def _line_tiles(
+    lines: int, length: int, channels: int
+) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """Tile of a program that works along a line of voxels, and the grid of all programs.
+
+    Lines come first in the grid: there may be more of them than CUDA allows for the other axes.
+    """
+    block = _channel_block(channels)
+    positions = min(triton.next_power_of_2(length), TILE // 2 // block)
+    grid = lines, triton.cdiv(length, positions), triton.cdiv(channels, block)
+    return {"POSITIONS": positions, "CHANNELS": block}, grid
+
+
+def _channel_block(channels: int) -> int:
+    """The largest power of two up to 64 that divides the channels, or one that is not too small."""
+    divisor = math.gcd(channels, 64)
+    return divisor if divisor >= 16 else min(triton.next_power_of_2(channels), 64)
+
+
+def _empty(like: torch.Tensor, images: int, channels: int, size: Any) -> torch.Tensor:
+    shape = (images, channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=LAST)
+
+
+def _rows(grad: torch.Tensor) -> torch.Tensor:
+    """`grad`, channels last; rows may have any stride, as in a part of the channels."""
+    _, channels, height, width, depth = grad.shape
+
+    def strides(step: int) -> tuple[int, ...]:
+        return height * width * depth * step, 1, width * depth * step, depth * step, step
+
+    if grad.stride(4) >= channels and grad.stride() == strides(grad.stride(4)):
+        return grad
+    grad = grad.contiguous(memory_format=LAST)  # of an axis of length 1 the stride may be any
+    return grad.as_strided(grad.shape, strides(channels))

@@ -1,0 +1,236 @@
+"""Dice's and cross-entropy's sums as one operation of autograd, computed by Triton's kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from networks.kernels.loss_kernels import gradient_kernel, sums_kernel, value_kernel
+
+MAX_CLASSES = 256
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on a CPU, for tests
+FAST = torch.version.cuda is not None and not INTERPRETED  # there are NVIDIA's instructions
+PARTIAL_BYTES = 3 * 2**19  # of the sums of all programs, at most
+
+
+class Tiling(NamedTuple):
+    """How a kernel divides its work.
+
+    Attributes:
+        held: Logits that a thread holds, about: of them follows how many threads share a voxel.
+        num_warps: Per program.
+        programs: Per multiprocessor, in all.
+    """
+
+    held: int
+    num_warps: int
+    programs: int
+
+
+# (kernel, channels are last): the sums also hold three numbers for each logit
+TILINGS = {
+    ("sums", False): Tiling(36, 4, 8),
+    ("sums", True): Tiling(18, 4, 8),
+    ("gradient", False): Tiling(36, 4, 8),
+    ("gradient", True): Tiling(18, 4, 8),
+}
+
+
+@functools.cache
+def failure(device: torch.device) -> str | None:
+    """Why kernels do not run on this card: Triton needs a C compiler, for one."""
+    logits, label = (torch.zeros(1, n, 1, 1, 1, device=device) for n in (2, 1))
+    try:
+        FusedSums.apply(logits, label, None, None, True, True)
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+class FusedSums(torch.autograd.Function):
+    """`(logits, label, class_weights, ignore_value, dice, entropy) -> (B, 3 C + 2)` float64.
+
+    Args:
+        logits: `(B, C, …)` of a floating dtype, C up to `MAX_CLASSES`, contiguous or with channels
+            last in memory.
+        label: `(B, 1, …)` contiguous, integers of any dtype but bool. A voxel whose label is
+            neither a class nor ignored counts in the masses alone; preflight refuses such labels.
+        class_weights: `(C,)` float32 on the same device, or `None`.
+        ignore_value: Label of voxels that do not count, or `None`.
+        dice: Whether overlap and mass are wanted; they are 0 otherwise.
+        entropy: Whether the cross-entropy is.
+
+    Returns:
+        Of each volume: overlap, mass and size, C numbers each; the weighted sum of -ln(p) at the
+        labels; the sum of the weights. Numbers of voxels are exact. The gradient has dtype and
+        memory layout of the logits; one that is asked for by another loses no bit in between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        label: torch.Tensor,
+        class_weights: torch.Tensor | None,
+        ignore_value: int | None,
+        dice: bool,
+        entropy: bool,
+    ) -> torch.Tensor:
+        """Sums of each volume."""
+        ctx.save_for_backward(logits, label, class_weights)
+        ctx.ignore_value = ignore_value
+        grid, arguments = _launch("sums", logits, label, class_weights, ignore_value)
+        partials = logits.new_empty(*grid[::-1], 3 * logits.shape[1] + 2, dtype=torch.float32)
+        with torch.cuda.device_of(logits):
+            sums_kernel[grid](partials=partials, DICE=dice, ENTROPY=entropy, **arguments)
+        return partials.sum(1, dtype=torch.float64)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rates: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient by the logits."""
+        logits, label, class_weights = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        rates = rates.to(torch.float32, memory_format=torch.contiguous_format)
+        grid, arguments = _launch("gradient", logits, label, class_weights, ctx.ignore_value)
+        with torch.cuda.device_of(logits):
+            gradient_kernel[grid](rates=rates, gradient=gradient, **arguments)
+        return gradient, None, None, None, None, None
+
+
+class FusedValue(torch.autograd.Function):
+    """Loss of all levels and volumes, float32 scalar, of their sums, `(L, K)` float64.
+
+    One kernel in the place of tens, each of which takes longer to start than to run. The rates of
+    change are made with the value, and backward multiplies them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        totals: torch.Tensor,
+        class_weights: torch.Tensor | None,
+        num_classes: int,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """The value; `options` are `value_kernel`'s."""
+        value, rates = totals.new_empty((), dtype=torch.float32), torch.empty_like(totals)
+        with torch.cuda.device_of(totals):
+            value_kernel[(1,)](
+                totals,
+                totals if class_weights is None else class_weights,
+                value,
+                rates,
+                len(totals),
+                C=num_classes,
+                HAS_WEIGHTS=class_weights is not None,
+                BLOCK=triton.next_power_of_2(num_classes),
+                **options,
+            )
+        ctx.save_for_backward(rates)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Rates by the sums."""
+        (rates,) = ctx.saved_tensors
+        return rates * scale, None, None, None
+
+
+def sums(
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    class_weights: torch.Tensor | None = None,
+    ignore_value: int | None = None,
+    *,
+    dice: bool = True,
+    entropy: bool = True,
+) -> torch.Tensor:
+    """`FusedSums` of tensors in any layout; other layouts are copied to be contiguous."""
+    if not (logits.is_contiguous() or _is_last(logits)):
+        logits = logits.contiguous()
+    label = label.contiguous()
+    label = label.view(torch.uint8) if label.dtype == torch.bool else label
+    result: torch.Tensor = FusedSums.apply(
+        logits, label, class_weights, ignore_value, dice, entropy
+    )
+    return result
+
+
+def _is_last(logits: torch.Tensor) -> bool:
+    """Whether the classes of a voxel are neighbours in memory."""
+    return not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
+
+
+def _launch(
+    name: str,
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    ignore_value: int | None,
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid of a kernel, programs by volumes, and the arguments that both kernels have."""
+    num_volumes, num_classes = logits.shape[:2]
+    num_voxels = math.prod(logits.shape[2:])
+    is_last = _is_last(logits)
+    tiling = TILINGS[name, is_last]
+    rows, chunk, run = shape_of_tile(num_classes, is_last, logits.element_size(), tiling)
+    if logits.is_cuda:
+        found = torch.cuda.get_device_properties(logits.device).multi_processor_count
+        most = tiling.programs * found
+    else:
+        most = 2 * num_volumes
+    if name == "sums":
+        most = min(most, PARTIAL_BYTES // (4 * (3 * num_classes + 2)))
+    # counts of a program are float32, exact up to 2**24
+    programs = max(most // num_volumes, math.ceil(num_voxels / 2**23), 1)
+    arguments = {
+        "logits": logits,
+        "label": label,
+        "weights": logits if class_weights is None else class_weights,
+        "num_voxels": num_voxels,
+        "ignored": 0 if ignore_value is None else ignore_value,
+        "C": num_classes,
+        "IS_LAST": is_last,
+        "HAS_WEIGHTS": class_weights is not None,
+        "HAS_IGNORED": ignore_value is not None,
+        "FAST": FAST,
+        "ROWS": rows,
+        "CHUNK": chunk,
+        "RUN": run,
+        "num_warps": tiling.num_warps,
+        "num_stages": 1,
+    }
+    return (min(programs, math.ceil(num_voxels / (rows * run))), num_volumes), arguments
+
+
+def shape_of_tile(
+    num_classes: int, is_last: bool, element_size: int, tiling: Tiling
+) -> tuple[int, int, int]:
+    """`(ROWS, CHUNK, RUN)` with which a thread holds about `tiling.held` logits.
+
+    Args:
+        num_classes: Of the logits.
+        is_last: Whether their channels are last in memory.
+        element_size: In bytes.
+        tiling: Of the kernel.
+    """
+    if is_last:
+        vector = min(math.gcd(num_classes, 16), max(16 // element_size, 1))
+    else:
+        vector = max(4 // element_size, 1)
+    lanes = 1  # that share a voxel
+    least = vector if is_last else 1  # classes of one of them in a chunk
+    while lanes < 32 and math.ceil(num_classes / (lanes * least)) * vector > tiling.held:
+        lanes *= 4 if lanes < vector and not is_last else 2  # with 2 the labels would be moved
+    chunk = lanes * least
+    voxels = 32 // lanes * (1 if is_last else vector)  # of a warp
+    if is_last:
+        return voxels * tiling.num_warps, chunk, 1
+    return tiling.num_warps, chunk, voxels

@@ -1,0 +1,252 @@
+"""One config out of files and a command line, as MONAI's ConfigParser composes it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser, ReferenceResolver
+from monai.bundle.utils import merge_kv
+
+from pipeline.config import allowed, locations, targets
+from pipeline.config.keys import KEYS, MARKS, Config, read_word
+from pipeline.config.parser import Resolver
+from pipeline.config.signatures import signature_of
+from pipeline.errors import InputError, nearest
+
+
+@dataclass
+class Composed:
+    """A merged config, and where each of its values comes from.
+
+    Attributes:
+        source: The config, unevaluated.
+        places: For paths in it, `file:line` or `--key`.
+    """
+
+    source: Config
+    places: dict[allowed.Path, str] = field(default_factory=dict)
+
+    def place(self, path: allowed.Path) -> str:
+        """Where the value at a path comes from, or else what contains it."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "")
+
+    def tell(self, path: allowed.Path, fault: str) -> str:
+        """One line: place, id path, and what is expected there."""
+        place, name = self.place(path), "#".join(path)
+        told = [place] if place == f"--{name}" else [place, name]
+        return ": ".join([*filter(None, told), fault])
+
+    def put(self, path: allowed.Path, places: dict[allowed.Path, str]) -> None:
+        """Forget the places at and below a path, and note others there instead."""
+        kept = {at: place for at, place in self.places.items() if at[: len(path)] != path}
+        self.places = kept | {path + at: place for at, place in places.items()}
+
+
+def parse_overrides(words: Sequence[str]) -> Config:
+    """`--key value` pairs; see `config.read_word`.
+
+    A top-level key that is true or false may stand alone for true.
+
+    Raises:
+        InputError: If a key or value is missing, or a value is an expression or reference.
+    """
+    overrides: Config = {}
+    faults: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise InputError(f"{word}: expected --key value, got a word without key.")
+        key, given, value = word[2:].partition("=")
+        is_flag = key in KEYS and KEYS[key].types == "bool"
+        if is_flag and not given and (not rest or rest[0].startswith("--")):
+            value = given = "true"
+        text = value if given else rest.pop(0) if rest else None
+        if text is None:
+            raise InputError(f"--{key}: expected a value after it, got none.")
+        overrides[key] = read_word(key, text)
+        faults += filter(None, [allowed.override_fault(key, overrides[key])])
+    if faults:
+        raise InputError(*faults)
+    return overrides
+
+
+def compose(files: Sequence[str], overrides: Config, allow: Collection[str] = ()) -> Config:
+    """The merged config alone; see `compose_located`.
+
+    Raises:
+        InputError: As there, and if the config says what configs may not say.
+    """
+    merged = compose_located(files, overrides, allow)
+    faults = [merged.tell(*fault) for fault in allowed.faults(merged.source, allow)]
+    if faults:
+        raise InputError(*faults)
+    return merged.source
+
+
+def compose_located(
+    files: Sequence[str], overrides: Config, allow: Collection[str] = ()
+) -> Composed:
+    """Merge config files in order, then overrides, as MONAI's ConfigParser does.
+
+    Args:
+        files: Names of the files.
+        overrides: Value by key.
+        allow: Names that `_target_` may hold beside the list.
+
+    Raises:
+        InputError: If a file is missing or is not a JSON object, or a key has no place.
+    """
+    merged = Composed({})
+    parser = ConfigParser(merged.source)
+    contents = [(file, *_read(file)) for file in files]
+    for file, content, lines in contents:
+        merged.places.setdefault((), f"{file}:1")
+        for key, value in content.items():
+            places = {at[1:]: f"{file}:{n}" for at, n in lines.items() if at[:1] == (key,)}
+            _merge(merged, parser, key, value, places)
+    faults = []
+    for key, value in overrides.items():
+        path = tuple(ReferenceResolver.split_id(key))
+        fault = _place_fault(merged.source, path, allow)
+        if fault:
+            faults.append(f"--{key}: {fault}")
+            continue
+        parser[key] = value
+        merged.put(path, {(): f"--{key}"})
+    if faults:
+        raise InputError(*faults)
+    return merged
+
+
+def _read(file: str) -> tuple[Config, dict[allowed.Path, int]]:
+    """Content and lines of one file."""
+    if not Path(file).is_file():
+        known = [str(path) for path in Path(file).parent.glob("*.json")]
+        hint = nearest(file, known) if known else "Check the path."
+        raise InputError(f"{file}: expected a config file, found none. {hint}")
+    if Path(file).suffix.lower() != ".json":  # MONAI goes by the name
+        raise InputError(f"{file}: expected a file named *.json. Rename it.")
+    try:
+        content, lines = locations.read_json(Path(file).read_text(), file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
+    return content, lines
+
+
+def _merge(
+    merged: Composed, parser: ConfigParser, key: str, value: Any, places: dict[allowed.Path, str]
+) -> None:
+    """One top-level key of a file: `a#b` is a part, `+a` is added to what is there."""
+    adding = key.startswith("+")
+    path = tuple(ReferenceResolver.split_id(key[adding:]))
+    node: Any = merged.source
+    for part in path if adding else path[:-1]:
+        valid = _keys(node)
+        if part not in valid:
+            hint = nearest(part, valid) if valid else "Set it first."
+            raise InputError(f"{places[()]}: {key}: expected a known key, got '{part}'. {hint}")
+        node = node[part] if isinstance(node, dict) else node[int(part)]
+    if adding and not (isinstance(value, (dict, list)) and type(value) is type(node)):
+        kind = "object" if isinstance(node, dict) else "list"
+        raise InputError(f"{places[()]}: {key}: expected a {kind}, got {json.dumps(value)[:60]}.")
+    if not adding and isinstance(node, list) and path[-1] not in _keys(node):
+        raise InputError(f"{places[()]}: {key}: expected 0 to {len(node) - 1}, got '{path[-1]}'.")
+    if not adding and not isinstance(node, (dict, list)):
+        raise InputError(f"{places[()]}: {key}: expected a key of an object, got {node!r} there.")
+    offset = len(node) if adding and isinstance(node, list) else 0
+    merge_kv(parser, key, deepcopy(value))
+    if not adding:
+        return merged.put(path, places)
+    for name in {at[0] for at in places if at}:
+        below = {at[1:]: place for at, place in places.items() if at[:1] == (name,)}
+        merged.put((*path, str(int(name) + offset) if offset else name), below)
+
+
+def _place_fault(source: Config, path: allowed.Path, allow: Collection[str]) -> str | None:
+    """Why an override has no place: it neither exists nor is an argument of its component."""
+    node: Any = source
+    for depth, part in enumerate(path):
+        valid = [*KEYS, *source] if depth == 0 else _children(node, allow)
+        if part not in valid:
+            return f"expected a known key, got '{part}'. {nearest(part, valid)}"
+        missing = isinstance(node, dict) and part not in node
+        if missing and depth < len(path) - 1:
+            return f"expected '{part}' to be set before its parts."
+        node = None if missing else node[part] if isinstance(node, dict) else node[int(part)]
+    return None
+
+
+def _keys(node: Any) -> list[str]:
+    """Keys below `node`."""
+    if isinstance(node, list):
+        return [str(n) for n in range(len(node))]
+    return list(node) if isinstance(node, dict) else []
+
+
+def _children(node: Any, allow: Collection[str]) -> list[str]:
+    """Keys that may stand below `node`: those there, and the arguments of its `_target_`."""
+    name = node.get("_target_") if isinstance(node, dict) else None
+    # to look at a class is to execute its module
+    allowed = isinstance(name, str) and targets.is_allowed(name, allow)
+    target = targets.find(str(name)) if allowed else None
+    if target is None:
+        return _keys(node)
+    return [*_keys(node), *signature_of(target).hints]
+
+
+def source_being_resolved() -> Config:
+    """The config that a component is being built from, merged with its overrides, unevaluated.
+
+    MONAI hands a component its arguments only, and a reference to everything would be circular.
+    The resolver that builds the component is on the call stack, whichever entry (`pipeline.run`,
+    `monai.bundle run`, a federated client) made it; its root item is the source.
+
+    Raises:
+        RuntimeError: If no config is being resolved.
+    """
+    resolver = _resolver_at_work()
+    if resolver is None:
+        raise RuntimeError("lifecycle: expected to be built from a config, got a direct call.")
+    return deepcopy(resolver.items[""].get_config())
+
+
+def require_unaltered() -> None:
+    """Refuse what MONAI's own parser has altered, `::` for `#`, and nothing else would refuse.
+
+    Raises:
+        InputError: A line for each.
+    """
+    resolver = _resolver_at_work()
+    if resolver is None or isinstance(resolver, Resolver):
+        return
+    source = resolver.items[""].get_config()
+    faults = [
+        f"{key}: expected no # under monai.bundle, which puts :: in its place, got {value!r}. "
+        "Use python -m pipeline.run."
+        for key in ("output_dir", "cache_dir", "group_pattern")
+        if "::" in str(value := source.get(key)) and not str(value).startswith(MARKS)
+    ]
+    if faults:
+        raise InputError(*faults)
+
+
+def _resolver_at_work() -> ReferenceResolver | None:
+    """The resolver that the innermost object is being built by, or an expression evaluated."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        resolver = frame.f_locals.get("self")
+        if isinstance(resolver, ReferenceResolver):
+            return resolver
+        frame = frame.f_back
+    return None

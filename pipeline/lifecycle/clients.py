@@ -1,0 +1,62 @@
+"""What others put into the config of a bundle: lists of files, a name for the run, other data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.keys import CLIENT_KEYS, Config
+from pipeline.data.dataset import Cases
+from pipeline.data.listing import Case
+from pipeline.data.plan import AUTO, Plan
+from pipeline.errors import InputError
+
+
+def given_data(source: Config) -> tuple[list[Case], list[Case]] | None:
+    """Training and validation cases that a config lists itself; `None` where it does not.
+
+    Args:
+        source: The config, unevaluated.
+    """
+    train, validation = (_listed(source.get(part)) for part in ("train", "validate"))
+    return None if train is None else (train, validation or [])
+
+
+def _listed(part: Any) -> list[Case] | None:
+    """The cases that a part's dataset lists itself; it may be a reference."""
+    dataset = part.get("dataset") if isinstance(part, dict) else None
+    data = dataset.get("data") if isinstance(dataset, dict) else None
+    return data if isinstance(data, list) else None
+
+
+def is_clients(source: Config) -> bool:
+    """Whether a client goes on with the network of a bundle, on data of its own.
+
+    Args:
+        source: The config, unevaluated.
+    """
+    return given_data(source) is not None or not source.keys().isdisjoint(CLIENT_KEYS)
+
+
+def require_same_classes(source: Config, cases: Cases, plan: Plan) -> None:
+    """Refuse data whose label values mean something else than in a plan.
+
+    Args:
+        source: The config, unevaluated.
+        cases: Of the data.
+        plan: Of the network, made for other data.
+
+    Raises:
+        InputError: If the dataset declares other classes, and the config none, or other channels.
+    """
+    names, channels = cases.class_names, cases.num_channels
+    if source["class_names"] == AUTO and names and [*names] != [*plan.class_names]:
+        raise InputError(
+            f"{cases.name}: expected the classes {', '.join(plan.class_names)}, in the order "
+            f"of their label values, got {', '.join(names)}. Relabel the data, or state "
+            "class_names if they mean the same."
+        )
+    if channels not in (None, plan.in_channels):
+        raise InputError(
+            f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
+            "Choose other data."
+        )

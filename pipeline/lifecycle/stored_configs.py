@@ -1,0 +1,172 @@
+"""What a run directory says about its run: configs, plan and data, to go on from and to share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.bundle.metadata import run_inference_config, run_metadata
+from pipeline.config import keys
+from pipeline.data.dataset import Cases
+from pipeline.data.fingerprint import Fingerprint, training_range
+from pipeline.data.plan import AUTO, Plan
+from pipeline.errors import InputError
+from pipeline.files import make_directory, write_durably, write_json
+from pipeline.reporting.model_card import model_card
+
+# this repository's own: those beside a config may be anybody's
+TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
+# that start from bundle_root, or null
+PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
+
+
+def portable(
+    source: keys.Config, bundle_root: Path, dataset_dir: Path, run_dir: Path
+) -> keys.Config:
+    """The source as a bundle in the run directory states it: paths relative to that root."""
+
+    def moved(path: Any) -> Any:
+        if isinstance(path, list):
+            return [moved(one) for one in path]
+        return path and os.path.relpath(bundle_root / path, run_dir)
+
+    return {
+        **{k: value for k, value in source.items() if k not in ("_meta_", *keys.CLIENT_KEYS)},
+        **{key: moved(source[key]) for key in PATHS},
+        "bundle_root": ".",
+        "dataset_dir": os.path.relpath(dataset_dir, run_dir),
+        # without what monai.bundle makes another name of
+        "output_dir": f"../{run_dir.name}_again".replace("#", ""),
+        **({"accept_changed_data": False} if "accept_changed_data" in source else {}),
+    }
+
+
+def write_configs(
+    run_dir: Path,
+    source: keys.Config,
+    cases: Cases,
+    plan: Plan,
+    fingerprint: Fingerprint | None,
+    start: dict[str, Any] | None = None,
+    contents: Mapping[str, str] | None = None,
+) -> None:
+    """Make the run directory a bundle.
+
+    Args:
+        run_dir: Of the run.
+        source: Its config, `portable`.
+        cases: Of its dataset.
+        plan: For its dataset.
+        fingerprint: Of its training and validation cases.
+        start: Which weights it began with, where they were a file's.
+        contents: What the files of its cases hold; see `contents_of`.
+    """
+    target = run_dir / "configs"
+    make_directory(target)
+    record = {"fingerprint": cases.fingerprint, "init_weights": start, "contents": contents}
+    write_json(run_dir / "run.json", record)
+    write_json(run_dir / "plan.json", plan.as_dict())
+    write_json(target / "train.json", source)
+    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
+    inference, metadata, evaluate = (
+        json.loads((TEMPLATES / f"{name}.json").read_text())
+        for name in ("inference", "metadata", "evaluate")
+    )
+    trained_on = training_range(fingerprint) if fingerprint else None
+    inference = run_inference_config(inference, source, cases, plan, trained_on)
+    write_json(target / "inference.json", inference)
+    write_json(target / "evaluate.json", {"output_dir": ".", **evaluate})
+    write_json(target / "metadata.json", run_metadata(metadata, source, cases, plan))
+
+
+def write_docs(run_dir: Path) -> None:
+    """What people read of a run that ended: its model card and the licence of the code.
+
+    Raises:
+        OSError: If something of it cannot be read or written.
+    """
+    card = run_dir / "docs" / "README.md"
+    card.unlink(missing_ok=True)  # of an earlier end
+    make_directory(card.parent)
+    write_durably(run_dir / "LICENSE", (TEMPLATES.parent / "LICENSE").read_bytes())
+    write_durably(card, model_card(run_dir).encode())
+
+
+def stored_plan(run_dir: Path) -> Plan:
+    """The plan that the run there was begun with.
+
+    Raises:
+        InputError: If it is not there or is none.
+    """
+    path = run_dir / "plan.json"
+    try:
+        return Plan(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the plan of the run there, got: {error}. Restore it, or choose "
+            "another output_dir."
+        ) from error
+
+
+def changed_cases(
+    run_dir: Path, case_ids: Collection[str], contents: Mapping[str, str]
+) -> list[str]:
+    """Cases whose files hold something else than when the run there last started.
+
+    Args:
+        run_dir: Of the run.
+        case_ids: Of the dataset of now.
+        contents: Of the dataset of now; see `contents_of`.
+
+    Returns:
+        Their ids; none where the cases are others, or the run is of a version without contents.
+    """
+    try:
+        known = json.loads((run_dir / "run.json").read_text())["contents"]
+    except (OSError, ValueError, KeyError):
+        return []  # `changes_since` says so
+    if not known or known.keys() != {*case_ids}:
+        return []
+    return [case_id for case_id in contents if contents[case_id] != known[case_id]]
+
+
+def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -> list[str]:
+    """Values of a run's config that are others now, and may be.
+
+    Args:
+        run_dir: Of the run.
+        source: The config of now, `portable`.
+        fingerprint: Of the dataset of now; `None`: it may be another.
+
+    Raises:
+        InputError: If it would be another run, or what there was cannot be read.
+    """
+    try:
+        former = json.loads((run_dir / "configs" / "train.json").read_text())
+        former = {"init_weights": None, "init_head": False, **former}  # older runs have no such key
+        known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{run_dir}: expected configs/train.json and run.json of the run there, got: "
+            f"{error}. Restore them, or choose another output_dir."
+        ) from error
+    planned = stored_plan(run_dir).as_dict()
+    changed = keys.changes(_decided(former, planned), _decided(source, planned))
+    if known != fingerprint:
+        changed[keys.IDENTITY].append("dataset_dir (other cases)")
+    if changed[keys.IDENTITY]:
+        raise InputError(
+            f"{run_dir}: expected the config of the run there, got other values of "
+            f"{', '.join(changed[keys.IDENTITY])}. "
+            "Choose another output_dir, or leave them as they were."
+        )
+    return changed[keys.CONTINUABLE]
+
+
+def _decided(source: keys.Config, planned: Mapping[str, Any]) -> keys.Config:
+    """What is `auto` is what it was decided to be, and no other where it is given now."""
+    return {k: planned.get(k, v) if v == AUTO else v for k, v in source.items()}

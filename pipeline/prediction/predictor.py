@@ -1,0 +1,178 @@
+"""A trained run in memory: `Predictor("runs/phantom")(image)`, and how its networks are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from pipeline.config import allowed, keys
+from pipeline.config.compose import source_being_resolved
+from pipeline.config.keys import Config
+from pipeline.config.parser import Parser
+from pipeline.errors import InputError, innermost
+from pipeline.files import load
+from transforms.preprocess import LOADING_STEPS
+
+CONFIG = Path("configs", "inference.json")  # of a run directory
+# what the members of an ensemble have in common: they see the same windows of the same volume
+COMMON = (
+    "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
+    "roi_size", "in_channels", "num_classes", "class_names",
+)  # fmt: skip
+# the first run's, for all
+PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark", "layout")
+
+
+class Predictor:
+    """Predicts volumes in memory with a trained run, or the mean probabilities of several.
+
+    Args:
+        run_dir: Of the run.
+        others: Of further runs of the same plan.
+        allow: Names that `_target_` may hold beside the list, as `--allow` gives them.
+        values: Of keys of its `configs/inference.json`, such as `device="cpu"`.
+
+    Raises:
+        InputError: If there is no such run, or it has no weights, or a value is none.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *others: str | Path, allow: Collection[str] = (), **values: Any
+    ) -> None:
+        source = read_inference_config(run_dir)
+        if unknown := values.keys() - source.keys():
+            raise InputError(f"Predictor: expected keys of {CONFIG}, got {', '.join(unknown)}.")
+        members = [*others, *values.pop("ensemble", [])]
+        source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
+        allowed.check(source, allow)
+        table = {**keys.KEYS, **keys.PREDICTION_KEYS}
+        known = {key: spec for key, spec in table.items() if key in source}
+        keys.check({key: source[key] for key in known}, known)
+        parser = Parser(source)
+        self.in_channels = source["in_channels"]
+        try:
+            self.preprocessing = parser.get_parsed_content("preprocessing")
+            self.segmenter = parser.get_parsed_content("segmenter")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(str(innermost(error))) from error
+
+    def __call__(
+        self, image: np.ndarray | torch.Tensor, affine: np.ndarray | None = None
+    ) -> MetaTensor:
+        """Labels of one volume, which stays as it is.
+
+        Args:
+            image: `(H, W, D)`, or `(C, H, W, D)` of several channels, intensities as in the files
+                that the run was trained on.
+            affine: `(4, 4)` to RAS mm; of a MetaTensor it is known.
+
+        Returns:
+            `(H, W, D)` uint8 on the same grid, with its affine.
+
+        Raises:
+            ValueError: If the image has no affine of three directions, or other channels.
+        """
+        if affine is None:
+            if not isinstance(image, MetaTensor):
+                raise ValueError("image: expected a MetaTensor or an affine, got neither. Give it.")
+            affine = image.affine.cpu().numpy()
+        affine = np.array(affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not abs(np.linalg.det(affine)) > 0:
+            raise ValueError(
+                f"affine: expected (4, 4) with three directions, got {affine.tolist()}."
+            )
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().numpy()
+        # a copy, since MONAI's normalisation works in place
+        voxels = torch.from_numpy(np.array(image, dtype=np.float32, order="C"))
+        voxels = voxels[None] if voxels.ndim == 3 else voxels
+        if voxels.ndim != 4 or len(voxels) != self.in_channels:
+            raise ValueError(
+                f"image: expected {self.in_channels} channels, (C, H, W, D), got shape "
+                f"{tuple(image.shape)}."
+            )
+        meta = {"original_affine": affine, "spatial_shape": np.array(voxels.shape[1:])}
+        loaded = {"image": MetaTensor(voxels, affine=torch.as_tensor(affine), meta=meta)}
+        found = self.segmenter(self.preprocessing(loaded, start=LOADING_STEPS)["image"])
+        return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(affine))
+
+
+def read_inference_config(run_dir: str | Path) -> Config:
+    """The inference config of a run, with the run directory as its root.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = Path(run_dir, CONFIG)
+    try:
+        source = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"run_dir: expected the directory of a run, got {run_dir} ({error}). Name one that "
+            "holds configs and models."
+        ) from None
+    return {**source, "bundle_root": str(Path(run_dir).absolute())}
+
+
+def load_networks(
+    bundle_root: str,
+    network: torch.nn.Module,
+    weights: str,
+    ensemble: Sequence[str],
+) -> list[torch.nn.Module]:
+    """The network of a run with its weights, and those of other runs beside it.
+
+    Args:
+        bundle_root: Folder that relative paths start from: the run directory.
+        network: On its device.
+        weights: State dict of the network; a relative path is one in each run directory.
+        ensemble: Other run directories.
+
+    Raises:
+        InputError: If there are no weights, or they are another network's, or a run's plan differs.
+    """
+    root = Path(bundle_root).resolve()
+    load_weights(network, root / weights)
+    networks = [network]
+    own = source_being_resolved()
+    for other in ensemble:
+        source = read_inference_config(root / other)
+        if differing := [key for key in COMMON if source.get(key) != own[key]]:
+            raise InputError(
+                f"{other}: expected a run of the same plan, got another {', '.join(differing)}. "
+                "An ensemble is of runs that differ in fold, seed or network alone."
+            )
+        allowed.check(
+            source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
+        )
+        parser = Parser({**source, **{key: own[key] for key in PRECISION if key in own}})
+        networks.append(parser.get_parsed_content("network"))
+        name = source["weights"] if Path(weights).is_absolute() else weights
+        load_weights(networks[-1], root / other / name)
+    return networks
+
+
+def load_weights(network: torch.nn.Module, path: Path) -> None:
+    """Load a state dict; nothing in the file is executed.
+
+    Raises:
+        InputError: If it is not there, is no state dict, or another network's.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: expected the weights of a trained network, found none. Name a run that has "
+            "them with --run_dir, or train one."
+        )
+    try:
+        network.load_state_dict(load(path))
+    except Exception as error:  # torch and pickle raise many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: expected the weights of this network, got: {reason[:200]}. Name another file."
+        ) from None

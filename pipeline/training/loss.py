@@ -1,0 +1,329 @@
+"""Dice and cross-entropy, reduced in float32 whatever the dtype of the logits.
+
+A loss is made in two halves: sums over voxels, which is all that it needs of the logits, and its
+value, which is made of them. Between the two the sums of all ranks are added up.
+
+Sums over a volume do not fit float16: at 96³ MONAI's DiceCELoss on float16 logits returns a Dice
+loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_losses.py` shows it).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline import distributed
+from pipeline.errors import InputError, as_bool, nearest
+
+WHERE = "SegmentationLoss"
+BACKENDS = ("auto", "triton", "torch")
+NO_LABEL = -100  # torch's own default for ignore_index
+
+
+class SegmentationLoss(nn.Module):
+    """`dice_weight · Dice + ce_weight · cross-entropy` of softmax probabilities, in float32.
+
+    The parts are the two halves of MONAI's DiceCELoss, and with the defaults the value is that of
+    `DiceCELoss(to_onehot_y=True, softmax=True)` on float32 logits. Of several ranks each gets the
+    loss of all their samples together, and its gradient for its own
+    (`pipeline.distributed.all_reduce_sum`).
+
+    Args:
+        dice_weight: Factor of the Dice loss, at least 0.
+        ce_weight: Factor of the cross-entropy, at least 0; not both may be 0.
+        include_background: Whether class 0 takes part in Dice. True as in MONAI: a crop without
+            foreground then still has a Dice term with a useful gradient.
+        class_weights: One positive weight per class, or None for equal ones. In cross-entropy a
+            weighted mean over the voxels; in Dice a factor of the class's term before the mean,
+            as in MONAI.
+        batch_dice: Sum over the batch before dividing, instead of a Dice loss per volume.
+        smooth: Positive number added to Dice's numerator and denominator.
+        ignore_value: Label of voxels that contribute neither to Dice nor to cross-entropy; where
+            all are ignored the loss is 0 and so is its gradient.
+        backend: What computes the sums and their gradient: `torch`, `triton` (fused kernels, which
+            read the logits once in each direction and keep nothing of their size), or `auto`:
+            triton where it serves, on CUDA with up to 256 classes. `in_force` tells which.
+
+    Raises:
+        InputError: If an argument is not as described, or triton is asked for and not installed.
+
+    Source: Milletari et al., V-Net, 3DV 2016 (Dice, here without squares); Isensee et al.,
+        nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
+    """
+
+    is_over_ranks = True  # its value is that of the samples of all ranks
+    class_weights: torch.Tensor | None
+
+    def __init__(
+        self,
+        dice_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        include_background: bool | str = True,
+        class_weights: Sequence[float] | None = None,
+        batch_dice: bool | str = False,
+        smooth: float = 1e-5,
+        ignore_value: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dice_weight = _number("dice_weight", dice_weight, zero=True)
+        self.ce_weight = _number("ce_weight", ce_weight, zero=True)
+        if self.dice_weight == self.ce_weight == 0:
+            raise InputError(
+                f"{WHERE}: expected a positive dice_weight or ce_weight, got 0 for both. Raise one."
+            )
+        if ignore_value is not None and type(ignore_value) is not int:
+            raise InputError(
+                f"{WHERE}: expected ignore_value to be an integer or null, "
+                f"got {ignore_value!r}. Name one label."
+            )
+        self.ignore_value = ignore_value
+        # Not saved: the config is where they belong.
+        self.register_buffer("class_weights", _weights(class_weights), persistent=False)
+        self.include_background = as_bool(include_background, f"{WHERE}: include_background")
+        self.batch_dice = as_bool(batch_dice, f"{WHERE}: batch_dice")
+        self.smooth = _number("smooth", smooth)
+        if backend not in BACKENDS:
+            raise InputError(
+                f"{WHERE}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}. "
+                + nearest(str(backend), BACKENDS)
+            )
+        if backend == "triton" and _fused() is None:
+            raise InputError(
+                f"{WHERE}: expected triton for backend 'triton', got no such package. "
+                "Install it, or use auto."
+            )
+        self.backend = backend
+
+    @torch.compiler.disable  # what it asks is of the process, not of the tensors
+    def in_force(self, device: torch.device, num_classes: int = 2) -> str:
+        """The backend, `triton` or `torch`, for logits on `device`.
+
+        Raises:
+            InputError: If triton is asked for and cannot serve there.
+        """
+        if self.backend == "torch":
+            return "torch"
+        obstacle = _obstacle(device, num_classes)
+        if self.backend == "triton" and obstacle:
+            raise InputError(
+                f"{WHERE}: expected {obstacle[0]} for backend 'triton', got {obstacle[1]}. "
+                "Use auto."
+            )
+        return "torch" if obstacle else "triton"
+
+    def forward(
+        self, logits: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of a batch, with no synchronisation of the host.
+
+        Args:
+            logits: `(B, C, H, W, D)` of any floating dtype, C ≥ 2; or, for deep supervision, a
+                sequence of them, full resolution first. Their losses are averaged with weights
+                1, 1/2, 1/4, …, and the label is brought to their sizes by nearest neighbour.
+            label: `(B, 1, H, W, D)` of any dtype, integers in [0, C) or `ignore_value`. That they
+                are is for the preflight to check: looking here would wait for the device.
+
+        Returns:
+            float32 scalar; its gradient reaches the logits in their own dtype.
+
+        Raises:
+            ValueError: If the shapes do not fit each other or the class weights.
+            InputError: If triton is asked for and cannot serve here.
+        """
+        levels = [logits] if isinstance(logits, torch.Tensor) else list(logits)
+        self._check(levels, label)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(label.device)  # waits for a copy only once
+        label = label.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
+        is_fused = self.in_force(levels[0].device, levels[0].shape[1]) == "triton"
+        with torch.autocast(label.device.type, enabled=False):
+            sums = []
+            for level in levels:
+                plain, own_label = level.as_subclass(torch.Tensor), _resize(label, level)
+                sums.append((self._fused_sums if is_fused else self._sums)(plain, own_label))
+            totals = distributed.all_reduce_sum(torch.stack(sums) if sums[1:] else sums[0][None])
+            if is_fused:
+                return self._fused_value(totals, levels[0].shape[1])
+            values = self._value(totals)
+            weights = 0.5 ** torch.arange(len(levels), device=values.device)
+            return (weights * values).sum() / weights.sum()
+
+    def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """All that the loss at one resolution needs of logits, added up over volumes.
+
+        Returns:
+            `(K,)` float32: rows of one number per class, for Dice, then both terms of the quotient
+            that is the mean cross-entropy.
+        """
+        logits = logits.float()
+        target = label[:, 0].long()  # (B, H, W, D)
+        valid = None if self.ignore_value is None else (target != self.ignore_value)[:, None]
+        one_hot = _one_hot(target, valid, logits.shape[1])
+        size = one_hot.flatten(2).sum(2, dtype=logits.dtype)  # (B, C)
+        weight = size if self.class_weights is None else size * self.class_weights
+        overlap = mass = entropy = torch.zeros_like(size)
+        if self.ce_weight > 0:
+            log_p = logits.log_softmax(1)
+            entropy = self._entropy(log_p, target)
+        if self.dice_weight > 0:
+            p = log_p.exp() if self.ce_weight > 0 else logits.softmax(1)
+            overlap = (p * one_hot).flatten(2).sum(2)
+            mass = (p if valid is None else p * valid).flatten(2).sum(2)
+        if self.batch_dice:
+            rows = torch.stack([overlap, mass, size])
+        else:  # quotients of single volumes, and how many volumes there are
+            terms = self._dice(overlap, mass, size)
+            rows = torch.stack([terms, torch.ones_like(terms)])
+        return torch.cat([rows.sum(1).flatten(), torch.stack([entropy.sum(), weight.sum()])])
+
+    @torch.compiler.disable
+    def _fused_sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """The same by Triton, float64: numbers of voxels stay exact."""
+        fused, num_classes = _fused(), logits.shape[1]
+        found = fused.sums(
+            logits,
+            label,
+            self.class_weights,
+            self.ignore_value,
+            dice=self.dice_weight > 0,
+            entropy=self.ce_weight > 0,
+        )
+        if self.batch_dice:
+            return found.sum(0)
+        rows, rest = found.split([3 * num_classes, 2], 1)
+        terms = self._dice(*rows.chunk(3, 1))
+        return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
+
+    @torch.compiler.disable
+    def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """What `_value` gives, averaged over levels."""
+        options = {
+            "dice_weight": self.dice_weight,
+            "ce_weight": self.ce_weight,
+            "smooth": self.smooth,
+            "FIRST": 0 if self.include_background else 1,
+            "BATCH_DICE": self.batch_dice,
+        }
+        value: torch.Tensor = _fused().FusedValue.apply(
+            totals, self.class_weights, num_classes, options
+        )
+        return value
+
+    def _value(self, totals: torch.Tensor) -> torch.Tensor:
+        """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""
+        rows, entropy, weight = totals.split([totals.shape[1] - 2, 1, 1], 1)
+        if self.batch_dice:
+            terms = self._dice(*rows.chunk(3, 1))
+        else:
+            added, num_volumes = rows.chunk(2, 1)
+            terms = added / num_volumes
+        if self.class_weights is not None:
+            terms = terms * self.class_weights
+        first = 0 if self.include_background else 1
+        dice = terms[:, first:].mean(1)
+        # without a valid voxel torch's own mean is 0/0
+        mean_entropy = entropy / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        return self.dice_weight * dice + self.ce_weight * mean_entropy[:, 0]
+
+    def _dice(self, overlap: torch.Tensor, mass: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return 1 - (2 * overlap + self.smooth) / (mass + size + self.smooth)
+
+    def _entropy(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Weighted cross-entropy of each voxel, 0 where it is ignored."""
+        ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
+        # not added up here: on CUDA torch does so in an order that varies from run to run
+        return F.nll_loss(log_p, target, self.class_weights, ignore_index=ignored, reduction="none")
+
+    def _check(self, levels: list[torch.Tensor], label: torch.Tensor) -> None:
+        shape = tuple(levels[0].shape)
+        if shape[1] < 2:
+            raise ValueError(
+                f"{WHERE}: expected logits of at least 2 classes, got {shape[1]}. "
+                "Count the background as one."
+            )
+        if tuple(label.shape) != (shape[0], 1, *shape[2:]):
+            raise ValueError(
+                f"{WHERE}: expected a label of shape {(shape[0], 1, *shape[2:])}, "
+                f"got {tuple(label.shape)}. Give it as integers in one channel."
+            )
+        if self.class_weights is not None and len(self.class_weights) != shape[1]:
+            raise InputError(
+                f"{WHERE}: expected {shape[1]} class_weights, one per class, "
+                f"got {len(self.class_weights)}. Background is the first."
+            )
+
+
+@functools.cache
+def _fused() -> Any:
+    """The module of the fused kernels, or `None` where triton is not installed."""
+    try:
+        return importlib.import_module("networks.kernels.fused_loss")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
+    """What triton would need, and what there is instead; `None` where it serves."""
+    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET")
+    if device.type != "cuda" and not is_interpreted:  # before triton, whose import takes a second
+        return "logits on CUDA", device.type
+    fused = _fused()
+    if fused is None:
+        return "triton", "no such package"
+    if num_classes > fused.MAX_CLASSES:
+        return f"at most {fused.MAX_CLASSES} classes", str(num_classes)
+    if device.type == "cpu":
+        return None if fused.INTERPRETED else ("logits on CUDA", device.type)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a card of compute capability 8.0 or more", torch.cuda.get_device_name(device)
+    reason = fused.failure(device)
+    return reason and ("a triton that runs", reason)
+
+
+def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`label` on the grid of `logits`, by the voxel nearest to each centre."""
+    if label.shape[2:] == logits.shape[2:]:
+        return label
+    return F.interpolate(label.float(), size=logits.shape[2:], mode="nearest-exact")
+
+
+def _one_hot(target: torch.Tensor, valid: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """`(B, C, H, W, D)` uint8, 0 at ignored voxels; refuses labels out of range."""
+    target = target[:, None]
+    shape = (len(target), num_classes, *target.shape[2:])
+    found = torch.zeros(shape, dtype=torch.uint8, device=target.device)
+    if valid is None:
+        return found.scatter_(1, target, 1)
+    return found.scatter_(1, target.where(valid, 0), 1).mul_(valid)
+
+
+def _weights(values: Any) -> torch.Tensor | None:
+    if values is None:
+        return None
+    if not isinstance(values, list | tuple) or not values:
+        raise InputError(
+            f"{WHERE}: expected class_weights to be a list of numbers or null, "
+            f"got {values!r}. Give one per class."
+        )
+    return torch.tensor([_number("class_weights", v) for v in values])
+
+
+def _number(name: str, value: Any, *, zero: bool = False) -> float:
+    """`value` if it is a finite number above 0, or 0 where `zero` allows it."""
+    valid = type(value) in (int, float) and 0 <= value < math.inf and (zero or value > 0)
+    if not valid:
+        least = "0 or more" if zero else "more than 0"
+        raise InputError(
+            f"{WHERE}: expected {name} to be {least}, got {value!r}. Give a finite number."
+        )
+    return float(value)
