@@ -81,7 +81,9 @@ def readings(dataset: Path, folder: Path, *more: str) -> dict[str, list]:
         shutil.rmtree(cache, ignore_errors=True)
         found["cold"].append(measure(command(dataset, cache, *more)))
         found["cached"].append(measure(command(dataset, cache, *more)))
-        found["fast"].append(measure(command(dataset, folder / "none", "--check", "fast", *more)))
+        found["fast"].append(
+            measure(command(dataset, folder / "none", "--preflight", "fast", *more))
+        )
     return found
 
 

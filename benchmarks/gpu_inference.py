@@ -105,9 +105,9 @@ def same_labels(precision: Precision, num_classes: int) -> dict[str, Any]:
     image = volume_of((224, 208, 192))
     network = network_of(num_classes, precision)
     roi = (96, 96, 96)
-    narrow = SlidingWindow(roi, num_classes, 1, sums_bytes=200 * 2**20)
+    narrow = SlidingWindow(roi, num_classes, 1, max_blend_bytes=200 * 2**20)
     slabs = Segmenter([network], precision, narrow)(image).labels
-    whole = SlidingWindow(roi, num_classes, 1, sums_bytes=2**40)
+    whole = SlidingWindow(roi, num_classes, 1, max_blend_bytes=2**40)
 
     def in_precision(batch: torch.Tensor) -> torch.Tensor:
         with precision.autocast():

@@ -49,7 +49,7 @@ from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 FIXED, PROFILED = 4, 30  # batches of the bare step; steps
-TINY = {"roi_size": [16, 16, 16], "base_channels": 4, "check": "off", "num_workers": 0}
+TINY = {"roi_size": [16, 16, 16], "base_channels": 4, "preflight": "off", "num_workers": 0}
 
 
 class Ours:

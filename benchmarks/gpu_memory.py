@@ -172,7 +172,7 @@ def measured(config: Config) -> Config:
         trainer = trainer_of(config, precision)
         trainer.run()
         found["train"] = peak()
-        found["compile"] = trainer.describe()["effective"]["compile"]
+        found["cuda_graph"] = trainer.describe()["effective"]["cuda_graph"]
         clean()
         found["rest"] = peak()
         arguments = config["roi_size"], config["num_classes"]

@@ -103,7 +103,7 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
             loss_function=SegmentationLoss(),
             lr_scheduler=scheduler,
             steps_per_epoch=len(loader),
-            compile="none" if graphs else "auto",
+            cuda_graph="none" if graphs else "auto",
             **common,
         )
 

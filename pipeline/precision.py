@@ -99,7 +99,7 @@ class Precision:
         tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
         cudnn_benchmark: Whether cuDNN times its convolution algorithms and takes the fastest on
             CUDA: faster where shapes repeat, and the choice may differ from run to run.
-        layout: Memory format of the weights, which images and activations follow: `auto`,
+        memory_format: Memory format of the weights, which images and activations follow: `auto`,
             `channels_last_3d`, which is what `auto` is, or `contiguous`.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
@@ -120,7 +120,7 @@ class Precision:
         amp_dtype: str = "auto",
         tf32: bool | str = False,
         cudnn_benchmark: bool | str = False,
-        layout: str = "auto",
+        memory_format: str = "auto",
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
@@ -148,12 +148,12 @@ class Precision:
             )
         self.tf32 = as_bool(tf32, "tf32")
         self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
-        if layout not in LAYOUTS:
+        if memory_format not in LAYOUTS:
             raise InputError(
-                f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}. "
-                + nearest(str(layout), LAYOUTS)
+                f"memory_format: expected one of {', '.join(LAYOUTS)}, got {memory_format!r}. "
+                + nearest(str(memory_format), LAYOUTS)
             )
-        self.layout = layout
+        self._memory_format = memory_format
         if self.device.type == "cuda":
             self._set_up_cuda()
 
@@ -178,7 +178,7 @@ class Precision:
     @property
     def memory_format(self) -> torch.memory_format:
         """Of the weights, which images and activations follow."""
-        return LAYOUTS[self.layout]
+        return LAYOUTS[self._memory_format]
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move `network` to the device, its weights in `memory_format`.
@@ -200,7 +200,7 @@ class Precision:
             "amp_dtype": self.amp_dtype,
             "tf32": self.tf32,
             "cudnn_benchmark": self.cudnn_benchmark,
-            "layout": self.layout,
+            "memory_format": self._memory_format,
         }
         cuda = self.device.type == "cuda"
         effective = {

@@ -186,8 +186,8 @@ def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, c
     assert len(predict(tmp_path / "r", monkeypatch)) == 6
 
 
-def test_run_keeps_a_test_share(train, tmp_path, capfd):
-    assert train(any_datasets.csv_table(tmp_path / "data"), test_share=0.3, num_folds=2) == 0
+def test_run_keeps_a_test_fraction(train, tmp_path, capfd):
+    assert train(any_datasets.csv_table(tmp_path / "data"), test_fraction=0.3, num_folds=2) == 0
     assert "2 training, 2 validation and 2 test cases" in capfd.readouterr().out
 
 
@@ -312,10 +312,10 @@ def test_certify_refuses_fold_all_before_training(tmp_path, monkeypatch, capsys)
         ("memory_budget_bytes", 10, "memory_budget_bytes: expected 2"),
         ("memory_budget_bytes", "8GB", "--memory_budget_bytes: expected int or auto"),
         ("fold", "al", "--fold: expected int or all"),
-        ("test_share", 2, "test_share: expected 0 to below 1, got 2."),
+        ("test_fraction", 2, "test_fraction: expected 0 to below 1, got 2."),
         ("split_file", "missing.json", "missing.json: expected JSON, got: "),
         ("cache_limit_bytes", 10, "cache_limit_bytes: expected room for the 4 cases"),
-        ("check", "none", '--check: expected one of "full", "fast", "off", got "none".'),
+        ("preflight", "none", '--preflight: expected one of "full", "fast", "off", got "none".'),
         ("exclude", "case_001", "--exclude: expected a list of strings (case ids to leave out)"),
         ("exclude", [1], "--exclude: expected a list of strings (case ids to leave out)"),
         ("data_roots", [3], "--data_roots: expected a list of paths"),

@@ -26,7 +26,7 @@ def finished(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        values = {"test_share": 0.2, "num_folds": 2, "final_scores": True, "check": "full"}
+        values = {"test_fraction": 0.2, "num_folds": 2, "final_scores": True, "preflight": "full"}
         assert run_tiny(root, out, **values) == 0
     return out
 

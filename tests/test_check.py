@@ -95,14 +95,22 @@ def test_check_finds_all_faults_at_once_and_blames_no_other_case(check, broken, 
 
 
 def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
-    assert check(broken, "--check", "fast", "--json", tmp_path / "r.json") == 2
+    assert check(broken, "--preflight", "fast", "--json", tmp_path / "r.json") == 2
     faults = json.loads((tmp_path / "r.json").read_text())["faults"]
     assert [f["check"] for f in faults] == ["unpaired", "unreadable", "affine"]
 
 
 def test_check_passes_what_can_be_read_when_off(check, broken):
     excluded = '["case_000", "case_001"]'
-    words = [broken, "--check", "off", "--exclude", excluded, "--class_names", '["a", "b", "c"]']
+    words = [
+        broken,
+        "--preflight",
+        "off",
+        "--exclude",
+        excluded,
+        "--class_names",
+        '["a", "b", "c"]',
+    ]
     assert check(*words, "--num_folds", 3) == 0
 
 
@@ -124,7 +132,7 @@ def test_check_takes_another_config(check, dataset, tmp_path, capsys):
 def test_check_helps(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("DATASET_DIR", "--plan", "--json FILE", "--exclude", "--check fast", "status"):
+    for word in ("DATASET_DIR", "--plan", "--json FILE", "--exclude", "--preflight fast", "status"):
         assert word in out
 
 
@@ -142,7 +150,10 @@ def test_check_helps(capsys):
         (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),
         (["{data}", "--exclude", "nobody"], "--exclude: expected a list of strings"),
         (["{data}", "--exclude", '["nobody"]'], "exclude: expected cases of the dataset, got"),
-        (["{data}", "--check", "none"], '--check: expected one of "full", "fast", "off", got'),
+        (
+            ["{data}", "--preflight", "none"],
+            '--preflight: expected one of "full", "fast", "off", got',
+        ),
         (["{data}", "--config", "no.json"], "no.json: expected a config file, found none."),
         (["{data}", "--memory_budget_bytes", "10"], "memory_budget_bytes: expected "),
     ],

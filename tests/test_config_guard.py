@@ -76,7 +76,7 @@ ASKED = {
         "finalize#0: ", "asks for 'dataset' of @train#loader",
     ),
     "an attribute that the class has beside those of the list": (
-        {"train#x": "$@lifecycle.intake"}, "train#x: ", "a Lifecycle. ",
+        {"train#x": "$@lifecycle.data_module"}, "train#x: ", "a Lifecycle. ",
     ),
     "a method called that is not to be called": (
         {"initialize": ["$@lifecycle.release()"]}, "initialize#0: ", "a Lifecycle. ",

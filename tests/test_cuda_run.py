@@ -26,7 +26,7 @@ def test_run_trains_scores_predicts_and_leaves_as_a_bundle(
 ):
     monkeypatch.chdir(REPOSITORY)
     out = tmp_path / "r"
-    values = {"device": "cuda", "amp_dtype": amp_dtype, "test_share": 0.2, "num_folds": 2}
+    values = {"device": "cuda", "amp_dtype": amp_dtype, "test_fraction": 0.2, "num_folds": 2}
     assert run_tiny(dataset, out, final_scores=True, **values) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["effective"]["dtype"] == amp_dtype

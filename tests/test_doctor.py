@@ -454,8 +454,8 @@ CASES = {
         "gamma_inverted, gamma, got 'nois'. Use 'noise'",
     ),
     "name in split": (
-        {"intake#split#group_patern": None},
-        "{file}:2: intake#split#group_patern: expected an argument of split, got "
+        {"data_module#split#group_patern": None},
+        "{file}:2: data_module#split#group_patern: expected an argument of split, got "
         "'group_patern'. Did you mean 'group_pattern'?",
     ),
     "transform": (

@@ -328,8 +328,8 @@ def test_neutral_resets_what_a_part_says_itself():
         "dataset_dir": "/data/a",
         "init_weights": "../b/model.pt",
         "output_dir": "/home/a/out",
-        "intake#split#exclude": ["case_7"],
-        "intake": {
+        "data_module#split#exclude": ["case_7"],
+        "data_module": {
             "dataset_dir": "/data/a",
             "split": {"exclude": ["case_7"], "fold": "@fold", "split_file": "@split_file"},
         },
@@ -339,8 +339,8 @@ def test_neutral_resets_what_a_part_says_itself():
         "dataset_dir": "dataset",
         "init_weights": None,
         "output_dir": "predictions",
-        "intake#split#exclude": "@exclude",
-        "intake": {
+        "data_module#split#exclude": "@exclude",
+        "data_module": {
             "dataset_dir": "@dataset_dir",
             "split": {"exclude": "@exclude", "fold": "@fold", "split_file": "@split_file"},
         },

@@ -22,7 +22,7 @@ GPU = [
 STEPS = graph.WARM_UP + 4
 
 
-def trained(compile, accumulation=1, mode="float16", network=None, change=None):
+def trained(cuda_graph, accumulation=1, mode="float16", network=None, change=None):
     """A trainer after `STEPS` steps."""
     if network is None:
         network = DenseUNet(1, 2, 8, (2,), num_dense_layers=1, growth_rate=8, dropout=0.2, seed=0)
@@ -32,7 +32,7 @@ def trained(compile, accumulation=1, mode="float16", network=None, change=None):
         accumulation=accumulation,
         network=network,
         optimizer=torch.optim.AdamW,
-        compile=compile,
+        cuda_graph=cuda_graph,
     )
     if change:
         change(trainer)
@@ -49,8 +49,8 @@ class TestOnCard:
         with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             plain = trained("none", accumulation, mode)
             replayed = trained("cuda_graphs", accumulation, mode)
-        assert plain.describe()["effective"]["compile"] == "none"
-        assert replayed.describe()["effective"]["compile"] == "cuda_graphs"
+        assert plain.describe()["effective"]["cuda_graph"] == "none"
+        assert replayed.describe()["effective"]["cuda_graph"] == "cuda_graphs"
         assert replayed._graph.captures == 1
         if mode == "float32":  # seen to be close on a card; bits were not compared
             for one, other in zip(
@@ -96,10 +96,10 @@ class TestOnCard:
 
         network = nn.Sequential(Waits(1, 2, 1))
         trainer = trained("auto", network=copy.deepcopy(network))
-        assert trainer.describe()["effective"]["compile"] == "none"
+        assert trainer.describe()["effective"]["cuda_graph"] == "none"
         assert trainer.progress.step == STEPS
         assert "not replayed as a CUDA graph: it waits for the device" in caplog.text
-        with pytest.raises(InputError, match=r"^compile: expected a step that can be captured"):
+        with pytest.raises(InputError, match=r"^cuda_graph: expected a step that can be captured"):
             trained("cuda_graphs", network=network)
 
     def test_network_that_replaces_a_buffer_goes_without(self, caplog):
@@ -115,7 +115,7 @@ class TestOnCard:
 
         trainer = trained("auto", network=nn.Sequential(Averages()))
         assert "a buffer of the network is replaced in it" in caplog.text
-        assert trainer.describe()["effective"]["compile"] == "none"
+        assert trainer.describe()["effective"]["cuda_graph"] == "none"
         assert trainer.progress.step == STEPS
         assert trainer.network[0].mean.item() != 0
 
@@ -123,7 +123,7 @@ class TestOnCard:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         trainer = trained("auto")
-        assert trainer.describe()["effective"]["compile"] == "cuda_graphs"
+        assert trainer.describe()["effective"]["cuda_graph"] == "cuda_graphs"
         weights = sum(p.numel() for p in trainer.network.parameters()) * 4
         trainer.state.output = None
         assert torch.cuda.memory_allocated() - before < 4 * weights + 2**20
@@ -167,12 +167,12 @@ class TestOnCard:
 
 
 @pytest.mark.parametrize(
-    ("compile", "line"),
+    ("cuda_graph", "line"),
     [
-        ("graphs", r"^compile: expected one of auto, cuda_graphs, none, got 'graphs'\."),
-        ("cuda_graphs", r"^compile: expected a CUDA device and one rank for cuda_graphs"),
+        ("graphs", r"^cuda_graph: expected one of auto, cuda_graphs, none, got 'graphs'\."),
+        ("cuda_graphs", r"^cuda_graph: expected a CUDA device and one rank for cuda_graphs"),
     ],
 )
-def test_what_cannot_be_compiled_is_told_in_a_line(compile, line):
+def test_what_cannot_be_compiled_is_told_in_a_line(cuda_graph, line):
     with pytest.raises(InputError, match=line):
-        make_trainer(in_mode("float32", "cpu"), [batch(0)], compile=compile)
+        make_trainer(in_mode("float32", "cpu"), [batch(0)], cuda_graph=cuda_graph)

@@ -108,7 +108,7 @@ def test_relative_path_starts_from_bundle_root(run, former, first_weights, tmp_p
 
 def test_monai_bundle_begins_with_them_too(run, former, dataset, tmp_path):
     path = str(former / "models/model.pt")
-    start = {"init_weights": path, "init_head": True, "max_epochs": 1}
+    start = {"init_weights": path, "reinit_head": True, "max_epochs": 1}
     assert run(tmp_path / "ours", **start) == 0
     values = {**TINY, **start, "dataset_dir": str(dataset), "output_dir": str(tmp_path / "theirs")}
     words = [
@@ -141,7 +141,7 @@ def test_other_number_of_classes_keeps_all_but_the_head(
 ):
     path = former / "models/model.pt"
     values = {"init_weights": str(path), "max_epochs": 1}
-    assert run_tiny(four_classes, tmp_path / "r", **values, init_head=True) == 0
+    assert run_tiny(four_classes, tmp_path / "r", **values, reinit_head=True) == 0
     assert run_tiny(four_classes, tmp_path / "random", max_epochs=1) == 0
     state, (begun, random) = weights(path), first_weights
     assert begun["head.weight"].shape[0] == 4
@@ -154,22 +154,22 @@ def test_other_number_of_classes_keeps_all_but_the_head(
     assert "drawn anew: head.weight, head.bias" in (tmp_path / "r/log.txt").read_text()
 
 
-def test_other_number_of_classes_is_refused_without_init_head(
+def test_other_number_of_classes_is_refused_without_reinit_head(
     four_classes, former, tmp_path, at_the_root, capfd
 ):
     path = str(former / "models/model.pt")
     assert refused(capfd, run_tiny, four_classes, tmp_path / "r", init_weights=path) == [
         "init_weights: head.bias: expected float32 [4], got float32 [3] in model.pt. Use "
-        "init_head=true to draw the head anew.",
+        "reinit_head=true to draw the head anew.",
         "init_weights: head.weight: expected float32 [4, 2, 1, 1, 1], got float32 [3, 2, 1, 1, 1] "
-        "in model.pt. Use init_head=true to draw the head anew.",
+        "in model.pt. Use reinit_head=true to draw the head anew.",
     ]
     assert not (tmp_path / "r").exists()
 
 
-def test_init_head_draws_a_head_that_would_fit_anew(run, former, first_weights, tmp_path):
+def test_reinit_head_draws_a_head_that_would_fit_anew(run, former, first_weights, tmp_path):
     path = former / "models/model.pt"
-    assert run(tmp_path / "r", init_weights=str(path), init_head=True, max_epochs=1) == 0
+    assert run(tmp_path / "r", init_weights=str(path), reinit_head=True, max_epochs=1) == 0
     assert differing(first_weights[0], weights(path)) == ["head.weight", "head.bias"]
 
 
@@ -189,20 +189,20 @@ def test_run_that_continues_ignores_the_file(run, former, first_weights, tmp_pat
 
 @pytest.mark.parametrize(
     ("before", "after", "named"),
-    [(False, True, "init_weights"), (True, False, "init_weights"), (True, True, "init_head")],
+    [(False, True, "init_weights"), (True, False, "init_weights"), (True, True, "reinit_head")],
 )
 def test_other_start_is_another_run(run, former, tmp_path, capfd, before, after, named):
     path = {"init_weights": str(former / "models/model.pt")}
     assert run(tmp_path / "r", **(path if before else {}), max_epochs=1) == 0
-    other = {**(path if after else {}), "init_head": named == "init_head"}
+    other = {**(path if after else {}), "reinit_head": named == "reinit_head"}
     capfd.readouterr()
     (line,) = refused(capfd, run, tmp_path / "r", **other, max_epochs=2)
     assert f"got other values of {named}. Choose another output_dir" in line
 
 
-def test_init_head_without_a_file_is_refused(run, tmp_path, capfd):
-    (line,) = refused(capfd, run, tmp_path / "r", init_head=True)
-    assert line == "init_head: expected init_weights beside it, got null. Name a file."
+def test_reinit_head_without_a_file_is_refused(run, tmp_path, capfd):
+    (line,) = refused(capfd, run, tmp_path / "r", reinit_head=True)
+    assert line == "reinit_head: expected init_weights beside it, got null. Name a file."
     assert not (tmp_path / "r").exists()
 
 
@@ -269,7 +269,7 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     state["encoders.0.norm2.weight"] = state["encoders.0.norm2.weight"].to_sparse()
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(InputError) as refused:
-        fitted(read_weights(tmp_path / "w.pt"), network, init_head=False)
+        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=False)
     assert [fault.split(" in w.pt. ")[0] for fault in refused.value.faults] == [
         "init_weights: deepest.conv1.weight: expected float32 [4, 2, 3, 3, 3], got float32 [1, 2]",
         "init_weights: deepest.norm1.weight: expected float32 [4], got no such tensor",
@@ -282,22 +282,22 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     ]
 
 
-def test_init_head_takes_no_notice_of_the_files_head(network, tmp_path):
+def test_reinit_head_takes_no_notice_of_the_files_head(network, tmp_path):
     state = network.state_dict()
     state["head.weight"] = torch.full((9,), torch.nan)
     state["deep_heads.0.weight"] = torch.ones(1)
     del state["head.bias"]
     torch.save(state, tmp_path / "w.pt")
-    tensors, drawn_anew = fitted(read_weights(tmp_path / "w.pt"), network, init_head=True)
+    tensors, drawn_anew = fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
     assert drawn_anew == HEAD
     assert tensors.keys() == network.state_dict().keys() - {*HEAD}
 
 
-def test_init_head_of_a_network_without_one_is_refused(tmp_path):
+def test_reinit_head_of_a_network_without_one_is_refused(tmp_path):
     network = torch.nn.Conv3d(1, 1, 1)
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"^init_head: expected a network with layers head\.\*"):
-        fitted(read_weights(tmp_path / "w.pt"), network, init_head=True)
+    with pytest.raises(InputError, match=r"^reinit_head: expected a network with layers head\.\*"):
+        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
 
 
 def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
@@ -311,7 +311,7 @@ def test_run_that_began_before_there_was_this_key_goes_on(run, tmp_path):
     assert run(tmp_path / "r", max_epochs=1) == 0
     path = tmp_path / "r/configs/train.json"
     source = json.loads(path.read_text())
-    for key in ("init_weights", "init_head"):
+    for key in ("init_weights", "reinit_head"):
         del source[key], source["lifecycle"][key]
     del source["train"]["trainer"]["initial_weights"]
     path.write_text(json.dumps(source))

@@ -190,7 +190,7 @@ def card_of(monkeypatch, free):
     monkeypatch.setattr(data_module, "available_bytes", lambda device: free)
 
 
-def intake_of(**changes):
+def data_module_with(**changes):
     split = {"split_file": None, "data_roots": []}
     arguments = {"memory_budget_bytes": AUTO, "device": "cuda", "base_channels": 16, **changes}
     return data_module.DataModule(".", "d", "c", split, "full", {}, **arguments)
@@ -199,8 +199,8 @@ def intake_of(**changes):
 @pytest.mark.parametrize(("free", "budget"), [(80 * GIB, 8 * GIB), (7 * GIB, 0.7 * 7 * GIB)])
 def test_budget_is_8_gib_or_what_a_smaller_card_has_free(monkeypatch, free, budget):
     card_of(monkeypatch, free)
-    assert intake_of()._budget_bytes() == pytest.approx(budget)
-    assert intake_of(memory_budget_bytes=5)._budget_bytes() == 5
+    assert data_module_with()._budget_bytes() == pytest.approx(budget)
+    assert data_module_with(memory_budget_bytes=5)._budget_bytes() == 5
 
 
 def test_forecast_is_of_the_precision_batch_and_largest_volume_of_the_run(monkeypatch):
@@ -213,7 +213,7 @@ def test_forecast_is_of_the_precision_batch_and_largest_volume_of_the_run(monkey
     found = SimpleNamespace(fingerprint=fingerprint)
     net = ([[2, 2, 2]] * 2, 16, 3, 1, 1)
     for amp, mode in ((True, "float16"), (False, "float32")):
-        forecast = intake_of(amp=amp, recompute_levels=1).forecast(plan, found)
+        forecast = data_module_with(amp=amp, recompute_levels=1).forecast(plan, found)
         process = Process(Net(*net, mode))
         process.train([48] * 3, 3)
         assert forecast.training == process.peak
@@ -223,7 +223,7 @@ def test_forecast_is_of_the_precision_batch_and_largest_volume_of_the_run(monkey
 
 
 def test_nothing_is_forecast_on_a_cpu():
-    assert intake_of(device="cpu").forecast(None, SimpleNamespace(fingerprint={})) is None
+    assert data_module_with(device="cpu").forecast(None, SimpleNamespace(fingerprint={})) is None
 
 
 def test_run_that_will_not_fit_ends_before_it_begins(dataset, tmp_path, monkeypatch, capfd):
@@ -268,7 +268,7 @@ def test_planned_batch_trains_on_a_card_of_8_gb(mode, levels):
     share = 7.5 * GIB / torch.cuda.get_device_properties(0).total_memory  # a context takes the rest
     torch.cuda.set_per_process_memory_fraction(share)
     try:
-        budget = intake_of(base_channels=32)._budget_bytes()
+        budget = data_module_with(base_channels=32)._budget_bytes()
         assert budget < 8 * GIB
         names = (
             "class_names", "num_classes", "in_channels", "crop_empty_borders", "spacing",

@@ -78,8 +78,8 @@ def test_make_phantom_is_deterministic_and_cases_do_not_depend_on_their_number(d
 def test_inference_config_states_the_plan_of_the_phantom(dataset, tmp_path):
     source = json.loads((REPOSITORY / "configs/amp.json").read_text())
     source |= {"dataset_dir": str(dataset), "cache_dir": str(tmp_path), "device": "cpu"}
-    intake = ConfigParser(source).get_parsed_content("intake")
-    plan = intake.plan(intake.inspect(intake.load())).as_dict()
+    data_module = ConfigParser(source).get_parsed_content("data_module")
+    plan = data_module.plan(data_module.run_preflight(data_module.load())).as_dict()
     inference = json.loads((REPOSITORY / "configs/inference.json").read_text())
     shared = {*SETTINGS} & inference.keys()
     assert len(shared) == 9

@@ -394,7 +394,7 @@ def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
         is_held=True,
         run_dir=folder,
         cases=SimpleNamespace(validation=validation_cases, test=test_cases),
-        intake=SimpleNamespace(split={"group_pattern": None}),
+        data_module=SimpleNamespace(split={"group_pattern": None}),
         plan=SimpleNamespace(class_names=NAMES, ignore_value=None),
     )
     network = small_network(0)
@@ -412,7 +412,7 @@ def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
 
 def split_of(dataset: Path):
     """Five cases that validate, and two of a test."""
-    found = load_cases(dataset, num_folds=2, test_share=0.2)
+    found = load_cases(dataset, num_folds=2, test_fraction=0.2)
     validation = [*found.train, *found.validation]
     assert (len(validation), len(found.test)) == (5, 2)
     return validation, found.test

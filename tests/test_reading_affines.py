@@ -52,14 +52,14 @@ def test_every_case_is_told_of(command, train, tmp_path, level, folders):
     cut = root / "imagesTr" / f"tiny_{len(FIELDS) + 1:03d}.nii.gz"
     cut.write_bytes(b"no volume")
     expected = {*names, cut.name.removesuffix(".nii.gz")}
-    status, told = command("check", root, "--check", level, "--cache_dir", tmp_path / "cache")
+    status, told = command("check", root, "--preflight", level, "--cache_dir", tmp_path / "cache")
     assert status == 2
     assert blamed(told) == expected, told
     for case in names:
         lines = [line for line in told.splitlines() if case in line]
         assert len(lines) == len(folders), lines
         assert all("  expected " in line and "  fault" not in line for line in lines)
-    status, told = train(tmp_path / "r", dataset_dir=str(root), check=level)
+    status, told = train(tmp_path / "r", dataset_dir=str(root), preflight=level)
     assert status == 2
     assert {line.split(":")[0] for line in told.splitlines()} == expected, told
     assert not (tmp_path / "r").exists()
@@ -74,7 +74,7 @@ def test_one_channel_of_several_is_told_of(command, tmp_path):
         (root / f"labelsTr/{name}_0000.nii.gz").rename(root / f"labelsTr/{name}.nii.gz")
     for name, fields in zip(names, FIELDS.values(), strict=False):
         spoil(root / f"imagesTr/{name}_0001.nii.gz", fields)
-    status, told = command("check", root, "--check", "fast", "--num_folds", 2)
+    status, told = command("check", root, "--preflight", "fast", "--num_folds", 2)
     assert status == 2
     assert blamed(told) == {*names[: len(FIELDS)]}, told
     assert all("_0001" in line for line in told.splitlines() if line.startswith("fault "))

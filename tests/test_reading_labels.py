@@ -57,7 +57,7 @@ def test_label_value_that_is_no_class_is_refused_with_its_case(
     train, labelled, tmp_path, check, value, dtype
 ):
     data = labelled(put(value), dtype)
-    status, told = train(tmp_path / "r", dataset_dir=str(data), check=check, fold=1)
+    status, told = train(tmp_path / "r", dataset_dir=str(data), preflight=check, fold=1)
     assert status == 2
     line = told.strip().splitlines()[-1]
     assert line.startswith("tiny_001: ")
@@ -69,7 +69,7 @@ def test_label_value_that_is_no_class_is_refused_with_its_case(
 def test_refused_case_may_be_of_training_or_validation(train, labelled, tmp_path, fold):
     """In one of three folds the case is one of validation."""
     data = labelled(put(7), np.uint8)
-    status, told = train(tmp_path / "r", dataset_dir=str(data), check="fast", fold=fold)
+    status, told = train(tmp_path / "r", dataset_dir=str(data), preflight="fast", fold=fold)
     assert status == 2
     assert told.strip().splitlines()[-1].startswith("tiny_001: expected label values 0 to 2, got 7")
 
@@ -81,10 +81,10 @@ def test_label_a_hair_off_whole_numbers_is_rounded_and_said_once(
     cases = [f"tiny_{n:03d}" for n in range(1, 7)]
     data = labelled(lambda voxels: voxels - np.float32(0.0005) * (voxels > 0), cases=cases)
     cache = {"cache_dir": str(tmp_path / "cache")}
-    status, told = train(tmp_path / "r", dataset_dir=str(data), check=check, **cache)
+    status, told = train(tmp_path / "r", dataset_dir=str(data), preflight=check, **cache)
     assert status == 0
     assert told.count("rounded") == 1
-    assert train(tmp_path / "exact", dataset_dir=str(dataset), check=check)[0] == 0
+    assert train(tmp_path / "exact", dataset_dir=str(dataset), preflight=check)[0] == 0
     models = [(tmp_path / run / "models/last.pt").read_bytes() for run in ("r", "exact")]
     assert models[0] == models[1]
 

@@ -48,7 +48,7 @@ def require_equal(got, expected):
 @pytest.mark.parametrize("start", [0, 14], ids=["epoch", "continued"])
 def test_resident_batches_are_those_of_the_cache(tmp_path, device, changes, start):
     patches = make_patches(tmp_path, SHARES, **changes)
-    resident, cached = loader(patches, resident=True, device=device), loader(patches)
+    resident, cached = loader(patches, cache_on_device=True, device=device), loader(patches)
     for one in (device_cache, cached):
         one.sampler.start = start
     got = list(resident)
@@ -62,32 +62,33 @@ def test_resident_batches_are_divided_among_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     for rank, own in enumerate([slice(0, 3), slice(3, 5)]):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts = list(loader(patches, batch_size=5, resident=True))
+        parts = list(loader(patches, batch_size=5, cache_on_device=True))
         require_equal(parts, [{k: v[own] for k, v in batch.items()} for batch in whole])
 
 
 def test_resident_cases_need_no_file_and_no_worker(tmp_path):
     patches = make_patches(tmp_path, SHARES)
     expected = list(loader(patches))
-    ours = loader(patches, resident="true", num_workers=2)
-    assert ours.describe()["effective"]["resident"] is None
+    ours = loader(patches, cache_on_device="true", num_workers=2)
+    assert ours.describe()["effective"]["cache_on_device"] is None
     require_equal([next(iter(ours))], expected[:1])
     for path in (tmp_path / "cache").glob("*.safetensors"):
         path.unlink()
     patches.cached.make = None
     require_equal(list(ours), expected)
     described = ours.describe()
-    assert described["requested"] == {"resident": "true", "num_workers": 2}
+    assert described["requested"] == {"cache_on_device": "true", "num_workers": 2}
     voxels = 13 * 9 * 7 * len(SHARES)
     assert described["effective"] == {
-        "resident": True, "bytes": voxels * (2 * 4 + 1), "num_workers": 0, "reason": "as asked for",
+        "cache_on_device": True, "bytes": voxels * (2 * 4 + 1), "num_workers": 0,
+        "reason": "as asked for",
     }  # fmt: skip
 
 
 def test_auto_on_a_cpu_reads_the_cache(tmp_path):
     ours = loader(make_patches(tmp_path, SHARES))
     ours.begin()
-    assert ours.describe()["effective"]["resident"] is False
+    assert ours.describe()["effective"]["cache_on_device"] is False
 
 
 @pytest.mark.parametrize(
@@ -108,27 +109,31 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
     def full(*args):
         raise torch.OutOfMemoryError("full")
 
-    ours = loader(make_patches(tmp_path, SHARES), resident=asked)
+    ours = loader(make_patches(tmp_path, SHARES), cache_on_device=asked)
     monkeypatch.setattr(device_cache, "ResidentCases", full)
     monkeypatch.setattr(device_cache, "decision", lambda *args: (True, ""))
     if asked == "auto":
         assert len(list(ours)) == 5
         assert "taken meanwhile" in ours.describe()["effective"]["reason"]
     else:
-        with pytest.raises(InputError, match=r"^resident: expected .* Use resident=auto or false"):
+        with pytest.raises(
+            InputError, match=r"^cache_on_device: expected .* Use cache_on_device=auto or false"
+        ):
             next(iter(ours))
 
 
 def test_loader_refuses_another_word(tmp_path):
-    with pytest.raises(InputError, match="resident: expected auto, true or false, got 'gpu'"):
-        loader(make_patches(tmp_path, SHARES), resident="gpu")
+    with pytest.raises(
+        InputError, match="cache_on_device: expected auto, true or false, got 'gpu'"
+    ):
+        loader(make_patches(tmp_path, SHARES), cache_on_device="gpu")
 
 
 @pytest.mark.parametrize("value", ["gpu", 1.5, None])
 def test_run_refuses_another_value_in_one_line(run, tmp_path, capfd, value):
-    assert run(tmp_path / "r", resident=value) == 2
+    assert run(tmp_path / "r", cache_on_device=value) == 2
     error = capfd.readouterr().err
-    assert error.startswith('--resident: expected one of "auto", true, false, got ')
+    assert error.startswith('--cache_on_device: expected one of "auto", true, false, got ')
     assert error.count("\n") == 1
 
 
@@ -145,15 +150,15 @@ def test_run_with_resident_cases_ends_with_the_same_weights(run, tmp_path, monke
         patch.setattr(MixedPrecisionTrainer, "run", interrupted)
         with pytest.raises(SystemExit):
             run(tmp_path / "b", steps_per_epoch=3, num_workers=1)
-    assert run(tmp_path / "b", steps_per_epoch=3, num_workers=1, resident=True) == 0
+    assert run(tmp_path / "b", steps_per_epoch=3, num_workers=1, cache_on_device=True) == 0
     a, b = (torch.load(tmp_path / x / "models/last.pt", weights_only=True) for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
     told = [json.loads((tmp_path / x / "summary.json").read_text())["training_data"] for x in "ab"]
-    assert [one["effective"]["resident"] for one in told] == [False, True]
-    assert told[1]["requested"] == {"resident": True, "num_workers": 1}
+    assert [one["effective"]["cache_on_device"] for one in told] == [False, True]
+    assert told[1]["requested"] == {"cache_on_device": True, "num_workers": 1}
     assert told[1]["effective"]["num_workers"] == 0
     log = (tmp_path / "b/log.txt").read_text()
     assert "Training cases in force: in the memory of cpu (as asked for)" in log
-    assert "asked for: resident True, num_workers 1 (not used)" in log
-    assert "Continuing with a changed resident" in log
+    assert "asked for: cache_on_device True, num_workers 1 (not used)" in log
+    assert "Continuing with a changed cache_on_device" in log

@@ -44,7 +44,8 @@ def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
     summary = json.loads((tmp_path / "r/summary.json").read_text())
     assert summary["requested"] == {
         "device": "auto", "amp": True, "amp_dtype": "bfloat16", "tf32": False,
-        "cudnn_benchmark": False, "layout": "auto", "loss_backend": "auto", "compile": "auto",
+        "cudnn_benchmark": False, "memory_format": "auto", "loss_backend": "auto",
+        "cuda_graph": "auto",
     }  # fmt: skip
     assert summary["effective"]["dtype"] == "bfloat16"
     log = (tmp_path / "r/log.txt").read_text()
@@ -52,7 +53,7 @@ def test_summary_says_what_was_asked_and_what_was_in_force(run, tmp_path):
     assert "asked for: device auto, amp True, amp_dtype bfloat16" in log
     assert summary["effective"]["loss_backend"] == "torch"
     assert "loss_backend in force: torch; asked for: auto" in log
-    assert "compile in force: none; asked for: auto" in log
+    assert "cuda_graph in force: none; asked for: auto" in log
     assert summary["effective"]["loss_scaling"] is False
     assert (summary["epochs"], summary["steps"], summary["skipped_steps"]) == (2, 4, 0)
     assert 0 <= summary["last_mean_dice"] <= summary["best_mean_dice"] <= 1

@@ -28,7 +28,7 @@ def scored(dataset, tmp_path_factory) -> Path:
     torch.set_num_threads(1)  # as in the tests, whose runs it is compared with
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        values = {"test_share": 0.2, "num_folds": 2, "max_epochs": 3}
+        values = {"test_fraction": 0.2, "num_folds": 2, "max_epochs": 3}
         assert run_tiny(dataset, out, final_scores=True, **values) == 0
     return out
 
@@ -80,7 +80,7 @@ def test_evaluate_of_what_was_predicted_gives_the_same_scores(scored, dataset, t
 def test_scoring_leaves_the_models_as_they_were(scored, dataset, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        values = {"test_share": 0.2, "num_folds": 2, "max_epochs": 3}
+        values = {"test_fraction": 0.2, "num_folds": 2, "max_epochs": 3}
         assert run_tiny(dataset, tmp_path / "r", **values) == 0
     assert not (tmp_path / "r/scores").exists()
     for name in ("model.pt", "last.pt"):
@@ -135,8 +135,8 @@ def test_case_that_cannot_be_predicted_is_named_and_the_rest_scored(
 def test_broken_test_case_is_named_and_the_rest_scored(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     dataset = make_dataset(tmp_path / "data", 9)
-    values = {"test_share": 0.3, "num_folds": 2, "max_epochs": 1, "check": "fast"}
-    cases = load_cases(dataset, test_share=0.3, num_folds=2)
+    values = {"test_fraction": 0.3, "num_folds": 2, "max_epochs": 1, "preflight": "fast"}
+    cases = load_cases(dataset, test_fraction=0.3, num_folds=2)
     path = Path(cases.test[0]["image"])
     path.write_bytes(path.read_bytes()[:-200])
     assert run_tiny(dataset, tmp_path / "r", final_scores=True, **values) == 0

@@ -39,12 +39,14 @@ def affine(request):
     return request.param
 
 
-@pytest.mark.parametrize("sums_bytes", [2**32, 20_000, 1])
-def test_labels_are_those_of_whole_volume_blending(affine, sums_bytes, monkeypatch):
+@pytest.mark.parametrize("max_blend_bytes", [2**32, 20_000, 1])
+def test_labels_are_those_of_whole_volume_blending(affine, max_blend_bytes, monkeypatch):
     monkeypatch.setattr("pipeline.prediction.sums.CHUNK_BYTES", 5_000)
     volume, own = grid_of(affine)
     network = Net()
-    segmenter = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4, sums_bytes=sums_bytes))
+    segmenter = Segmenter(
+        [network], FLOAT32, SlidingWindow(ROI, 4, max_blend_bytes=max_blend_bytes)
+    )
     found = segmenter(volume, with_probabilities=True)
     whole = to_original_grid(probabilities_of(network, volume), volume)
     assert found.labels.dtype == np.uint8
@@ -59,7 +61,7 @@ def test_labels_are_those_of_whole_volume_blending(affine, sums_bytes, monkeypat
 def test_ensemble_is_the_mean_of_probabilities():
     volume, own = grid_of(AFFINES["oblique"])
     networks = [Net(seed) for seed in range(3)]
-    found = Segmenter(networks, FLOAT32, SlidingWindow(ROI, 4, sums_bytes=30_000))(
+    found = Segmenter(networks, FLOAT32, SlidingWindow(ROI, 4, max_blend_bytes=30_000))(
         volume, with_probabilities=True
     )
     mean = sum(probabilities_of(network, volume) for network in networks) / 3
@@ -118,7 +120,7 @@ def as_batch(*volumes):
 def test_labels_in_an_evaluator_are_the_segmenters():
     volumes = [grid_of(affine)[0] for affine in (AFFINES["oblique"], AFFINES["permuted"])]
     network = Net()
-    inferer = SlidingWindowLabels(FLOAT32, ROI, 4, sums_bytes=30_000)
+    inferer = SlidingWindowLabels(FLOAT32, ROI, 4, max_blend_bytes=30_000)
     got = inferer(as_batch(*volumes), network)
     assert (got.shape, got.dtype) == ((2, 1, 13, 11, 12), torch.uint8)
     for labels, volume in zip(got, volumes, strict=True):

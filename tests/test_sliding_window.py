@@ -30,12 +30,14 @@ def network():
     return torch.nn.Conv3d(2, 5, 3, padding=1).double().requires_grad_(False)
 
 
-@pytest.mark.parametrize("sums_bytes", [2**32, 200_000, 1], ids=["one lane", "lanes", "narrow"])
+@pytest.mark.parametrize(
+    "max_blend_bytes", [2**32, 200_000, 1], ids=["one lane", "lanes", "narrow"]
+)
 @pytest.mark.parametrize(("shape", "roi", "overlap"), CASES)
-def test_sliding_window_agrees_with_monai(network, shape, roi, overlap, sums_bytes):
+def test_sliding_window_agrees_with_monai(network, shape, roi, overlap, max_blend_bytes):
     volume = torch.randn(2, 2, *shape, dtype=torch.float64)
     expected = sliding_window_inference(volume, roi, 3, network, overlap, "gaussian")
-    window = SlidingWindow(roi, 5, 3, overlap, sums_bytes=sums_bytes)
+    window = SlidingWindow(roi, 5, 3, overlap, max_blend_bytes=max_blend_bytes)
     got = window(volume, network)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, expected, atol=2e-6)
@@ -43,9 +45,9 @@ def test_sliding_window_agrees_with_monai(network, shape, roi, overlap, sums_byt
 
 
 @pytest.mark.parametrize("shape", [(30, 41, 25), (9, 41, 25)])
-@pytest.mark.parametrize("sums_bytes", [2**32, 60_000])
-def test_blocks_tile_the_volume_in_order(network, shape, sums_bytes):
-    window = SlidingWindow((16, 16, 8), 5, 3, sums_bytes=sums_bytes)
+@pytest.mark.parametrize("max_blend_bytes", [2**32, 60_000])
+def test_blocks_tile_the_volume_in_order(network, shape, max_blend_bytes):
+    window = SlidingWindow((16, 16, 8), 5, 3, max_blend_bytes=max_blend_bytes)
     seen = torch.zeros(shape)
     before = None
     lanes = set()
@@ -57,7 +59,7 @@ def test_blocks_tile_the_volume_in_order(network, shape, sums_bytes):
         assert before is None or place > before
         before = place
     assert (seen == 1).all()
-    assert (len(lanes) > 1) == (sums_bytes < 2**32)
+    assert (len(lanes) > 1) == (max_blend_bytes < 2**32)
 
 
 def test_padding_alone_makes_no_block(network, monkeypatch):
@@ -103,7 +105,7 @@ def test_result_of_a_metatensor_is_one_with_its_affine(network):
     assert got.shape == (1, 5, 9, 9, 9)
 
 
-def most_alive(monkeypatch, size, sums_bytes):
+def most_alive(monkeypatch, size, max_blend_bytes):
     """Most elements of sums that were alive at once, over a volume `size` windows long."""
     alive: weakref.WeakSet = weakref.WeakSet()
     most = []
@@ -115,7 +117,7 @@ def most_alive(monkeypatch, size, sums_bytes):
             most.append(sum(one.logits.numel() for one in alive))
 
     monkeypatch.setattr(sliding_window, "WeightedSums", Watched)
-    window = SlidingWindow((8, 8, 8), 7, sums_bytes=sums_bytes)
+    window = SlidingWindow((8, 8, 8), 7, max_blend_bytes=max_blend_bytes)
     for _ in window.blocks(
         torch.zeros(1, 8 * size, 40, 16), [lambda w: w.expand(-1, 7, -1, -1, -1)]
     ):
@@ -138,8 +140,8 @@ def test_windows_of_many_classes_or_voxels_are_fewer_at_once():
     assert SlidingWindow((128, 128, 128), 2, 4).batch_size == 2
     assert SlidingWindow((256, 256, 256), 2, 4).batch_size == 1
     logits = 4 * 100 * 16**3
-    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=8 * 2 * logits).batch_size == 2
-    assert SlidingWindow((16, 16, 16), 100, 4, sums_bytes=logits).batch_size == 1
+    assert SlidingWindow((16, 16, 16), 100, 4, max_blend_bytes=8 * 2 * logits).batch_size == 2
+    assert SlidingWindow((16, 16, 16), 100, 4, max_blend_bytes=logits).batch_size == 1
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.6, 0.9])

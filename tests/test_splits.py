@@ -194,7 +194,7 @@ def test_split_all_trains_on_everything(many):
 )
 def test_split_keeps_test_persons_out_of_every_fold(many, share, persons):
     def sides(**keywords):
-        cases = load_cases(many, group_pattern="pairs", test_share=share, **keywords)
+        cases = load_cases(many, group_pattern="pairs", test_fraction=share, **keywords)
         return set(ids(cases.train)), set(ids(cases.validation)), set(ids(cases.test))
 
     _, _, test = sides()
@@ -217,14 +217,14 @@ def test_split_keeps_test_persons_out_of_every_fold(many, share, persons):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, True, float("nan")])
-def test_split_refuses_a_test_share_out_of_range(many, share):
-    (fault,) = faults_of(load_cases, many, test_share=share)
-    assert fault.startswith("test_share: expected 0 to below 1, got ")
+def test_split_refuses_a_test_fraction_out_of_range(many, share):
+    (fault,) = faults_of(load_cases, many, test_fraction=share)
+    assert fault.startswith("test_fraction: expected 0 to below 1, got ")
 
 
-def test_split_refuses_a_test_share_that_leaves_nobody(many):
-    (fault,) = faults_of(load_cases, many, test_share=0.99, fold="all")
-    assert fault.startswith("test_share: expected persons left to train on, got 0.99 of 40.")
+def test_split_refuses_a_test_fraction_that_leaves_nobody(many):
+    (fault,) = faults_of(load_cases, many, test_fraction=0.99, fold="all")
+    assert fault.startswith("test_fraction: expected persons left to train on, got 0.99 of 40.")
 
 
 @pytest.fixture
@@ -348,7 +348,11 @@ REST = [f"case_{n:03d}" for n in range(4, 41)]
         ({"train": REST, "val": [7]}, {}, r"fold 0: expected an object with train and val"),
         ([{"train": REST, "val": []}], {"fold": 1}, r"^fold: expected 0 to 0 or 'all' .*, got 1\."),
         ([{"train": REST, "val": []}], {"fold": -1}, r"^fold: expected 0 to 0 .*, got -1\."),
-        ({"train": REST, "val": []}, {"test_share": 0.1}, r"^test_share: expected 0 with split_fi"),
+        (
+            {"train": REST, "val": []},
+            {"test_fraction": 0.1},
+            r"^test_fraction: expected 0 with split_fi",
+        ),
     ],
 )
 def test_split_file_refuses_in_one_line(many, content, keywords, message):

@@ -24,14 +24,14 @@ NEUTRAL: Config = {
     "split_file": None,
     "group_pattern": None,
     "init_weights": None,
-    "init_head": False,
+    "reinit_head": False,
     "device": "auto",
     "input": "@dataset_dir",
     "ensemble": [],
     "weights": "models/model.pt",
 }
 LISTS = {"train": "train", "validate": "validation"}  # parts whose dataset lists cases
-OBJECTS = ("intake", "lifecycle", "cases", "cache")  # which may hold such values themselves
+OBJECTS = ("data_module", "lifecycle", "cases", "cache")  # which may hold such values themselves
 TEXTS = (".json", ".md", ".conf", "")  # endings of files that hold words, LICENSE among them
 LEAST_ID = 5  # characters of a case id that is no ordinary word or number
 FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # of all files in a zip

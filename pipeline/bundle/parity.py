@@ -53,10 +53,10 @@ def cases_of(run_dir: Path, train: Config) -> Cases:
     """
     parser = Parser({**train, **ON_CPU, "bundle_root": str(run_dir)})
     try:
-        intake = parser.get_parsed_content("intake")
-        if not intake.dataset_dir.exists():
+        data_module = parser.get_parsed_content("data_module")
+        if not data_module.dataset_dir.exists():
             raise NotComparedError("the dataset is not there")
-        cases = intake.load(given_data(train))
+        cases = data_module.load(given_data(train))
         known = json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (RuntimeError, ValueError, OSError, LookupError):
         raise NotComparedError("the dataset cannot be read as the run read it") from None

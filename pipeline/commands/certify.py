@@ -176,7 +176,7 @@ def certify(plan: Plan, command: str) -> dict[str, Any]:
     lifecycle, trainer = open_run(
         plan.files, plan.run_overrides("float32", plan.seeds[0]), plan.allow
     )
-    pattern = lifecycle.intake.split["group_pattern"]
+    pattern = lifecycle.data_module.split["group_pattern"]
     persons = persons_of(lifecycle.cases.validation, pattern)
 
     def scores(dtype: str, seeds: list[int]) -> list[dict[str, Any]] | None:

@@ -3,7 +3,7 @@
 Reads every case of a dataset, as training would before its first step, and reports all that is
 wrong with it: a table for people, JSON for programs. `--plan` shows what training would choose for
 the values that are `auto`, and why. Keys are those of the config: `--fold 1`, `--exclude '["x"]'`,
-`--check fast`; `--config FILE` names another config than configs/amp.json.
+`--preflight fast`; `--config FILE` names another config than configs/amp.json.
 
 Exit status: 0 sound (warnings apart), 2 a fault in the data or a mistake on the command line.
 """
@@ -60,14 +60,14 @@ def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
     Raises:
         InputError: If there is no dataset, it cannot be split as asked, or `file` not be written.
     """
-    intake = Parser(source).get_parsed_content("intake")
-    found = intake.inspect(intake.load())
+    data_module = Parser(source).get_parsed_content("data_module")
+    found = data_module.run_preflight(data_module.load())
     report = found.as_dict()
     print("\n".join(table(found)))
     refusal: InputError | None = None
     if not found.faults:
         try:
-            plan = intake.plan(found)
+            plan = data_module.plan(found)
             report["plan"] = plan.as_dict()
             if wants_plan:
                 print("\nPlan:\n" + "\n".join(f"  {line}" for line in plan.lines()))

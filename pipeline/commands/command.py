@@ -1,17 +1,57 @@
-"""What the commands have in common: their words, `--help`, and a mistake of the user's in lines."""
+"""What the commands share: options, `--help`, and one line for a mistake of the user."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pipeline.errors import InputError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of options whose mistakes are `InputError`s.
+
+    Args:
+        command: Name of the command, as it is typed after `python -m pipeline`.
+        description: What `--help` prints above the options, laid out as it is written.
+    """
+
+    def __init__(self, command: str, description: str | None) -> None:
+        super().__init__(
+            f"python -m pipeline {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words that were typed."""
+        raise InputError(f"command line: {message}. {self.format_usage().strip()}")
+
+
+def run_parsed(
+    parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
+) -> int:
+    """Run a command; returns its exit status, 2 for a mistake of the user's.
+
+    Args:
+        parser: Reads the words.
+        words: The command line after the command; `None`: this process's.
+        work: Takes what was read and returns the exit status; may raise `InputError`.
+    """
+    try:
+        return work(parser.parse_args(words))
+    except InputError as error:
+        error.tell()
+        return 2
 
 
 def run_command(
     usage: str | None, words: Sequence[str] | None, work: Callable[[list[str]], int]
 ) -> int:
-    """Run a command; returns its exit status, 2 for a mistake of the user's.
+    """Run a command that reads its words itself; returns its exit status.
 
     Args:
         usage: What `--help` prints.

@@ -57,7 +57,7 @@ KEYS: dict[str, Key] = {
         IDENTITY,
         "weights that a new run begins with: model.pt, .safetensors or a checkpoint",
     ),
-    "init_head": Key("bool", IDENTITY, "draw the head anew, whatever init_weights has there"),
+    "reinit_head": Key("bool", IDENTITY, "draw the head anew, whatever init_weights has there"),
     "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
     "amp": Key("bool", CONTINUABLE, "mixed precision; false: plain float32, no scaler"),
     "amp_dtype": Key(
@@ -68,13 +68,13 @@ KEYS: dict[str, Key] = {
     ),
     "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
     "cudnn_benchmark": Key("bool", CONTINUABLE, "let cuDNN time its algorithms and choose"),
-    "layout": Key(
+    "memory_format": Key(
         "str",
         CONTINUABLE,
         "memory format of images and weights; auto: channels last",
         ("auto", "channels_last_3d", "contiguous"),
     ),
-    "compile": Key(
+    "cuda_graph": Key(
         "str",
         CONTINUABLE,
         "replay training steps as a CUDA graph; auto: on CUDA, with one rank",
@@ -91,7 +91,7 @@ KEYS: dict[str, Key] = {
     "underflow_every": Key(
         "int", FREE, "steps between two measurements of gradient underflow; 0: none", least=0
     ),
-    "resident": Key(
+    "cache_on_device": Key(
         "str bool",
         CONTINUABLE,
         "keep training cases in the device's memory; auto: on CUDA, where they fit",
@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
         "int", CONTINUABLE, "processes that cut patches of cases not resident; 0: none", least=0
     ),
     "worker_timeout_s": Key("float", CONTINUABLE, "seconds that a batch may take them", least=1),
-    "check": Key(
+    "preflight": Key(
         "str", FREE, "preflight: headers and voxels, headers, or neither", ("full", "fast", "off")
     ),
     "data_roots": Key("paths", FREE, "folders beside dataset_dir that its files may lie in"),
@@ -112,7 +112,9 @@ KEYS: dict[str, Key] = {
     "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
     "split_seed": Key("int", IDENTITY, "which division into folds"),
     "split_file": Key("path null", IDENTITY, "JSON of case ids, as nnU-Net's splits_final.json"),
-    "test_share": Key("float", IDENTITY, "share of the persons that is never looked at", least=0),
+    "test_fraction": Key(
+        "float", IDENTITY, "share of the persons that is never looked at", least=0
+    ),
     "group_pattern": Key(
         "str object null",
         IDENTITY,
@@ -165,7 +167,7 @@ KEYS: dict[str, Key] = {
     ),
     "tolerance_mm": Key("float", FREE, "within which surfaces agree, in scores", least=0),
     "report": Key("bool", FREE, "write report/index.html at the end"),
-    "intake": Key("object", FREE, "how the dataset is looked at"),
+    "data_module": Key("object", FREE, "how the dataset is looked at"),
     "lifecycle": Key("object", FREE, "the run from lock to last word"),
     "process_group": Key(
         "object", FREE, "the ranks of a run; of configs/multi_gpu.json", is_optional=True
@@ -195,7 +197,7 @@ PREDICTION_KEYS: dict[str, Key] = {
     "weights": Key("path", FREE, "state dict of the network, as a path from bundle_root"),
     "ensemble": Key("paths", FREE, "further run directories; probabilities are averaged"),
     "mirror": Key("bool", FREE, "average over mirror images along flip_axes"),
-    "sums_bytes": Key("int", FREE, "memory for the sums of a slab of all classes", least=1),
+    "max_blend_bytes": Key("int", FREE, "memory for the sums of a slab of all classes", least=1),
     "min_volume_ml": Key(
         "float object", FREE, "parts that are smaller become background; by class, or one number"
     ),
@@ -230,7 +232,7 @@ NESTED = {
     "network_def::recompute_levels": CONTINUABLE,
     "train::trainer::initial_weights": FREE,  # init_weights says whose they are
     "train::trainer::max_epochs": CONTINUABLE,
-    "train::trainer::compile": CONTINUABLE,
+    "train::trainer::cuda_graph": CONTINUABLE,
     "loss_function::backend": CONTINUABLE,
     "optimizer::fused": CONTINUABLE,
     "train::trainer::replica": FREE,
@@ -238,7 +240,7 @@ NESTED = {
     "train::handlers": FREE,
     "train::dataloader::device": CONTINUABLE,
     "train::dataloader::num_workers": CONTINUABLE,
-    "train::dataloader::resident": CONTINUABLE,
+    "train::dataloader::cache_on_device": CONTINUABLE,
     "train::dataloader::timeout_s": CONTINUABLE,
     "train::trainer::grace_s": FREE,
     "validate::dataset::num_classes": FREE,  # in older runs' configs they are not yet

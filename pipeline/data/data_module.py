@@ -35,7 +35,7 @@ class DataModule:
         dataset_dir: The dataset; `data/phantom` is made if it is not there.
         cache_dir: Where what was read of it is kept.
         split: Arguments of `load_cases` that say which cases there are and how they are split.
-        check: How much of the files preflight reads; see `preflight`.
+        preflight: How much of the files is read; see `pipeline.data.preflight.preflight`.
         settings: Values of the plan, or `auto`; see `make_plan`.
         memory_budget_bytes: What a training step may take; `auto`: 8 GiB, or 70 % of what the card
             has free if that is less, and 2 GiB on a CPU.
@@ -53,7 +53,7 @@ class DataModule:
         dataset_dir: str,
         cache_dir: str,
         split: Mapping[str, Any],
-        check: str,
+        preflight: str,
         settings: Mapping[str, Any],
         memory_budget_bytes: float | str,
         device: str,
@@ -73,12 +73,12 @@ class DataModule:
             "split_file": file and root / file,
             "data_roots": [root / folder for folder in folders],
         }
-        self.check, self.settings = check, settings
+        self.level, self.settings = preflight, settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
         self.base_channels, self.recompute_levels = base_channels, recompute_levels
         self.amp, self.amp_dtype, self.windows = as_bool(amp, "amp"), amp_dtype, windows or {}
 
-    def adopt(self, plan: Plan) -> None:
+    def use_plan(self, plan: Plan) -> None:
         """Decide what is `auto` as it was decided for another plan."""
         decided = plan.as_dict()
         self.settings = {
@@ -102,9 +102,9 @@ class DataModule:
             make_phantom(self.dataset_dir)
         return load_cases(self.dataset_dir, **self.split)
 
-    def inspect(self, cases: Cases) -> Preflight:
+    def run_preflight(self, cases: Cases) -> Preflight:
         """Look at the files of all cases."""
-        return preflight(cases, self.check, self.cache_dir)
+        return preflight(cases, self.level, self.cache_dir)
 
     def plan(self, found: Preflight) -> Plan:
         """Decide what is `auto`.

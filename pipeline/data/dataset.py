@@ -82,7 +82,7 @@ def load_cases(
     num_folds: int = 5,
     split_seed: int = 0,
     group_pattern: GroupPattern = None,
-    test_share: float = 0.0,
+    test_fraction: float = 0.0,
     split_file: str | Path | None = None,
     exclude: Sequence[str] = (),
     data_roots: Sequence[str | Path] = (),
@@ -95,7 +95,7 @@ def load_cases(
         num_folds: Parts that the persons are divided into; with `split_file` of no meaning.
         split_seed: Which division; with `split_file` of no meaning.
         group_pattern: Tells persons apart; see `person_of`.
-        test_share: Of the persons, kept from training and validation.
+        test_fraction: Of the persons, kept from training and validation.
         split_file: States the split in place of the four before; see `split_by_file`.
         exclude: Ids of cases to leave out before anything else is done with them.
         data_roots: Folders outside of the dataset's that files may lie in.
@@ -109,15 +109,15 @@ def load_cases(
     by_hash: dict[str, Any] = {
         "num_folds": num_folds,
         "split_seed": split_seed,
-        "test_share": test_share,
+        "test_fraction": test_fraction,
     }
     try:
         if split_file is None:
             split = split_by_hash(layout.cases, **how, **by_hash)
-        elif test_share:
+        elif test_fraction:
             raise InputError(
-                f"test_share: expected 0 with split_file, got {test_share}. State the test cases "
-                "in the file."
+                f"test_fraction: expected 0 with split_file, got {test_fraction}. State the test "
+                "cases in the file."
             )
         else:
             left_out = {*exclude, *(finding.case_id for finding in layout.findings)}

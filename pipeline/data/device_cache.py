@@ -86,20 +86,25 @@ class DeviceCache:
     """Whether the cases are on the device: decided once, when the first batch is asked for.
 
     Args:
-        resident: `auto`: on CUDA, if their volumes take no more than a quarter of its free memory;
+        cache_on_device: `auto`: on CUDA, if the volumes take no more than a quarter of its free
+            memory;
             `true`: in any case, on a CPU in this process's memory; `false`: never.
         device: That the patches are for.
         num_workers: Asked for; none is started where the cases are on the device.
 
     Raises:
-        InputError: If `resident` is none of these.
+        InputError: If `cache_on_device` is none of these.
     """
 
-    def __init__(self, resident: bool | str, device: str | torch.device, num_workers: int) -> None:
-        if resident not in CHOICES:
-            raise InputError(f"resident: expected auto, true or false, got {resident!r}.")
-        self.requested, self.num_workers = resident, num_workers
-        self.asked, self.device = CHOICES[resident], torch.device(device)
+    def __init__(
+        self, cache_on_device: bool | str, device: str | torch.device, num_workers: int
+    ) -> None:
+        if cache_on_device not in CHOICES:
+            raise InputError(
+                f"cache_on_device: expected auto, true or false, got {cache_on_device!r}."
+            )
+        self.requested, self.num_workers = cache_on_device, num_workers
+        self.asked, self.device = CHOICES[cache_on_device], torch.device(device)
         self._cases: ResidentCases | None = None
         self._effective: dict[str, Any] = {}
 
@@ -120,41 +125,47 @@ class DeviceCache:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What was asked for and what is in force; `None` where that is not yet known."""
-        nothing = dict.fromkeys(("resident", "bytes", "num_workers", "reason"))
+        nothing = dict.fromkeys(("cache_on_device", "bytes", "num_workers", "reason"))
         return {
-            "requested": {"resident": self.requested, "num_workers": self.num_workers},
+            "requested": {"cache_on_device": self.requested, "num_workers": self.num_workers},
             "effective": {**nothing, **self._effective},
         }
 
     def __str__(self) -> str:
         """One line: what is in force, and what was asked for."""
-        resident, reason = self._effective.get("resident"), self._effective.get("reason")
-        where = f"in the memory of {self.device}" if resident else "in the cache on disk"
-        workers = f"num_workers {self.num_workers}{' (not used)' if resident else ''}"
-        asked = f"resident {self.requested}, {workers}"
+        cache_on_device, reason = (
+            self._effective.get("cache_on_device"),
+            self._effective.get("reason"),
+        )
+        where = f"in the memory of {self.device}" if cache_on_device else "in the cache on disk"
+        workers = f"num_workers {self.num_workers}{' (not used)' if cache_on_device else ''}"
+        asked = f"cache_on_device {self.requested}, {workers}"
         return f"Training cases in force: {where} ({reason}); asked for: {asked}"
 
     def _decide(self, cached: CachedCases) -> None:
         cuda = self.device.type == "cuda"
         size = size_bytes(cached) if self.asked or (self.asked is None and cuda) else None
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else None
-        resident, reason = decision(self.asked, size, free)
-        if resident:
+        cache_on_device, reason = decision(self.asked, size, free)
+        if cache_on_device:
             try:
                 self._cases = ResidentCases(cached, self.device)
             except torch.OutOfMemoryError:
                 if self.asked:
                     raise self._too_large(size, free) from None
-                resident, reason = False, "the device's memory was taken meanwhile"
-        workers = 0 if resident else self.num_workers
+                cache_on_device, reason = False, "the device's memory was taken meanwhile"
+        workers = 0 if cache_on_device else self.num_workers
         self._effective = {
-            "resident": resident, "bytes": size, "num_workers": workers, "reason": reason,
-        }  # fmt: skip
+            "cache_on_device": cache_on_device,
+            "bytes": size,
+            "num_workers": workers,
+            "reason": reason,
+        }
 
     def _too_large(self, size: int | None, free: int | None) -> InputError:
         return InputError(
-            f"resident: expected {_mb(size)} free on {self.device} for the training cases, got "
-            f"{_mb(free)}. Use resident=auto or false."
+            f"cache_on_device: expected {_mb(size)} free on {self.device} for the training cases, "
+            f"got {_mb(free)}. Use cache_on_device=auto or false."
         )
 
 

@@ -24,7 +24,7 @@ from pipeline.data.plan import Plan
 PARTS = ("preprocessing", "train#preprocessing", "validate#preprocessing")
 LIBRARIES = ("monai", "torch")  # whose versions the cache's keys have
 # what the run is, not what it does to a volume: its directories, its split
-OPAQUE = ("lifecycle", "intake", "cases")
+OPAQUE = ("lifecycle", "data_module", "cases")
 
 
 def preprocessing_recipe(source: Config, plan: Plan) -> dict[str, Any]:

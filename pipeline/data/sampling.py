@@ -243,7 +243,7 @@ class PatchLoader(DataLoader):
         batch_size: Patches in a micro-batch, of all ranks together.
         num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
-        resident: Whether the cases are put on the device; see `DeviceCache`.
+        cache_on_device: Whether the cases are put on the device; see `DeviceCache`.
         device: That the patches are for.
     """
 
@@ -254,10 +254,10 @@ class PatchLoader(DataLoader):
         batch_size: int,
         num_workers: int = 0,
         timeout_s: float = 120.0,
-        resident: bool | str = "auto",
+        cache_on_device: bool | str = "auto",
         device: str | torch.device = "cpu",
     ) -> None:
-        self.residence = DeviceCache(resident, device, num_workers)
+        self.residence = DeviceCache(cache_on_device, device, num_workers)
         dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
         super().__init__(
             dataset,

@@ -39,7 +39,7 @@ def split_by_hash(
     num_folds: int = 5,
     split_seed: int = 0,
     group_pattern: GroupPattern = None,
-    test_share: float = 0.0,
+    test_fraction: float = 0.0,
 ) -> Split:
     """Order the persons by a hash and deal them out in turn.
 
@@ -53,23 +53,25 @@ def split_by_hash(
         num_folds: Parts that the persons are divided into.
         split_seed: Which division.
         group_pattern: Tells persons apart; see `person_of`.
-        test_share: Of the persons, 0 to below 1; one person at least where it is not 0.
+        test_fraction: Of the persons, 0 to below 1; one person at least where it is not 0.
 
     Raises:
         InputError: One line per fault: a pattern that does not match, too few persons, a fold or
             share out of range.
     """
     persons = persons_of(cases, group_pattern)
-    if isinstance(test_share, bool) or not 0 <= test_share < 1:
-        raise InputError(f"test_share: expected 0 to below 1, got {test_share!r}. Change it.")
+    if isinstance(test_fraction, bool) or not 0 <= test_fraction < 1:
+        raise InputError(f"test_fraction: expected 0 to below 1, got {test_fraction!r}. Change it.")
     names = sorted(set(persons.values()))
-    kept = math.ceil(test_share * len(names) - 1e-9)  # 0.55 of 20 is 11, though 0.55 * 20 is more
+    kept = math.ceil(
+        test_fraction * len(names) - 1e-9
+    )  # 0.55 of 20 is 11, though 0.55 * 20 is more
     tested = set(sorted(names, key=lambda name: _rank(f"test/{split_seed}/{name}"))[:kept])
     ordered = sorted(set(names) - tested, key=lambda name: _rank(f"{split_seed}/{name}"))
     if not ordered:
         raise InputError(
-            f"test_share: expected persons left to train on, got {test_share} of {len(names)}. "
-            "Lower it."
+            f"test_fraction: expected persons left to train on, got {test_fraction} of "
+            f"{len(names)}. Lower it."
         )
     validated = set() if fold == "all" else set(_fold_of(ordered, fold, num_folds))
     test = {case_id for case_id, person in persons.items() if person in tested}

@@ -28,20 +28,20 @@ class Windows:
         num_classes: Background included.
         at_once: Windows in a forward pass, at most.
         overlap: Share of a window that the next one covers again.
-        sums_bytes: Memory for the sums of one slab.
+        max_blend_bytes: Memory for the sums of one slab.
     """
 
     roi_size: Sequence[int]
     num_classes: int
     at_once: int = 4
     overlap: float = 0.5
-    sums_bytes: int = SUMS_BYTES
+    max_blend_bytes: int = SUMS_BYTES
 
     @property
     def batch_size(self) -> int:
         """Windows in a forward pass."""
         voxels = math.prod(self.roi_size)
-        fitting = self.sums_bytes // 8 // (4 * self.num_classes * voxels)
+        fitting = self.max_blend_bytes // 8 // (4 * self.num_classes * voxels)
         return max(1, min(self.at_once, fitting, BATCH_VOXELS // voxels))
 
     def starts(self, axis: int, size: int) -> list[int]:
@@ -82,7 +82,7 @@ class Slabs:
         kept.append(own.hold(4 * math.prod(roi)))  # the windows' weights
         starts = [self.windows.starts(axis, n) for axis, n in enumerate(size)]
         line = 4 * self.windows.num_classes * roi[self.along] * size[self.rest]
-        widest = self.windows.sums_bytes // line
+        widest = self.windows.max_blend_bytes // line
         for begin, end in lanes(starts[self.across], size[self.across], widest):
             touching = [s for s in starts[self.across] if s < end and s + roi[self.across] > begin]
             extent = [*size]

@@ -175,7 +175,7 @@ class Scoring:
 
     def _write(self, cases: list[Case], outcomes: list[Outcome], folder: Path) -> None:
         """What is of all cases."""
-        persons = persons_of(cases, self.lifecycle.intake.split["group_pattern"])
+        persons = persons_of(cases, self.lifecycle.data_module.split["group_pattern"])
         case_ids = [case["case_id"] for case in cases]
         of_case = list(zip(case_ids, outcomes, strict=True))
         refused = {case_id: one.unpredicted for case_id, one in of_case if one.unpredicted}

@@ -60,10 +60,10 @@ class Lifecycle:
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        intake: Looks at the dataset.
+        data_module: Looks at the dataset.
         report: Whether to write `report/index.html` at the end.
         init_weights: File of the weights that a new run begins with; see `Start`.
-        init_head: Whether its head is drawn anew all the same.
+        reinit_head: Whether its head is drawn anew all the same.
         accept_changed_data: Whether a run goes on where files of its cases were changed.
         process_group: Of several ranks. The first one has the run directory and writes what is of
             the run; each of the others writes a log there, and predictions that are scored.
@@ -83,26 +83,26 @@ class Lifecycle:
         output_dir: str | None,
         resume: str | bool,
         max_epochs: int,
-        intake: DataModule,
+        data_module: DataModule,
         report: bool | str = True,
         init_weights: str | None = None,
-        init_head: bool | str = False,
+        reinit_head: bool | str = False,
         process_group: ProcessGroup | None = None,
         accept_changed_data: bool | str = False,
     ) -> None:
         self.source = source_being_resolved()
         self.bundle_root = Path(bundle_root).resolve()
-        self.dataset_dir = intake.dataset_dir
+        self.dataset_dir = data_module.dataset_dir
         name = self.dataset_dir.name
         run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
-        self.cache_dir = intake.cache_dir
+        self.cache_dir = data_module.cache_dir
         asked = {"true": True, "false": False}.get(str(resume).lower(), "auto")
         self.directory = RunDirectory(run_dir, asked)
         self.max_epochs = max_epochs
-        self.intake, self.process_group = intake, process_group
+        self.data_module, self.process_group = data_module, process_group
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
-        self.start = Start(self.source, self.bundle_root, init_weights, init_head)
+        self.start = Start(self.source, self.bundle_root, init_weights, reinit_head)
         self.checkpoint: Path | None = None
         self.forecast: Forecast | None = None  # on CUDA, of the first rank
         self._cases: Cases | None = None
@@ -215,10 +215,10 @@ class Lifecycle:
                 self.directory.take(self._require_same_run)
             begun = self.directory.begun()
             self.start.read(self.run_dir if begun else None)
-            found = self.intake.inspect(self.cases)
+            found = self.data_module.run_preflight(self.cases)
             found.require_sound()
             # of a run that began: another card must not change it
-            plan = stored_plan(self.run_dir) if begun else self.intake.plan(found)
+            plan = stored_plan(self.run_dir) if begun else self.data_module.plan(found)
             if plan.batch_size < distributed.size():
                 raise InputError(
                     f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
@@ -244,7 +244,7 @@ class Lifecycle:
         """
         network: Any = self.source.get("network_def")
         if isinstance(network, dict) and network.get("_target_") == PREDICTED:
-            self.forecast = self.intake.forecast(plan, found)
+            self.forecast = self.data_module.forecast(plan, found)
         if self.forecast is not None:
             self.forecast.require_room()
 
@@ -284,8 +284,8 @@ class Lifecycle:
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network is to be that of the bundle, whatever the data are like
             adopted = stored_plan(self.bundle_root)
-            self.intake.adopt(adopted)
-        cases = self.intake.load(given)
+            self.data_module.use_plan(adopted)
+        cases = self.data_module.load(given)
         if adopted is not None:
             require_same_classes(self.source, cases, adopted)
         if given is not None:

@@ -45,7 +45,7 @@ class ReadOnlyRun(Lifecycle):
                         f"{self.best_model}: expected the best network of the run, found none. "
                         "Name a run that has one, or finish this one."
                     )
-                self.intake.inspect(self.cases).require_sound()
+                self.data_module.run_preflight(self.cases).require_sound()
         except InputError as error:
             error.tell()
             raise SystemExit(2) from None

@@ -25,7 +25,7 @@ class Start:
         source: The config, unevaluated.
         root: Folder that a relative path starts from.
         init_weights: A file, or `None` for the network's own random weights.
-        init_head: Whether the head is random all the same.
+        reinit_head: Whether the head is random all the same.
 
     Attributes:
         tensors: Of the layers that begin as in the file, after `fit`; `None` without one.
@@ -33,10 +33,10 @@ class Start:
     """
 
     def __init__(
-        self, source: Config, root: Path, init_weights: str | None, init_head: bool | str
+        self, source: Config, root: Path, init_weights: str | None, reinit_head: bool | str
     ) -> None:
         self.source, self.root = source, root
-        self.init_weights, self.init_head = init_weights, init_head
+        self.init_weights, self.reinit_head = init_weights, reinit_head
         self.tensors: dict[str, torch.Tensor] | None = None
         self.record: dict[str, Any] | None = None
         self._file: WeightsFile | None = None
@@ -48,15 +48,15 @@ class Start:
             run_dir: Of the run that is there and goes on.
 
         Raises:
-            InputError: If it is not there or holds no weights, or none is named and `init_head` is
-                asked for.
+            InputError: If it is not there or holds no weights, or none is named and `reinit_head`
+                is asked for.
         """
         if run_dir is not None:
             self.record = json.loads((run_dir / "run.json").read_text()).get("init_weights")
         elif self.init_weights is not None:
             self._file = read_weights(self.root / self.init_weights)
-        elif as_bool(self.init_head, "init_head"):
-            raise InputError("init_head: expected init_weights beside it, got null. Name a file.")
+        elif as_bool(self.reinit_head, "reinit_head"):
+            raise InputError("reinit_head: expected init_weights beside it, got null. Name a file.")
 
     def fit(self, plan: Plan) -> None:
         """Compare the file with the network that the config has with this plan.
@@ -71,8 +71,8 @@ class Start:
             network = parser.get_parsed_content("network_def")
         except (RuntimeError, ValueError) as error:
             raise InputError(str(innermost(error))) from error
-        init_head = as_bool(self.init_head, "init_head")
-        self.tensors, drawn_anew = fitted(self._file, network, init_head=init_head)
+        reinit_head = as_bool(self.reinit_head, "reinit_head")
+        self.tensors, drawn_anew = fitted(self._file, network, reinit_head=reinit_head)
         self.record = {
             "sha256": self._file.sha256,
             "num_tensors": len(self.tensors),

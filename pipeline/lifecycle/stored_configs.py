@@ -147,7 +147,11 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
     """
     try:
         former = json.loads((run_dir / "configs" / "train.json").read_text())
-        former = {"init_weights": None, "init_head": False, **former}  # older runs have no such key
+        former = {
+            "init_weights": None,
+            "reinit_head": False,
+            **former,
+        }  # older runs have no such key
         known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (OSError, ValueError) as error:
         raise InputError(

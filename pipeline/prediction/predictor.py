@@ -26,7 +26,7 @@ COMMON = (
     "roi_size", "in_channels", "num_classes", "class_names",
 )  # fmt: skip
 # the first run's, for all
-PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark", "layout")
+PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark", "memory_format")
 
 
 class Predictor:

@@ -160,7 +160,7 @@ class SlidingWindowLabels(SlidingWindow):
         num_classes: See there.
         sw_batch_size: See there.
         overlap: See there.
-        sums_bytes: See there.
+        max_blend_bytes: See there.
     """
 
     def __init__(
@@ -170,9 +170,11 @@ class SlidingWindowLabels(SlidingWindow):
         num_classes: int,
         sw_batch_size: int = 4,
         overlap: float = 0.5,
-        sums_bytes: int = SUMS_BYTES,
+        max_blend_bytes: int = SUMS_BYTES,
     ) -> None:
-        super().__init__(roi_size, num_classes, sw_batch_size, overlap, sums_bytes=sums_bytes)
+        super().__init__(
+            roi_size, num_classes, sw_batch_size, overlap, max_blend_bytes=max_blend_bytes
+        )
         self._segmenter = Segmenter([], precision, self)  # which copies it
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ class SlidingWindow(SlidingWindowInferer):
         overlap: Share of a window that the next one covers again, 0 to below 1.
         mirror: Whether logits are averaged over all mirror images along `flip_axes`.
         flip_axes: Of the volume, 0 to 2.
-        sums_bytes: Memory for the sums of one slab; lanes are as wide as it allows.
+        max_blend_bytes: Memory for the sums of one slab; lanes are as wide as it allows.
 
     Raises:
         ValueError: If an axis or the overlap is out of range.
@@ -72,7 +72,7 @@ class SlidingWindow(SlidingWindowInferer):
         overlap: float = 0.5,
         mirror: bool | str = False,
         flip_axes: Sequence[int] = (),
-        sums_bytes: int = SUMS_BYTES,
+        max_blend_bytes: int = SUMS_BYTES,
     ) -> None:
         if wrong := set(flip_axes) - {0, 1, 2}:
             raise ValueError(f"flip_axes: expected axes 0 to 2, got {sorted(wrong)}. Correct them.")
@@ -80,7 +80,7 @@ class SlidingWindow(SlidingWindowInferer):
             raise ValueError(f"overlap: expected 0 to below 1, got {overlap}. Correct it.")
         super().__init__(list(roi_size), sw_batch_size, overlap, "gaussian")
         self.window, self.share = tuple(roi_size), overlap  # as MONAI keeps them they may be much
-        self.num_classes, self.sums_bytes = num_classes, sums_bytes
+        self.num_classes, self.max_blend_bytes = num_classes, max_blend_bytes
         axes = sorted(flip_axes) if as_bool(mirror, "mirror") else []
         # dimensions of (B, C, H, W, D)
         self.mirrors = [
@@ -134,7 +134,7 @@ class SlidingWindow(SlidingWindowInferer):
         weights = compute_importance_map(
             self.window, self.mode, device=self.device or volume.device
         )
-        for lane in _lanes(starts[across], sizes[across], self.sums_bytes // line):
+        for lane in _lanes(starts[across], sizes[across], self.max_blend_bytes // line):
             touching = [
                 s for s in starts[across] if s < lane[1] and s + self.window[across] > lane[0]
             ]
@@ -202,7 +202,7 @@ class SlidingWindow(SlidingWindowInferer):
     def batch_size(self) -> int:
         """Windows at once: their logits take no more than an eighth of what sums may."""
         voxels = math.prod(self.window)
-        fitting = self.sums_bytes // 8 // (4 * self.num_classes * voxels)
+        fitting = self.max_blend_bytes // 8 // (4 * self.num_classes * voxels)
         return max(1, min(self.sw_batch_size, fitting, BATCH_VOXELS // voxels))
 
     def _mirrored(self, windows: torch.Tensor, network: Network) -> torch.Tensor:

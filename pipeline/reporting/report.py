@@ -139,9 +139,13 @@ def precision_section(run: Run) -> str:
         ["Loss scaling", "as the precision needs", _word(effective.get("loss_scaling"))],
         ["TF32", _word(requested.get("tf32")), _word(effective.get("tf32"))],
         ["cuDNN times its algorithms", *timed],
-        ["Compiled", requested.get("compile", NONE), effective.get("compile", NONE)],
+        ["Compiled", requested.get("cuda_graph", NONE), effective.get("cuda_graph", NONE)],
         ["Loss", requested.get("loss_backend", NONE), effective.get("loss_backend", NONE)],
-        ["Memory layout", requested.get("layout", NONE), effective.get("memory_format", NONE)],
+        [
+            "Memory layout",
+            requested.get("memory_format", NONE),
+            effective.get("memory_format", NONE),
+        ],
     ]
     in_force = page.table(["Setting", "Asked for", "In force"], rows)
     return page.section("precision", title, sentence, in_force, _facts(summary))

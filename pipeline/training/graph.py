@@ -118,7 +118,7 @@ class StepGraph:
         self.failed = True
         if self.required:
             raise InputError(
-                "compile: expected a step that can be captured in a CUDA graph, got one that "
+                "cuda_graph: expected a step that can be captured in a CUDA graph, got one that "
                 f"cannot: {reason}. Use none."
             )
         log.warning("Steps are not replayed as a CUDA graph: %s", reason)
@@ -143,7 +143,7 @@ class StepGraph:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise InputError(
-                "compile: expected a step that can be captured in a CUDA graph, got: "
+                "cuda_graph: expected a step that can be captured in a CUDA graph, got: "
                 f"{str(error).splitlines()[0]} Use none."
             ) from None
         self._gradients = self._put(earlier)

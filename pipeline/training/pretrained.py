@@ -69,14 +69,14 @@ def read_weights(path: Path) -> WeightsFile:
 
 
 def fitted(
-    file: WeightsFile, network: torch.nn.Module, *, init_head: bool
+    file: WeightsFile, network: torch.nn.Module, *, reinit_head: bool
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights of a file that a network takes over.
 
     Args:
         file: With the network's layers, no more and no fewer.
         network: That is to begin with them.
-        init_head: Whether its head (`head.*`, `deep_heads.*`) stays as it is, whatever the file
+        reinit_head: Whether its head (`head.*`, `deep_heads.*`) stays as it is, whatever the file
             has there.
 
     Returns:
@@ -87,13 +87,13 @@ def fitted(
             not finite.
     """
     own, given = network.state_dict(), dict(file.tensors)
-    head = [name for name in own if name.startswith(HEAD)] if init_head else []
-    if init_head and not head:
+    head = [name for name in own if name.startswith(HEAD)] if reinit_head else []
+    if reinit_head and not head:
         raise InputError(
-            f"init_head: expected a network with layers {' or '.join(f'{h}*' for h in HEAD)}, got "
-            f"a {type(network).__name__} without. Use init_head=false."
+            f"reinit_head: expected a network with layers {' or '.join(f'{h}*' for h in HEAD)}, "
+            f"got a {type(network).__name__} without. Use reinit_head=false."
         )
-    if init_head:
+    if reinit_head:
         given = {name: value for name, value in given.items() if not name.startswith(HEAD)}
     wanted = {name: value for name, value in own.items() if name not in head}
     faults = [
@@ -125,5 +125,5 @@ def _described(value: torch.Tensor | None) -> str:
 
 def _remedy(name: str) -> str:
     if name.startswith(HEAD):
-        return "Use init_head=true to draw the head anew."
+        return "Use reinit_head=true to draw the head anew."
     return "Name weights of this network, or set network_def to theirs."

@@ -79,7 +79,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         roi_size: Network input in voxels; given, it is checked before training starts.
         grace_s: Seconds within which a process ends after it got SIGTERM, SIGINT or SIGUSR1.
         replica: Of the network, where there are ranks; gradients pass through it.
-        compile: `auto`, `cuda_graphs` or `none`: whether forward, loss and backward are replayed
+        cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward, loss and backward are replayed
             as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. Where a hook of a
             module or a handler of what is between wants to see it, there is no graph.
         initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
@@ -117,7 +117,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         roi_size: Sequence[int] | None = None,
         grace_s: float = 25.0,
         replica: SummedDDP | None = None,
-        compile: str = "auto",
+        cuda_graph: str = "auto",
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
@@ -149,7 +149,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
         self._buffers = BufferSnapshot(network)
-        self._compile = compile
+        self._cuda_graph = cuda_graph
         self._ahead = Prefetcher(lambda: self.data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
@@ -188,7 +188,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         """
         log.info("%s", self.precision)
         asked, in_force = self.describe().values()
-        for name in ("loss_backend", "compile"):
+        for name in ("loss_backend", "cuda_graph"):
             log.info("%s in force: %s; asked for: %s", name, in_force[name], asked[name])
         if self.precision.device.type == "cpu":
             keep_freed_memory()
@@ -222,11 +222,11 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         classes: Any = getattr(self.network, "out_channels", 2)
         described["requested"] |= {
             "loss_backend": getattr(self.loss_function, "backend", None),
-            "compile": self._compile,
+            "cuda_graph": self._cuda_graph,
         }
         described["effective"] |= {
             "loss_backend": backend(self.precision.device, classes) if backend else None,
-            "compile": "cuda_graphs" if self._graph and self._graph.is_used else "none",
+            "cuda_graph": "cuda_graphs" if self._graph and self._graph.is_used else "none",
         }
         return described
 
@@ -248,23 +248,23 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._buffers = BufferSnapshot(self.network)
 
     def _step_graph(self) -> StepGraph | None:
-        if self._compile not in MODES:
+        if self._cuda_graph not in MODES:
             raise InputError(
-                f"compile: expected one of {', '.join(MODES)}, got {self._compile!r}. "
-                + nearest(str(self._compile), MODES)
+                f"cuda_graph: expected one of {', '.join(MODES)}, got {self._cuda_graph!r}. "
+                + nearest(str(self._cuda_graph), MODES)
             )
         possible = self.precision.device.type == "cuda" and not self.replica
-        if self._compile == "cuda_graphs" and not possible:
+        if self._cuda_graph == "cuda_graphs" and not possible:
             raise InputError(
-                "compile: expected a CUDA device and one rank for cuda_graphs. Use auto."
+                "cuda_graph: expected a CUDA device and one rank for cuda_graphs. Use auto."
             )
-        if self._compile == "none" or not possible:
+        if self._cuda_graph == "none" or not possible:
             return None
         return StepGraph(
             self._work,
             self.network,
             accumulates=self.accumulation_steps > 1,
-            required=self._compile == "cuda_graphs",
+            required=self._cuda_graph == "cuda_graphs",
         )
 
     def _end_graph(self) -> None:
