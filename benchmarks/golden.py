@@ -41,10 +41,10 @@ import numpy as np
 COMMANDS = {
     "train": "pipeline.run",
     "predict": "pipeline.run",
-    "check": "pipeline.commands.check",
-    "evaluate": "pipeline.commands.evaluate",
-    "compare": "pipeline.commands.compare",
-    "export": "pipeline.commands.export",
+    "check": "pipeline check",
+    "evaluate": "pipeline evaluate",
+    "compare": "pipeline compare",
+    "export": "pipeline export",
     "bundle": "monai.bundle",
 }
 # path in the record, with the reason why it may differ
@@ -203,14 +203,14 @@ class Commands:
     def __call__(self, command: str, *words: object) -> int:
         """Exit status of a command; minus a signal's number."""
         process = multiprocessing.get_context("fork").Process(
-            target=self._work, args=(COMMANDS[command], [str(word) for word in words])
+            target=self._work, args=(*COMMANDS[command].split(), *(str(word) for word in words))
         )
         process.start()
         process.join()
         assert process.exitcode is not None
         return process.exitcode
 
-    def _work(self, module: str, words: list[str]) -> None:
+    def _work(self, module: str, *words: str) -> None:
         log = os.open(self.work / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
