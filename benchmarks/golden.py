@@ -1,13 +1,14 @@
 """What the commands make, as hashes and figures, to compare two states of this repository.
 
-    python -m benchmarks.golden record --repository DIR --output FILE.json
+    python -m benchmarks.golden record --repository DIR --output FILE.json [--card]
     python -m benchmarks.golden compare OLD.json NEW.json
 
 `record` makes small datasets and calls the commands of the repository in DIR on them, on one CPU
 thread: trainings in three precisions, killed and resumed, under MONAI's own command and on two
 ranks; every layout of a dataset; every fault of `benchmarks/input_faults.py`; predictions, an
-ensemble, DICOM, exports, scores, comparisons. No module of the package is named but its commands,
-in `COMMANDS`.
+ensemble, DICOM, exports in each format, scores, comparisons. No module of the package is named but
+its commands, in `COMMANDS`. With `--card` it is 50 steps in float16 on a CUDA device instead, with
+cuDNN's deterministic algorithms.
 
 `compare` names what differs. Of `EXCEPTIONS` each has its reason beside it. Figures of statistics
 may differ by 1e-6, losses of two ranks by 1e-4 of their value; all else has to be equal.
@@ -46,10 +47,10 @@ COMMANDS = {
     "compare": "pipeline compare",
     "export": "pipeline export",
     "bundle": "monai.bundle",
-}
+}  # of a repository whose commands are modules of their own, `pipeline.check` and so on
 # path in the record, with the reason why it may differ
 EXCEPTIONS: dict[str, str] = {}
-NEAR = {"two_ranks/": 1e-4, "compare/": 1e-6, "evaluate/": 1e-6}  # relative
+NEAR = {"two_ranks/": 1e-4, "compare/": 1e-6, "evaluate/": 1e-6, "formats/": 1e-5}  # relative
 SETTINGS: dict[str, Any] = {
     "spacing": [1, 1, 1.5],
     "normalization": {"clip": [-20, 100], "mean": 15, "std": 30},
@@ -199,16 +200,21 @@ class Commands:
         sys.path[:0] = [str(repository), here]
         os.environ["PYTHONPATH"] = os.pathsep.join([str(repository), here])
         runpy.run_module("pipeline.run", run_name="imported")  # once, for all that are forked
+        self.separator = " " if (repository / "pipeline/commands").is_dir() else "."
 
     def __call__(self, command: str, *words: object) -> int:
         """Exit status of a command; minus a signal's number."""
         process = multiprocessing.get_context("fork").Process(
-            target=self._work, args=(*COMMANDS[command].split(), *(str(word) for word in words))
+            target=self._work, args=(*self.command(command), *(str(word) for word in words))
         )
         process.start()
         process.join()
         assert process.exitcode is not None
         return process.exitcode
+
+    def command(self, name: str) -> list[str]:
+        """Module that is run, and what is typed after it."""
+        return COMMANDS[name].replace(" ", self.separator).split()
 
     def _work(self, module: str, *words: str) -> None:
         log = os.open(self.work / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -385,11 +391,13 @@ def record_results(run: Commands, data: Mapping[str, Path], root: Path) -> Parts
         assert run("evaluate", *words) == 0
         yield f"evaluate/{name}", rows_of(out / "metrics.csv")
     arms = [root / f"evaluated/{name}/metrics.csv" for name in ("plain", "ensemble")]
-    summary = root / "nnunet_summary.json"
-    summary.write_text(json.dumps(as_nnunet(rows_of(arms[0]), labels)))
-    for name, arm in {"metrics": arms[0], "nnunet": summary}.items():
+    summaries = [root / f"nnunet_{n}/summary.json" for n in range(2)]
+    for summary, arm in zip(summaries, arms, strict=True):
+        summary.parent.mkdir()
+        summary.write_text(json.dumps(as_nnunet(rows_of(arm), labels)))
+    for name, (a, b) in {"metrics": arms, "nnunet": summaries}.items():
         report = root / f"compared_{name}.json"
-        status = run("compare", "--a", arm, "--b", arms[1], "--output", report)
+        status = run("compare", "--a", a, "--b", b, "--output", report)
         found = json.loads(report.read_text()) if report.exists() else None
         yield f"compare/{name}", {"status": status, "report": found}
     bundle = root / "exported"
@@ -399,11 +407,32 @@ def record_results(run: Commands, data: Mapping[str, Path], root: Path) -> Parts
     kept = ("made", "max_abs_difference")
     formats_made = facts["formats"].items()
     yield "export", {name: {key: of.get(key) for key in kept} for name, of in formats_made}
+    yield "formats", dict(logits_of_formats(bundle / "models"))
     out = root / "predictions/exported"
     words = ("--bundle_root", bundle, "--dataset_dir", images, "--output_dir", out)
     config = bundle / "configs/inference.json"
     assert run("bundle", "run", "--config_file", config, *words) == 0
     yield "predictions/exported", of_labels(out)
+
+
+def logits_of_formats(models: Path) -> Iterator[tuple[str, list[float]]]:
+    """What the network answers in each exported format: sum and largest of each channel."""
+    import onnxruntime
+    import torch
+
+    image = torch.randn(1, 1, 16, 16, 8, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(models / "model.onnx")
+    networks: dict[str, Callable[[Any], Any]] = {
+        "torchscript": torch.jit.load(models / "model.ts"),
+        "onnx": lambda x: torch.tensor(
+            session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        ),
+        "torch_export": torch.export.load(models / "model.pt2").module(),
+    }
+    with torch.no_grad():
+        for name, network in networks.items():
+            logits = network(image)[0].double()
+            yield name, [*logits.sum((1, 2, 3)).tolist(), *logits.amax((1, 2, 3)).tolist()]
 
 
 def as_nnunet(rows: list[dict[str, str]], labels: Path) -> dict[str, Any]:
@@ -422,14 +451,28 @@ def as_nnunet(rows: list[dict[str, str]], labels: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def record_card(run: Commands, data: Mapping[str, Path], root: Path) -> Parts:
+    """Fifty steps in float16, eager and as a CUDA graph where the repository has them."""
+    how = {
+        "device": "cuda", "amp_dtype": "float16", "base_channels": 32, "max_epochs": 5,
+        "network_def#num_dense_layers": 4, "network_def#growth_rate": 32, "val_interval": 5,
+    }  # fmt: skip
+    for norm in ("instance", "batch"):
+        name = f"card_{norm}"
+        more = {"network_def#norm": norm, "network_def#recompute_levels": int(norm == "batch")}
+        assert run.train(data["msd"], root / name, **how, **more) == 0, name
+        yield f"card/{norm}", of_run(root / name)
+
+
 # --- record and compare
 
 
-def record(repository: Path) -> dict[str, Any]:
-    """All of it."""
+def record(repository: Path, card: bool) -> dict[str, Any]:
+    """All of it, or the part on a card."""
     import torch
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = card
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="golden_") as folder:
         root = Path(folder)
@@ -438,6 +481,8 @@ def record(repository: Path) -> dict[str, Any]:
         parts: list[Callable[..., Parts]] = [
             record_training, record_data, record_results, record_ranks,
         ]  # fmt: skip
+        if card:
+            parts = [record_card]
         try:
             for part in parts:
                 for name, value in part(run, data, root):
@@ -478,13 +523,14 @@ def main() -> int:
     recording = commands.add_parser("record")
     recording.add_argument("--repository", type=Path, default=Path.cwd())
     recording.add_argument("--output", type=Path, required=True)
+    recording.add_argument("--card", action="store_true")
     comparing = commands.add_parser("compare")
     comparing.add_argument("old", type=Path)
     comparing.add_argument("new", type=Path)
     given = parser.parse_args()
     if given.command == "record":
         output = given.output.resolve()
-        text = json.dumps(record(given.repository.resolve()), indent=1, sort_keys=True)
+        text = json.dumps(record(given.repository.resolve(), given.card), indent=1, sort_keys=True)
         output.write_text(text + "\n")
         return 0
     old, new = (json.loads(path.read_text()) for path in (given.old, given.new))
