@@ -254,7 +254,7 @@ def of_weights(path: Path) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(torch.load(path, weights_only=True).items()):
+    for name, tensor in sorted(torch.load(path, "cpu", weights_only=True).items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
