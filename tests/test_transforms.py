@@ -2,10 +2,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import decollate_batch, list_data_collate
+from monai.data import DataLoader, MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Lambdad
 from scipy import ndimage
 
+from pipeline.data.cache import CachedDataset, VolumeCache
+from transforms.borders import CropEmptyBordersd, occupied_box
+from transforms.normalize import NormalizeChannelsd
 from transforms.postprocess import ToOriginalGridd, to_original_grid
 from transforms.preprocess import ValidationPreprocessing, preprocessing
 
@@ -150,54 +153,6 @@ def test_preprocessing_keeps_label_values(tmp_path, affine):
     np.testing.assert_array_equal(got["label"][0].numpy()[clear], expected[clear])
 
 
-# ---- intensities, on a grid that stays as it is
-
-
-def loaded(tmp_path, image, **changes):
-    """Preprocess an image whose grid is right already."""
-    case = {"image": save(tmp_path, "image", image, np.eye(4))}
-    return preprocessing((1, 1, 1), **changes)(case)["image"].numpy().astype(np.float64)
-
-
-def two_channels():
-    """Channels of very different scales, with a heavy tail."""
-    rng = np.random.default_rng(0)
-    image = rng.standard_t(2, size=(12, 11, 10, 2)) * [300, 0.01] + [1000, -5]
-    return image.astype(np.float32)
-
-
-def test_zscore_is_per_channel(tmp_path):
-    image = two_channels()
-    got = loaded(tmp_path, image)
-    assert got.shape == (2, 12, 11, 10)
-    for channel in range(2):
-        values = image[..., channel].astype(np.float64)
-        expected = (values - values.mean()) / values.std()
-        np.testing.assert_allclose(got[channel], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_percentile_zscore_clips_each_channel_before(tmp_path):
-    image = two_channels()
-    got = loaded(tmp_path, image, normalization="percentile_zscore")
-    for channel in range(2):
-        values = image[..., channel].astype(np.float64)
-        values = np.clip(values, *np.percentile(values, [0.5, 99.5]))
-        expected = (values - values.mean()) / values.std()
-        np.testing.assert_allclose(got[channel], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_zscore_is_taken_over_the_resampled_volume(tmp_path):
-    image = two_channels()
-    case = {"image": save(tmp_path, "image", image, np.diag([2.0, 2, 2, 1]))}
-    got = preprocessing((1, 1, 1))(case)["image"].numpy().astype(np.float64)
-    np.testing.assert_allclose(got.mean((1, 2, 3)), 0, atol=1e-4)
-    np.testing.assert_allclose(got.std((1, 2, 3)), 1, atol=1e-4)
-
-
-def test_zscore_of_a_constant_image_is_zero(tmp_path):
-    assert not loaded(tmp_path, np.full((5, 5, 5), 7, np.int16)).any()
-
-
 def test_preprocessing_takes_one_file_per_channel(tmp_path):
     rng = np.random.default_rng(0)
     files = [
@@ -254,11 +209,6 @@ def test_preprocessing_does_without_a_label(tmp_path, keys):
 def test_preprocessing_refuses_a_wrong_spacing(spacing):
     with pytest.raises(ValueError, match="spacing: expected three positive numbers in mm"):
         preprocessing(spacing)
-
-
-def test_preprocessing_refuses_an_unknown_normalization():
-    with pytest.raises(ValueError, match=r"expected one of zscore, .* or clip .*, got 'minmax'"):
-        preprocessing((1, 1, 1), "minmax")
 
 
 # ---- validation and the way back
@@ -363,3 +313,206 @@ def test_to_original_grid_restores_images_of_several_channels(tmp_path):
     for channel, sign in ((0, 1), (1, -1)):
         correlation = np.corrcoef(got[channel][inner].ravel(), sign * values[inner].ravel())
         assert correlation[0, 1] > 1 - 1e-6
+
+
+# ---- what is empty around a volume is cut off, and comes back
+
+BOX = (slice(3, 13), slice(2, 15), slice(5, 12))  # that is not empty
+START, SIZE = [3, 2, 5], [10, 13, 7]
+
+
+def make_bordered(folder, affine, channels=()):
+    """An image that is zero outside of `BOX`, and a label with two classes inside."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((*SHAPE, *channels), np.float32)
+    image[BOX] = rng.uniform(50, 150, (*SIZE, *channels))
+    label = np.zeros(SHAPE, np.uint8)
+    label[4:10, 4:12, 6:10], label[10:12, 8:13, 7:11] = 1, 2
+    case = {"case_id": "a", "image": save(folder, "image", image, affine)}
+    return {**case, "label": save(folder, "label", label, affine)}, image, label
+
+
+def rough_logits(image):
+    """Rough, so that a wrong place shows."""
+    noise = np.random.default_rng(2).normal(size=(3, *image.shape[1:]))
+    return torch.as_tensor(ndimage.gaussian_filter(noise, (0, 1, 1, 1)) * 30).float()
+
+
+def labels_on_file(logits, image, affine):
+    """Index mapping in numpy, interpolation in scipy, background outside of the box."""
+    inverse = np.linalg.inv(image.affine.numpy())
+    ijk = np.moveaxis(world(SHAPE, inverse @ affine), -1, 0)
+    probabilities = torch.softmax(logits.double(), 0).numpy()
+    on_file = [ndimage.map_coordinates(p, ijk, order=1, mode="nearest") for p in probabilities]
+    labels = np.zeros(SHAPE, int)
+    labels[BOX] = np.stack(on_file).argmax(0)[BOX]
+    return labels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_occupied_box_agrees_with_scipy(channels):
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        image = np.zeros((channels, 9, 8, 7), np.float32)
+        for _ in range(rng.integers(1, 4)):
+            image[tuple(rng.integers(0, n) for n in image.shape)] = rng.choice([-1.0, np.nan, 2])
+        (expected,) = ndimage.find_objects((image != 0).any(0).astype(int))
+        start, end = occupied_box(torch.as_tensor(image))
+        assert [slice(a, b) for a, b in zip(start, end, strict=True)] == list(expected)
+
+
+def test_occupied_box_is_the_whole_when_the_image_is_zero_everywhere():
+    assert occupied_box(torch.zeros(2, 4, 3, 2)) == ([0, 0, 0], [4, 3, 2])
+
+
+@pytest.mark.parametrize("channels", [(), (2,)])
+def test_crop_keeps_every_voxel_at_its_place(tmp_path, affine, channels):
+    case, image, label = make_bordered(tmp_path, affine, channels)
+    crop = preprocessing(SPACING, crop_empty_borders=True).transforms
+    names = [type(one).__name__ for one in crop]
+    assert names.index("CropEmptyBordersd") < names.index("Orientationd")
+    data = case
+    for one in crop:
+        data = one(data)
+        if isinstance(one, CropEmptyBordersd):
+            break
+    file = nib.load(case["image"])
+    expected = file.slicer[BOX]
+    np.testing.assert_allclose(data["image"].affine, expected.affine, atol=1e-5)
+    np.testing.assert_allclose(data["label"].affine, expected.affine, atol=1e-5)
+    moved = image[BOX] if not channels else np.moveaxis(image[BOX], -1, 0)
+    np.testing.assert_array_equal(data["image"].numpy().reshape(moved.shape), moved)
+    np.testing.assert_array_equal(data["label"][0], label[BOX])
+    assert (data["image"].meta["crop_start"], data["image"].meta["crop_size"]) == (START, SIZE)
+    np.testing.assert_allclose(data["image"].meta["original_affine"], file.affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["straight", "loader", "cache"])
+def test_prediction_comes_back_to_its_place(tmp_path, affine, way):
+    case, _, label = make_bordered(tmp_path, affine)
+    transform = ValidationPreprocessing(preprocessing(SPACING, crop_empty_borders=True))
+    data = transform(case)
+    if way == "cache":
+        cache = VolumeCache(tmp_path / "cache", 2**30, {"recipe": 1})
+        data = CachedDataset([case], transform, cache)[0]
+    logits = rough_logits(data["image"])
+    data = {**data, "pred": MetaTensor(logits)}
+    if way != "straight":
+        data = decollate_batch(next(iter(DataLoader([data], collate_fn=list_data_collate))))[0]
+    got = ToOriginalGridd()(data)
+    expected = labels_on_file(logits, data["image"], affine)
+    assert (got["pred"].shape, got["pred"].dtype) == ((1, *SHAPE), torch.uint8)
+    pred = got["pred"][0].numpy()
+    outside = np.ones(SHAPE, bool)
+    outside[BOX] = False
+    assert not pred[outside].any()
+    assert (pred == expected).mean() > 0.999
+    assert len(np.unique(expected)) == 3
+    np.testing.assert_allclose(got["pred"].affine, affine, atol=1e-5)
+    np.testing.assert_allclose(got["image"].affine, affine, atol=1e-5)
+    np.testing.assert_array_equal(got["label"][0], label)
+
+
+@pytest.mark.parametrize("box", [(4, 5, 4), (slice(0, 2), 3, slice(3, 9))])
+def test_volume_of_one_slice_comes_back_to_its_place(tmp_path, box):
+    case, *_ = make_bordered(tmp_path, np.eye(4))
+    voxels = np.zeros(SHAPE, np.float32)
+    voxels[box] = 7
+    voxels[(box[0], box[1], box[2])] += np.arange(np.size(voxels[box])).reshape(voxels[box].shape)
+    affine = np.diag([-1.0, 2.0, 1.5, 1.0])
+    nib.save(nib.Nifti1Image(voxels, affine), case["image"])
+    image = preprocessing((1, 2, 1.5), crop_empty_borders=True)({"image": case["image"]})["image"]
+    got = to_original_grid(torch.ones(1, *image.shape[1:]), image)[0]
+    np.testing.assert_array_equal(got.numpy() > 0.5, voxels > 0)
+
+
+def test_batches_of_one_crop_each_come_back(tmp_path):
+    """Start and size are collated to tensors, and must be those of each case again."""
+    transform = preprocessing((1, 1, 1), crop_empty_borders=True)
+    made = []
+    for n, start in enumerate(([1, 2, 3], [4, 5, 6])):
+        voxels = np.zeros(SHAPE, np.float32)
+        inside = tuple(slice(s, s + 5) for s in start)
+        voxels[inside] = np.random.default_rng(n).uniform(1, 2, (5, 5, 5))
+        path = tmp_path / f"{n}.nii"
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+        made.append((transform({"image": str(path)}), inside))
+    loader = DataLoader([data for data, _ in made], batch_size=2, collate_fn=list_data_collate)
+    for data, (_, inside) in zip(decollate_batch(next(iter(loader))), made, strict=True):
+        got = to_original_grid(torch.ones(1, 5, 5, 5), data["image"])[0].numpy()
+        expected = np.zeros(SHAPE)
+        expected[inside] = 1
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+# ---- intensities
+
+
+def volume(channels=3):
+    values = np.random.default_rng(4).gamma(2, 50, (channels, 9, 8, 7)).astype(np.float32)
+    return MetaTensor(torch.as_tensor(values), affine=np.diag([2.0, 3, 4, 1])), values
+
+
+def zscore(values):
+    values = values.astype(np.float64)
+    return (values - values.mean()) / values.std()
+
+
+def clipped(values):
+    return np.clip(values, *np.percentile(values.astype(np.float64), (0.5, 99.5)))
+
+
+def test_channels_are_normalised_each_in_its_own_way():
+    image, values = volume()
+    image.meta["crop_start"] = START
+    units = {"clip": [20, 300], "mean": 90.0, "std": 40.0}
+    got = NormalizeChannelsd(["zscore", "percentile_zscore", units])({"image": image})["image"]
+    expected = [
+        zscore(values[0]),
+        zscore(clipped(values[1])),
+        (np.clip(values[2].astype(np.float64), 20, 300) - 90) / 40,
+    ]
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-4)
+    assert (got.meta["crop_start"], got.dtype) == (START, torch.float32)
+    np.testing.assert_array_equal(got.affine, np.diag([2.0, 3, 4, 1]))
+
+
+@pytest.mark.parametrize(("name", "oracle"), [("zscore", zscore), ("percentile_zscore", clipped)])
+def test_one_normalization_is_for_all_channels(name, oracle):
+    image, values = volume()
+    got = NormalizeChannelsd(name)({"image": image})["image"]
+    expected = [zscore(channel if oracle is zscore else clipped(channel)) for channel in values]
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-4)
+
+
+def test_image_of_one_value_is_normalised_to_zero():
+    for name in ("zscore", "percentile_zscore"):
+        image = MetaTensor(torch.full((1, 4, 4, 4), 7.0))
+        assert not NormalizeChannelsd(name)({"image": image})["image"].any()
+
+
+def test_normalization_is_refused_when_channels_and_entries_differ():
+    with pytest.raises(ValueError, match="expected 3 entries, one per channel, got 2"):
+        NormalizeChannelsd(["zscore", "zscore"])({"image": volume()[0]})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "minmax",
+        None,
+        3,
+        {"clip": [0, 1], "mean": 0},
+        {"clip": [1, 0], "mean": 0, "std": 1},
+        {"clip": [0, 1], "mean": 0, "std": 0},
+        {"clip": [0, 1, 2], "mean": 0, "std": 1},
+        {"clip": "01", "mean": 0, "std": 1},
+        {"clip": [0, 1], "mean": "0", "std": 1},
+        {"clip": [0, float("nan")], "mean": 0, "std": 1},
+        {"clip": [0, 1], "mean": float("nan"), "std": 1},
+        {"clip": [0, 1], "mean": 0, "std": float("inf")},
+    ],
+)
+def test_normalization_is_refused_when_it_is_none(wrong):
+    with pytest.raises(ValueError, match="normalization: expected one of zscore"):
+        NormalizeChannelsd([wrong])
