@@ -167,7 +167,8 @@ def loop_ms(device: str, work: Path) -> float:
         "bundle_root": work, "output_dir": work / "run", "cache_dir": work / "cache",
         "device": device, "roi_size": patch, "batch_size": 4, "base_channels": size["channels"],
         "spacing": [1.584, 1.584, 3.019], "strides": [2, 2], "max_epochs": 1, "val_interval": 1,
-        "steps_per_epoch": (200 if device == "cuda" else 25), "final_scores": "false", "report": "false",
+        "steps_per_epoch": (200 if device == "cuda" else 25), "final_scores": "false",
+        "report": "false",
         "amp_dtype": "float16" if device == "cuda" else "auto",
     }  # fmt: skip
     line = [f"--{key}={value}" for key, value in words.items()]
