@@ -1,8 +1,8 @@
 """Operations of the network that torch does slowly on a CPU in channels_last_3d.
 
-Each gives what torch's own gives, up to the rounding of float32, and steps aside where it would not
-be faster or may not be used: on other devices, in other layouts and dtypes, for subclasses of
-Tensor, and wherever the network is scripted, traced, exported or compiled.
+Each gives the result of torch's operation up to float32 rounding. Torch's operation is used where
+these would not be faster or are not allowed: on other devices, in other memory formats and dtypes,
+for subclasses of Tensor, and in a network that is scripted, traced, exported or compiled.
 """
 
 from functools import cache
@@ -16,16 +16,17 @@ LARGEST_MEAN = 10.0  # in standard deviations; above it E[x²] − E[x]² loses 
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """torch's InstanceNorm3d, which turns channels_last_3d into the default layout and back.
+    """Instance norm that works in channels_last_3d; torch's converts it to contiguous and back.
 
-    Here the statistics are sums in the layout as it is, and the rest is batch norm of each volume
+    The statistics are sums in the given memory format, and the rest is batch norm of each volume
     alone. Sums are torch's pairwise ones: its batch norm adds the voxels of a channel one after the
     other, and is off by 1e-3 standard deviations at 96³. The gradient of torch's instance norm is
-    wrong for a single volume where the next layer's is channels last (torch 2.13); ours is right.
+    wrong for a single volume if the next layer's gradient is channels last (torch 2.13); this one
+    is right.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` `(B, C, H, W, D)`, each channel of each volume of it normalised, then scaled."""
+        """Normalise each channel of each volume of `x` `(B, C, H, W, D)`, scale and shift it."""
         if not torch.jit.is_scripting():
             if _applies(x):
                 return _instance_norm(x, self.weight, self.bias, self.eps)
@@ -35,10 +36,10 @@ class InstanceNorm(nn.InstanceNorm3d):
 
 
 def upsample(x: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Trilinear interpolation of `x` `(B, C, H, W, D)` to `size`, voxel centres kept in place.
+    """Interpolate `x` `(B, C, H, W, D)` trilinearly to `size`, corners not aligned.
 
-    Its gradient is made axis by axis, as products with the small matrices of linear interpolation:
-    torch's own goes through all eight neighbours of every voxel.
+    The gradient is computed axis by axis, as products with small matrices of linear interpolation;
+    torch visits all eight neighbours of every voxel.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript)
         if x.requires_grad and torch.is_grad_enabled() and _applies(x):
@@ -80,7 +81,7 @@ def _plain(x: torch.Tensor, weight: Any, bias: Any, eps: float) -> torch.Tensor:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """For torch's instance norm: of a single volume it misreads a gradient in channels last."""
+    """Make the gradient contiguous: torch's instance norm misreads one of a single volume."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
@@ -148,6 +149,6 @@ class _Upsample(torch.autograd.Function):
 
 @cache
 def _interpolation(coarse: int, fine: int) -> torch.Tensor:
-    """`(fine, coarse)` matrix of linear interpolation along an axis."""
+    """Return the `(fine, coarse)` matrix of linear interpolation along an axis."""
     unit = torch.eye(coarse)[None]  # (1, coarse, coarse)
     return F.interpolate(unit, size=fine, mode="linear", align_corners=False)[0].T.contiguous()

@@ -1,6 +1,7 @@
 """A 3D U-Net with a dense bottleneck: the whole network.
 
-What is here is what it computes; `fused` and `on_cpu` compute some of it faster than torch does.
+This file defines what is computed; `fused_layers` and `cpu_layers` compute some of it faster than
+torch does, with the same results.
 
 Terms: a *level* is one resolution; the *skip* of a level is its encoder output, handed to its
 decoder; the *reduction* of an axis is the product of its strides, so `n` voxels along it are
@@ -46,8 +47,8 @@ class DenseUNet(nn.Module):
         dropout: Probability in [0, 1) of zeroing a channel that a dense layer appends.
         deep_supervision: Return the logits of every decoder level in train mode.
         recompute_levels: Finest levels, counted from full resolution, whose two blocks keep
-            nothing for the backward pass but their inputs and compute the rest again in it: less
-            memory for more time, and the same gradients bit for bit.
+            only their inputs for the backward pass and compute the rest again: less memory, more
+            time, and the same gradients bit for bit.
         seed: Seed of the initial weights, which are then a function of the arguments alone;
             torch's global random state is left untouched. None draws from the global state.
 
@@ -144,7 +145,7 @@ class DenseUNet(nn.Module):
 
     @torch.jit.unused
     def _at(self, level: int, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """A block of a level; of an input from below and a skip, upsampled and concatenated."""
+        """Run a block of a level; an input from below is first upsampled and joined to the skip."""
         run = block if len(inputs) == 1 else partial(_decoded, block)
         wanted = level < self.recompute_levels and self.training and torch.is_grad_enabled()
         if not wanted or torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -170,7 +171,7 @@ class DenseUNet(nn.Module):
         return size[0], size[1], size[2]
 
     def _values_needed(self, batch_size: int) -> int:
-        """Voxels per image that the norm needs at the bottleneck."""
+        """Return how many voxels per image the norm needs at the bottleneck."""
         return 2 if self.norm == "instance" or (self.training and batch_size == 1) else 1
 
     def _check(self, image: torch.Tensor) -> None:
@@ -220,7 +221,7 @@ def _decoded(block: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Ten
 
 @contextlib.contextmanager
 def _untouched_buffers(block: nn.Module) -> Iterator[None]:
-    """Inside, running statistics are copies: a batch is to be counted once."""
+    """Let a block update copies of its running statistics: a batch must be counted once."""
     own = [(module._buffers, dict(module._buffers)) for module in block.modules()]
     try:
         for buffers, kept in own:
@@ -271,7 +272,7 @@ def _norm(norm: str, channels: int) -> nn.Module:
 
 
 def _triples(strides: object) -> tuple[tuple[int, ...], ...]:
-    """`strides` as one triple per pooling."""
+    """Return `strides` as one triple per pooling."""
     listed = list(strides) if isinstance(strides, list | tuple) else []
     triples = [tuple(s) if isinstance(s, list | tuple) else (s, s, s) for s in listed]
     valid = all(len(t) == 3 and all(_is_int(s, 1) for s in t) for t in triples)
@@ -297,7 +298,7 @@ def _check_recomputed(levels: int, most: int) -> None:
 
 
 def _as_bool(name: str, value: object) -> bool:
-    """A JSON boolean, or the words `true` and `false` as `monai.bundle` passes them."""
+    """Convert a JSON boolean, or the words `true` and `false` as `monai.bundle` passes them."""
     _expect(value in (True, False, "true", "false"), name, "true or false", value)
     return value in (True, "true")
 

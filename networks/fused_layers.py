@@ -1,8 +1,8 @@
-"""The layers that only move memory, each in one pass where torch takes several.
+"""Layers limited by memory bandwidth, each in one pass where torch needs several.
 
-On CUDA, for tensors that are channels last, these are kernels of `networks.kernels`; anywhere else,
-and in what is scripted, traced or exported, torch's own operations, of which the kernels are the
-same functions: they compute in float32 and round once, to the dtype that they store.
+On CUDA, for channels-last tensors, they run the kernels of `networks.kernels`. Everywhere else, and
+in a network that is scripted, traced or exported, they run torch's operations. Both compute the
+same functions; the kernels compute in float32 and round once, to the dtype that they store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROGRAMS = 1024  # that share the sums over an image: some for each multiprocess
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can take these tensors, `(B, C, H, W, D)`, and are wanted."""
+    """Return whether the kernels can process these tensors, `(B, C, H, W, D)`, here and now."""
     if triton is None or not _is_eager():
         return False
     return all(
@@ -49,7 +49,7 @@ def serves(*tensors: torch.Tensor) -> bool:
 
 @functools.cache
 def _works_on(device: torch.device) -> bool:
-    """Whether Triton can run there: it may lack a C compiler, or the card may be too old."""
+    """Return whether Triton runs there: it may lack a C compiler, or the card may be too old."""
     if device.type != "cuda":
         return bool(triton.knobs.runtime.interpret)
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -69,10 +69,10 @@ def _is_eager() -> bool:
 
 
 def channels_last(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`image`, its strides channels last where `weight`'s are and one channel leaves it open.
+    """Give a one-channel `image` channels-last strides if `weight` is channels last.
 
-    A convolution takes its layout from its input: of an undecided one it brought the gradient of
-    its output to the other layout and back, a tenth of a training step.
+    A one-channel image is both contiguous and channels last. A convolution takes its memory format
+    from its input, and converted the gradient of its output for such an image: 10 % of a step.
 
     Args:
         image: `(B, C, H, W, D)`.
@@ -88,7 +88,7 @@ def channels_last(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def norm_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`relu(norm(x))`.
+    """Compute `relu(norm(x))`.
 
     Args:
         norm: BatchNorm3d or InstanceNorm3d with weights; any other, or one with a hook, is called.
@@ -100,7 +100,7 @@ def norm_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_usual(norm: nn.Module) -> bool:
-    """Whether the kernels do what this norm does, and nobody watches it."""
+    """Return whether the kernels compute this norm, and it has no hooks."""
     if not isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d) or not norm.affine:
         return False
     if norm._forward_hooks or norm._forward_pre_hooks or norm.momentum is None:
@@ -109,7 +109,7 @@ def _is_usual(norm: nn.Module) -> bool:
 
 
 def pool_and_skip(x: torch.Tensor, pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` pooled, and `x`, whose gradients are added up where they meet again.
+    """Return `x` pooled, and `x` for the skip; the backward pass adds both gradients in one pass.
 
     Args:
         x: `(B, C, H, W, D)`.
@@ -121,7 +121,7 @@ def pool_and_skip(x: torch.Tensor, pool: Any) -> tuple[torch.Tensor, torch.Tenso
 
 
 def upsample_concat(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """`x`, interpolated to the size of `skip` (trilinear, corners not aligned), then `skip`.
+    """Concatenate `x`, interpolated to the size of `skip` (trilinear), and `skip`.
 
     Args:
         x: `(B, C, h, w, d)`, no larger than `skip` along any axis.
@@ -266,13 +266,13 @@ class _UpsampleConcat(torch.autograd.Function):
 
 
 def _taps(size_in: int, size_out: int) -> int:
-    """Outputs of an axis that one input may have a share in."""
+    """Return how many outputs of an axis one input may contribute to."""
     whole, rest = divmod(2 * size_out, size_in)
     return 1 if size_in == size_out else whole + 2 * (rest > 0)
 
 
 class _Parts:
-    """How sums over the rows of an image are divided between programs."""
+    """Divides sums over the rows of an image between programs."""
 
     def __init__(self, rows: int, channels: int, images: int) -> None:
         tile = _tile(channels)
@@ -284,7 +284,7 @@ class _Parts:
 
 
 def _tile(channels: int) -> dict[str, int]:
-    """Rows and channels of a program's tile."""
+    """Return the rows and channels of a program's tile."""
     block = _channel_block(channels)
     return {"ROWS": TILE // block, "CHANNELS": block}
 
@@ -298,9 +298,9 @@ def _tiles(rows: int, channels: int, images: int) -> tuple[dict[str, int], tuple
 def _line_tiles(
     lines: int, length: int, channels: int
 ) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Tile of a program that works along a line of voxels, and the grid of all programs.
+    """Return the tile of a program that works along a line of voxels, and the grid of programs.
 
-    Lines come first in the grid: there may be more of them than CUDA allows for the other axes.
+    Lines are the first axis of the grid: CUDA allows fewer programs on the other axes.
     """
     block = _channel_block(channels)
     positions = min(triton.next_power_of_2(length), TILE // 2 // block)
@@ -309,7 +309,7 @@ def _line_tiles(
 
 
 def _channel_block(channels: int) -> int:
-    """The largest power of two up to 64 that divides the channels, or one that is not too small."""
+    """Return the largest power of two up to 64 that divides the channels, if it is at least 16."""
     divisor = math.gcd(channels, 64)
     return divisor if divisor >= 16 else min(triton.next_power_of_2(channels), 64)
 
@@ -320,7 +320,7 @@ def _empty(like: torch.Tensor, images: int, channels: int, size: Any) -> torch.T
 
 
 def _rows(grad: torch.Tensor) -> torch.Tensor:
-    """`grad`, channels last; rows may have any stride, as in a part of the channels."""
+    """Make `grad` channels last; rows may have any stride, as in a slice of the channels."""
     _, channels, height, width, depth = grad.shape
 
     def strides(step: int) -> tuple[int, ...]:
