@@ -1,15 +1,15 @@
 """Augmentation on the training device: one resampling, then intensity, a pure function of a seed.
 
-Workers deliver crops with a margin (`input_size` voxels, about the chosen centre); here each is
-rotated, scaled, flipped and cut to `roi_size` by one affine, then changed in intensity. A result
-depends on the sample's seed and nothing else, bit for bit: not on its batch, the workers, the ranks
-or a global random state. So samples share a kernel only where each voxel is computed from its own
-sample alone in one rounding per operation; sums over voxels and powers are made sample by sample,
-since the order of additions, and on a CPU the end of a vectorised loop, would depend on the batch.
-(On CUDA, where `roi_size` has a number of voxels that four does not divide, to rounding: the sums'
-order depends on where in a batch the sample's memory begins.)
-All parameters are numbers on the host or come from pinned memory, so that the host never waits for
-the device.
+The loader delivers crops with a margin (`input_size` voxels around the chosen centre). Each crop
+is rotated, scaled, flipped and cut to `roi_size` by one affine, then its intensities are changed.
+The result depends on the sample's seed alone, bit for bit: not on its batch, the workers, the
+ranks or any global random state. Samples therefore share a kernel only where each voxel is
+computed from its own sample with one rounding per operation. Sums over voxels and powers are
+computed sample by sample, because the order of additions, and on a CPU the end of a vectorised
+loop, depend on the batch. (On CUDA, if the number of voxels in `roi_size` is not a multiple of
+four, results agree to rounding: the order of the sums depends on where in the batch the sample's
+memory begins.) All parameters are numbers on the host or come from pinned memory, so that the host
+never waits for the device.
 
 The operations, their order and defaults are nnU-Net's (Isensee et al., Nature Methods 18, 2021;
 batchgeneratorsv2), but: space is physical, a scale above 1 magnifies, the channels of a sample
@@ -52,7 +52,7 @@ SIDES = re.compile(r"(left|right|sinist|dext).*|[lr][th]?")
 
 @dataclass(frozen=True)
 class Draw:
-    """What one seed stands for: the parameters of one sample."""
+    """The parameters of one sample, drawn from its seed."""
 
     matrix: np.ndarray | None  # (3, 3), output to input offsets from the centre, in voxels
     flips: tuple[int, ...]  # spatial axes
@@ -194,7 +194,7 @@ class Augment:
     def _place(
         self, images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Samples (C, *input_size) and (1, *input_size), turned, scaled, flipped and cut."""
+        """Rotate, scale, flip and cut samples (C, *input_size) and (1, *input_size)."""
         moved = [n for n, draw in enumerate(draws) if draw.matrix is not None]
         image, label = (
             [  # without a matrix no interpolation: voxels keep their exact values
@@ -217,7 +217,7 @@ class Augment:
 def resolve_flip_axes(
     flip_axes: str | Sequence[int], class_names: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Spatial axes that may be flipped, in volumes whose axis 0 is the patient's left-right (RAS).
+    """Return the axes that may be flipped; axis 0 of the volume is the patient's left-right (RAS).
 
     `"auto"` is all three, or (1, 2) if a class name has a word for a side: left, right, l, r, lt,
     rt, lh, rh, sinister, dexter and their forms, set apart by punctuation or case ("kidney_r",
@@ -237,7 +237,7 @@ def resolve_flip_axes(
 def margin_size(
     roi_size: Size, spacing: np.ndarray, degrees: np.ndarray, lowest_scale: float
 ) -> Size:
-    """Size of the crop that no rotation and scale in range leaves.
+    """Return the size of the crop that contains every rotation and scale in range.
 
     The farthest sample on axis i is the largest `sum_j |R_ij| half_j` over the rotations R,
     searched on a grid of angles with the ends of the ranges. Second derivatives are at most
@@ -264,13 +264,13 @@ def margin_size(
 
 @functools.lru_cache(maxsize=4)
 def _turns_between(degrees: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Absolute entries (N, 3, 3) of the rotations by a grid of angles between given ones."""
+    """Return the absolute entries (N, 3, 3) of rotations on a grid of angles."""
     angles = [np.unique(np.linspace(low, high, 41)) for low, high in degrees]
     return np.abs(_rotation(np.stack(np.meshgrid(*angles), -1).reshape(-1, 3)))
 
 
 def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Tensor:
-    """The central `size` voxels of `x` (C, H, W, D), flipped along the spatial axes `flips`."""
+    """Return the central `size` voxels of `x` (C, H, W, D), flipped along the axes `flips`."""
     for axis, length in enumerate(size, start=1):
         x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
     return x.flip([axis + 1 for axis in flips])
@@ -279,7 +279,7 @@ def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Te
 def sampling_grid(
     matrices: np.ndarray, roi_size: Size, input_size: Size, device: torch.device
 ) -> torch.Tensor:
-    """Grid for `grid_sample` with `align_corners=False`, (N, *roi_size, 3) float32.
+    """Return a grid for `grid_sample` with `align_corners=False`, (N, *roi_size, 3) float32.
 
     Not `F.affine_grid`: its matrix product may run in TF32, which is off by a tenth of a voxel.
 
@@ -310,7 +310,7 @@ def _sample(x: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack`, but a view of one alone."""
+    """Stack tensors; a single one becomes a view."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
@@ -374,12 +374,12 @@ def adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
 
 
 def invert_and_adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
-    """As `adjust_gamma`, the images negative meanwhile."""
+    """Apply `adjust_gamma` to the negative of each image (C, H, W, D)."""
     return torch._foreach_neg(list(adjust_gamma(torch._foreach_neg(list(images)), gammas)))
 
 
 def _std_and_mean(images: Images) -> list[torch.Tensor]:
-    """Of each channel, (N, C, 1, 1, 1) each; sample by sample, see above."""
+    """Return std and mean of each channel, (N, C, 1, 1, 1), computed sample by sample."""
     both = [torch.std_mean(image, SPACE, keepdim=True) for image in images]
     return [_stacked(values) for values in zip(*both, strict=True)]
 
@@ -394,7 +394,7 @@ CHANGES: dict[str, Callable[[Images, Sequence[float]], Images]] = {
 
 
 def _value(coin: float, u: float, settings: Settings) -> float | None:
-    """An operation's value, or None; half of the factors are below 1, as in nnU-Net."""
+    """Draw an operation's value, or None; half of the factors are below 1, as in nnU-Net."""
     (_, prob), (key, (low, high)) = settings.items()
     if coin >= prob:
         return None
@@ -403,12 +403,12 @@ def _value(coin: float, u: float, settings: Settings) -> float | None:
 
 
 def _rotation(degrees: np.ndarray) -> np.ndarray:
-    """Matrices (…, 3, 3) of turns (…, 3) about the fixed axes 0, 1 and 2, in that order."""
+    """Return matrices (…, 3, 3) of rotations (…, 3) about the fixed axes 0, 1 and 2, in order."""
     return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
 
 
 def _degrees(value: Any) -> np.ndarray:
-    """Lowest and highest angle about each axis, (3, 2), from one number, a pair or three pairs."""
+    """Expand one number, a pair or three pairs to the range of angles about each axis, (3, 2)."""
     array = np.asarray(value, float)
     return np.broadcast_to(array if array.ndim else [-abs(array), abs(array)], (3, 2))
 
@@ -435,7 +435,7 @@ RULES["sigma"] = RULES["range"]
 
 
 def _is_valid(key: str, value: Any) -> bool:
-    """Whether `value` is finite numbers and as `RULES[key]` says."""
+    """Return whether `value` is finite and satisfies `RULES[key]`."""
     try:
         array = np.asarray(value)
     except ValueError:  # a ragged list
@@ -445,7 +445,7 @@ def _is_valid(key: str, value: Any) -> bool:
 
 
 def setting_faults(where: str, given: Any) -> list[str]:
-    """What is wrong with the argument `spatial` or `intensity` of `Augment`, a line for each.
+    """List the mistakes in the argument `spatial` or `intensity` of `Augment`, one line each.
 
     Args:
         where: Which of the two.
@@ -457,7 +457,7 @@ def setting_faults(where: str, given: Any) -> list[str]:
 
 
 def _merge(where: str, given: Any, defaults: Settings, faults: list[str]) -> dict[str, Any]:
-    """The defaults with what is given in their place; what is wrong is added to `faults`."""
+    """Merge given values into the defaults; mistakes are added to `faults`."""
     merged, given = dict(defaults), {} if given is None else given
     if not isinstance(given, Mapping):
         faults.append(_fault(where, f"a mapping with keys of {', '.join(defaults)}", given))

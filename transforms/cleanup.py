@@ -1,4 +1,4 @@
-"""What may be done to a label map at the end: small parts away, the largest kept, holes filled."""
+"""Post-processing of label maps: remove small components, keep the largest, fill holes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from scipy import ndimage
 
-TOUCHING = np.ones((3, 3, 3), dtype=bool)  # voxels with a corner in common are of one part
+TOUCHING = np.ones((3, 3, 3), dtype=bool)  # voxels that share a corner are connected
 CHUNK = 2**20  # voxels
 
 
 class Cleanup:
-    """Cleans label maps class by class, in the order of the arguments; off where nothing is named.
+    """Cleans label maps class by class, in the order of the arguments; by default it does nothing.
 
     Args:
         class_names: In the order of the label values, background first.
-        min_volume_ml: Parts of a class that are smaller become background: one number for all
-            classes, or a number by class name.
-        keep_largest: Classes of which the largest part alone is kept: names, or `all`.
-        fill_holes: Classes in which background that they enclose in three dimensions becomes
-            theirs: names, or `all`.
+        min_volume_ml: Connected components of a class with a smaller volume become background: one
+            number for all classes, or a number by class name.
+        keep_largest: Names of classes of which only the largest component is kept, or `all`.
+        fill_holes: Names of classes that take the background which they enclose in three
+            dimensions, or `all`.
 
     Raises:
         ValueError: If a class is unknown, or a volume below 0.
@@ -47,7 +47,7 @@ class Cleanup:
         self.fill_holes = _values(names, fill_holes, "fill_holes")
 
     def __call__(self, labels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-        """The cleaned label map.
+        """Return the cleaned label map.
 
         Args:
             labels: `(H, W, D)` integer.
@@ -74,14 +74,14 @@ class Cleanup:
 def _remove_parts(
     box: np.ndarray, value: int, voxel_ml: float, least_ml: float, largest_alone: bool
 ) -> None:
-    """Take away parts of a class that are too small, or not its largest.
+    """Remove components of a class that are smaller than `least_ml`, or not its largest.
 
     Args:
-        box: `(h, w, d)` labels, changed in place; the class is there.
-        value: Of the class.
+        box: `(h, w, d)` labels that contain the class, changed in place.
+        value: Label value of the class.
         voxel_ml: Volume of a voxel.
-        least_ml: Volume of a part that stays.
-        largest_alone: Whether the largest part alone is kept.
+        least_ml: Smallest volume of a component that is kept.
+        largest_alone: Whether only the largest component is kept.
     """
     parts, count = ndimage.label(box == value, structure=TOUCHING)
     sizes = np.zeros(count + 1, np.int64)
@@ -96,12 +96,7 @@ def _remove_parts(
 
 
 def _fill_holes(box: np.ndarray, value: int) -> None:
-    """Give a class the background that it encloses.
-
-    Args:
-        box: `(h, w, d)` labels around all of the class, changed in place.
-        value: Of the class.
-    """
+    """Give a class the background that it encloses, in `(h, w, d)` labels, in place."""
     parts, count = ndimage.label(box != value)
     enclosed = np.ones(count + 1, bool)
     enclosed[0] = False  # the class itself
@@ -112,14 +107,14 @@ def _fill_holes(box: np.ndarray, value: int) -> None:
 
 
 def _rows(parts: np.ndarray) -> Iterator[slice]:
-    """Along the first axis, a few planes at a time: NumPy makes indices of 8 bytes of them."""
+    """Yield a few planes at a time along the first axis: NumPy makes 8-byte indices of them."""
     step = max(1, CHUNK // parts[0].size)
     for start in range(0, len(parts), step):
         yield slice(start, start + step)
 
 
 def _values(names: Sequence[str], chosen: str | Sequence[str], where: str) -> list[int]:
-    """Label values of the classes that are named."""
+    """Return the label values of named classes."""
     if chosen == "all":
         return list(range(1, len(names) + 1))
     if isinstance(chosen, str) or (unknown := [name for name in chosen if name not in names]):

@@ -13,12 +13,12 @@ from monai.utils import convert_to_dst_type, convert_to_numpy
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3  # from a whole number, which the scaling of stored values may leave
+TOLERANCE = 1e-3  # scaling of stored values may move labels off whole numbers
 MAX_VALUE = 255  # label maps are kept in a byte
 
 
 def round_labels(voxels: np.ndarray) -> np.ndarray:
-    """Round what is within `TOLERANCE` of a whole number.
+    """Round values within `TOLERANCE` of a whole number.
 
     Returns:
         An array of the same shape and dtype; other values, NaN among them, stay as they are.
@@ -31,16 +31,16 @@ def round_labels(voxels: np.ndarray) -> np.ndarray:
 
 
 class WholeLabelsd(MapTransform):
-    """Makes label maps uint8, and refuses what a byte cannot hold.
+    """Converts label maps to uint8, and refuses values that a byte cannot hold.
 
-    Values within `TOLERANCE` of a whole number are rounded; the log names the first file of a
-    folder where that happens.
+    Values within `TOLERANCE` of a whole number are rounded; the log names the first such file of
+    each folder.
 
     Raises:
         ValueError: If a value is not a whole number from 0 to 255.
     """
 
-    told: ClassVar[set[str]] = set()  # folders, of this process
+    reported: ClassVar[set[str]] = set()  # folders, in this process
 
     def __call__(self, data: dict) -> dict:
         """Convert the label maps of one case."""
@@ -58,7 +58,7 @@ class WholeLabelsd(MapTransform):
             )
         meta = getattr(volume, "meta", {})
         folder, _, name = str(meta.get("filename_or_obj", key)).rpartition("/")
-        if folder not in self.told and (off := float(np.abs(voxels - given).max(initial=0))):
-            self.told.add(folder)
+        if folder not in self.reported and (off := float(np.abs(voxels - given).max(initial=0))):
+            self.reported.add(folder)
             log.warning("%s: label values up to %.1g off whole numbers are rounded", name, off)
         return convert_to_dst_type(voxels, volume, dtype=torch.uint8)[0]

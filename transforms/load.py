@@ -1,8 +1,8 @@
 """Volumes from files: NIfTI, several NIfTI files as channels, or a folder with a DICOM series.
 
-MONAI's own loading is kept, but for its choice of readers: its PydicomReader orders slices by
-Instance Number and puts two series into one volume, its ITKReader takes one of two and reads
-uneven gaps as even, and its NumpyReader unpickles. Here is one reader, which does none of that.
+Loading is MONAI's apart from its choice of readers: PydicomReader orders slices by Instance Number
+and joins two series to one volume, ITKReader picks one of two series and reads uneven gaps as even,
+and NumpyReader unpickles. This module uses one reader that does none of these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transforms.dicom import read_series
 
 
 class VolumeReader(NibabelReader):
-    """MONAI's reader of NIfTI files, which reads folders as well: as DICOM series."""
+    """MONAI's reader of NIfTI files, which also reads a folder as a DICOM series."""
 
     def read(self, data: Any, **kwargs: Any) -> Any:
         """Open one path, or one per channel.
@@ -37,10 +37,9 @@ class VolumeReader(NibabelReader):
 class LoadVolumesd(MapTransform):
     """MONAI's LoadImaged for the paths of a case, with `VolumeReader` in place of its readers.
 
-    LoadImaged itself always makes all of its readers, and tries them after the one it was given.
-    Each key holds one path, or a list with one per channel, and becomes a float32 MetaTensor with
-    the metadata that LoadImaged gives it. A MetaTensor that a client has loaded itself is made
-    float32 and stays as it is otherwise.
+    LoadImaged always creates all of its readers, and tries them after the given one. Each key holds
+    one path, or a list with one per channel, and becomes a float32 MetaTensor with the metadata of
+    LoadImaged. A MetaTensor that a client has loaded is only converted to float32.
     """
 
     def __call__(self, data: dict) -> dict:
@@ -61,10 +60,10 @@ class LoadVolumesd(MapTransform):
 
 
 def _open(path: str | Path) -> Any:
-    """A nibabel image, which of a DICOM series is in memory; nibabel's types know no voxels.
+    """Open a file or a DICOM series as a nibabel image.
 
-    Its affine is what nibabel takes it for, also where `pixdim` is of another mind: NibabelReader
-    itself would put the qform in place of the sform then, of the image and not of the label.
+    The affine is nibabel's, also if `pixdim` contradicts it: NibabelReader would then replace the
+    sform by the qform, for the image but not for the label.
     """
     if Path(path).is_dir():
         return nib.Nifti1Image(*read_series(path))

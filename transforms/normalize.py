@@ -1,4 +1,4 @@
-"""Intensities on a common scale, channel by channel."""
+"""Normalisation of intensities, channel by channel."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class NormalizeChannelsd(MapTransform):
     """Normalises each channel of `image` `(C, H, W, D)` in its own way.
 
     Args:
-        normalization: One for all channels, or a list with one per channel, of:
-            `zscore`: mean 0 and deviation 1 over the volume (MR);
+        normalization: One of the following for all channels, or a list with one per channel:
+            `zscore`: mean 0 and standard deviation 1 over the volume (MR);
             `percentile_zscore`: the same after clipping to the 0.5th and 99.5th percentile;
-            `{"clip": [low, high], "mean": m, "std": s}`: clipped and scaled by these numbers, the
-            same in every volume, for units that mean the same everywhere (CT).
+            `{"clip": [low, high], "mean": m, "std": s}`: clipped and scaled by these numbers in
+            every volume, for intensities in absolute units (CT).
 
     Raises:
         ValueError: If one is none of these, or a volume has another number of channels.
@@ -69,7 +69,7 @@ def _transform(normalization: Normalization) -> Callable:
 
 
 def _units(given: Mapping[str, Any]) -> list[float] | None:
-    """`low`, `high`, `mean` and `std`, where they are numbers that intensities can be scaled by."""
+    """Return `low`, `high`, `mean` and `std`, or None if they are not valid numbers."""
     if {*given} != {"clip", "mean", "std"}:
         return None
     try:
