@@ -108,7 +108,7 @@ def step_times(case: str, kind: str) -> dict[str, Any]:
             optimizer, warmup_steps=0, max_epochs=1, steps_per_epoch=len(loader)
         )
         trainer = MixedPrecisionTrainer(
-            precision, loss_function=SegmentationLoss(), lr_scheduler=scheduler,
+            precision=precision, loss_function=SegmentationLoss(), lr_scheduler=scheduler,
             steps_per_epoch=len(loader), **common,
         )  # fmt: skip
     wall, processor = [], []

@@ -31,8 +31,8 @@ from benchmarks import machine
 from benchmarks.gpu_training import FixedBatches
 from networks.dense_unet import DenseUNet
 from pipeline import distributed
+from pipeline.distributed import DistributedSettings
 from pipeline.precision import Precision
-from pipeline.process_group import ProcessGroup
 from pipeline.training.loss import SegmentationLoss
 from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -41,12 +41,12 @@ ROUNDS, STEPS = 10, 12  # rounds of STEPS steps of each kind in turn
 KINDS = ("without", "replica", "replica_own_statistics")
 
 
-def make_trainer(group: ProcessGroup | None) -> MixedPrecisionTrainer:
+def make_trainer(group: DistributedSettings | None) -> MixedPrecisionTrainer:
     precision = Precision("cuda", cudnn_benchmark=True)
     network = precision.place(DenseUNet(1, 14, norm="batch", seed=0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     return MixedPrecisionTrainer(
-        precision,
+        precision=precision,
         max_epochs=1,
         train_data_loader=[],
         network=network,
@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     output = parser.parse_args().output
     distributed.join()
-    group = ProcessGroup("cuda")
+    group = DistributedSettings("cuda")
     group.enter()
-    groups = None, group, ProcessGroup("cuda", sync_batch_norm=False)
+    groups = None, group, DistributedSettings("cuda", sync_batch_norm=False)
     trainers = {kind: make_trainer(each) for kind, each in zip(KINDS, groups, strict=True)}
     batches = FixedBatches(14, (128, 128, 128), trainers["replica"].precision.device).batches
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -123,7 +123,7 @@ def trainer_of(config: Config, precision: Precision) -> MixedPrecisionTrainer:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     schedule = warmup_cosine(optimizer, warmup_steps=1, max_epochs=1, steps_per_epoch=NUM_STEPS)
     return MixedPrecisionTrainer(
-        precision,
+        precision=precision,
         max_epochs=1,
         train_data_loader=Noise(config),
         network=network,

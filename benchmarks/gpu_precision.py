@@ -59,13 +59,9 @@ class InfAugment(Augment):
 class PlainTrainer(MixedPrecisionTrainer):
     """The same step as the AMP recipe of torch's documentation takes it."""
 
-    def _begin_step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.group = []
-
     def _iteration(self, engine, batchdata):
-        self._begin_step()
-        self.group.append(batchdata)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.group = [batchdata]
         output = self.state.output = {}
         loss = self.forward(batchdata, self.precision.autocast(), output)
         scaler = self.precision.scaler
@@ -88,7 +84,7 @@ def make_trainer(kind: type[MixedPrecisionTrainer], mode: str) -> MixedPrecision
     network = precision.place(DenseUNet(1, 14, seed=0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     return kind(
-        precision,
+        precision=precision,
         max_epochs=1,
         train_data_loader=[],
         network=network,

@@ -99,7 +99,7 @@ def step_time(kind: str, num_classes: int = 14, size: tuple[int, ...] = (128, 12
             optimizer, warmup_steps=0, max_epochs=1, steps_per_epoch=len(loader)
         )
         trainer = MixedPrecisionTrainer(
-            precision,
+            precision=precision,
             loss_function=SegmentationLoss(),
             lr_scheduler=scheduler,
             steps_per_epoch=len(loader),

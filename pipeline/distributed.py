@@ -1,48 +1,52 @@
-"""The processes of one training ("ranks"), and what they tell one another.
+"""The processes ("ranks") of one training, and what they exchange.
 
-torchrun starts them. Where it did not there is one, and everything here gives back what it is
-given. What ranks say passes through a Gloo group of its own, on the CPU; tensors of training pass
-through the default group: NCCL on CUDA, Gloo on a CPU.
+torchrun starts the ranks. Without it there is one process, and every function here returns what a
+single rank gets. Objects pass through a Gloo group of their own on the CPU; tensors of training
+pass through the default group: NCCL on CUDA, Gloo on a CPU.
 
-A mistake that one rank finds inside `sync_errors` ends all of them: it takes the place of what the
-rank would have said next, so that no other waits for that. Rank 0 prints it.
+If one rank raises inside `sync_errors()`, all ranks raise: the error travels with the next exchange
+of objects, so that no rank waits for one that has ended. Rank 0 prints it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import logging
 import os
 import signal
 import socket
 import threading
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn import SyncBatchNorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InputError, TrainingStopped
-from pipeline.rendezvous import meet
+from pipeline.errors import InputError, TrainingStopped, as_bool
 
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# How long a rank waits for another that is behind, with its share of preprocessing or prediction. A
-# process that dies is noticed at once, since its connections close; a lost host is not.
-PATIENCE = timedelta(hours=2)
+# Rank 0 checks the data while the others wait, and the shares of preprocessing or prediction differ
+# in length. A process that dies is noticed at once, because its connections close.
+PATIENCE = timedelta(hours=24)
 
 log = logging.getLogger(__name__)
 
-_talk: dist.ProcessGroup | None = None  # the group that objects pass through; None: the default
-_store: dist.Store | None = None
-_waits = 0
-_alone: dist.ProcessGroup | None = None  # of this rank only
-_apart = False
-_over = False  # one has refused: nobody listens any more
+_object_group: dist.ProcessGroup | None = None  # None: the default group
+_own_group: dist.ProcessGroup | None = None  # of this rank alone
+_is_local = False  # inside of `local_only`
+_has_ended = False  # a rank has raised, so nobody listens any more
+
+
+# --- who is there
 
 
 def is_launched() -> bool:
@@ -51,43 +55,26 @@ def is_launched() -> bool:
 
 
 def join() -> None:
-    """Meet the other ranks, where torchrun started some; a second call does nothing."""
-    global _talk, _store
-    if not is_launched() or dist.is_initialized() or _over:
+    """Connect to the other ranks if torchrun started some; a second call does nothing."""
+    global _object_group
+    if not is_launched() or dist.is_initialized() or _has_ended:
         return
-    _store, number, count = meet()
+    store, number, count = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # the store of torchrun outlives a restart, and would still name the former ranks'
+        # addresses (pytorch issue 135712)
+        store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
-    _talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def loss_of(error: RuntimeError) -> str | None:
-    """One line for the user where `error` says that another rank is gone; else `None`."""
-    if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
-        return None
-    said = str(error).partition("\n")[0].partition(". This is")[0]
-    return (
-        f"rank {rank()}: expected all ranks to go on, got: {said}. Look at what the rank that "
-        "ended first says; the same command goes on."
-    )
-
-
-def silence_other_ranks() -> None:
-    """Let only rank 0 write to the console, others errors alone. Logging is set up before."""
-    if is_main():
-        return
-    for handler in logging.root.handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setLevel(logging.ERROR)
-    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it tells of every exception, twice
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    _object_group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def destroy() -> None:
-    """Leave the ranks that `join` met, after the last exchange."""
-    global _talk, _alone, _store
-    if _talk is not None:
+    """Leave the ranks that `join` connected to, after the last exchange."""
+    global _object_group, _own_group
+    if _object_group is not None:
         dist.destroy_process_group()
-    _talk = _alone = _store = None
+    _object_group = _own_group = None
 
 
 def rank() -> int:
@@ -96,205 +83,369 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many there are."""
+    """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes and tells what is of the whole run."""
+    """Whether this is rank 0, which writes and prints what belongs to the whole run."""
     return rank() == 0
 
 
 def launch_id() -> str | None:
-    """torchrun's name for the launch, the same after a restart; `None` where it has none."""
+    """torchrun's name of the launch, the same after a restart; `None` if it has none."""
     name = os.environ["TORCHELASTIC_RUN_ID"] if is_launched() else "none"
-    return None if name == "none" else name  # as torchrun calls all that are not named
+    return None if name == "none" else name  # as torchrun calls every launch without a name
 
 
 def local_rank() -> int | None:
-    """Number of this process among those of its host; `None` where torchrun did not start it."""
+    """Number of this process among those of its host; `None` if torchrun did not start it."""
     return int(os.environ["LOCAL_RANK"]) if is_launched() else None
 
 
 def local_size() -> int:
-    """How many there are on this host."""
+    """Number of ranks on this host."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
 
 
 def own_cores() -> int:
-    """Of the cores that this process may use, its share among the ranks of its host."""
+    """This rank's share of the cores that this process may use."""
     return max(len(os.sched_getaffinity(0)) // local_size(), 1)
 
 
+def silence_other_ranks() -> None:
+    """Let the other ranks write only errors to the console; logging has to be set up before."""
+    if is_main():
+        return
+    for handler in logging.root.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.ERROR)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs every exception, twice
+
+
+# --- exchange of objects
+
+
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Every `size`-th of some items, from the `rank`-th on: all ranks together have each once."""
+    """This rank's share of some items: every `size`-th one, from the `rank`-th on."""
     return items[rank() :: size()]
 
 
 def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Items that were divided by `shard`, in their order."""
+    """Put items that `shard` divided back into their order."""
     longest = max(map(len, shares))
     return [part[n] for n in range(longest) for part in shares if n < len(part)]
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each rank says, in their order. All have to call it.
+    """The `value` of each rank, in their order. All ranks have to call it.
 
     Raises:
-        InputError: If one refused instead.
-        SystemExit: If one ended instead.
+        InputError: If a rank raised one instead.
+        SystemExit: If a rank ended instead.
     """
-    return [value] if size() == 1 else _exchanged(value)
+    return [value] if size() == 1 else _exchange(value)
 
 
 def broadcast_object(value: T) -> T:
-    """What rank 0 says; others say anything. All have to call it."""
+    """The `value` of rank 0. All ranks have to call it."""
     return all_gather_object(value)[0]
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0; others wait without a limit. All have to call it."""
-    global _waits
-    if _store is None:
-        return broadcast_object(work() if is_main() else None)  # type: ignore[return-value]
-    _waits += 1
-    key = f"by_main/{_waits}"
-    value: Any = None
-    try:
-        if is_main():
-            value = work()
-        while not is_main() and not _store.check([key]):
-            time.sleep(0.1)
-    finally:
-        if is_main():
-            _store.set(key, "")
-    result: T = broadcast_object(value)
-    return result
+    """What `work` returns on rank 0, while the others wait. All ranks have to call it."""
+    return broadcast_object(work() if is_main() else None)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def sync_errors() -> Iterator[None]:
-    """Inside, a mistake or an exit of one rank becomes that of all. All have to enter it.
+    """Inside, an error or an exit of one rank becomes that of all. All ranks have to enter it.
 
     Raises:
-        InputError: If one refused; `is_told` is true on all ranks but the first, which prints it.
-        SystemExit: If one ended.
+        InputError: If a rank raised one; `is_told` is true on all ranks but 0, which prints it.
+        SystemExit: If a rank ended.
     """
     join()
     try:
         yield
     except (InputError, SystemExit) as error:
-        if size() > 1 and not _over:
-            _exchanged(None, error)
+        if size() > 1 and not _has_ended:
+            _exchange(None, error)
         raise
     all_gather_object(None)
 
 
-def _exchanged(value: Any, error: InputError | SystemExit | None = None) -> list[Any]:
-    global _over
+def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[Any]:
+    global _has_ended
     faults = error.faults if isinstance(error, InputError) else ()
     status = int(error.code or 0) if isinstance(error, SystemExit) else None
-    said: list[Any] = [None] * size()
-    with _signals_held():
+    messages: list[Any] = [None] * size()
+    with _delayed_signals():
         try:
-            dist.all_gather_object(said, (value, faults, status, socket.gethostname()), group=_talk)
-        except RuntimeError as broken:
-            _over = True
-            reason = loss_of(broken)
-            if reason is None:
+            own = value, faults, status, f"rank {rank()} on {socket.gethostname()}: "
+            dist.all_gather_object(messages, own, group=_object_group)
+        except RuntimeError as lost:
+            _has_ended = True
+            if (reason := explain_lost_rank(lost)) is None:
                 raise
             log.error("%s", reason)
-            raise TrainingStopped(reason) from broken
-        refusals = [(number, lines, host) for number, (_, lines, _, host) in enumerate(said)]
-        refusals = [refusal for refusal in refusals if refusal[1]]
-        statuses = [code for _, _, code, _ in said if code is not None]
-        is_told = not is_main()
-        _over = bool(refusals or statuses)
-        if _over:
+            raise TrainingStopped(reason) from lost
+        values, all_faults, statuses, senders = zip(*messages, strict=True)
+        lines: dict[str, str] = {}  # each once, with its sender unless that is rank 0
+        for sender, refused in zip(("", *senders[1:]), all_faults, strict=True):
+            for line in refused:
+                lines.setdefault(line, sender)
+        ended_with = [code for code in statuses if code is not None]
+        is_told, _has_ended = not is_main(), bool(lines or ended_with)
+        if _has_ended:
             destroy()
-    if refusals:
-        raise InputError(*_told_once(refusals), is_told=is_told)
-    if statuses:
-        raise SystemExit(max(statuses))
-    return [one[0] for one in said]
+    if lines:
+        raise InputError(*(sender + line for line, sender in lines.items()), is_told=is_told)
+    if ended_with:
+        raise SystemExit(max(ended_with))
+    return [*values]
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Inside, handlers of signals wait: one that raises would leave the others in mid-exchange."""
+def _delayed_signals() -> Iterator[None]:
+    """Inside, signals wait: a handler that raised would leave the others in the exchange."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came and not _over:
-            signal.raise_signal(came[0])
+        if received and not _has_ended:
+            signal.raise_signal(received[0])
 
 
-def _told_once(refusals: list[tuple[int, Sequence[str], str]]) -> Iterator[str]:
-    """Each line once; of those that rank 0 does not say, whose they are."""
-    whose: dict[str, list[tuple[int, str]]] = {}
-    for number, lines, host in refusals:
-        for line in lines:
-            whose.setdefault(line, []).append((number, host))
-    for line, ((number, host), *others) in whose.items():
-        more = f" and {len(others)} more" if others else ""
-        yield f"rank {number} on {host}{more}: {line}" if number else line
+def explain_lost_rank(error: RuntimeError) -> str | None:
+    """One line for the user if `error` means that another rank is gone; else `None`."""
+    if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        return None
+    reason = str(error).partition("\n")[0].partition(". This is")[0]
+    return (
+        f"rank {rank()}: expected all ranks to go on, got: {reason}. See what the rank that ended "
+        "first printed; the same command continues the run."
+    )
 
 
-def rows(vector: torch.Tensor) -> torch.Tensor:
-    """`(K,)` of each rank as `(size, K)`, on the vectors' device; does not wait for it."""
+# --- exchange of tensors
+
+
+def gather_rows(vector: torch.Tensor) -> torch.Tensor:
+    """`(K,)` of each rank as `(size, K)`, on the vector's device; the host does not wait."""
     if size() == 1:
         return vector[None]
-    found = vector.new_zeros(size(), len(vector))
-    found[rank()] = vector
-    dist.all_reduce(found)  # torch's way of gathering tensors has other names in other versions
-    return found
+    rows = vector.new_zeros(size(), len(vector))
+    rows[rank()] = vector
+    dist.all_reduce(rows)  # gathering tensors has other names in other versions of torch
+    return rows
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, whose gradient goes to this rank's own part; does not wait for the device.
+    """Sum over ranks whose gradient is that of this rank's own part; the host does not wait.
 
-    Where the ranks' gradients of parameters are summed as well, those of a value that was made of
-    such sums are what one process would have.
+    Where the gradients of parameters are summed over ranks as well (`SummedDDP`), those of a loss
+    that is made of such sums are what one process would have.
     """
-    if size() == 1 or _apart:
+    if size() == 1 or _is_local:
         return tensor
-    result: torch.Tensor = _Summed.apply(tensor)
-    return result
+    total = tensor.clone()
+    dist.all_reduce(total.detach())  # in place; autograd sees the copy of this rank's own part
+    return total
 
 
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+def mean_over_ranks(loss: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Mean loss of the samples of all ranks; its gradient is that of this rank's own samples.
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+    Args:
+        loss: Mean of this rank's `num_samples` samples, scalar.
+    """
+    loss = loss.float()
+    total = all_reduce_sum(torch.stack([loss, torch.ones_like(loss)]) * num_samples)
+    return total[0] / total[1]
 
 
 @contextlib.contextmanager
-def local_only(network: torch.nn.Module) -> Iterator[None]:
-    """Inside, this rank's forward passes of `network` and sums are of its own samples alone."""
-    global _apart, _alone
-    layers = [m for m in network.modules() if isinstance(m, SyncBatchNorm)]
-    if layers and size() > 1 and _alone is None:
-        _alone = dist.new_group([rank()], use_local_synchronization=True)
+def local_only(network: nn.Module) -> Iterator[None]:
+    """Inside, forward passes of `network` and sums are of this rank's own samples alone."""
+    global _is_local, _own_group
+    layers = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+    if layers and size() > 1 and _own_group is None:
+        _own_group = dist.new_group([rank()], use_local_synchronization=True)
     before = [layer.process_group for layer in layers]
-    _apart = True
+    _is_local = True
     try:
         for layer in layers:
-            layer.process_group = _alone
+            layer.process_group = _own_group
         yield
     finally:
-        _apart = False
+        _is_local = False
         for layer, group in zip(layers, before, strict=True):
             layer.process_group = group
+
+
+def require_equal_ranks(network: nn.Module, step: int) -> None:
+    """Refuse to train if a rank begins at another step or with other weights than rank 0.
+
+    Raises:
+        InputError: If one does.
+    """
+    if size() == 1:
+        return
+    weights = [p.detach().cpu().numpy().tobytes() for p in network.parameters()]
+    own = step, hashlib.sha256(b"".join(weights)).digest()
+    with sync_errors():
+        if own != broadcast_object(own):
+            raise InputError(
+                "output_dir: expected the checkpoint and weights of rank 0, got others. Give all "
+                "ranks one on a file system that their hosts share."
+            )
+
+
+# --- the network
+
+
+class SummedDDP(DistributedDataParallel):
+    """DistributedDataParallel that sums gradients over ranks instead of averaging them.
+
+    The loss is that of the samples of all ranks, and the gradients of each rank are those of its
+    own samples. Their sum is what one process has, and as large, which matters in float16.
+
+    Args:
+        network: On its device; its parameters and buffers become those of rank 0.
+
+    Attributes:
+        gradient_bytes: Bytes that a step passes through the all-reduce.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        # DDP warns if a gradient's strides differ from its bucket's. They do along axes of length
+        # 1, where a stride means nothing; weights with other strides cost a tenth of a step.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # `average_running_stats` takes care of the running statistics that DDP would broadcast
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        settings: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        super().__init__(network, **settings)
+        self.register_comm_hook(None, _sum_bucket)
+        self._is_checked = False
+        self.gradient_bytes = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        self._statistics = [
+            buffer
+            for module in network.modules()
+            if isinstance(module, _NormBase) and not isinstance(module, nn.SyncBatchNorm)
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+
+    def require_all_used(self) -> None:
+        """Refuse a network of which some parameters got no gradient in the first step.
+
+        DDP reduces a bucket only when all its gradients are there; the others of that bucket would
+        stay each rank's own.
+
+        Raises:
+            InputError: Names the parameters.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        parameters = self.module.named_parameters()
+        unused = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        with sync_errors():
+            if unused:
+                raise InputError(
+                    "network: expected all parameters to take part in a step of several ranks, got "
+                    f"no gradient of {', '.join(unused[:5])}. Freeze them, or train in one process."
+                )
+
+    @torch.no_grad()
+    def average_running_stats(self) -> None:
+        """Set the running statistics that each rank has of its own samples to their mean."""
+        if self._statistics:
+            mean = torch.cat(self._statistics) / size()
+            dist.all_reduce(mean)
+            parts = mean.split([len(buffer) for buffer in self._statistics])
+            torch._foreach_copy_(self._statistics, list(parts))
+
+
+def _sum_bucket(state, bucket):  # torch refuses annotations that are strings
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+class DistributedSettings:
+    """How ranks train, as `configs/multi_gpu.json` adds it to a config.
+
+    Without torchrun there is one process, which trains as without this object.
+
+    Args:
+        device: Device that training is asked to run on.
+        sync_batch_norm: Whether batch norms become SyncBatchNorm, which only CUDA has.
+
+    Raises:
+        InputError: If `sync_batch_norm` is not a boolean.
+    """
+
+    def __init__(self, device: str = "auto", sync_batch_norm: bool | str = True) -> None:
+        self.device = str(device)
+        self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
+        self._batch_norm = "none in the network"
+        self._gradient_bytes = 0
+        on_card = self.device == "auto" and torch.cuda.is_available()
+        self._wants_cuda = on_card or self.device.startswith("cuda")
+
+    def enter(self) -> None:
+        """Set up this rank's console and device, inside of `sync_errors`.
+
+        Raises:
+            InputError: If there is no device for each rank.
+        """
+        silence_other_ranks()
+        if not is_launched() or not self._wants_cuda:
+            return
+        if (":" in self.device and size() > 1) or local_size() > torch.cuda.device_count():
+            raise InputError(
+                f"--nproc_per_node: expected at most {torch.cuda.device_count()}, the CUDA devices "
+                f"here, and device auto, cuda or cpu, got {local_size()} and {self.device!r}. "
+                "Start fewer ranks, or use device cpu."
+            )
+        torch.cuda.set_device(self.device if ":" in self.device else f"cuda:{local_rank()}")
+
+    def replica(self, network: nn.Module) -> SummedDDP | None:
+        """Wrap the network for training in ranks; `None` without torchrun.
+
+        Args:
+            network: On its device. Batch norms are replaced in place; parameters and names stay.
+        """
+        if not is_launched():
+            return None
+        if any(isinstance(module, _BatchNorm) for module in network.modules()):
+            if self.sync_batch_norm and next(network.parameters()).is_cuda:
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
+                self._batch_norm = "synchronized"
+            else:
+                reason = ": there is no SyncBatchNorm on a CPU" if self.sync_batch_norm else ""
+                self._batch_norm = f"each rank's own{reason}"
+        all_gather_object(None)  # notices a rank that has failed, for which DDP would wait
+        replica = SummedDDP(network)
+        self._gradient_bytes = replica.gradient_bytes
+        facts = ", ".join(f"{key} {value}" for key, value in self.describe().items())
+        log.info("Process group in force: %s", facts)
+        return replica
+
+    def describe(self) -> dict[str, Any]:
+        """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""
+        return {
+            "num_ranks": size(),
+            "backend": ("nccl" if self._wants_cuda else "gloo") if is_launched() else None,
+            "sync_batch_norm": self.sync_batch_norm,
+            "batch_norm": self._batch_norm,
+            "gradient_bytes_per_step": self._gradient_bytes,
+        }

@@ -82,6 +82,21 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Valid are: {', '.join(valid)}."
 
 
+def require_choice(value: object, valid: Iterable[str], where: str) -> None:
+    """Refuse a value that is not one of the valid names.
+
+    Args:
+        where: The config key, for the message.
+
+    Raises:
+        InputError: If `value` is not one of them.
+    """
+    valid = list(valid)
+    if value not in valid:
+        expected = f"expected one of {', '.join(valid)}, got {value!r}."
+        raise InputError(f"{where}: {expected} {nearest(str(value), valid)}")
+
+
 def as_bool(value: object, where: str) -> bool:
     """A JSON boolean, or the words 'true' and 'false' as `monai.bundle` passes them.
 

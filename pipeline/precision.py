@@ -1,6 +1,6 @@
 """The one owner of numerical precision: device, autocast, loss scaling, clipping, finite check.
 
-Trainer and evaluator receive a `Precision`; nobody else opens an autocast region, makes a scaler
+Trainer and evaluator receive a `Precision`. Nothing else opens an autocast region, makes a scaler
 or decides whether a step is applied.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from pipeline import distributed
-from pipeline.errors import InputError, as_bool, nearest
+from pipeline.errors import InputError, as_bool, require_choice
 
 # device type -> requested dtype -> (effective dtype, loss scaling)
 MODES: dict[str, dict[str, tuple[torch.dtype, bool]]] = {
@@ -33,7 +33,7 @@ MODES: dict[str, dict[str, tuple[torch.dtype, bool]]] = {
     },
 }
 
-LAYOUTS = {
+MEMORY_FORMATS = {
     "auto": torch.channels_last_3d,  # faster in every precision, on cards and on processors
     "channels_last_3d": torch.channels_last_3d,
     "contiguous": torch.contiguous_format,
@@ -51,7 +51,7 @@ class StepStats:
         grad_norm: Global 2-norm of the unscaled gradients, before clipping.
         loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
         max_abs_logit: Largest |logit| in the accumulation group; NaN if there was one.
-        sums: Of what the ranks gave to be added up.
+        sums: Sums over ranks of the numbers that each gave.
     """
 
     applied: bool
@@ -65,7 +65,7 @@ class StepStats:
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device that `auto`, a name or a device object stands for.
 
-    Of several ranks each has the CUDA device of its number on its host.
+    Each of several ranks has the CUDA device of its number on its host.
 
     Raises:
         InputError: If the name is unknown or the device is not there.
@@ -75,14 +75,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device: expected auto, cpu or cuda[:N], got {device!r}.") from None
+        resolved = torch.device("meta")
     if resolved.type not in MODES:
-        raise InputError(f"device: expected auto, cpu or cuda[:N], got '{resolved}'.")
-    if resolved.type == "cuda" and resolved.index is None and distributed.local_rank() is not None:
-        resolved = torch.device("cuda", distributed.local_rank())
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        remedy = "Use auto." if distributed.local_rank() is None else "Start fewer ranks."
+        raise InputError(f"device: expected auto, cpu or cuda[:N], got '{device}'.")
+    local_rank, found = distributed.local_rank(), torch.cuda.device_count()
+    if resolved.type == "cuda" and resolved.index is None and local_rank is not None:
+        resolved = torch.device("cuda", local_rank)
+    if resolved.type == "cuda" and (resolved.index or 0) >= found:
+        remedy = "Use auto." if local_rank is None else "Start fewer ranks."
         raise InputError(
             f"device: expected one of the {found} CUDA devices here, got '{resolved}'. {remedy}"
         )
@@ -129,30 +129,20 @@ class Precision:
         self.amp = as_bool(amp, "amp")
         self.amp_dtype = amp_dtype
         modes = MODES[self.device.type]
-        if amp_dtype not in modes:
-            raise InputError(
-                f"amp_dtype: expected one of {', '.join(modes)}, got {amp_dtype!r}. "
-                + nearest(str(amp_dtype), modes)
-            )
-        self.dtype, scaled = modes[amp_dtype] if self.amp else (torch.float32, False)
-        self.scaler = (
-            torch.amp.GradScaler(
-                self.device.type, init_scale=init_scale, growth_interval=growth_interval
-            )
-            if scaled
-            else None
-        )
+        require_choice(amp_dtype, modes, "amp_dtype")
+        require_choice(memory_format, MEMORY_FORMATS, "memory_format")
         if not 0 < init_scale < math.inf:
             raise InputError(
                 f"init_scale: expected a finite number above 0, got {init_scale}. Leave it out."
             )
+        self.dtype, is_scaled = modes[amp_dtype] if self.amp else (torch.float32, False)
+        self.scaler: torch.amp.GradScaler | None = None
+        if is_scaled:
+            self.scaler = torch.amp.GradScaler(
+                self.device.type, init_scale=init_scale, growth_interval=growth_interval
+            )
         self.tf32 = as_bool(tf32, "tf32")
         self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
-        if memory_format not in LAYOUTS:
-            raise InputError(
-                f"memory_format: expected one of {', '.join(LAYOUTS)}, got {memory_format!r}. "
-                + nearest(str(memory_format), LAYOUTS)
-            )
         self._memory_format = memory_format
         if self.device.type == "cuda":
             self._set_up_cuda()
@@ -177,8 +167,8 @@ class Precision:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of the weights, which images and activations follow."""
-        return LAYOUTS[self._memory_format]
+        """Memory format of the weights, which images and activations follow."""
+        return MEMORY_FORMATS[self._memory_format]
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move `network` to the device, its weights in `memory_format`.
@@ -215,9 +205,9 @@ class Precision:
 
     def __str__(self) -> str:
         """One line: what is in force, and what was asked for."""
-        effective, requested = (
+        requested, effective = (
             ", ".join(f"{key} {value}" for key, value in settings.items())
-            for settings in (self.describe()["effective"], self.describe()["requested"])
+            for settings in self.describe().values()
         )
         return f"Precision in force: {effective}; asked for: {requested}"
 
@@ -240,12 +230,11 @@ class Precision:
         *,
         grad_clip: float,
         counts: Sequence[float] = (),
-        meanwhile: Callable[[], object] = lambda: None,
     ) -> StepStats:
-        """Unscale, clip and step, unless something is not finite; update the loss scale.
+        """Unscale, clip and step unless something is not finite; update the loss scale.
 
-        The decision is made on the host from the loss and two norms, of all ranks; with what is
-        wanted for the log they come over in one transfer, the only synchronisation of a step.
+        The host decides from the loss and two norms of all ranks. With what the log wants they come
+        over in one transfer, the only host synchronisation of a step.
 
         Args:
             optimizer: Holds the parameters with their scaled, accumulated gradients.
@@ -254,8 +243,7 @@ class Precision:
             buffers_norm: A norm of the network's buffers, float32 scalar on the device: an input of
                 1e20 leaves loss and gradients finite, but not BatchNorm's running variance.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
-            counts: Numbers of this rank to be added up over ranks.
-            meanwhile: Called when the device has all its work and before the host waits for it.
+            counts: Numbers of this rank to sum over ranks.
         """
         if self.scaler:
             self.scaler.unscale_(optimizer)
@@ -265,9 +253,7 @@ class Precision:
         scale = self.scaler.scale(one) if self.scaler else one
         own = [norm, loss.float(), buffers_norm, max_abs_logit, scale]
         own += [torch.full_like(one, number) for number in counts]
-        rows = distributed.rows(torch.stack(own))
-        meanwhile()
-        table = rows.tolist()
+        table = distributed.gather_rows(torch.stack(own)).tolist()  # the host waits here
         grad_norm, mean_loss, _, _, loss_scale, *_ = table[0]
         applied = all(math.isfinite(value) for row in table for value in row[:3])
         if applied:
@@ -276,8 +262,8 @@ class Precision:
             optimizer.step()
         if self.scaler:
             self.scaler.update()
-            if not applied:
-                self._back_off(loss_scale)
+        if self.scaler and not applied:
+            self._back_off(loss_scale)
         logits = [row[3] for row in table]
         return StepStats(
             applied,
@@ -289,10 +275,10 @@ class Precision:
         )
 
     def _back_off(self, loss_scale: float) -> None:
-        """Lower the scale, also where the scaler saw nothing: the loss or the norm overflowed."""
+        """Lower the scale, also if the scaler saw nothing: only the loss or a norm overflowed."""
         assert self.scaler is not None
         factor = self.scaler.get_backoff_factor()
-        state = {  # by hand, since state_dict() would wait for the device
+        state = {  # by hand, because state_dict() would wait for the device
             "scale": loss_scale * factor,
             "growth_factor": self.scaler.get_growth_factor(),
             "backoff_factor": factor,
@@ -303,7 +289,7 @@ class Precision:
 
 
 def require_float32(network: torch.nn.Module) -> None:
-    """Refuse a network of which `half()` or the like lowered the weights.
+    """Refuse a network whose weights were cast to another precision, as by `half()`.
 
     Raises:
         ValueError: If a weight or a floating-point buffer is not float32.

@@ -216,18 +216,18 @@ def samples(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     from pipeline.training.trainer import MixedPrecisionTrainer
 
     seen: list[dict[str, Any]] = []
-    forward = MixedPrecisionTrainer.forward
+    iteration = MixedPrecisionTrainer._iteration
 
-    def spy(self: MixedPrecisionTrainer, batch: dict, *args: Any) -> torch.Tensor:
+    def spy(self: MixedPrecisionTrainer, engine: Any, batch: dict) -> Any:
         for case_id, origin, seed in zip(
             batch["case_id"], batch["origin"].tolist(), batch["seed"].tolist(), strict=True
         ):
             seen.append({"case_id": case_id, "origin": origin, "seed": seed})
-        return forward(self, batch, *args)
+        return iteration(self, engine, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        patch.setattr(MixedPrecisionTrainer, "forward", spy)
+        patch.setattr(MixedPrecisionTrainer, "_iteration", spy)
         out = tmp_path_factory.mktemp("samples") / "r"
         assert run_tiny(dataset, out, amp=False, max_epochs=4, val_interval=4) == 0
     return seen

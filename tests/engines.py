@@ -72,7 +72,7 @@ def batch_norm_network() -> nn.Module:
 
 def make_trainer(
     precision: Precision,
-    batches: list[dict],
+    batches: list[dict] | Samples,
     *,
     accumulation: int = 1,
     epochs: int = 1,
@@ -87,9 +87,9 @@ def make_trainer(
         optimizer, warmup_steps=2, max_epochs=epochs, steps_per_epoch=decay_steps or steps
     )
     return MixedPrecisionTrainer(
-        precision,
+        precision=precision,
         max_epochs=epochs,
-        train_data_loader=Samples(batches),
+        train_data_loader=batches if isinstance(batches, Samples) else Samples(batches),
         network=network,
         optimizer=optimizer,
         loss_function=kwargs.pop("loss_function", SegmentationLoss()),

@@ -52,7 +52,7 @@ def _work(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     dist.barrier()  # or one may be gone before the others have met it
-    distributed._talk = dist.new_group(backend="gloo")  # as `distributed.join` makes one
+    distributed._object_group = dist.new_group(backend="gloo")  # as `distributed.join` makes one
     try:
         result = function(*arguments)
     except BaseException as error:

@@ -248,7 +248,7 @@ def test_backend_is_torch_on_a_cpu_unless_interpreted(interpreter):
 
 
 def test_backend_that_is_not_there_is_refused_in_one_line(monkeypatch):
-    with pytest.raises(InputError, match=r"^SegmentationLoss: expected backend .*got 'tritn'\. .*"):
+    with pytest.raises(InputError, match=r"^SegmentationLoss: backend: .*got 'tritn'\. .*"):
         SegmentationLoss(backend="tritn")
     monkeypatch.setattr(loss, "_fused", lambda: None)
     with pytest.raises(InputError, match=r"expected triton for backend 'triton', got no such pack"):

@@ -33,15 +33,15 @@ def former(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Of each run that trains, the weights that its first step sees, before it."""
     seen: list[dict[str, torch.Tensor]] = []
-    begin = MixedPrecisionTrainer._begin_step
+    iteration = MixedPrecisionTrainer._iteration
 
-    def spy(self: MixedPrecisionTrainer) -> None:
+    def spy(self: MixedPrecisionTrainer, engine: Any, batch: Any) -> Any:
         if self.last_step is None:
             state = self.network.state_dict()
             seen.append({name: value.clone() for name, value in state.items()})
-        begin(self)
+        return iteration(self, engine, batch)
 
-    monkeypatch.setattr(MixedPrecisionTrainer, "_begin_step", spy)
+    monkeypatch.setattr(MixedPrecisionTrainer, "_iteration", spy)
     return seen
 
 

@@ -219,9 +219,12 @@ def lowered(part: str, dtype: torch.dtype) -> nn.Module:
 
 def train_with(network: nn.Module) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     MixedPrecisionTrainer(
-        Precision("cpu"), 1, Samples([]), network, optimizer, SegmentationLoss(), schedule, 1
+        network=network,
+        optimizer=optimizer,
+        loss_function=SegmentationLoss(),
+        train_data_loader=Samples([batch(0)]),
+        max_epochs=1,
     )
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches made ready ahead of their turn: nothing but time depends on it."""
+"""Micro-batches that are loaded and augmented before their turn: nothing but the time changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ignite.engine import Events
 
 from pipeline.errors import InputError, TrainingInterrupted
 from pipeline.precision import Precision
-from pipeline.training.prefetch import Prefetcher
+from pipeline.training.prefetch import PrefetchingLoader
 from pipeline.training.trainer import StepEvents
 from transforms.augment import Augment
 
@@ -31,17 +31,22 @@ class Loader(Samples):
         finally:
             self.closed += 1
 
-    def explain(self, error):
-        return None
 
-
-def trainer_of(batches, **kwargs):
+def trainer_of(loader, **kwargs):
     precision, network = Precision("cpu", amp=False), batch_norm_network()
-    return make_trainer(precision, batches, network=network, **kwargs)
+    return make_trainer(precision, loader, network=network, **kwargs)
 
 
-def without_prefetching(monkeypatch):
-    monkeypatch.setattr(Prefetcher, "fetch", lambda self: None)
+def noting(prepared, bad=None):
+    """`prepare_batch` that notes the seed of each batch, and fails at one."""
+
+    def prepare(data, device, non_blocking):
+        prepared.append(int(data["seed"][0]))
+        if prepared[-1] == bad:
+            raise ValueError("bad batch")
+        return data["image"] * 2, data["label"]
+
+    return prepare
 
 
 def augment(size):
@@ -60,108 +65,78 @@ def test_training_is_the_same_with_and_without(monkeypatch, accumulation, is_ran
     for one in batches:
         one |= {key: torch.nn.functional.pad(one[key], (1,) * 6) for key in ("image", "label")}
     ours = noisy if is_random else augment(10)
-    common = {"accumulation": accumulation, "epochs": 2, "prepare_batch": ours}
-    with monkeypatch.context() as patch:
-        without_prefetching(patch)
-        without = trainer_of(batches, **common)
-        without.run()
-    trainer = trainer_of(batches, **common)
-    trainer.run()
-    assert differing(state_of(trainer), state_of(without)) == []
-    assert trainer.last_step == without.last_step
+    trainers = [
+        trainer_of(batches, accumulation=accumulation, epochs=2, prepare_batch=ours)
+        for _ in range(2)
+    ]
+    trainers[0].run()
+    monkeypatch.setattr(PrefetchingLoader, "prefetch", lambda self: None)
+    trainers[1].run()
+    assert differing(*map(state_of, trainers)) == []
+    assert trainers[0].last_step == trainers[1].last_step
 
 
 def test_next_batch_is_prepared_before_the_host_waits(monkeypatch):
-    seen = []
-    step = Precision.step
+    seen, step = [], Precision.step
 
-    def spy(self, *args, meanwhile, **kwargs):
-        def told():
-            seen.append("meanwhile")
-            meanwhile()
-
-        stats = step(self, *args, meanwhile=told, **kwargs)
+    def spy(self, *args, **kwargs):
         seen.append("step")
-        return stats
-
-    def prepare(data, device, non_blocking):
-        seen.append(int(data["seed"][0]))
-        return data["image"], data["label"]
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Precision, "step", spy)
-    trainer_of([batch(n) for n in range(3)], prepare_batch=prepare).run()
-    assert seen == [0, *("meanwhile", 1, "step"), *("meanwhile", 2, "step"), "meanwhile", "step"]
+    trainer_of([batch(n) for n in range(3)], prepare_batch=noting(seen)).run()
+    assert seen == [0, 1, "step", 2, "step", "step"]
 
 
 @pytest.mark.parametrize("error", [InputError("lost"), RuntimeError("worker died"), OSError("io")])
 def test_error_of_loading_comes_at_its_batch(error):
-    trainer = trainer_of([batch(n) for n in range(4)])
-    trainer.data_loader.__class__ = Loader
-    trainer.data_loader.__init__(trainer.data_loader.batches, 2, error)
+    loader = Loader([batch(n) for n in range(4)], 2, error)
+    trainer = trainer_of(loader)
     with pytest.raises(type(error)):
         trainer.run()
     assert trainer.progress.step == 2  # the steps before it were taken, and are saved as such
     assert trainer.progress.samples == 4
-    assert trainer.data_loader.asked == [0, 1, 2]
-    assert trainer.data_loader.closed == 1
+    assert (loader.asked, loader.closed) == ([0, 1, 2], 1)
 
 
 def test_error_of_preparing_comes_at_its_batch():
-    def prepare(data, device, non_blocking):
-        if int(data["seed"][0]) == 2:
-            raise ValueError("bad batch")
-        return data["image"], data["label"]
-
-    trainer = trainer_of([batch(n) for n in range(4)], prepare_batch=prepare)
+    trainer = trainer_of([batch(n) for n in range(4)], prepare_batch=noting([], bad=2))
     with pytest.raises(ValueError, match="bad batch"):
         trainer.run()
     assert trainer.progress.step == 2
 
 
-def test_interrupted_run_counts_no_batch_that_was_only_fetched():
+def test_interrupted_run_counts_no_batch_that_was_only_prefetched():
     batches = [batch(n) for n in range(4)]
     whole = trainer_of(batches)
     whole.run()
-    trainer = trainer_of(batches)
-    trainer.data_loader.__class__ = Loader
-    trainer.data_loader.__init__(batches)
-
-    def interrupt(engine):
-        if engine.progress.step == 2:
-            engine.interrupt()
-
-    trainer.add_event_handler(StepEvents.STEP_COMPLETED, interrupt)
+    loader = Loader(batches)
+    trainer = trainer_of(loader)
+    trainer.add_event_handler(
+        StepEvents.STEP_COMPLETED,
+        lambda engine: engine.interrupt() if engine.progress.step == 2 else None,
+    )
     with pytest.raises(TrainingInterrupted):
         trainer.run()
     assert (trainer.progress.step, trainer.progress.samples) == (3, 6)  # told after its second
-    assert trainer.data_loader.asked == [0, 1, 2, 3]
-    assert trainer.data_loader.closed == 1
-    second = trainer_of(batches)
-    second.data_loader.__class__ = Loader
-    second.data_loader.__init__(batches)
+    assert (loader.asked, loader.closed) == ([0, 1, 2, 3], 1)
+    again = Loader(batches)
+    second = trainer_of(again)
     for name, state in state_of(trainer).items():
         getattr(second, name).load_state_dict(state)
     second.restore(trainer.progress.state_dict())
     second.run()
-    assert second.data_loader.asked == [3]
+    assert again.asked == [3]
     assert differing(state_of(second), state_of(whole)) == []
 
 
 def test_group_holds_batches_as_loaded_and_a_replay_prepares_anew():
-    prepared = []
-
-    def prepare(data, device, non_blocking):
-        prepared.append(int(data["seed"][0]))
-        return data["image"] * 2, data["label"]
-
-    batches = [batch(n) for n in range(3)]
-    trainer = trainer_of(batches, prepare_batch=prepare)
-    losses = []
+    prepared, batches = [], [batch(n) for n in range(3)]
+    trainer = trainer_of(batches, prepare_batch=noting(prepared))
 
     def again(engine):
-        (own,) = engine.group
-        losses.append((own is batches[engine.progress.step - 1], len(prepared)))
-        output = {}
+        (own,), output = engine.group, {}
+        assert own is batches[engine.progress.step - 1]
         engine.forward(own, engine.precision.autocast(), output)
         assert torch.equal(output["image"], own["image"] * 2)
 
@@ -169,17 +144,12 @@ def test_group_holds_batches_as_loaded_and_a_replay_prepares_anew():
     trainer.run()
     # each batch once for its step and once for the look at it, the next one in between
     assert prepared == [0, 1, 0, 2, 1, 2]
-    assert all(is_own for is_own, _ in losses)
 
 
 @pytest.mark.parametrize("how", ["another", "replaced", "in place"])
 def test_batch_that_a_handler_changed_is_prepared_anew(how):
     seen = []
-
-    def prepare(data, device, non_blocking):
-        return data["image"] + 0, data["label"]
-
-    trainer = trainer_of([batch(n) for n in range(3)], prepare_batch=prepare)
+    trainer = trainer_of([batch(n) for n in range(3)], prepare_batch=noting([]))
 
     def change(engine):
         data = engine.state.batch
@@ -198,14 +168,12 @@ def test_batch_that_a_handler_changed_is_prepared_anew(how):
     assert not any(seen)
 
 
-def test_step_outside_of_a_run_fetches_nothing():
-    batches = [batch(0)]
-    trainer = trainer_of(batches)
-    trainer.data_loader.__class__ = Loader
-    trainer.data_loader.__init__(batches)
-    trainer.take_step(batches)
+def test_step_outside_of_a_run_loads_nothing():
+    loader = Loader([batch(0)])
+    trainer = trainer_of(loader)
+    trainer.take_step(loader.batches)
     assert trainer.progress.step == 1
-    assert trainer.data_loader.asked == []
+    assert loader.asked == []
 
 
 @pytest.mark.gpu
@@ -216,18 +184,17 @@ def test_training_on_a_card_is_the_same_with_and_without(monkeypatch):
     for one in pinned:
         one |= {key: one[key].pin_memory() for key in ("image", "label")}
 
-    def images(ahead):
+    def images():
         seen = []
-        with monkeypatch.context() as patch:
-            if not ahead:
-                without_prefetching(patch)
-            trainer = make_trainer(half("cuda"), pinned, epochs=3, prepare_batch=augment(8))
-            trainer.add_event_handler(
-                Events.ITERATION_COMPLETED,
-                lambda engine: seen.append(engine.state.output["image"].clone()),
-            )
-            trainer.run()
+        trainer = make_trainer(half("cuda"), pinned, epochs=3, prepare_batch=augment(8))
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED,
+            lambda engine: seen.append(engine.state.output["image"].clone()),
+        )
+        trainer.run()
         return seen
 
-    for a, b in zip(images(True), images(False), strict=True):
+    ahead = images()
+    monkeypatch.setattr(PrefetchingLoader, "prefetch", lambda self: None)
+    for a, b in zip(ahead, images(), strict=True):
         assert torch.equal(a, b)

@@ -25,6 +25,7 @@ from engines import (
     state_of,
     steps_of,
 )
+from ignite.engine import Events
 from torch import nn
 
 from pipeline.training import logging_handlers
@@ -134,14 +135,14 @@ def test_replay_step_of_another_run_is_one_line(poisoned, tmp_path, capfd, chang
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 def test_tensorboard_has_the_largest_logit_of_each_step(run, tmp_path, monkeypatch, dtype):
     seen = []
-    forward = MixedPrecisionTrainer.forward
+    forward = MixedPrecisionTrainer._forward
 
-    def spy(self, batchdata, autocast, output, *rest):
-        loss = forward(self, batchdata, autocast, output, *rest)
+    def spy(self, images, labels, network, output, *rest):
+        loss = forward(self, images, labels, network, output, *rest)
         seen.append(max(level.detach().abs().max().item() for level in output["pred"]))
         return loss
 
-    monkeypatch.setattr(MixedPrecisionTrainer, "forward", spy)
+    monkeypatch.setattr(MixedPrecisionTrainer, "_forward", spy)
     changes = {"network_def#deep_supervision": True, "network_def#strides": [[2, 2, 2]] * 3}
     assert run(tmp_path / "r", accumulation_steps=2, amp_dtype=dtype, **changes) == 0
     assert len(seen) == 8
@@ -188,10 +189,10 @@ def test_tensorboard_has_the_share_of_gradients_that_underflow(tmp_path, accumul
         network=batch_norm_network(), train_handlers=[handler],
     )  # fmt: skip
     expected = []
-    begin = trainer._begin_step
 
-    def measure():
-        begin()
+    def measure(engine):
+        if (engine.state.iteration - 1) % accumulation:
+            return
         step = len(expected)
         group = batches[step * accumulation : (step + 1) * accumulation]
         low = gradients_of(trainer.network, group, torch.float16, scale)
@@ -199,7 +200,7 @@ def test_tensorboard_has_the_share_of_gradients_that_underflow(tmp_path, accumul
         lost = sum(((a == 0) & (b != 0)).sum().item() for a, b in zip(low, full, strict=True))
         expected.append(lost / sum(grad.numel() for grad in full))
 
-    trainer._begin_step = measure
+    trainer.add_event_handler(Events.ITERATION_STARTED, measure)
     trainer.run()
     points = curve(read(tmp_path), "AMP/underflow_fraction")
     assert [step for step, _ in points] == [1, 2, 3]

@@ -14,7 +14,7 @@ from conftest import further
 from pipeline.lifecycle import lifecycle
 
 BEGIN = """
-import hashlib, os, signal, threading, time
+import os, signal, threading, time
 from pipeline.training.signals import SIGNALS, interruptible
 told = []
 """
@@ -25,18 +25,21 @@ def run_python(code: str) -> forked.Ended:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_interrupts_once_and_leaves_the_block_running(name):
+def test_signal_interrupts_once_and_handlers_of_before_are_back(name):
     ended = run_python(f"""
+mine = lambda number, frame: print("mine")
+signal.signal(signal.{name}, mine)
 with interruptible(lambda: told.append(1), grace_s=50):
     for _ in range(3):
         os.kill(os.getpid(), signal.{name})
     while not told:
         time.sleep(0.01)
     print("still here")
-print(len(told), threading.active_count(), signal.set_wakeup_fd(-1))
+os.kill(os.getpid(), signal.{name})
+print(len(told), signal.getitimer(signal.ITIMER_REAL)[0], signal.getsignal(signal.SIGALRM))
 """)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.split("\n")[:2] == ["still here", "1 1 -1"]
+    assert ended.stdout.split("\n")[:3] == ["still here", "mine", "1 0.0 0"]
 
 
 def test_signals_that_interrupt_one_another_do_not_hang():
@@ -56,40 +59,8 @@ print(len(told))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 
 
-def test_handlers_of_before_are_back_after_the_block():
-    ended = run_python("""
-mine = lambda number, frame: print("mine")
-for number in SIGNALS:
-    signal.signal(number, mine)
-with interruptible(lambda: told.append(1), grace_s=50):
-    pass
-assert all(signal.getsignal(number) is mine for number in SIGNALS)
-os.kill(os.getpid(), signal.SIGUSR1)
-print(told)
-""")
-    assert (ended.returncode, ended.stdout) == (0, "mine\n[]\n")
-
-
-@pytest.mark.parametrize(
-    "stuck",
-    [
-        "time.sleep(50)",
-        # native code that does not come back to the interpreter runs no handler of Python's
-        "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)",
-    ],
-)
-def test_process_ends_in_time_when_the_block_does_not(stuck):
+def test_process_and_its_workers_end_in_time_when_the_block_does_not():
     started = time.monotonic()
-    ended = run_python(f"""
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-with interruptible(lambda: told.append(1), grace_s=1):
-    {stuck}
-""")
-    assert ended.returncode == 75
-    assert 1.2 <= time.monotonic() - started < 20
-
-
-def test_workers_end_with_a_process_that_is_out_of_time():
     ended = run_python("""
 import multiprocessing
 def work():
@@ -104,7 +75,8 @@ with interruptible(lambda: told.append(1), grace_s=1):
     time.sleep(50)
 """)
     assert ended.returncode == 75
-    assert "Not through within 1 s" in ended.stderr
+    assert "Not done within 1 s" in ended.stderr
+    assert 1 <= time.monotonic() - started < 20
     state, until = Path(f"/proc/{int(ended.stdout)}/stat"), time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] != "Z":  # killed, on a busy machine
         assert time.monotonic() < until
@@ -135,9 +107,7 @@ def test_signal_outside_of_training_ends_a_run_to_be_continued(
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(50)
 
-        patch.setattr(
-            lifecycle if moment == "summarize" else lifecycle.diagnosis, moment, signalled
-        )
+        patch.setattr(lifecycle if moment == "summarize" else lifecycle.validate, moment, signalled)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "r")
     assert ended.value.code == 75

@@ -26,6 +26,7 @@ from pipeline.data.issues import some
 from pipeline.data.plan import Plan
 from pipeline.data.preflight import Preflight
 from pipeline.data.recipe import preprocessing_recipe
+from pipeline.distributed import DistributedSettings
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.files import write_json
 from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
@@ -40,7 +41,6 @@ from pipeline.lifecycle.stored_configs import (
     write_docs,
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize
-from pipeline.process_group import ProcessGroup
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Lifecycle:
         report: bool | str = True,
         init_weights: str | None = None,
         reinit_head: bool | str = False,
-        process_group: ProcessGroup | None = None,
+        process_group: DistributedSettings | None = None,
         accept_changed_data: bool | str = False,
     ) -> None:
         self.source = source_being_resolved()

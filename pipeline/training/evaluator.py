@@ -1,4 +1,4 @@
-"""MONAI's SupervisedEvaluator with one owner of precision, and what its metric says when."""
+"""MONAI's SupervisedEvaluator with one owner of precision, and access to its metric."""
 
 from __future__ import annotations
 
@@ -41,27 +41,20 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         )
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
-        """Predict all cases, each rank its own; where there are none, do nothing.
+        """Predict all cases, each rank its own; do nothing if there are none.
 
-        All ranks have to call it.
+        All ranks have to call it, also one without cases: its events gather scores with the others.
         """
-        has_cases = self.state.epoch_length != 0
-        if not any(distributed.all_gather_object(has_cases)):
+        loader, length = self.data_loader, self.state.epoch_length
+        if not any(distributed.all_gather_object(length != 0)):
             return
-        if has_cases:
-            super().run(global_epoch)
-        else:
-            self._run_idle(global_epoch)
-
-    def _run_idle(self, global_epoch: int) -> None:
-        """Begin and end as the others do, for what they gather in between."""
-        loader = self.data_loader
-        # ignite refuses a length of 0, but not to find out that there is nothing
-        self.data_loader, self.state.epoch_length = iter(()), None
+        if length == 0:  # ignite refuses this length, but takes an iterator that turns out empty
+            self.data_loader, self.state.epoch_length = iter(()), None
         try:
             super().run(global_epoch)
         finally:
-            self.data_loader, self.state.epoch_length = loader, 0
+            if length == 0:
+                self.data_loader, self.state.epoch_length = loader, length
 
     def _iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
@@ -76,14 +69,14 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
 
 
 class EvaluationLog:
-    """Says what an evaluation found: the mean Dice, and that of each class."""
+    """Logs the mean Dice of an evaluation, and that of each class."""
 
     def attach(self, evaluator: Evaluator) -> None:
         """Listen to the end of `evaluator`."""
         evaluator.add_event_handler(Events.COMPLETED, self.after_all)
 
     def after_all(self, evaluator: Evaluator) -> None:
-        """One line for the mean, one for each class."""
+        """Log one line for the mean and one for each class."""
         state: Any = evaluator.state
         for name, details in state.metric_details.items():
             log.info("%s %.4f", name, state.metrics[name])
@@ -92,7 +85,7 @@ class EvaluationLog:
 
 
 def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
-    """The validator's key metric, if it ran at the end of the trainer's `epoch`."""
+    """The validator's key metric; `None` if it did not run at the end of the trainer's `epoch`."""
     state = validator.state
     ran = has_run(validator) and state.epoch == epoch
     return state.metrics[state.key_metric_name] if ran else None

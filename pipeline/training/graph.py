@@ -1,8 +1,8 @@
-"""A micro-batch's forward, loss and backward as one CUDA graph.
+"""Forward pass, loss and backward pass of a micro-batch as one CUDA graph.
 
-With small patches the host takes longer to launch a step's hundreds of kernels than the card to run
-them. Captured once and replayed, they are one launch: the same kernels, in the same order, on the
-same memory, so that a replay gives the bits of the step that it stands for.
+With small patches the host takes longer to launch the hundreds of kernels of a step than the card
+takes to run them. Captured once and replayed, they are one launch of the same kernels, in the same
+order, on the same memory: a replay gives the same bits as the step that it stands for.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "cuda_graphs", "none")
-WARM_UP = 3  # calls without a graph: cuDNN and Triton choose and load their kernels in them
-MOST_CAPTURES = 3  # shapes that keep changing are not worth a graph
+GRAPH_MODES = ("auto", "cuda_graphs", "none")
+WARM_UP = 3  # calls without a graph, in which cuDNN and Triton choose and load their kernels
+MOST_CAPTURES = 3  # a graph does not pay for shapes that keep changing
 
 Work = Callable[[torch.Tensor, torch.Tensor], tuple[Any, torch.Tensor]]
 
 
 class StepGraph:
-    """Runs `work` as a CUDA graph, once it was called with tensors of the same kind a few times.
+    """Runs `work` as a CUDA graph after it was called with tensors of the same kind a few times.
 
-    What `work` decides on the host, by Python's numbers or a counter, a graph decides once.
+    What `work` decides on the host, such as by a counter, a graph decides once and for all.
 
     Args:
-        work: `(images, labels) -> (pred, loss)`, detached; it adds to the gradients of `network`.
-            One that waits for the device, or puts another tensor in the place of a buffer, is not
-            captured.
-        network: Whose gradients it makes.
-        accumulates: Whether gradients of several calls are added up.
-        required: Whether a `work` that cannot be captured is an error.
+        work: `(images, labels) -> (pred, loss)`, detached; adds to the gradients of `network`. It
+            is not captured if it waits for the device or replaces a buffer by another tensor.
+        network: Whose gradients it computes.
+        accumulates: Whether the gradients of several calls are added up.
+        required: Whether it is an error if `work` cannot be captured.
 
     Attributes:
-        captures: Graphs made so far.
+        captures: Number of graphs made so far.
         failed: Whether `work` could not be captured.
     """
 
@@ -58,12 +57,12 @@ class StepGraph:
         self.end()
 
     def end(self) -> None:
-        """Give back the graph's memory, which is that of all activations; calls may go on."""
-        self._left = MOST_CAPTURES
+        """Free the graph's memory, which is that of all activations; calls may go on."""
+        self._captures_left = MOST_CAPTURES
         self._release()
 
     def _release(self) -> None:
-        self._captured: Any = None  # the kind of tensors that the graph is for
+        self._captured_kind: Any = None
         self._graph: Any = None
         self._output: tuple[Any, torch.Tensor] | None = None
         self._gradients: list[Any] = []
@@ -75,42 +74,42 @@ class StepGraph:
         return self.captures > 0 and not self.failed
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """What `work` returns; of a graph it is overwritten by the next call.
+        """What `work` returns; a result of the graph is overwritten by the next call.
 
         Raises:
             InputError: If a graph is `required` and cannot be made, or torch fails to make one.
         """
         kind = (_layout(images), _layout(labels), tuple(p.requires_grad for p in self.parameters))
-        if kind != self._captured:
+        if kind != self._captured_kind:
             last, count = self._seen
             self._seen = kind, count + 1 if kind == last else 1
             if self._seen[1] == WARM_UP:
-                return self._watched(images, labels)
-            due = self._seen[1] > WARM_UP and self._left > 0 and not self.failed
+                return self._run_watched(images, labels)
+            due = self._seen[1] > WARM_UP and self._captures_left > 0 and not self.failed
             if not due or not self._capture(images, labels):
                 return self.work(images, labels)
-            self._captured = kind
+            self._captured_kind = kind
         self._images.copy_(images, non_blocking=True)
         self._labels.copy_(labels, non_blocking=True)
         self._graph.replay()
-        self._hand_over()
+        self._assign_gradients()
         assert self._output is not None
         return self._output
 
-    def _watched(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """A call of `work` that tells whether it waits for the device.
+    def _run_watched(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Call `work` and find out whether it waits for the device.
 
-        In a capture that would be too late: one that fails leaves torch's allocator in the middle.
+        A capture is too late for that: one that fails leaves torch's allocator in the middle of it.
         """
         mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 result = self.work(images, labels)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        if any("called a synchronizing" in str(warning.message) for warning in told):
+        if any("called a synchronizing" in str(warning.message) for warning in caught):
             self._fail("it waits for the device")
         return result
 
@@ -124,13 +123,13 @@ class StepGraph:
         log.warning("Steps are not replayed as a CUDA graph: %s", reason)
 
     def _capture(self, images: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Make the graph; the memory of an earlier one is given back first."""
+        """Make the graph, after the memory of an earlier one was freed; whether it can be used."""
         self._release()
         self.captures += 1
-        self._left -= 1
+        self._captures_left -= 1
         self._images, self._labels = images.clone(), labels.clone()
-        earlier = self._put([None] * len(self.parameters))
-        owners = [
+        earlier = self._exchange_gradients([None] * len(self.parameters))
+        buffers = [
             (module, name, buffer)
             for module in self.network.modules()
             for name, buffer in module._buffers.items()
@@ -146,11 +145,11 @@ class StepGraph:
                 "cuda_graph: expected a step that can be captured in a CUDA graph, got: "
                 f"{str(error).splitlines()[0]} Use none."
             ) from None
-        self._gradients = self._put(earlier)
-        moved = [owner for owner in owners if owner[0]._buffers[owner[1]] is not owner[2]]
-        for module, name, buffer in moved:  # the graph would go on with the tensor of its capture
+        self._gradients = self._exchange_gradients(earlier)
+        replaced = [entry for entry in buffers if entry[0]._buffers[entry[1]] is not entry[2]]
+        for module, name, buffer in replaced:  # the graph would keep the tensor of its capture
             module._buffers[name] = buffer
-        if moved:
+        if replaced:
             self._release()
             self._fail("a buffer of the network is replaced in it")
             return False
@@ -158,8 +157,8 @@ class StepGraph:
         log.info("Steps are replayed as a CUDA graph from here on")
         return True
 
-    def _hand_over(self) -> None:
-        """Give the parameters the graph's gradients, or add them to what is there."""
+    def _assign_gradients(self) -> None:
+        """Give the parameters the graph's gradients, or add them to those that are there."""
         made = [
             (p, g) for p, g in zip(self.parameters, self._gradients, strict=True) if g is not None
         ]
@@ -170,8 +169,7 @@ class StepGraph:
             earlier: list[Any] = [p.grad for p, _ in made]
             torch._foreach_add_(earlier, [g for _, g in made])
 
-    def _put(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Put gradients in the place of those that are there, which are returned."""
+    def _exchange_gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[Any]:
         earlier = [p.grad for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

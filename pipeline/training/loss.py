@@ -1,7 +1,7 @@
 """Dice and cross-entropy, reduced in float32 whatever the dtype of the logits.
 
-A loss is made in two halves: sums over voxels, which is all that it needs of the logits, and its
-value, which is made of them. Between the two the sums of all ranks are added up.
+A loss is computed in two halves: sums over voxels, which is all that it needs of the logits, and
+its value from them. In between, the sums of all ranks are added up.
 
 Sums over a volume do not fit float16: at 96³ MONAI's DiceCELoss on float16 logits returns a Dice
 loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_losses.py` shows it).
@@ -10,7 +10,6 @@ loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_loss
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import distributed
-from pipeline.errors import InputError, as_bool, nearest
+from pipeline.errors import InputError, as_bool, require_choice
 
 WHERE = "SegmentationLoss"
 BACKENDS = ("auto", "triton", "torch")
@@ -91,17 +90,10 @@ class SegmentationLoss(nn.Module):
         self.include_background = as_bool(include_background, f"{WHERE}: include_background")
         self.batch_dice = as_bool(batch_dice, f"{WHERE}: batch_dice")
         self.smooth = _number("smooth", smooth)
-        if backend not in BACKENDS:
-            raise InputError(
-                f"{WHERE}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}. "
-                + nearest(str(backend), BACKENDS)
-            )
-        if backend == "triton" and _fused() is None:
-            raise InputError(
-                f"{WHERE}: expected triton for backend 'triton', got no such package. "
-                "Install it, or use auto."
-            )
+        require_choice(backend, BACKENDS, f"{WHERE}: backend")
         self.backend = backend
+        if backend == "triton" and _fused() is None:
+            raise _no_triton("triton", "no such package")
 
     @torch.compiler.disable  # what it asks is of the process, not of the tensors
     def in_force(self, device: torch.device, num_classes: int = 2) -> str:
@@ -114,10 +106,7 @@ class SegmentationLoss(nn.Module):
             return "torch"
         obstacle = _obstacle(device, num_classes)
         if self.backend == "triton" and obstacle:
-            raise InputError(
-                f"{WHERE}: expected {obstacle[0]} for backend 'triton', got {obstacle[1]}. "
-                "Use auto."
-            )
+            raise _no_triton(*obstacle)
         return "torch" if obstacle else "triton"
 
     def forward(
@@ -146,10 +135,8 @@ class SegmentationLoss(nn.Module):
         label = label.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
         is_fused = self.in_force(levels[0].device, levels[0].shape[1]) == "triton"
         with torch.autocast(label.device.type, enabled=False):
-            sums = []
-            for level in levels:
-                plain, own_label = level.as_subclass(torch.Tensor), _resize(label, level)
-                sums.append((self._fused_sums if is_fused else self._sums)(plain, own_label))
+            compute = self._fused_sums if is_fused else self._sums
+            sums = [compute(x.as_subclass(torch.Tensor), _resize(label, x)) for x in levels]
             totals = distributed.all_reduce_sum(torch.stack(sums) if sums[1:] else sums[0][None])
             if is_fused:
                 return self._fused_value(totals, levels[0].shape[1])
@@ -158,7 +145,7 @@ class SegmentationLoss(nn.Module):
             return (weights * values).sum() / weights.sum()
 
     def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """All that the loss at one resolution needs of logits, added up over volumes.
+        """All that the loss at one resolution needs of the logits, summed over volumes.
 
         Returns:
             `(K,)` float32: rows of one number per class, for Dice, then both terms of the quotient
@@ -173,7 +160,10 @@ class SegmentationLoss(nn.Module):
         overlap = mass = entropy = torch.zeros_like(size)
         if self.ce_weight > 0:
             log_p = logits.log_softmax(1)
-            entropy = self._entropy(log_p, target)
+            ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
+            entropy = F.nll_loss(  # summed below: torch's own sum varies from run to run on CUDA
+                log_p, target, self.class_weights, ignore_index=ignored, reduction="none"
+            )
         if self.dice_weight > 0:
             p = log_p.exp() if self.ce_weight > 0 else logits.softmax(1)
             overlap = (p * one_hot).flatten(2).sum(2)
@@ -187,19 +177,12 @@ class SegmentationLoss(nn.Module):
 
     @torch.compiler.disable
     def _fused_sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The same by Triton, float64: numbers of voxels stay exact."""
-        fused, num_classes = _fused(), logits.shape[1]
-        found = fused.sums(
-            logits,
-            label,
-            self.class_weights,
-            self.ignore_value,
-            dice=self.dice_weight > 0,
-            entropy=self.ce_weight > 0,
-        )
+        """The same by Triton, in float64, so that numbers of voxels stay exact."""
+        parts = {"dice": self.dice_weight > 0, "entropy": self.ce_weight > 0}
+        found = _fused().sums(logits, label, self.class_weights, self.ignore_value, **parts)
         if self.batch_dice:
             return found.sum(0)
-        rows, rest = found.split([3 * num_classes, 2], 1)
+        rows, rest = found.split([3 * logits.shape[1], 2], 1)
         terms = self._dice(*rows.chunk(3, 1))
         return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
 
@@ -213,10 +196,7 @@ class SegmentationLoss(nn.Module):
             "FIRST": 0 if self.include_background else 1,
             "BATCH_DICE": self.batch_dice,
         }
-        value: torch.Tensor = _fused().FusedValue.apply(
-            totals, self.class_weights, num_classes, options
-        )
-        return value
+        return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
 
     def _value(self, totals: torch.Tensor) -> torch.Tensor:
         """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""
@@ -236,12 +216,6 @@ class SegmentationLoss(nn.Module):
 
     def _dice(self, overlap: torch.Tensor, mass: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         return 1 - (2 * overlap + self.smooth) / (mass + size + self.smooth)
-
-    def _entropy(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Weighted cross-entropy of each voxel, 0 where it is ignored."""
-        ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
-        # not added up here: on CUDA torch does so in an order that varies from run to run
-        return F.nll_loss(log_p, target, self.class_weights, ignore_index=ignored, reduction="none")
 
     def _check(self, levels: list[torch.Tensor], label: torch.Tensor) -> None:
         shape = tuple(levels[0].shape)
@@ -264,16 +238,17 @@ class SegmentationLoss(nn.Module):
 
 @functools.cache
 def _fused() -> Any:
-    """The module of the fused kernels, or `None` where triton is not installed."""
+    """The module of the fused kernels; `None` if triton, which takes a second, is not installed."""
     try:
-        return importlib.import_module("networks.kernels.fused_loss")
+        from networks.kernels import fused_loss
     except ImportError:
         return None
+    return fused_loss
 
 
 @functools.cache
 def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
-    """What triton would need, and what there is instead; `None` where it serves."""
+    """What triton would need, and what there is instead; `None` if it serves."""
     is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET")
     if device.type != "cuda" and not is_interpreted:  # before triton, whose import takes a second
         return "logits on CUDA", device.type
@@ -288,6 +263,10 @@ def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
         return "a card of compute capability 8.0 or more", torch.cuda.get_device_name(device)
     reason = fused.failure(device)
     return reason and ("a triton that runs", reason)
+
+
+def _no_triton(needed: str, found: str) -> InputError:
+    return InputError(f"{WHERE}: expected {needed} for backend 'triton', got {found}. Use auto.")
 
 
 def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The next micro-batch made ready while the device works on the one before."""
+"""The next micro-batch, loaded and augmented while the device works on the one before."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,42 +12,37 @@ Batch = dict[str, Any]
 Prepared = tuple[torch.Tensor, torch.Tensor]
 
 
-class Prefetcher:
-    """Micro-batches of a loader in their order; `fetch` makes the next one ready ahead of its turn.
+class PrefetchingLoader:
+    """Micro-batches of a loader in their order; `prefetch` gets the next one ready before its turn.
 
-    Loading and `prepare` are functions of the samples alone, so that nothing but time depends on
-    when they happen. An error of loading is raised when its batch is asked for, and one of
-    `prepare` by the trainer, which prepares what was not. What was fetched and is not asked for,
-    since training ends before, is lost and nothing with it: the loader begins where it is told to.
+    Loading and `prepare` depend on the samples alone, so that prefetching changes nothing but the
+    time. An error of loading is raised when its batch is asked for. A batch that was prefetched and
+    is not asked for, because training ends, is lost; the sampler begins where it is told to.
 
-    On CUDA the kernels and copies have a stream of their own, so that they run beside the backward
-    pass and not after it.
+    On CUDA, copies and kernels of `prepare` have a stream of their own, and so run beside the
+    backward pass instead of after it.
 
     Args:
-        loader: Gives that of the micro-batches, which is iterated anew for each epoch.
-        prepare: What is done with a micro-batch on the device, augmentation included. What it
-            makes on the device and keeps from one to the next has to be there before the first.
+        loader: The micro-batches of an epoch; it is iterated anew for each.
+        prepare: Makes image and label on the device from a micro-batch, augmentation included. What
+            it keeps on the device between calls has to be there before the first.
         device: Where that is done.
     """
 
     def __init__(
-        self,
-        loader: Callable[[], Any],
-        prepare: Callable[[Batch], Prepared],
-        device: torch.device,
+        self, loader: Iterable[Batch], prepare: Callable[[Batch], Prepared], device: torch.device
     ) -> None:
-        self._loader, self._prepare, self._device = loader, prepare, device
+        self.loader, self._prepare, self._device = loader, prepare, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._began: torch.cuda.Event | None = None  # the step before, on the device
-        self._source: Iterator | None = None
+        self._step_began: torch.cuda.Event | None = None  # of the batch given last
+        self._source: Iterator[Batch] | None = None
         self._next: Batch | Exception | None = None
-        self._prepared: Prepared | None = None
-        self._seen: list[tuple] | None = None
+        self._prepared: tuple[Prepared, list[tuple]] | None = None  # with the version of its batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch; the loader's own iterator ends with it, however it ends."""
-        source = self._source = iter(self._loader())
-        self._forget()
+        """One epoch; the loader's own iterator is closed with it, however it ends."""
+        source = self._source = iter(self.loader)
+        self._next = self._prepared = None
         try:
             while True:
                 batch = self._load() if self._next is None else self._next
@@ -56,33 +51,30 @@ class Prefetcher:
                     return
                 if isinstance(batch, Exception):
                     raise batch
-                self._wait(batch)
+                self._wait_for_stream(batch)
                 yield batch
         finally:
             if self._source is source:
-                self._source = None
-                self._forget()
+                self._source = self._next = self._prepared = None
             if hasattr(source, "close"):
                 source.close()  # workers end now, not when the iterator is collected
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Load and prepare the micro-batch after the one that was given last, if there is one."""
         if self._source is None or self._next is not None:
             return
-        with self._beside():
+        with self._on_stream():
             self._next = self._load()
-            if isinstance(self._next, Exception):
-                return
-            # what fails now fails again where it belongs
-            with contextlib.suppress(Exception):
-                self._prepared = self._prepare(self._next)
-                self._seen = _state(self._next)
+            if not isinstance(self._next, Exception):
+                with contextlib.suppress(Exception):  # `take` prepares it again, and raises
+                    self._prepared = self._prepare(self._next), _version(self._next)
 
-    def take(self, batch: Batch) -> Prepared | None:
-        """What was prepared of a micro-batch; `None` if nothing was, or a handler changed it."""
-        prepared, seen = self._prepared, self._seen
-        self._prepared = self._seen = None
-        return prepared if seen is not None and seen == _state(batch) else None
+    def take(self, batch: Batch) -> Prepared:
+        """Image and label of a micro-batch, prepared now if it was not, or a handler changed it."""
+        ready, self._prepared = self._prepared, None
+        if ready is not None and ready[1] == _version(batch):
+            return ready[0]
+        return self._prepare(batch)
 
     def _load(self) -> Batch | Exception:
         assert self._source is not None
@@ -91,33 +83,30 @@ class Prefetcher:
         except Exception as error:  # StopIteration too
             return error
 
-    def _forget(self) -> None:
-        self._next = self._prepared = self._seen = None
-
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream for this; all that was queued before the current step is done there."""
+    def _on_stream(self) -> Iterator[None]:
+        """On the own stream, after everything that was queued before the current step."""
         if self._stream is None:
             yield
             return
-        if self._began is not None:
-            self._stream.wait_event(self._began)
+        if self._step_began is not None:
+            self._stream.wait_event(self._step_began)
         with torch.cuda.stream(self._stream):
             yield
 
-    def _wait(self, batch: Batch) -> None:
-        """Let the device's current stream wait for what was fetched, and its memory for both."""
+    def _wait_for_stream(self, batch: Batch) -> None:
+        """Let the device's current stream wait for what was prefetched, and own its memory."""
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        for value in (*batch.values(), *(self._prepared or ())):
+        for value in (*batch.values(), *(self._prepared[0] if self._prepared else ())):
             if isinstance(value, torch.Tensor) and value.is_cuda:
                 value.record_stream(current)
-        self._began = current.record_event()
+        self._step_began = current.record_event()
 
 
-def _state(batch: Batch) -> list[tuple]:
-    """Tells a batch from another, and from itself after a change of one of its tensors."""
+def _version(batch: Batch) -> list[tuple]:
+    """Differs for another batch, and for the same one after a change of one of its tensors."""
     versions = ((v._version if isinstance(v, torch.Tensor) else 0) for v in batch.values())
     return [(id(batch), key, id(batch[key]), v) for key, v in zip(batch, versions, strict=True)]

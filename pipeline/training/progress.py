@@ -1,4 +1,4 @@
-"""How far a run has come: the record that is saved, and from which all counters are derived."""
+"""How far a run has come: the record that is saved and that all counters are derived from."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Progress:
             self.phase = EPOCH_END_PENDING
 
     def record_metric(self, metric: float) -> bool:
-        """Take over a validation metric; returns whether it is the best. NaN never is."""
+        """Record a validation metric; returns whether it is the best so far, which NaN never is."""
         self.last_metric = metric if math.isfinite(metric) else None
         if self.last_metric is None:
             return False
@@ -68,14 +68,14 @@ class Progress:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values, safe to load with `weights_only=True`."""
+        """Plain values, which `torch.load(weights_only=True)` accepts."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved record.
+        """Replace the values by those of a saved record.
 
         Raises:
-            ValueError: If the record was written by another version of the schema.
+            ValueError: If another version of the schema wrote the record.
         """
         if state.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A network's buffers, put back where a forward pass must leave no trace."""
+"""A copy of a network's buffers, put back where a forward pass must leave no trace."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 class BufferSnapshot:
-    """Copy of a network's buffers, such as BatchNorm's running statistics, to be put back.
+    """Copy of a network's buffers, such as BatchNorm's running statistics.
 
-    A forward pass in train mode changes them before anybody knows whether the step is applied.
+    A forward pass in train mode changes them before it is known whether the step is applied.
     Neither direction makes the host wait, and a few kernels do it however many buffers there are.
 
     Args:
-        network: Its buffers are copied now, and again at each `take`; between `take` and `restore`
-            a module may put another tensor of the same shape and dtype in a buffer's place.
+        network: Its buffers are copied now, and again at each `take`. Between `take` and `restore`
+            a module may replace a buffer by another tensor of the same shape and dtype.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -27,7 +27,7 @@ class BufferSnapshot:
                 if buffer is not None:
                     by_dtype[buffer.dtype].append((module._buffers, name, buffer.clone()))
         self._groups = list(by_dtype.values())
-        # those that are infinite from the beginning, such as a mask, are meant to be
+        # a buffer that is infinite from the beginning, such as a mask, is meant to be
         self._finite = [
             [entry for entry in group if entry[2].isfinite().all()]
             for group in self._groups
@@ -47,7 +47,7 @@ class BufferSnapshot:
         Buffers that were not finite when this object was made are left out.
 
         Args:
-            device: Where the scalar is wanted; the buffers' own.
+            device: The buffers' own.
         """
         total = torch.zeros((), device=device)
         for group in filter(None, self._finite):
@@ -67,7 +67,7 @@ def _present(group: list[tuple[dict, str, torch.Tensor]]) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def buffers_kept(network: torch.nn.Module) -> Iterator[None]:
-    """Inside, forward passes may do to the network's buffers what they like."""
+    """Restore the network's buffers afterwards, whatever forward passes inside do to them."""
     snapshot = BufferSnapshot(network)
     try:
         yield

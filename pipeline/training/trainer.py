@@ -1,7 +1,7 @@
 """MONAI's SupervisedTrainer with one owner of precision.
 
-It is thin: events, state and handlers are MONAI's. What is ours is the iteration, since MONAI's
-own hard-codes CUDA autocast, never unscales or clips, and makes a new scaler on each run.
+Events, state and handlers are MONAI's. The iteration is our own, because MONAI's hard-codes CUDA
+autocast, never unscales or clips, and makes a new scaler for each run.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeline import distributed
-from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, nearest
+from pipeline.distributed import SummedDDP
+from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, require_choice
 from pipeline.files import NO_ROOM
 from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
-from pipeline.training.graph import MODES, StepGraph, has_hooks
-from pipeline.training.prefetch import Prefetcher, Prepared
+from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
+from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.replica import SummedDDP, mean_over_ranks, require_equal_ranks
 from pipeline.training.signals import interruptible
 from pipeline.training.snapshot import BufferSnapshot
 
 log = logging.getLogger(__name__)
-
 
 NOT_WRITTEN = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -56,45 +56,49 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     an epoch is `steps_per_epoch` steps. `progress` is the truth about how far training is, and
     ignite's counters are set from it when a run continues.
 
-    A step is a transaction: where the loss or a gradient of its group is not finite, weights,
-    optimizer, scheduler and the network's buffers are afterwards what they were before it.
+    If the loss or a gradient of a step is not finite, the step is skipped: weights, optimizer,
+    scheduler and the network's buffers are afterwards what they were before it.
 
-    Of several ranks each has a part of every micro-batch. Loss and gradients are those of the whole
-    one; weights, optimizer, scheduler, scaler and `progress` are the same on all of them, and all
-    stop, skip and are interrupted at the same step.
+    With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
+    whole one; weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
+    all ranks stop, skip and are interrupted at the same step.
+
+    What a network, loss or loader of one's own may offer is in `pipeline.training.protocols`.
 
     Args:
-        precision: Owns device, autocast, scaler, clipping and the finite check.
+        network: Network on its device, with float32 weights.
+        optimizer: Optimizer of the network's parameters.
+        loss_function: `(logits, label) -> scalar`, a mean over samples.
+        train_data_loader: Yields dictionaries with `image` `(B, C, H, W, D)` and `label`
+            `(B, 1, H, W, D)`, such as a plain DataLoader. If they have `seed` `(B,)` int64, torch's
+            generator starts from it, so that dropout does not depend on the steps before.
         max_epochs: Epochs to train, in all sessions together.
-        train_data_loader: Yields dictionaries with `image`, `label` and `seed`; its sampler has
-            an attribute `start`, the number of the next sample.
-        network: Network on the precision's device, with float32 weights.
-        optimizer: Optimizer of its parameters.
-        loss_function: `(logits, label) -> scalar`; one that does not say of itself that it
-            `is_over_ranks` is taken to be a mean over samples.
-        lr_scheduler: Advanced once per applied step, never on a skipped one.
-        steps_per_epoch: Optimizer steps in an epoch.
+        precision: Owns device, autocast, scaler, clipping and the finite check; by default mixed
+            precision on the network's device.
+        lr_scheduler: Advanced once per applied step, never on a skipped one; by default the
+            learning rates stay.
+        steps_per_epoch: Optimizer steps in an epoch; by default those that the loader has.
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
-        roi_size: Network input in voxels; given, it is checked before training starts.
-        grace_s: Seconds within which a process ends after it got SIGTERM, SIGINT or SIGUSR1.
-        replica: Of the network, where there are ranks; gradients pass through it.
-        cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward, loss and backward are replayed
-            as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. Where a hook of a
-            module or a handler of what is between wants to see it, there is no graph.
-        initial_weights: Put in the place of the network's own of these names; a checkpoint's, which
-            a handler restores, come after them.
-        prepare_batch: `(batch, device, non_blocking) -> (image, label)`, augmentation included.
-        inferer: MONAI inferer for the training patches.
+        roi_size: Network input in voxels; if given, it is checked before training starts.
+        grace_s: Seconds within which training ends after SIGTERM, SIGINT or SIGUSR1.
+        replica: The network wrapped for several ranks; gradients pass through it.
+        cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward pass, loss and backward pass
+            are replayed as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. There
+            is no graph while a module has a hook, or an event between them has a handler.
+        initial_weights: Replace the network's weights of these names; weights of a checkpoint,
+            which a handler restores, come after them.
         train_handlers: MONAI and ignite handlers, attached in this order.
+        kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
+            `(batch, device, non_blocking) -> (image, label)`, augmentation included.
 
     Attributes:
         progress: The run's `Progress`.
         last_step: `StepStats` of the latest optimizer step.
         group: Micro-batches of the current accumulation group, as the loader gave them.
-        diagnosis: Why training stops before its end; `None` where it does not.
-        peak_memory_bytes: Of training and validation on a CUDA device, when they have ended.
-        peak_reserved_bytes: The same with what the allocator keeps for later.
+        diagnosis: Why training stops before its end; `None` if it does not.
+        peak_memory_bytes: Peak of training and validation on a CUDA device, after they have ended.
+        peak_reserved_bytes: The same including what the allocator keeps for later.
         interrupted: Whether training ends here, to be continued: decided before the handlers of a
             step, or of an epoch's end, save what it ends with.
 
@@ -104,14 +108,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     def __init__(
         self,
-        precision: Precision,
-        max_epochs: int,
-        train_data_loader: Iterable,
+        *,
         network: torch.nn.Module,
         optimizer: Optimizer,
         loss_function: Callable,
-        lr_scheduler: LRScheduler,
-        steps_per_epoch: int,
+        train_data_loader: Iterable,
+        max_epochs: int,
+        precision: Precision | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        steps_per_epoch: int | None = None,
         accumulation_steps: int = 1,
         grad_clip: float = 12.0,
         roi_size: Sequence[int] | None = None,
@@ -123,19 +128,16 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         **kwargs: Any,
     ) -> None:
         require_float32(network)
-        limit: Any = getattr(network, "minimum_size", None)  # networks of others may have none
-        smallest = limit() if roi_size and limit else ()
-        if roi_size and any(n < least for n, least in zip(roi_size, smallest, strict=False)):
-            raise ValueError(
-                f"roi_size: expected at least {list(smallest)} for this network, got {roi_size}. "
-                "Choose a larger roi_size or smaller strides."
-            )
+        _require_size(network, roi_size)
         if initial_weights:
             network.load_state_dict({**network.state_dict(), **initial_weights})
+        if steps_per_epoch is None:
+            steps_per_epoch = len(train_data_loader) // accumulation_steps  # type: ignore[arg-type]
+        precision = precision or Precision(next(network.parameters()).device)
         self.precision = precision
-        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler = lr_scheduler or LambdaLR(optimizer, lambda step: 1.0)
         rates = [group["lr"] for group in optimizer.param_groups]
-        self._schedule = deepcopy(lr_scheduler.state_dict()), rates  # where a round begins
+        self._schedule = deepcopy(self.lr_scheduler.state_dict()), rates  # where a round begins
         self.steps_per_epoch = steps_per_epoch
         self.grad_clip = grad_clip
         self.grace_s, self.replica = grace_s, replica
@@ -145,12 +147,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
         self.peak_reserved_bytes: int | None = None
-        self.interrupted = self._told_to_end = False
+        self.interrupted = self._is_told_to_end = False
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
-        self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
+        self._stats = GroupStats(precision.device)
         self._buffers = BufferSnapshot(network)
         self._cuda_graph = cuda_graph
-        self._ahead = Prefetcher(lambda: self.data_loader, self._prepare, precision.device)
+        self._batches = PrefetchingLoader(train_data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
             max_epochs=max_epochs,
@@ -167,10 +169,155 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             **kwargs,
         )
         self.scaler = precision.scaler  # type: ignore[assignment]
-        self._graph = self._step_graph()
+        self._graph = self._make_graph()
         self.describe()  # refuses a backend that cannot serve here
-        self.add_event_handler(Events.EPOCH_STARTED, _start_epoch)
+        self.add_event_handler(Events.EPOCH_STARTED, _begin_epoch)
         self._register_handlers(train_handlers or [])
+
+    # --- a step
+
+    def _iteration(
+        self, engine: SupervisedTrainer, batchdata: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """One micro-batch, and with the last one of an accumulation group the optimizer step."""
+        if (self.state.iteration - 1) % self.accumulation_steps == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._buffers.take()  # put back if the step is skipped
+            self.group, self._stats = [], GroupStats(self.precision.device)
+        self.group.append(batchdata)
+        ends_group = len(self.group) == self.accumulation_steps
+        images, labels = self._batches.take(batchdata)  # (B, C, H, W, D), augmented, on the device
+        _seed_torch(batchdata)
+        output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
+        if self._graph and not self._is_watched():
+            output[Keys.PRED], replayed_loss = self._graph(images, labels)
+            output[Keys.LOSS] = replayed_loss.clone()
+            loss = replayed_loss / self.accumulation_steps
+        else:
+            with self._gradients_summed_over_ranks(ends_group):
+                with self.precision.autocast():
+                    network = self.replica or self.network
+                    loss = self._forward(images, labels, network, output, self.fire_event)
+                loss = loss / self.accumulation_steps
+                self.precision.backward(loss)
+        self._stats.add(loss, output[Keys.PRED])
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self._batches.prefetch()  # while the device works; the host waits for it in the step
+        if ends_group:
+            self._optimizer_step(num_samples=len(images) * self.accumulation_steps)
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return output
+
+    def _optimizer_step(self, *, num_samples: int) -> None:
+        """Step, or leave everything as it was before the group where something is not finite."""
+        if self.replica:
+            self.replica.require_all_used()
+        step = self.last_step = self.precision.step(
+            self.optimizer,
+            self._stats.loss,
+            self._stats.max_abs_logit,
+            self._buffers.norm(self.precision.device),
+            grad_clip=self.grad_clip,
+            counts=(num_samples, self._is_told_to_end),
+        )
+        if step.applied:
+            self.lr_scheduler.step()
+            if self.replica:
+                self.replica.average_running_stats()
+        else:
+            self._buffers.restore()
+        samples_of_all, told_to_end = step.sums
+        self.progress.record_step(
+            step.applied, samples=round(samples_of_all), steps_per_epoch=self.steps_per_epoch
+        )
+        self._end_if(told_to_end > 0)
+        self.fire_event(StepEvents.STEP_COMPLETED)
+
+    def _forward(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        network: torch.nn.Module,
+        output: dict[str, Any],
+        notify: Callable[[IterationEvents], object] = lambda event: None,
+    ) -> torch.Tensor:
+        """Logits and loss of a micro-batch in train mode, which `output` receives one by one."""
+        network.train()
+        output[Keys.PRED] = self.inferer(images, network)
+        notify(IterationEvents.FORWARD_COMPLETED)
+        loss, function = self.loss_function(output[Keys.PRED], labels), self.loss_function
+        spans_ranks = isinstance(function, protocols.SpansRanks) and function.is_over_ranks
+        if distributed.size() > 1 and not spans_ranks:
+            loss = distributed.mean_over_ranks(loss, len(images))
+        output[Keys.LOSS] = loss
+        notify(IterationEvents.LOSS_COMPLETED)
+        return output[Keys.LOSS]
+
+    def forward(
+        self,
+        batchdata: dict[str, Any],
+        autocast: contextlib.AbstractContextManager,
+        output: dict[str, Any],
+    ) -> torch.Tensor:
+        """Loss of one micro-batch in train mode, as a step computes it but without its events.
+
+        Args:
+            batchdata: A micro-batch of the loader.
+            autocast: Context for network and loss.
+            output: Receives `image`, `label`, `pred` and `loss` one by one.
+        """
+        images, labels = self._prepare(batchdata)
+        _seed_torch(batchdata)
+        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
+        with autocast:
+            return self._forward(images, labels, self.network, output)
+
+    def _prepare(self, batchdata: dict[str, Any]) -> Prepared:
+        _seed_torch(batchdata)  # `prepare_batch` may draw from torch's generator
+        return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+
+    def _gradients_summed_over_ranks(self, ends_group: bool) -> contextlib.AbstractContextManager:
+        """Context for forward and backward pass: ranks exchange gradients once a group."""
+        if self.replica and not ends_group:
+            return self.replica.no_sync()
+        return contextlib.nullcontext()
+
+    # --- as a CUDA graph
+
+    def _make_graph(self) -> StepGraph | None:
+        require_choice(self._cuda_graph, GRAPH_MODES, "cuda_graph")
+        possible = self.precision.device.type == "cuda" and not self.replica
+        if self._cuda_graph == "cuda_graphs" and not possible:
+            raise InputError(
+                "cuda_graph: expected a CUDA device and one rank for cuda_graphs. Use auto."
+            )
+        if self._cuda_graph == "none" or not possible:
+            return None
+        return StepGraph(
+            self._forward_backward,
+            self.network,
+            accumulates=self.accumulation_steps > 1,
+            required=self._cuda_graph == "cuda_graphs",
+        )
+
+    def _forward_backward(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
+        """The part of an iteration that a graph replays."""
+        output: dict[str, Any] = {}
+        with self.precision.autocast():
+            loss = self._forward(images, labels, self.network, output)
+        self.precision.backward(loss / self.accumulation_steps)
+        pred = output[Keys.PRED]
+        detached = [level.detach() for level in pred] if isinstance(pred, list) else pred.detach()
+        return detached, loss.detach()
+
+    def _is_watched(self) -> bool:
+        """Whether a handler or hook wants to see what a replay would not show it."""
+        events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
+        return any(self._event_handlers.get(event) for event in events) or has_hooks(self.network)
+
+    # --- a run
 
     def run(self) -> None:  # type: ignore[override]
         """Train to `max_epochs`, from wherever a restored `progress` says.
@@ -178,21 +325,21 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         An epoch whose steps were all taken before an interruption, but whose end was not, is
         ended first. A finished run returns at once.
 
-        A federated client calls it once a round, `state.max_epochs` raised in between: each round
-        has the learning rates from their beginning, and the optimizer's moments, the loss scale
-        and all counters from the round before.
+        A federated client calls it once a round, with `state.max_epochs` raised in between: each
+        round has the learning rates from their beginning, and the optimizer's moments, the loss
+        scale and all counters from the round before.
 
         Raises:
             TrainingStopped: If a handler called `stop`.
             TrainingInterrupted: If a signal came, or a handler called `interrupt`.
         """
         log.info("%s", self.precision)
-        asked, in_force = self.describe().values()
+        requested, effective = self.describe().values()
         for name in ("loss_backend", "cuda_graph"):
-            log.info("%s in force: %s; asked for: %s", name, in_force[name], asked[name])
+            log.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
         if self.precision.device.type == "cpu":
             keep_freed_memory()
-        require_equal_ranks(self.network, self.progress.step)
+        distributed.require_equal_ranks(self.network, self.progress.step)
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
             self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s
@@ -200,7 +347,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             with interruptible(self.interrupt, self.grace_s):
                 self._train()
         finally:
-            self._end_graph()
+            if self._graph:  # its memory is for what comes after training
+                self._graph.end()
+                self.optimizer.zero_grad(set_to_none=True)
         if self.precision.device.type == "cuda":  # before anything else is done there
             self.peak_memory_bytes = torch.cuda.max_memory_allocated(self.precision.device)
             self.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.precision.device)
@@ -211,74 +360,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
             raise TrainingInterrupted()
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """What was asked for and what is in force: precision, backend of the loss, compilation.
-
-        Raises:
-            InputError: If the backend asked for cannot serve on this device.
-        """
-        described = self.precision.describe()
-        backend: Any = getattr(self.loss_function, "in_force", None)
-        classes: Any = getattr(self.network, "out_channels", 2)
-        described["requested"] |= {
-            "loss_backend": getattr(self.loss_function, "backend", None),
-            "cuda_graph": self._cuda_graph,
-        }
-        described["effective"] |= {
-            "loss_backend": backend(self.precision.device, classes) if backend else None,
-            "cuda_graph": "cuda_graphs" if self._graph and self._graph.is_used else "none",
-        }
-        return described
-
-    def _begin_round(self) -> None:
-        self.progress.phase = STEPPING
-        schedule, rates = self._schedule
-        self.lr_scheduler.load_state_dict(deepcopy(schedule))
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def use(self, precision: Precision) -> None:
-        """Go on in another precision, with the same weights and a fresh optimizer state."""
-        precision.place(self.network)
-        self.precision, self.amp = precision, precision.amp
-        self.scaler = precision.scaler  # type: ignore[assignment]
-        self.progress.mode = precision.mode
-        self.optimizer.state.clear()
-        self._graph = self._step_graph()
-        self._buffers = BufferSnapshot(self.network)
-
-    def _step_graph(self) -> StepGraph | None:
-        if self._cuda_graph not in MODES:
-            raise InputError(
-                f"cuda_graph: expected one of {', '.join(MODES)}, got {self._cuda_graph!r}. "
-                + nearest(str(self._cuda_graph), MODES)
-            )
-        possible = self.precision.device.type == "cuda" and not self.replica
-        if self._cuda_graph == "cuda_graphs" and not possible:
-            raise InputError(
-                "cuda_graph: expected a CUDA device and one rank for cuda_graphs. Use auto."
-            )
-        if self._cuda_graph == "none" or not possible:
-            return None
-        return StepGraph(
-            self._work,
-            self.network,
-            accumulates=self.accumulation_steps > 1,
-            required=self._cuda_graph == "cuda_graphs",
-        )
-
-    def _end_graph(self) -> None:
-        """Leave its memory to what comes after training."""
-        if self._graph:
-            self._graph.end()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
-        """One optimizer step over the micro-batches of one group, outside of a run."""
-        for batch in batches:
-            self.state.iteration += 1
-            self._iteration(self, batch)
-
     def _train(self) -> None:
         try:
             if self.progress.phase == EPOCH_END_PENDING:
@@ -287,10 +368,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             going = self.diagnosis is None and not self.interrupted
             if unfinished and self.progress.phase == STEPPING and going:
                 # not Trainer.run, which would put a new scaler in the place of the policy's
-                super(Workflow, self).run(self._ahead, self.state.max_epochs)
+                super(Workflow, self).run(self._batches, self.state.max_epochs)
         except RuntimeError as error:
-            explain: Any = getattr(self.data_loader, "explain", lambda _: None)
-            if (reason := distributed.loss_of(error) or explain(error)) is None:
+            reason, loader = distributed.explain_lost_rank(error), self.data_loader
+            if reason is None and isinstance(loader, protocols.ExplainsErrors):
+                reason = loader.explain(error)
+            if reason is None:
                 raise
             self.stop(reason)
         except OSError as error:
@@ -298,25 +381,67 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 raise
             self.stop(f"{error} The run ends; the checkpoints are as they were.")
 
+    def _begin_round(self) -> None:
+        self.progress.phase = STEPPING
+        schedule, rates = self._schedule
+        self.lr_scheduler.load_state_dict(deepcopy(schedule))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """One optimizer step over the micro-batches of one group, outside of a run."""
+        for batch in batches:
+            self.state.iteration += 1
+            self._iteration(self, batch)
+
+    def use(self, precision: Precision) -> None:
+        """Continue in another precision, with the same weights and a fresh optimizer state."""
+        precision.place(self.network)
+        self.precision, self.amp = precision, precision.amp
+        self.scaler = precision.scaler  # type: ignore[assignment]
+        self.progress.mode = precision.mode
+        self.optimizer.state.clear()
+        self._graph = self._make_graph()
+        self._buffers = BufferSnapshot(self.network)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What was asked for and what is in force: precision, backend of the loss, CUDA graph.
+
+        Raises:
+            InputError: If the backend asked for cannot serve on this device.
+        """
+        described, loss, network = self.precision.describe(), self.loss_function, self.network
+        asked = in_force = None
+        if isinstance(loss, protocols.HasBackend):
+            classes = network.out_channels if isinstance(network, protocols.HasOutChannels) else 2
+            asked, in_force = loss.backend, loss.in_force(self.precision.device, classes)
+        replays = self._graph is not None and self._graph.is_used
+        described["requested"] |= {"loss_backend": asked, "cuda_graph": self._cuda_graph}
+        described["effective"] |= {
+            "loss_backend": in_force,
+            "cuda_graph": "cuda_graphs" if replays else "none",
+        }
+        return described
+
+    # --- its end
+
     def stop(self, diagnosis: str) -> None:
         """End training after this step, because of what the first `diagnosis` says."""
         self.diagnosis = self.diagnosis or diagnosis
         self.terminate()
 
     def agree(self) -> None:
-        """End training on all ranks where one was told to `stop`; all have to call it."""
-        told = [
-            diagnosis for diagnosis in distributed.all_gather_object(self.diagnosis) if diagnosis
-        ]
-        if told and self.diagnosis is None:
+        """End training on all ranks if one was told to `stop`; all have to call it."""
+        reasons = [reason for reason in distributed.all_gather_object(self.diagnosis) if reason]
+        if reasons and self.diagnosis is None:
             self._level = logging.INFO
-            self.stop(told[0])
+            self.stop(reasons[0])
 
     def interrupt(self) -> None:
         """End training at the next step or epoch's end; the same command continues it."""
-        self._told_to_end = True
+        self._is_told_to_end = True
 
-    def _heed(self, told_to_end: bool) -> None:
+    def _end_if(self, told_to_end: bool) -> None:
         """End here if any rank is told to; what comes later is for the next boundary."""
         self.interrupted = told_to_end
         if self.interrupted:
@@ -341,143 +466,28 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         last = self.progress.epoch >= self.state.max_epochs
         self.progress.phase = FINALIZING if last else STEPPING
         if not last:
-            self._heed(any(distributed.all_gather_object(self._told_to_end)))
+            self._end_if(any(distributed.all_gather_object(self._is_told_to_end)))
 
     def finish(self) -> None:
         """Mark the run as done: it never trains again."""
         self.progress.phase = DONE
 
-    def forward(
-        self,
-        batchdata: dict[str, Any],
-        autocast: contextlib.AbstractContextManager,
-        output: dict[str, Any],
-        notify: Callable[[IterationEvents], object] = lambda event: None,
-        network: torch.nn.Module | None = None,
-        prepared: Prepared | None = None,
-    ) -> torch.Tensor:
-        """Loss of one micro-batch in train mode, which is a function of the batch and the weights.
 
-        Args:
-            batchdata: A micro-batch of the loader.
-            autocast: Context for network and loss.
-            output: Receives `image`, `label`, `pred` and `loss` as they come to be.
-            notify: Called with MONAI's events.
-            network: In the place of the trainer's own: its replica.
-            prepared: What `prepare_batch` makes of the micro-batch, where it is there already.
-        """
-        network = network or self.network
-        images, labels = self._inputs(batchdata, output, prepared)
-        network.train()
-        with autocast:
-            output[Keys.PRED] = self.inferer(images, network)
-            notify(IterationEvents.FORWARD_COMPLETED)
-            loss = self.loss_function(output[Keys.PRED], labels)
-            if distributed.size() > 1 and not getattr(self.loss_function, "is_over_ranks", False):
-                loss = mean_over_ranks(loss, len(images))
-            output[Keys.LOSS] = loss
-            notify(IterationEvents.LOSS_COMPLETED)
-        return output[Keys.LOSS]
+class GroupStats:
+    """Statistics of an accumulation group, on the device.
 
-    def _prepare(self, batchdata: dict[str, Any]) -> Prepared:
-        """`prepare_batch`, which is to be a function of the batch, should it draw from torch."""
-        torch.manual_seed(int(batchdata["seed"][0]))
-        return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
+    Attributes:
+        loss: Sum of what was added: the group's mean loss, as each micro-batch has its share.
+        max_abs_logit: Largest |logit|, float32; NaN if there is one.
+    """
 
-    def _inputs(
-        self, batchdata: dict[str, Any], output: dict[str, Any], prepared: Prepared | None
-    ) -> Prepared:
-        """Image and label of a micro-batch, with torch's generator where its forward begins."""
-        images, labels = prepared or self._prepare(batchdata)
-        # dropout draws from torch's own generator: a function of the samples, not of the past
-        torch.manual_seed(int(batchdata["seed"][0]))
-        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
-        return images, labels
+    def __init__(self, device: torch.device) -> None:
+        self.loss = self.max_abs_logit = torch.zeros((), device=device)
 
-    def _work(
-        self, images: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
-        """Forward, loss and backward with nothing in between, for `StepGraph`."""
-        with self.precision.autocast():
-            pred = self.inferer(images, self.network)
-            loss = self.loss_function(pred, labels) / self.accumulation_steps
-        self.precision.backward(loss)
-        detached = [level.detach() for level in pred] if isinstance(pred, list) else pred.detach()
-        return detached, loss.detach()
-
-    def _backpropagate(self, batchdata: dict[str, Any], output: dict[str, Any]) -> torch.Tensor:
-        """Loss of a micro-batch, its gradients added to the parameters'."""
-        prepared = self._ahead.take(batchdata)
-        events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
-        watched = any(self._event_handlers.get(event) for event in events)
-        if self._graph and not watched and not has_hooks(self.network):
-            images, labels = self._inputs(batchdata, output, prepared)
-            self.network.train()
-            output[Keys.PRED], loss = self._graph(images, labels)
-            output[Keys.LOSS] = loss * self.accumulation_steps
-            for event in events:
-                self.fire_event(event)
-            return loss
-        last = len(self.group) == self.accumulation_steps
-        with self.replica.no_sync() if self.replica and not last else contextlib.nullcontext():
-            autocast = self.precision.autocast()
-            loss = self.forward(
-                batchdata, autocast, output, self.fire_event, self.replica, prepared
-            )
-            loss = loss / self.accumulation_steps
-            self.precision.backward(loss)
-        return loss
-
-    def _iteration(
-        self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        if (self.state.iteration - 1) % self.accumulation_steps == 0:
-            self._begin_step()
-        self.group.append(batchdata)
-        output: dict[str, Any] = {}
-        self.state.output = output
-        loss = self._backpropagate(batchdata, output)
-        self._group_loss = self._group_loss + loss.detach()
-        largest = torch.maximum(self._max_abs_logit, max_abs(output[Keys.PRED]))
-        self._max_abs_logit = largest
-        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if len(self.group) == self.accumulation_steps:
-            self._optimizer_step(samples=len(output[Keys.IMAGE]) * self.accumulation_steps)
-        else:
-            self._ahead.fetch()
-        self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return output
-
-    def _begin_step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self._buffers.take()
-        self.group = []
-        self._group_loss = self._max_abs_logit = torch.zeros((), device=self.state.device)
-
-    def _optimizer_step(self, *, samples: int) -> None:
-        if self.replica:
-            self.replica.require_all_used()
-        self.last_step = self.precision.step(
-            self.optimizer,
-            self._group_loss,
-            self._max_abs_logit,
-            self._buffers.norm(self.precision.device),
-            grad_clip=self.grad_clip,
-            counts=(samples, self._told_to_end),
-            meanwhile=self._ahead.fetch,
-        )
-        applied, (samples_of_all, told_to_end) = self.last_step.applied, self.last_step.sums
-        if applied:
-            self.lr_scheduler.step()
-            if self.replica:
-                self.replica.settle()
-        else:
-            self._buffers.restore()
-        self.progress.record_step(
-            applied, samples=round(samples_of_all), steps_per_epoch=self.steps_per_epoch
-        )
-        self._heed(told_to_end > 0)
-        self.fire_event(StepEvents.STEP_COMPLETED)
+    def add(self, loss: torch.Tensor, pred: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        """Add a micro-batch's share of the loss, and its logits."""
+        self.loss = self.loss + loss.detach()
+        self.max_abs_logit = torch.maximum(self.max_abs_logit, max_abs(pred))
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
@@ -489,9 +499,27 @@ def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norms).max()
 
 
-def _start_epoch(trainer: MixedPrecisionTrainer) -> None:
-    """Let the sampler go on where the progress record stands."""
+def _seed_torch(batch: dict[str, Any]) -> None:
+    """Let what torch draws from here on, as in dropout, depend on the batch alone."""
+    if "seed" in batch:
+        torch.manual_seed(int(batch["seed"][0]))
+
+
+def _require_size(network: torch.nn.Module, roi_size: Sequence[int] | None) -> None:
+    if roi_size and isinstance(network, protocols.HasMinimumSize):
+        smallest = network.minimum_size()
+        if any(n < least for n, least in zip(roi_size, smallest, strict=False)):
+            raise ValueError(
+                f"roi_size: expected at least {list(smallest)} for this network, got {roi_size}. "
+                "Choose a larger roi_size or smaller strides."
+            )
+
+
+def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
+    """Let the loader continue where the progress record stands."""
     loader: Any = trainer.data_loader
-    if hasattr(loader, "begin"):
+    if isinstance(loader, protocols.BeginsEpochs):
         loader.begin()
-    loader.sampler.start = trainer.progress.samples
+    sampler = getattr(loader, "sampler", None)  # a plain iterable has none
+    if isinstance(sampler, protocols.ResumableSampler):
+        sampler.start = trainer.progress.samples

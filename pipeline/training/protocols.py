@@ -1,0 +1,104 @@
+"""What a network, loss or loader of one's own may offer beside what PyTorch asks of it.
+
+None of it is required: the trainer asks `isinstance(x, Protocol)` and does without. A class need
+not inherit from a protocol; having its methods and attributes is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class HasMinimumSize(Protocol):
+    """A network that cannot take small inputs; `roi_size` is checked before training."""
+
+    def minimum_size(self) -> Sequence[int]:
+        """Smallest input in voxels, for each axis."""
+        ...
+
+
+@runtime_checkable
+class HasOutChannels(Protocol):
+    """A network that says how many classes its logits have, background included."""
+
+    out_channels: int
+
+
+@runtime_checkable
+class HasReduction(Protocol):
+    """A network that pads its input to multiples of `reduction`, voxels for each axis."""
+
+    reduction: Sequence[int]
+
+
+@runtime_checkable
+class HasHeads(Protocol):
+    """A network whose last layers depend on the classes and may be drawn anew for others.
+
+    `head_names` are the names of those submodules, such as `("head", "deep_heads")`.
+    """
+
+    head_names: Sequence[str]
+
+
+@runtime_checkable
+class SpansRanks(Protocol):
+    """A loss whose value is that of the samples of all ranks where `is_over_ranks` is true.
+
+    Any other loss is taken to be a mean over samples, and averaged over ranks by the trainer.
+    """
+
+    is_over_ranks: bool
+
+
+@runtime_checkable
+class HasBackend(Protocol):
+    """A loss that can be computed in several ways; `backend` is the one asked for."""
+
+    backend: str
+
+    def in_force(self, device: torch.device, num_classes: int) -> str:
+        """The backend for logits of `num_classes` on `device`; raises if none can serve."""
+        ...
+
+
+@runtime_checkable
+class ResumableSampler(Protocol):
+    """A loader's sampler that begins an epoch at sample `start`, counted from the run's first.
+
+    The trainer sets `start` before each epoch. With another sampler a run that continues begins its
+    epoch anew.
+    """
+
+    start: int
+
+
+@runtime_checkable
+class BeginsEpochs(Protocol):
+    """A loader that is told when an epoch begins, before it is iterated."""
+
+    def begin(self) -> None:
+        """Prepare for an epoch; all ranks call it."""
+        ...
+
+
+@runtime_checkable
+class DescribesItself(Protocol):
+    """A loader that says for `summary.json` where its data are."""
+
+    def describe(self) -> dict[str, Any]:
+        """`requested` and `effective` settings, as plain values."""
+        ...
+
+
+@runtime_checkable
+class ExplainsErrors(Protocol):
+    """A loader that knows what an error in one of its workers means."""
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """One line for the user, with which the run ends; `None` for any other error."""
+        ...
