@@ -259,13 +259,6 @@ def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root,
     assert not (tmp_path / "r").exists()
 
 
-def test_replay_in_ranks_is_refused(dataset, tmp_path, at_the_root, capfd):
-    words = (*settings(dataset, tmp_path / "r"), "--replay_step", "3")
-    assert run_in_ranks(capfd, *words) == [
-        "--replay_step: expected one process, got several. Use python."
-    ]
-
-
 @pytest.mark.parametrize(
     ("key", "told"),
     [

@@ -94,39 +94,6 @@ def test_each_rank_has_the_value_of_all_and_the_gradient_of_its_own(shares, numb
         assert (torch.cat(parts) - in_float64).abs().max() <= 2e-6 * largest
 
 
-def of_parameters(shares):
-    """Gradient that a layer's parameters get from this rank's samples."""
-    (image,), label = batch(sum(shares), IGNORED)
-    image, label = own([image, label], shares) if shares[1:] else (image, label)
-    torch.manual_seed(0)
-    layer = torch.nn.Conv3d(3, 3, 1)
-    SegmentationLoss(ignore_value=IGNORED)(layer(image), label).backward()
-    return torch.cat([p.grad.flatten() for p in layer.parameters()]).numpy()
-
-
-@pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_gradients_of_parameters_add_up_to_those_of_one_process(shares):
-    total = sum(in_ranks(of_parameters, shares, size=len(shares)))
-    torch.testing.assert_close(
-        torch.from_numpy(total),
-        torch.from_numpy(of_parameters([sum(shares)])),
-        rtol=1e-5,
-        atol=1e-7,
-    )
-
-
-def all_ignored():
-    levels, label = batch(2, is_deep=True)
-    label = torch.full_like(label, IGNORED)
-    loss = SegmentationLoss(ignore_value=IGNORED)
-    value, gradients = value_and_gradients(loss, *[own(levels, [1, 1])], *own([label], [1, 1]))
-    return value, max(gradient.abs().max().item() for gradient in gradients)
-
-
-def test_value_and_gradient_are_zero_when_all_ranks_have_only_ignored_voxels():
-    assert in_ranks(all_ignored) == [(0, 0), (0, 0)]
-
-
 @contextlib.contextmanager
 def counted():
     """Gives a list of one entry per collective that was made inside."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from types import SimpleNamespace
 
@@ -21,13 +20,6 @@ from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 # --- the table
-
-
-def test_config_has_amp_on_by_default():
-    source = json.loads((REPOSITORY / "configs/amp.json").read_text())
-    assert source["amp"] is True
-    assert source["amp_dtype"] == "auto"
-    assert MODES["cuda"]["auto"] == (torch.float16, True)
 
 
 @pytest.mark.parametrize(
@@ -187,25 +179,6 @@ def test_evaluator_predicts_in_the_policys_dtype(device, mode):
     with torch.no_grad(), precision.autocast():
         expected = network.eval()(batch(0)["image"].to(device))
     assert torch.equal(logits, expected)
-
-
-def test_validation_of_a_run_follows_the_policy(run, tmp_path, monkeypatch):
-    seen = []
-    iteration = MixedPrecisionEvaluator._iteration
-
-    def spy(self, engine, batchdata):
-        note = self.network.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
-        try:
-            return iteration(self, engine, batchdata)
-        finally:
-            note.remove()
-
-    monkeypatch.setattr(MixedPrecisionEvaluator, "_iteration", spy)
-    assert run(tmp_path / "half", max_epochs=1, amp_dtype="float16") == 0
-    assert set(seen) == {torch.float16}
-    seen.clear()
-    assert run(tmp_path / "single", max_epochs=1, amp=False, amp_dtype="float16") == 0
-    assert set(seen) == {torch.float32}
 
 
 def lowered(part: str, dtype: torch.dtype) -> nn.Module:

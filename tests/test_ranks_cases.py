@@ -22,7 +22,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipeline import distributed
-from pipeline.data import cache as cache_module
 from pipeline.data.cache import CachedDataset, CaseSampler, VolumeCache
 from pipeline.data.dataset import load_cases
 from pipeline.data.input_images import list_images
@@ -34,7 +33,6 @@ from pipeline.precision import Precision
 from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import PredictionError, Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
-from pipeline.progress_bar import ProgressBar
 from pipeline.training.evaluator import MixedPrecisionEvaluator
 from transforms.preprocess import ValidationPreprocessing, preprocessing
 
@@ -113,14 +111,6 @@ def fill_of_nodes(folder, cases):
     return fill(folder, cases, folders=2)
 
 
-def test_rank_whose_cache_is_full_makes_nothing(cases, tmp_path):
-    for n in (0, 1):  # node 0 has the first three, node 1 has all
-        VolumeCache(tmp_path / f"cache_{n}", 10**9, {}).fill(cases[: 3 + 3 * n], Counted())
-    (first, _), (second, _) = in_ranks(fill_of_nodes, tmp_path, cases)
-    assert sorted(first) == ids(cases[3:])
-    assert second == []
-
-
 def changed_on_others(folder, cases, change, **given):
     """`fill`, of other cases on all ranks but the first."""
     return fill(folder, change(cases) if distributed.rank() else cases, **given)
@@ -148,40 +138,6 @@ def test_ranks_with_another_file_are_refused_by_its_case(cases, dataset, tmp_pat
         "Give all ranks the same dataset_dir."
     )
     assert not list((tmp_path / "cache_0").glob("*.safetensors"))
-
-
-def test_cases_that_other_ranks_lack_or_have_beside_are_named(cases, tmp_path):
-    lines = refusals(in_ranks(changed_on_others, tmp_path, cases[1:], lambda all_: all_[:-1]))
-    assert [line.split(": ", 1)[1] for line in lines] == [
-        "tiny_006: expected the files that rank 0 has, got none. "
-        "Give all ranks the same dataset_dir."
-    ]
-    lines = refusals(in_ranks(changed_on_others, tmp_path, cases, lambda all_: all_[::-1]))
-    assert "expected the cases in the order of rank 0, got another" in lines[0]
-
-
-def test_of_many_cases_that_differ_ten_are_named(cases, tmp_path):
-    many = [{**cases[0], "case_id": f"case_{n:02d}"} for n in range(14)]
-
-    def change(all_):
-        return [{**case, "session": 1} for case in all_]
-
-    lines = refusals(in_ranks(changed_on_others, tmp_path, many, change))
-    assert [line.split(": ")[1] for line in lines[:-1]] == ids(many[:10])
-    assert lines[-1].endswith(": and 4 more")
-
-
-def test_ranks_with_another_library_are_refused_by_its_name(cases, tmp_path):
-    def change(all_):
-        real = cache_module.importlib.metadata.version
-        cache_module.importlib.metadata.version = lambda name: (
-            "0.1" if name == "monai" else real(name)
-        )
-        return all_
-
-    (line,) = refusals(in_ranks(changed_on_others, tmp_path, cases, change))
-    assert "monai: expected version 1." in line
-    assert "which rank 0 has, got 0.1. " in line
 
 
 def test_file_that_one_rank_cannot_read_ends_all(cases, tmp_path):
@@ -215,22 +171,6 @@ def test_limit_counts_what_the_other_ranks_made(cases, tmp_path):
     lines = refusals(in_ranks(fill_within, sum(sizes) - 1))  # enough for what each makes
     assert lines[0].startswith("cache_limit_bytes: expected room for the 6 cases of this run")
     assert [seen for seen, _ in in_ranks(fill_within, sum(sizes))] == [[], []]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_bar_is_shown_by_the_first_rank_alone():
-    def shown():
-        distributed.all_gather_object(None)  # before one ends, all have met
-        terminal = Terminal()
-        list(ProgressBar(range(3), file=terminal, mininterval=0))
-        return bool(terminal.getvalue())
-
-    assert shown()
-    assert in_ranks(shown, size=3) == [True, False, False]
 
 
 # ---- validation
@@ -313,16 +253,6 @@ def test_evaluation_without_any_case_does_nothing():
     for result in in_ranks(evaluate, 0):
         told = json.loads(result["told"])
         assert (told["metrics"], told["details"], told["fired"]) == ({}, {}, [0, 0])
-
-
-def test_mean_dice_may_be_computed_by_one_rank_alone():
-    def compute():
-        distributed.all_gather_object(None)  # before one ends, all have met
-        metric = MeanDice(NAMES)
-        metric.cases = {"a": np.array([0.25, 0.5])}
-        return metric.compute() if distributed.rank() == 1 else None
-
-    assert in_ranks(compute) == [None, 0.375]
 
 
 # ---- scores
@@ -450,26 +380,6 @@ def test_scores_are_those_of_one_rank(to_score, tmp_path, same_weights, size):
     assert min(count for _, count in results) > 0
 
 
-def hide_best():
-    """On the second rank the best weights are seen late."""
-    if distributed.rank() == 1:
-        real = final_scores.Path.is_file
-        calls: list[Path] = []
-
-        def is_file(path):
-            late = path.name == "model.pt" and not calls
-            calls.append(path)
-            return False if late else real(path)
-
-        final_scores.Path.is_file = is_file
-
-
-def test_which_weights_there_are_is_decided_by_rank_0(to_score, tmp_path):
-    in_ranks(score, tmp_path / "a", to_score, True, size=1)
-    in_ranks(score, tmp_path / "b", to_score, True, hide_best)
-    assert files_in(tmp_path / "b/scores") == files_in(tmp_path / "a/scores") != {}
-
-
 @pytest.mark.parametrize(
     ("what", "rank"), [("write_scores", 0), ("save_like", 0), ("save_like", 1)]
 )
@@ -558,21 +468,6 @@ def test_prediction_without_a_fault_ends_well_on_all_ranks(images, tmp_path):
     assert [(result.end, result.told, result.left) for result in results] == [
         (type(None), "", 1)
     ] * 2
-
-
-def test_strict_stops_each_rank_at_its_first_fault(images, tmp_path):
-    def work(folder):
-        return predict_images(images, folder / "out", strict=True)
-
-    results = in_ranks(work, tmp_path)
-    # of cases 0, 2, 4, 6 and of 1, 3, 5
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
-        "case_0.nii.gz", "case_2.nii.gz",
-    ]  # fmt: skip
-    assert [result.end for result in results] == [1, 1]
-    listed = [line.split(":")[0].strip() for line in summary_of(results[0])]
-    assert listed == ["Not predicted", "case_1", "case_4"]
-    assert results[1].told == ""
 
 
 def test_output_that_one_rank_refuses_is_refused_once(images, tmp_path):

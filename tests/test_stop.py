@@ -89,13 +89,6 @@ def test_run_stops_after_max_consecutive_skips(
     assert not (run_dir / "models/last.pt").exists()
 
 
-def test_ten_skips_in_a_row_stop_a_run_by_default(poisoned, tmp_path):
-    assert "got 10 skipped steps in a row." in stop(
-        poisoned, tmp_path / "r", None, amp=False, max_epochs=8
-    )
-    assert len(overflows(tmp_path / "r")) == 10
-
-
 def test_good_step_in_between_lets_the_run_go_on(poisoned, tmp_path):
     numbers = [0, 2, 7, 8]  # steps 1, 2, 4 and 5 of 6
     changes = {"amp": False, "max_epochs": 3, "max_consecutive_skips": 3}
@@ -146,13 +139,6 @@ def test_stopped_run_stops_again_when_nothing_was_changed(poisoned, tmp_path):
     assert differing(again["step_000000002.pt"], files["step_000000002.pt"]) == []
 
 
-def test_stop_at_the_last_step_does_not_let_the_run_finish(poisoned, tmp_path):
-    changes = {"amp": False, "max_consecutive_skips": 4}
-    for _ in range(2):
-        assert "step 4: expected finite" in stop(poisoned, tmp_path / "r", None, **changes)
-    assert not (tmp_path / "r/summary.json").exists()
-
-
 def test_monai_bundle_run_stops_with_status_1_and_no_traceback(dataset, tmp_path):
     overlay = {"train#augment#_target_": "poison.PoisonedAugment"}
     (tmp_path / "poisoned.json").write_text(json.dumps(overlay))
@@ -199,14 +185,6 @@ def test_diagnosis_advises_by_the_stage_that_came_up_most(stage, advice):
     assert advice in told.splitlines()[3]
     assert "step 3" in told
     assert f"m ({stage or 'finite'}, 2x)" in told
-
-
-@pytest.mark.parametrize("stage", ["forward", "backward"])
-@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
-def test_diagnosis_advises_another_precision_in_float16_only(stage, mode):
-    told = diagnosis([{**skipped(1, stage, "m"), "precision": mode}], 1.0, 1)
-    assert f"left the range of {mode}: " in told
-    assert ("amp_dtype=bfloat16 or amp=false" in told) is (mode == "float16")
 
 
 def test_diagnosis_advises_a_lower_loss_scale_when_no_step_was_applied():
@@ -263,9 +241,3 @@ def test_nan_metric_never_becomes_the_best(
         strict_json(path.read_text())
     said = capfd.readouterr().out.count("The validation metric is nan; it is not counted")
     assert said == len(validations)
-
-
-def test_last_lines_name_no_best_model_when_there_is_none(run, tmp_path, capfd):
-    undefined(run, tmp_path / "r", [1, 2])
-    assert not (tmp_path / "r/models/model.pt").exists()
-    assert "model.pt" not in capfd.readouterr().out

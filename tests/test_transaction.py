@@ -39,8 +39,7 @@ def poison(trainer: MixedPrecisionTrainer, place: str, value: float, iteration: 
             engine.network[0].weight.grad[VOXEL] = value
 
     if place == "input":
-        image = trainer.data_loader.batches[iteration - 1]["image"]
-        image[VOXEL] = value
+        trainer.data_loader.batches[iteration - 1]["image"][VOXEL] = value
     elif place == "forward":
         trainer.network[0].register_forward_hook(lambda module, args, output: replace(output))
     elif place == "loss":
@@ -89,9 +88,8 @@ def check_one_skipped_step(
     for part in ("/network/0.weight", "running_mean", "running_var", "num_batches_tracked",
                  "exp_avg", "exp_avg_sq", "/step", "last_epoch"):  # fmt: skip
         assert part in changed, part
-    bad = steps[GOOD]
-    assert math.isfinite(bad.loss) is (place in ("backward", "gradient"))
-    assert math.isfinite(bad.grad_norm) is (place == "loss")
+    assert math.isfinite(steps[GOOD].loss) is (place in ("backward", "gradient"))
+    assert math.isfinite(steps[GOOD].grad_norm) is (place == "loss")
     progress = trainer.progress
     assert (progress.step, progress.skipped_steps, progress.consecutive_skips) == (4, 1, 0)
     assert trainer.lr_scheduler.last_epoch == 3
@@ -111,10 +109,9 @@ def test_skipped_step_leaves_everything_as_it_was(mode, place, value):
 
 
 @pytest.mark.parametrize("poisoned", [0, 2], ids=["first", "last"])
-@pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", PLACES)
-def test_skipped_step_leaves_everything_as_it_was_when_accumulating(place, value, poisoned):
-    check_one_skipped_step("cpu", "float16", place, value, accumulation=3, poisoned=poisoned)
+def test_skipped_step_leaves_everything_as_it_was_when_accumulating(place, poisoned):
+    check_one_skipped_step("cpu", "float16", place, math.nan, accumulation=3, poisoned=poisoned)
 
 
 @pytest.mark.gpu
@@ -125,48 +122,6 @@ def test_skipped_step_leaves_everything_as_it_was_on_cuda(mode, place, accumulat
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     check_one_skipped_step("cuda", mode, place, math.nan, accumulation, accumulation - 1)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
-def test_training_goes_on_as_if_the_skipped_step_had_not_been(mode, place, accumulation):
-    """In float16 the other run halves its scale at that point, and nothing else."""
-    groups = [[batch(10 * s + n) for n in range(accumulation)] for s in range(5)]
-    without = [group for s, group in enumerate(groups) if s != GOOD]
-    trainers = [
-        make_trainer(
-            in_mode(mode, init_scale=SCALE),
-            [b for group in chosen for b in group],
-            accumulation=accumulation,
-            network=batch_norm_network(),
-            optimizer=torch.optim.AdamW,
-            decay_steps=5,
-        )
-        for chosen in (groups, without)
-    ]
-    poison(trainers[0], place, math.nan, (GOOD + 1) * accumulation)
-
-    def halve_scale(engine):
-        if engine.progress.step == GOOD and engine.scaler:
-            engine.scaler.update(SCALE / 2)
-
-    trainers[1].add_event_handler(StepEvents.STEP_COMPLETED, halve_scale)
-    for trainer in trainers:
-        trainer.run()
-    assert [t.progress.skipped_steps for t in trainers] == [1, 0]
-    assert differing(*map(state_of, trainers)) == []
-    assert trainers[0].last_step == trainers[1].last_step
-
-
-def test_first_step_that_is_skipped_leaves_no_optimizer_state():
-    trainer = make_trainer(
-        in_mode("float32"), [batch(0, value=math.inf)], optimizer=torch.optim.AdamW
-    )
-    before = state_of(trainer)
-    trainer.run()
-    assert trainer.progress.skipped_steps == 1
-    assert differing(before, state_of(trainer)) == []
 
 
 def test_norm_that_overflows_alone_skips_the_step_and_lowers_the_scale():
@@ -187,14 +142,6 @@ def test_norm_that_overflows_alone_skips_the_step_and_lowers_the_scale():
     assert precision.scaler.state_dict()["scale"] == SCALE / 2
 
 
-def test_optimizer_is_not_called_on_a_skipped_step():
-    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1, value=math.nan), batch(2)])
-    called = []
-    trainer.optimizer.register_step_pre_hook(lambda *_: called.append(trainer.state.iteration))
-    trainer.run()
-    assert called == [1, 3]
-
-
 @pytest.mark.parametrize("mode", ["float32", "bfloat16"])
 def test_step_that_spoils_running_statistics_alone_is_skipped(mode):
     """The variance of 1e20 leaves float32, while what BatchNorm returns is well in range."""
@@ -211,24 +158,8 @@ def test_step_that_spoils_running_statistics_alone_is_skipped(mode):
     assert differing(states[0], states[1]) == []
 
 
-class Masked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(1, 2, 1)
-        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=False)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv(image) + self.mask.exp().sum()
-
-
-def test_buffer_that_is_infinite_by_design_skips_nothing():
-    trainer = make_trainer(in_mode("float32"), [batch(0), batch(1)], network=Masked())
-    trainer.run()
-    assert trainer.progress.skipped_steps == 0
-
-
 class Buffers(nn.Module):
-    """Counts its forward passes in buffers of several dtypes, one of which is not saved."""
+    """Counts in buffers of several dtypes, one of which is not saved and one infinite by design."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,20 +167,22 @@ class Buffers(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seen", torch.zeros(3, dtype=torch.bool))
         self.register_buffer("sum", torch.zeros(2), persistent=False)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=False)
+        self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         self.seen[int(self.calls) % 3] = True
         self.sum += image.mean()
+        self.mean = 0.9 * self.mean + image.mean()  # another tensor
         return self.conv(image)
 
 
-def test_skipped_step_restores_buffers_of_every_dtype():
-    network = Buffers()
+def test_skipped_step_restores_buffers_of_every_kind():
+    network, kept = Buffers(), []
     trainer = make_trainer(
         in_mode("float32"), [batch(0), batch(1, value=math.nan)], network=network
     )
-    kept = []
     trainer.add_event_handler(
         StepEvents.STEP_COMPLETED,
         lambda e: kept.append({n: b.clone() for n, b in network.named_buffers()}),
@@ -257,27 +190,5 @@ def test_skipped_step_restores_buffers_of_every_dtype():
     trainer.run()
     assert trainer.progress.skipped_steps == 1
     assert differing(kept[0], kept[1]) == []
-    assert network.calls == 1
-    assert all(w.isfinite().all() for w in weights(network).values())
-
-
-class Momentum(nn.Module):
-    """Puts a new tensor in its buffer's place at every forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(1, 2, 1)
-        self.register_buffer("mean", torch.zeros(()))
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        self.mean = 0.9 * self.mean + image.mean()
-        return self.conv(image)
-
-
-def test_buffer_that_a_module_replaces_is_put_back():
-    network = Momentum()
-    make_trainer(in_mode("float32"), [batch(0)], network=network).run()
-    before = network.mean.clone()
-    make_trainer(in_mode("float32"), [batch(1, value=math.nan)], network=network).run()
-    assert before != 0
-    assert torch.equal(network.mean, before)
+    assert (network.calls, bool(network.mean)) == (1, True)
+    assert all(weights(network)[name].isfinite().all() for name in ("conv.weight", "conv.bias"))

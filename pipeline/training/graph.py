@@ -74,7 +74,7 @@ class StepGraph:
         return self.captures > 0 and not self.failed
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """What `work` returns; a result of the graph is overwritten by the next call.
+        """What `work` returns; `pred` of a graph is overwritten by the next call.
 
         Raises:
             InputError: If a graph is `required` and cannot be made, or torch fails to make one.
@@ -94,7 +94,8 @@ class StepGraph:
         self._graph.replay()
         self._assign_gradients()
         assert self._output is not None
-        return self._output
+        pred, loss = self._output
+        return pred, loss.clone()
 
     def _run_watched(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """Call `work` and find out whether it waits for the device.

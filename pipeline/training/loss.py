@@ -4,7 +4,7 @@ A loss is computed in two halves: sums over voxels, which is all that it needs o
 its value from them. In between, the sums of all ranks are added up.
 
 Sums over a volume do not fit float16: at 96³ MONAI's DiceCELoss on float16 logits returns a Dice
-loss of exactly 1 with no gradient, and a cross-entropy of NaN (`tests/test_losses.py` shows it).
+loss of exactly 1 with no gradient, and a cross-entropy of NaN.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ class SegmentationLoss(nn.Module):
         if backend == "triton" and _fused() is None:
             raise _no_triton("triton", "no such package")
 
-    @torch.compiler.disable  # what it asks is of the process, not of the tensors
     def in_force(self, device: torch.device, num_classes: int = 2) -> str:
         """The backend, `triton` or `torch`, for logits on `device`.
 
@@ -175,7 +174,6 @@ class SegmentationLoss(nn.Module):
             rows = torch.stack([terms, torch.ones_like(terms)])
         return torch.cat([rows.sum(1).flatten(), torch.stack([entropy.sum(), weight.sum()])])
 
-    @torch.compiler.disable
     def _fused_sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """The same by Triton, in float64, so that numbers of voxels stay exact."""
         parts = {"dice": self.dice_weight > 0, "entropy": self.ce_weight > 0}
@@ -186,7 +184,6 @@ class SegmentationLoss(nn.Module):
         terms = self._dice(*rows.chunk(3, 1))
         return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
 
-    @torch.compiler.disable
     def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
         """What `_value` gives, averaged over levels."""
         options = {

@@ -63,7 +63,9 @@ class PrefetchingLoader:
         """Load and prepare the micro-batch after the one that was given last, if there is one."""
         if self._source is None or self._next is not None:
             return
-        with self._on_stream():
+        if self._stream and self._step_began:  # everything before the current step is done then
+            self._stream.wait_event(self._step_began)
+        with torch.cuda.stream(self._stream):  # on a CPU it is None, and does nothing
             self._next = self._load()
             if not isinstance(self._next, Exception):
                 with contextlib.suppress(Exception):  # `take` prepares it again, and raises
@@ -82,17 +84,6 @@ class PrefetchingLoader:
             return next(self._source)
         except Exception as error:  # StopIteration too
             return error
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """On the own stream, after everything that was queued before the current step."""
-        if self._stream is None:
-            yield
-            return
-        if self._step_began is not None:
-            self._stream.wait_event(self._step_began)
-        with torch.cuda.stream(self._stream):
-            yield
 
     def _wait_for_stream(self, batch: Batch) -> None:
         """Let the device's current stream wait for what was prefetched, and own its memory."""

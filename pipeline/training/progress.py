@@ -47,7 +47,7 @@ class Progress:
     mode: str = "float32"
     schema_version: int = SCHEMA_VERSION
 
-    def record_step(self, applied: bool, *, samples: int, steps_per_epoch: int) -> None:
+    def record_step(self, applied: bool, samples: int, steps_per_epoch: int) -> None:
         """Count one optimizer step over `samples` samples."""
         self.step += 1
         self.samples += samples

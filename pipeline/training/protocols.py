@@ -1,7 +1,7 @@
-"""What a network, loss or loader of one's own may offer beside what PyTorch asks of it.
+"""What a network, loss or loader of your own may offer beside what PyTorch requires.
 
-None of it is required: the trainer asks `isinstance(x, Protocol)` and does without. A class need
-not inherit from a protocol; having its methods and attributes is enough.
+Nothing of it is required. A class need not inherit from a protocol; it is enough that it has the
+attributes and methods.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ class HasMinimumSize(Protocol):
 
     def minimum_size(self) -> Sequence[int]:
         """Smallest input in voxels, for each axis."""
-        ...
 
 
 @runtime_checkable
@@ -30,26 +29,23 @@ class HasOutChannels(Protocol):
 
 @runtime_checkable
 class HasReduction(Protocol):
-    """A network that pads its input to multiples of `reduction`, voxels for each axis."""
+    """A network that pads its input to multiples of `reduction`, in voxels for each axis."""
 
     reduction: Sequence[int]
 
 
 @runtime_checkable
 class HasHeads(Protocol):
-    """A network whose last layers depend on the classes and may be drawn anew for others.
-
-    `head_names` are the names of those submodules, such as `("head", "deep_heads")`.
-    """
+    """A network that names the submodules that depend on the classes: `("head", "deep_heads")`."""
 
     head_names: Sequence[str]
 
 
 @runtime_checkable
 class SpansRanks(Protocol):
-    """A loss whose value is that of the samples of all ranks where `is_over_ranks` is true.
+    """A loss whose value is that of the samples of all ranks, if `is_over_ranks` is true.
 
-    Any other loss is taken to be a mean over samples, and averaged over ranks by the trainer.
+    The trainer takes any other loss for a mean over samples, and averages it over ranks.
     """
 
     is_over_ranks: bool
@@ -63,15 +59,13 @@ class HasBackend(Protocol):
 
     def in_force(self, device: torch.device, num_classes: int) -> str:
         """The backend for logits of `num_classes` on `device`; raises if none can serve."""
-        ...
 
 
 @runtime_checkable
 class ResumableSampler(Protocol):
-    """A loader's sampler that begins an epoch at sample `start`, counted from the run's first.
+    """A loader's sampler that begins at sample `start` of the run, which the trainer sets.
 
-    The trainer sets `start` before each epoch. With another sampler a run that continues begins its
-    epoch anew.
+    With another sampler, a run that continues begins its epoch from the start.
     """
 
     start: int
@@ -83,7 +77,6 @@ class BeginsEpochs(Protocol):
 
     def begin(self) -> None:
         """Prepare for an epoch; all ranks call it."""
-        ...
 
 
 @runtime_checkable
@@ -92,7 +85,6 @@ class DescribesItself(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """`requested` and `effective` settings, as plain values."""
-        ...
 
 
 @runtime_checkable
@@ -101,4 +93,3 @@ class ExplainsErrors(Protocol):
 
     def explain(self, error: RuntimeError) -> str | None:
         """One line for the user, with which the run ends; `None` for any other error."""
-        ...

@@ -6,12 +6,12 @@ autocast, never unscales or clips, and makes a new scaler for each run.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -53,25 +53,25 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     """SupervisedTrainer whose numerics belong to a `Precision`.
 
     An ignite iteration is one micro-batch; an optimizer step takes `accumulation_steps` of them;
-    an epoch is `steps_per_epoch` steps. `progress` is the truth about how far training is, and
-    ignite's counters are set from it when a run continues.
+    an epoch is `steps_per_epoch` steps. `progress` says how far training is; ignite's counters are
+    set from it when a run continues.
 
     If the loss or a gradient of a step is not finite, the step is skipped: weights, optimizer,
     scheduler and the network's buffers are afterwards what they were before it.
 
     With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
-    whole one; weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
-    all ranks stop, skip and are interrupted at the same step.
+    whole one. Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
+    all stop, skip and are interrupted at the same step.
 
-    What a network, loss or loader of one's own may offer is in `pipeline.training.protocols`.
+    `pipeline.training.protocols` lists what a network, loss or loader of your own may offer.
 
     Args:
         network: Network on its device, with float32 weights.
         optimizer: Optimizer of the network's parameters.
         loss_function: `(logits, label) -> scalar`, a mean over samples.
         train_data_loader: Yields dictionaries with `image` `(B, C, H, W, D)` and `label`
-            `(B, 1, H, W, D)`, such as a plain DataLoader. If they have `seed` `(B,)` int64, torch's
-            generator starts from it, so that dropout does not depend on the steps before.
+            `(B, 1, H, W, D)`. If they have `seed` `(B,)` int64, torch's generator starts from it,
+            so that dropout does not depend on the steps before.
         max_epochs: Epochs to train, in all sessions together.
         precision: Owns device, autocast, scaler, clipping and the finite check; by default mixed
             precision on the network's device.
@@ -81,7 +81,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         roi_size: Network input in voxels; if given, it is checked before training starts.
-        grace_s: Seconds within which training ends after SIGTERM, SIGINT or SIGUSR1.
+        grace_s: Seconds within which the process ends after SIGTERM, SIGINT or SIGUSR1.
         replica: The network wrapped for several ranks; gradients pass through it.
         cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward pass, loss and backward pass
             are replayed as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. There
@@ -99,8 +99,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         diagnosis: Why training stops before its end; `None` if it does not.
         peak_memory_bytes: Peak of training and validation on a CUDA device, after they have ended.
         peak_reserved_bytes: The same including what the allocator keeps for later.
-        interrupted: Whether training ends here, to be continued: decided before the handlers of a
-            step, or of an epoch's end, save what it ends with.
+        interrupted: Whether training ends here, to be continued. It is decided before the handlers
+            of a step, or of an epoch's end, save the state.
 
     Raises:
         ValueError: If the network's weights are not float32, or `roi_size` is too small for it.
@@ -179,7 +179,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def _iteration(
         self, engine: SupervisedTrainer, batchdata: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """One micro-batch, and with the last one of an accumulation group the optimizer step."""
+        """One micro-batch, and after the last one of an accumulation group the optimizer step."""
         if (self.state.iteration - 1) % self.accumulation_steps == 0:
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.take()  # put back if the step is skipped
@@ -190,48 +190,39 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         _seed_torch(batchdata)
         output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
         if self._graph and not self._is_watched():
-            output[Keys.PRED], replayed_loss = self._graph(images, labels)
-            output[Keys.LOSS] = replayed_loss.clone()
-            loss = replayed_loss / self.accumulation_steps
+            output[Keys.PRED], output[Keys.LOSS] = self._graph(images, labels)
         else:
-            with self._gradients_summed_over_ranks(ends_group):
+            with self.replica.no_sync() if self.replica and not ends_group else nullcontext():
                 with self.precision.autocast():
                     network = self.replica or self.network
                     loss = self._forward(images, labels, network, output, self.fire_event)
-                loss = loss / self.accumulation_steps
-                self.precision.backward(loss)
-        self._stats.add(loss, output[Keys.PRED])
+                self.precision.backward(loss / self.accumulation_steps)
+        self._stats.add(output[Keys.LOSS] / self.accumulation_steps, output[Keys.PRED])
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._batches.prefetch()  # while the device works; the host waits for it in the step
         if ends_group:
-            self._optimizer_step(num_samples=len(images) * self.accumulation_steps)
+            if self.replica:
+                self.replica.require_all_used()
+            step = self.last_step = self.precision.step(
+                self.optimizer,
+                self._stats.loss,
+                self._stats.max_abs_logit,
+                self._buffers.norm(self.precision.device),
+                grad_clip=self.grad_clip,
+                counts=(len(images) * self.accumulation_steps, self._is_told_to_end),
+            )
+            if not step.applied:
+                self._buffers.restore()
+            else:
+                self.lr_scheduler.step()
+                if self.replica:
+                    self.replica.average_running_stats()
+            samples, told_to_end = step.sums
+            self.progress.record_step(step.applied, round(samples), self.steps_per_epoch)
+            self._end_if(told_to_end > 0)
+            self.fire_event(StepEvents.STEP_COMPLETED)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return output
-
-    def _optimizer_step(self, *, num_samples: int) -> None:
-        """Step, or leave everything as it was before the group where something is not finite."""
-        if self.replica:
-            self.replica.require_all_used()
-        step = self.last_step = self.precision.step(
-            self.optimizer,
-            self._stats.loss,
-            self._stats.max_abs_logit,
-            self._buffers.norm(self.precision.device),
-            grad_clip=self.grad_clip,
-            counts=(num_samples, self._is_told_to_end),
-        )
-        if step.applied:
-            self.lr_scheduler.step()
-            if self.replica:
-                self.replica.average_running_stats()
-        else:
-            self._buffers.restore()
-        samples_of_all, told_to_end = step.sums
-        self.progress.record_step(
-            step.applied, samples=round(samples_of_all), steps_per_epoch=self.steps_per_epoch
-        )
-        self._end_if(told_to_end > 0)
-        self.fire_event(StepEvents.STEP_COMPLETED)
 
     def _forward(
         self,
@@ -245,9 +236,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         network.train()
         output[Keys.PRED] = self.inferer(images, network)
         notify(IterationEvents.FORWARD_COMPLETED)
-        loss, function = self.loss_function(output[Keys.PRED], labels), self.loss_function
-        spans_ranks = isinstance(function, protocols.SpansRanks) and function.is_over_ranks
-        if distributed.size() > 1 and not spans_ranks:
+        loss = self.loss_function(output[Keys.PRED], labels)
+        if distributed.size() > 1 and not _spans_ranks(self.loss_function):
             loss = distributed.mean_over_ranks(loss, len(images))
         output[Keys.LOSS] = loss
         notify(IterationEvents.LOSS_COMPLETED)
@@ -256,7 +246,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def forward(
         self,
         batchdata: dict[str, Any],
-        autocast: contextlib.AbstractContextManager,
+        autocast: AbstractContextManager,
         output: dict[str, Any],
     ) -> torch.Tensor:
         """Loss of one micro-batch in train mode, as a step computes it but without its events.
@@ -275,12 +265,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def _prepare(self, batchdata: dict[str, Any]) -> Prepared:
         _seed_torch(batchdata)  # `prepare_batch` may draw from torch's generator
         return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
-
-    def _gradients_summed_over_ranks(self, ends_group: bool) -> contextlib.AbstractContextManager:
-        """Context for forward and backward pass: ranks exchange gradients once a group."""
-        if self.replica and not ends_group:
-            return self.replica.no_sync()
-        return contextlib.nullcontext()
 
     # --- as a CUDA graph
 
@@ -503,6 +487,10 @@ def _seed_torch(batch: dict[str, Any]) -> None:
     """Let what torch draws from here on, as in dropout, depend on the batch alone."""
     if "seed" in batch:
         torch.manual_seed(int(batch["seed"][0]))
+
+
+def _spans_ranks(loss_function: Callable) -> bool:
+    return isinstance(loss_function, protocols.SpansRanks) and loss_function.is_over_ranks
 
 
 def _require_size(network: torch.nn.Module, roi_size: Sequence[int] | None) -> None:

@@ -70,15 +70,16 @@ def train(words: list[str], folder: Path, fault: str | None, environment: dict[s
 
 def log_steps(file: TextIO, pause: tuple[int, Path] | None) -> None:
     """Write each step when everything that belongs to it is done; at one, wait for a file."""
-    step = MixedPrecisionTrainer._optimizer_step
+    iteration = MixedPrecisionTrainer._iteration
 
-    def logged(self: MixedPrecisionTrainer, **arguments: Any) -> None:
-        step(self, **arguments)
+    def logged(self: MixedPrecisionTrainer, engine: Any, batch: Any) -> Any:
+        output = iteration(self, engine, batch)  # a step each: nothing is accumulated
         file.write(f"{self.progress.step}\n")
         while pause and self.progress.step == pause[0] and not pause[1].exists():
             time.sleep(0.02)
+        return output
 
-    MixedPrecisionTrainer._optimizer_step = logged  # type: ignore[method-assign]
+    MixedPrecisionTrainer._iteration = logged  # type: ignore[method-assign]
 
 
 def arrange(kind: str, number: int) -> None:
