@@ -184,24 +184,25 @@ class Precision:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What was asked for and what is in force."""
-        requested = {
-            "device": str(self.requested_device),
-            "amp": self.amp,
-            "amp_dtype": self.amp_dtype,
-            "tf32": self.tf32,
-            "cudnn_benchmark": self.cudnn_benchmark,
-            "memory_format": self._memory_format,
+        is_cuda, memory_format = self.device.type == "cuda", str(self.memory_format)
+        return {
+            "requested": {
+                "device": str(self.requested_device),
+                "amp": self.amp,
+                "amp_dtype": self.amp_dtype,
+                "tf32": self.tf32,
+                "cudnn_benchmark": self.cudnn_benchmark,
+                "memory_format": self._memory_format,
+            },
+            "effective": {
+                "device": str(self.device),
+                "dtype": self.mode,
+                "loss_scaling": self.scaler is not None,
+                "tf32": self.tf32 and is_cuda,
+                "cudnn_benchmark": self.cudnn_benchmark and is_cuda,
+                "memory_format": memory_format.removeprefix("torch."),
+            },
         }
-        cuda = self.device.type == "cuda"
-        effective = {
-            "device": str(self.device),
-            "dtype": self.mode,
-            "loss_scaling": self.scaler is not None,
-            "tf32": self.tf32 and cuda,
-            "cudnn_benchmark": self.cudnn_benchmark and cuda,
-            "memory_format": str(self.memory_format).removeprefix("torch."),
-        }
-        return {"requested": requested, "effective": effective}
 
     def __str__(self) -> str:
         """One line: what is in force, and what was asked for."""

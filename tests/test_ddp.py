@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_monai_bundle_trains_in_ranks(dataset, tmp_path):
     assert json.loads((out / "summary.json").read_text())["process_group"]["num_ranks"] == 2
 
 
-def test_evaluation_and_prediction_divide_the_cases(both, dataset, tmp_path):
+def test_evaluation_divides_the_cases(both):
     run_dir = both["two"]
     files = [str(run_dir / "configs" / f"{name}.json") for name in ("train", "evaluate")]
     words = ("--bundle_root", str(run_dir))
@@ -159,12 +160,38 @@ def test_evaluation_and_prediction_divide_the_cases(both, dataset, tmp_path):
     assert found.statuses == [0, 0], found.said
     summary = json.loads((run_dir / "summary.json").read_text())
     assert found.said.count(f"mean_dice {summary['best_mean_dice']:.4f}") == 1
-    images = ("--input", str(dataset / "imagesTr"), "--output_dir", str(tmp_path))
-    words = ("configs/inference.json", "--run_dir", str(run_dir), *images)
-    found = in_forks("pipeline.run", *words)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file's content, by its path from the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_scores_of_two_ranks_are_those_of_one(both, dataset, tmp_path):
+    """The weights are the same: two ranks score a run that one process has trained."""
+    run_dir = shutil.copytree(both["one"], tmp_path / "r")
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "scores")
+    found = in_forks("pipeline.run", *CONFIGS, *settings(dataset, run_dir, **LONG))
     assert found.statuses == [0, 0], found.said
-    assert found.said.count("6 of 6 cases predicted") == 1
-    assert len(list(tmp_path.glob("*.nii.gz"))) == 6
+    assert files_in(run_dir / "scores") == files_in(both["one"] / "scores") != {}
+
+
+def test_prediction_of_two_ranks_is_that_of_one(both, dataset, tmp_path):
+    images = shutil.copytree(dataset / "imagesTr", tmp_path / "images")
+    broken = images / "tiny_002.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    words = ("configs/inference.json", "--run_dir", str(both["one"]), "--input", str(images))
+    for num_ranks in (1, 2):
+        out = ("--output_dir", str(tmp_path / str(num_ranks)))
+        found = in_forks("pipeline.run", *words, *out, num_ranks=num_ranks)
+        assert found.statuses == [1] * num_ranks, found.said
+        for line in ("Not predicted: 1 of 6", "5 of 6 cases predicted"):
+            assert found.said.count(line) == 1
+    files = files_in(tmp_path / "1")
+    assert len(files) == 5
+    assert files_in(tmp_path / "2") == files
 
 
 def dying(tmp_path: Path) -> tuple[str, ...]:

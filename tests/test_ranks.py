@@ -18,14 +18,12 @@ from conftest import further
 from engines import (
     batch,
     batch_norm_network,
-    curve,
     differing,
     in_mode,
     instance_norm_network,
     make_trainer,
     make_validator,
     overflows,
-    read,
     state_of,
     weights,
 )
@@ -40,9 +38,8 @@ from pipeline import distributed
 from pipeline.data.sampling import EpochSampler
 from pipeline.distributed import SummedDDP
 from pipeline.errors import InputError, TrainingStopped
-from pipeline.training.checkpoint import CheckpointHandler, checkpoints, load_checkpoint
+from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.flight_recorder import FlightRecorder
-from pipeline.training.logging_handlers import TensorBoardHandler
 from pipeline.training.loss import SegmentationLoss
 from pipeline.training.signals import interruptible_at_once
 from pipeline.training.trainer import StepEvents
@@ -353,26 +350,6 @@ def test_rank_that_stops_ends_all(tmp_path, caplog):
         assert "got it in those of process 1 on other" in result["diagnosis"]
         assert result["ended"] == TrainingStopped.__name__
     assert [result["levels"] for result in results] == [["ERROR"], ["INFO"]]
-
-
-def test_first_rank_writes_and_all_restore(tmp_path):
-    batches = [batch(n, SIZE) for n in range(4)]
-
-    def run(epochs: int, checkpoint=None):
-        events = TensorBoardHandler(tmp_path, make_validator(), log_every=1)
-        handler = CheckpointHandler(tmp_path, make_validator(), checkpoint=checkpoint)
-        return trained(
-            network=batch_norm_network(), batches=batches, epochs=epochs, decay_steps=8,
-            optimizer=torch.optim.AdamW, train_handlers=[events, handler],
-        )  # fmt: skip
-
-    in_all(run, 1)
-    assert [step for step, _ in curve(read(tmp_path), "train/loss")] == [1, 2, 3, 4]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
-    saved = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
-    assert set(saved["network"]) == set(batch_norm_network().state_dict())
-    result = in_all(run, 2, checkpoints(tmp_path / "checkpoints")[-1])[0]
-    assert result["progress"]["step"] == 8
 
 
 def test_ranks_with_other_weights_are_refused():

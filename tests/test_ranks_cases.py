@@ -1,40 +1,28 @@
-"""Cases divided among ranks: their cache, their validation, their scores and their prediction."""
+"""Cases divided among ranks: their cache and their validation."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import further, make_dataset, write_case
+from conftest import write_case
 from ignite.engine import Events
 from in_ranks import in_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pipeline import distributed
-from pipeline.data.cache import CachedDataset, CaseSampler, VolumeCache
+from pipeline.data.cache import CaseSampler, VolumeCache
 from pipeline.data.dataset import load_cases
-from pipeline.data.input_images import list_images
 from pipeline.errors import InputError
-from pipeline.evaluation import final_scores
-from pipeline.evaluation.final_scores import Scoring
 from pipeline.evaluation.metrics import MeanDice
 from pipeline.precision import Precision
-from pipeline.prediction.predict_files import Prediction
-from pipeline.prediction.segmenter import PredictionError, Segmenter
-from pipeline.prediction.sliding_window import SlidingWindow
 from pipeline.training.evaluator import MixedPrecisionEvaluator
-from transforms.preprocess import ValidationPreprocessing, preprocessing
 
 NAMES = ["background", "dim", "bright"]
 SIZES = (1, 2, 3)
@@ -203,11 +191,9 @@ def evaluate(num_cases: int, batch_size: int = 1) -> dict[str, Any]:
         val_data_loader=DataLoader(data, batch_size=batch_size, sampler=sampler),
         key_val_metric={"mean_dice": MeanDice(NAMES)},
     )
-    fired, asked, gathered = [], [], distributed.all_gather_object
+    fired, predicted = [], []
     for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
         evaluator.add_event_handler(event, lambda e: fired.append(e.last_event_name.value))
-    distributed.all_gather_object = lambda value: asked.append(value) or gathered(value)
-    predicted = []
     evaluator.add_event_handler(
         Events.ITERATION_COMPLETED,
         lambda e: predicted.extend(case["case_id"] for case in e.state.batch),
@@ -215,7 +201,6 @@ def evaluate(num_cases: int, batch_size: int = 1) -> dict[str, Any]:
     for epoch in (3, 5):
         evaluator.run(epoch)
         fired.append(evaluator.state.epoch)
-    distributed.all_gather_object = gathered
     state = evaluator.state
     told = {
         "metrics": state.metrics,
@@ -223,7 +208,6 @@ def evaluate(num_cases: int, batch_size: int = 1) -> dict[str, Any]:
         "best": [state.best_metric, state.best_metric_epoch],
         "epoch_length": state.epoch_length == len(evaluator.data_loader),
         "fired": fired,
-        "asked": len(asked),
     }
     # as text, in which every bit of a float shows, and NaN equals NaN
     return {"told": json.dumps(told), "predicted": predicted, "length": len(sampler)}
@@ -246,259 +230,9 @@ def test_evaluation_tells_all_ranks_the_same_bits_as_one(num_cases, batch_size, 
         for epoch in (3, 5)
         for word in ("started", "epoch_started", "epoch_completed", "completed", epoch)
     ]
-    assert told["asked"] == 2 * 2  # each time whether there are cases, and what they scored
 
 
 def test_evaluation_without_any_case_does_nothing():
     for result in in_ranks(evaluate, 0):
         told = json.loads(result["told"])
         assert (told["metrics"], told["details"], told["fired"]) == ({}, {}, [0, 0])
-
-
-# ---- scores
-
-
-def small_network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    network = nn.Conv3d(1, 3, 3, padding=1)
-    nn.init.normal_(network.weight, std=0.5)
-    return network
-
-
-class Heard(logging.Handler):
-    """Lines that would be told."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def heard():
-    """Lines of the log of at least INFO, in order."""
-    handler, logger = Heard(), logging.getLogger("pipeline")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class Fussy(Segmenter):
-    """Refuses the case whose first voxel is of a given value."""
-
-    refused: float | None = None
-    asked = 0
-
-    def __call__(self, image, **values):
-        self.asked += 1
-        if float(image.flatten()[0]) == self.refused:
-            raise PredictionError("expected finite logits in float32, got NaN.")
-        return super().__call__(image, **values)
-
-
-def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
-    """Score a run that is made here; messages of this rank, and how often it predicted."""
-    final_scores.Segmenter = Fussy  # in this process, which ends
-    validation_cases, test_cases = split_of(dataset)
-    if distributed.is_main():
-        (folder / "models").mkdir(parents=True)
-        (folder / "scores/old").mkdir(parents=True)
-        (folder / "scores/old/metrics.csv").touch()
-        torch.save(small_network(1).state_dict(), folder / "models/model.pt")
-        torch.save(small_network(2).state_dict(), folder / "models/last.pt")
-        if same_weights:
-            shutil.copy(folder / "models/model.pt", folder / "models/last.pt")
-    distributed.all_gather_object(None)
-    transform = ValidationPreprocessing(preprocessing([1, 1, 1]))
-    validation = CachedDataset(
-        validation_cases, transform, VolumeCache(dataset.parent / "cache", 10**9, {})
-    )
-    lifecycle = SimpleNamespace(
-        is_held=True,
-        run_dir=folder,
-        cases=SimpleNamespace(validation=validation_cases, test=test_cases),
-        data_module=SimpleNamespace(split={"group_pattern": None}),
-        plan=SimpleNamespace(class_names=NAMES, ignore_value=None),
-    )
-    network = small_network(0)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    work = Scoring(
-        lifecycle, network, Precision("cpu"), SlidingWindow([16, 16, 8], 3), validation, transform
-    )
-    work.segmenter.refused = float(validation[1]["image"].flatten()[0])
-    set_up()
-    with heard() as lines:
-        work.run()
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-    return lines, work.segmenter.asked
-
-
-def split_of(dataset: Path):
-    """Five cases that validate, and two of a test."""
-    found = load_cases(dataset, num_folds=2, test_fraction=0.2)
-    validation = [*found.train, *found.validation]
-    assert (len(validation), len(found.test)) == (5, 2)
-    return validation, found.test
-
-
-@pytest.fixture(scope="module")
-def to_score(tmp_path_factory) -> Path:
-    """Cases of which one cannot be scored: its label has a class that nobody named."""
-    folder = make_dataset(tmp_path_factory.mktemp("scored") / "data", 7)
-    first = split_of(folder)[0][0]
-    label = nib.load(first["label"])
-    voxels = np.asarray(label.dataobj).copy()
-    voxels[0, 0, 0] = 7
-    nib.save(nib.Nifti1Image(voxels, label.affine), first["label"])
-    return folder
-
-
-@pytest.mark.parametrize("same_weights", [False, True])
-@pytest.mark.parametrize("size", [further(2), 3])
-def test_scores_are_those_of_one_rank(to_score, tmp_path, same_weights, size):
-    alone, several = tmp_path / "1/r", tmp_path / "n/r"
-    ((expected, asked),) = in_ranks(score, alone, to_score, same_weights, size=1)
-    results = in_ranks(score, several, to_score, same_weights, size=size)
-    files = files_in(alone / "scores")
-    assert files_in(several / "scores") == files
-    assert {Path(name).parent.name for name in files} == {
-        f"{split}_{weights}" for split in ("validation", "test") for weights in ("best", "last")
-    }
-    assert files["validation_best/metrics.csv"].count(b"\n") == 1 + 3 * 2
-    summary = json.loads((alone / "scores/validation_last/summary.json").read_text())
-    first, second, *_ = split_of(to_score)[0]
-    assert list(summary["refused"]) == [second["case_id"], first["case_id"]]
-    assert [lines for lines, _ in results] == [expected] + [[]] * (size - 1)
-    assert sum(count for _, count in results) == asked == (7 if same_weights else 14)
-    assert min(count for _, count in results) > 0
-
-
-@pytest.mark.parametrize(
-    ("what", "rank"), [("write_scores", 0), ("save_like", 0), ("save_like", 1)]
-)
-def test_disk_that_is_full_for_one_rank_ends_all(to_score, tmp_path, what, rank):
-    def fill_disk():
-        def full(*_, **__):
-            raise OSError(28, "No space left on device")
-
-        if distributed.rank() == rank:
-            setattr(final_scores, what, full)
-
-    results = in_ranks(score, tmp_path / "r", to_score, False, fill_disk)
-    assert all(isinstance(result, SystemExit) and result.code == 1 for result in results)
-
-
-# ---- prediction
-
-
-def predict_images(images: Path, out: Path, set_up=lambda work: None, **values):
-    """How it ended, what was written to stderr, the log, and how often ranks were left."""
-    left = []
-    distributed.destroy = lambda: left.append(1)  # the group is ended by `in_ranks`
-    inferer = SlidingWindow([16, 16, 8], 3)
-    work = Prediction(
-        list_images(images, 1),
-        preprocessing([1, 1, 1], keys=("image",)),
-        Segmenter([small_network(1)], Precision("cpu"), inferer),
-        str(out.parent),
-        out.name,
-        in_channels=1,
-        **values,
-    )
-    set_up(work)
-    end: BaseException | None = None
-    with contextlib.redirect_stderr(io.StringIO()) as told, heard() as lines:
-        try:
-            work.run()
-        except BaseException as error:
-            end = error
-    return SimpleNamespace(
-        end=getattr(end, "code", type(end)), told=told.getvalue(), lines=lines, left=len(left)
-    )
-
-
-def summary_of(result) -> list[str]:
-    """What is printed at the end, after the lines of the log."""
-    lines = result.told.splitlines()
-    return lines[[line.startswith("Not predicted") for line in lines].index(True) :]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Seven images, the second, fourth and fifth of them broken."""
-    root = tmp_path_factory.mktemp("images")
-    for n in range(7):
-        write_case(root, f"case_{n}", seed=n)
-    for n in (1, 3, 4):
-        path = root / f"imagesTr/case_{n}.nii.gz"
-        path.write_bytes(path.read_bytes()[: -200 - n])
-    return root / "imagesTr"
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_prediction_is_that_of_one_rank(images, tmp_path, size):
-    (alone,) = in_ranks(predict_images, images, tmp_path / "1/out", size=1)
-    results = in_ranks(predict_images, images, tmp_path / "n/out", size=size)
-    named = {path.name: path.read_bytes() for path in (tmp_path / "1/out").iterdir()}
-    assert sorted(named) == [f"case_{n}.nii.gz" for n in (0, 2, 5, 6)]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "n/out").iterdir()} == named
-    assert summary_of(alone)[0] == "Not predicted: 3 of 7"
-    assert summary_of(results[0]) == summary_of(alone)
-    assert [result.told for result in results[1:]] == [""] * (size - 1)
-    assert [result.end for result in results] == [1] * size
-    assert [result.left for result in results] == [1] * size
-    counts = [line for result in results for line in result.lines if "cases predicted" in line]
-    assert counts == [f"4 of 7 cases predicted, in {tmp_path}/n/out"]
-    assert counts[0] in results[0].lines
-    of_cases = [line for result in results for line in result.lines if line.startswith("case_")]
-    assert sorted(of_cases) == [line for line in alone.lines if line.startswith("case_")]
-
-
-def test_prediction_without_a_fault_ends_well_on_all_ranks(images, tmp_path):
-    (tmp_path / "one").mkdir()
-    shutil.copy(images / "case_0.nii.gz", tmp_path / "one")  # and nothing for the second rank
-    results = in_ranks(predict_images, tmp_path / "one", tmp_path / "out")
-    assert [(result.end, result.told, result.left) for result in results] == [
-        (type(None), "", 1)
-    ] * 2
-
-
-def test_output_that_one_rank_refuses_is_refused_once(images, tmp_path):
-    def refuse_on_the_second(work):
-        if distributed.rank() == 1:
-            work.output_dir = images
-
-    results = in_ranks(predict_images, images, tmp_path / "out", refuse_on_the_second)
-    assert [(result.end, result.left) for result in results] == [(2, 1)] * 2
-    (line,) = results[0].told.splitlines()
-    assert line.startswith("rank 1 on ")
-    assert "output_dir: expected another folder than that of the images" in line
-    assert results[1].told == ""
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_interrupted_prediction_waits_for_no_other_rank(images, tmp_path):
-    def interrupt_the_first(work):
-        predict_one = work._predict
-
-        def until_third(case):
-            if case["case_id"] == "case_6":
-                raise KeyboardInterrupt
-            predict_one(case)
-
-        if distributed.rank() == 0:
-            work._predict = until_third
-
-    first, second = in_ranks(predict_images, images, tmp_path / "out", interrupt_the_first)
-    assert first.end is KeyboardInterrupt
-    assert summary_of(first)[0] == "Not predicted: 1 of 4"  # of its own
-    assert f"2 of 4 cases predicted, in {tmp_path}/out" in first.lines
-    assert second.end == 1  # by the connection that the first has closed
-    assert second.told == ""

@@ -186,13 +186,8 @@ class SegmentationLoss(nn.Module):
 
     def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
         """What `_value` gives, averaged over levels."""
-        options = {
-            "dice_weight": self.dice_weight,
-            "ce_weight": self.ce_weight,
-            "smooth": self.smooth,
-            "FIRST": 0 if self.include_background else 1,
-            "BATCH_DICE": self.batch_dice,
-        }
+        options = {name: getattr(self, name) for name in ("dice_weight", "ce_weight", "smooth")}
+        options |= {"FIRST": int(not self.include_background), "BATCH_DICE": self.batch_dice}
         return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
 
     def _value(self, totals: torch.Tensor) -> torch.Tensor:
