@@ -66,7 +66,8 @@ class PrefetchingLoader:
         """Load and prepare the micro-batch after the one that was given last, if there is one."""
         if self._source is None or self._next is not None:
             return
-        if self._stream and self._step_began:  # everything before the current step is done then
+        if self._stream is not None and self._step_began is not None:
+            # after everything that was queued before the current step
             self._stream.wait_event(self._step_began)
         with torch.cuda.stream(self._stream):  # on a CPU it is None, and does nothing
             self._next = self._load()
