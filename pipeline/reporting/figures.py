@@ -67,7 +67,7 @@ def to_svg(figure: Figure, alt: str) -> str:
         alt: What it shows, for screen readers; figures of one page need different ones.
     """
     content = io.StringIO()
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": alt,  # ids are hashes of it and of the content
         "path.simplify_threshold": 1.0,  # of a pixel, so that long curves are small files
