@@ -514,8 +514,7 @@ def test_label_trains_again_beside_what_there_is(finished, store):
 def test_what_label_trained_is_exported_without_its_paths(finished, store, tmp_path):
     out = label_trains(finished, store, 4, learning_rate=0.0)
     try:
-        facts = export_run(out, tmp_path / "o", ["torchscript"])
-        assert facts["validation"]["num_cases"] == 2
+        export_run(out, tmp_path / "o", ["torchscript"])
         texts = [p.read_text() for p in (tmp_path / "o").rglob("*") if p.suffix in (".json", ".md")]
         for word in (str(tmp_path), str(finished.parent), "tiny_00", "store"):
             assert not [text for text in texts if word in text], word

@@ -25,18 +25,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch.export import Dim, ExportedProgram
-
-from pipeline.config.keys import Config
-from pipeline.config.parser import Parser
-from pipeline.data.dataset import Cases
-from pipeline.evaluation.metrics import dice_per_class
-from pipeline.prediction.segmenter import Segmenter
-from pipeline.progress_bar import ProgressBar
-from transforms.preprocess import ValidationPreprocessing
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 Facts = dict[str, Any]
@@ -44,9 +35,7 @@ Facts = dict[str, Any]
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "torch_export": "model.pt2"}
 OPSET = 20
 LOGIT_TOLERANCE = 1e-3
-DICE_TOLERANCE = 1e-4  # of the mean over all cases
 AXES = ("height", "width", "depth")
-ON_CPU: Config = {"device": "cpu", "amp": False}  # where every format runs, in float32
 SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
 FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # before the name of a file
 
@@ -239,107 +228,10 @@ def _remove_sources(message: Any) -> None:
 @contextlib.contextmanager
 def _no_warnings() -> Iterator[None]:
     """Hide what compilers warn of: the results are compared."""
-    logs = [logging.getLogger(f"torch.{part}") for part in ("onnx", "export", "_dynamo", "jit")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-class NotComparedError(Exception):
-    """There is nothing to compare on; the message names neither cases nor paths."""
-
-
-class _Wrapper(torch.nn.Module):
-    """Any callable as a module; a list hides it from `torch.nn.Module`."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self._network = [network]
-
-    def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        return self._network[0](windows)
-
-
-def load_run_cases(run_dir: Path, train: Config) -> Cases:
-    """Load the cases of a run, if its dataset is still there.
-
-    Args:
-        run_dir: Run directory.
-        train: Its `configs/train.json`.
-
-    Raises:
-        NotComparedError: If the dataset is missing or has changed.
-    """
-    parser = Parser({**train, **ON_CPU, "bundle_root": str(run_dir)})
-    # a client may have listed cases in the config
-    listed = [train[part].get("dataset", {}).get("data") for part in ("train", "validate")]
-    try:
-        data_module = parser.get_parsed_content("data_module")
-        if not data_module.dataset_dir.exists():
-            raise NotComparedError("the dataset is not there")
-        cases = data_module.load(tuple(listed) if isinstance(listed[0], list) else None)
-        known = json.loads((run_dir / "run.json").read_text())["fingerprint"]
-    except (RuntimeError, ValueError, OSError, LookupError):
-        raise NotComparedError("the dataset cannot be read as the run read it") from None
-    if cases.fingerprint != known:
-        raise NotComparedError("the dataset is not the one that the run was trained on")
-    return cases
-
-
-def compare_dice(
-    run_dir: Path, inference: Config, cases: Cases, networks: Mapping[str, Network]
-) -> dict[str, float | str]:
-    """Return the mean Dice of networks over validation cases, predicted as the run predicts.
-
-    Args:
-        run_dir: Run directory.
-        inference: Its `configs/inference.json`.
-        cases: Its cases.
-        networks: Networks by name, on the CPU.
-
-    Returns:
-        For each name the mean, or in one line why the network could not predict.
-
-    Raises:
-        NotComparedError: If there are no cases to compare on.
-    """
-    if not cases.validation:
-        raise NotComparedError("the run has no validation cases")
-    parser = Parser({**inference, **ON_CPU, "bundle_root": str(run_dir)})
-    own = parser.get_parsed_content("segmenter")
-    segmenters = {
-        name: Segmenter([_Wrapper(network)], own.precision, own.inferer, own.cleanup)
-        for name, network in networks.items()
-    }
-    preprocess = ValidationPreprocessing(parser.get_parsed_content("preprocessing"))
-    ignored = json.loads((run_dir / "plan.json").read_text()).get("ignore_value")
-    num_classes = len(inference["class_names"])
-    scores: dict[str, list[float]] = {name: [] for name in networks}
-    failed: dict[str, str] = {}
-    for case in ProgressBar(cases.validation, desc="Comparing", total=len(cases.validation)):
-        try:
-            data = preprocess(case)
-        except Exception:
-            raise NotComparedError("a validation case cannot be read") from None
-        label = torch.as_tensor(data["label"][0])
-        for name in networks.keys() - failed.keys():
-            try:
-                pred = torch.as_tensor(segmenters[name](data["image"]).labels)
-                scores[name].append(_mean(dice_per_class(pred, label, num_classes, ignored)))
-            except Exception as error:  # runtimes raise many kinds
-                failed[name] = describe(error)
-    return {name: failed.get(name, _mean(scores[name])) for name in networks}
-
-
-def _mean(values: Any) -> float:
-    """Mean of the values that are not `nan`; `nan` if there are none."""
-    found = np.asarray(values, dtype=np.float64)
-    found = found[~np.isnan(found)]
-    return float(found.mean()) if len(found) else math.nan
+        logging.disable(logging.NOTSET)

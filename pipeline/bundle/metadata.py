@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import monai
 import numpy as np
@@ -139,40 +137,3 @@ def run_inference_config(
     inference["trained_on"] = trained_on
     inference["dataset_dir"] = cases.image_dir(source["dataset_dir"])
     return inference
-
-
-def find_contradictions(
-    metadata: Config, in_channels: int, class_names: Sequence[str]
-) -> list[str]:
-    """Return a line for each value of a bundle's metadata that contradicts its network.
-
-    Args:
-        metadata: `configs/metadata.json`.
-        in_channels: Image channels of the network.
-        class_names: Classes of its output, background first.
-    """
-    faults = []
-    for part, tensor, names in (
-        ("inputs", "image", None),
-        ("outputs", "pred", list(class_names)),
-    ):
-        stated: Any = metadata
-        for key in ("network_data_format", part, tensor):
-            stated = stated.get(key) if isinstance(stated, Mapping) else None
-        stated = stated if isinstance(stated, Mapping) else {}
-        channels = stated.get("channel_def")
-        given = list(channels.values()) if isinstance(channels, Mapping) else []
-        num_channels = in_channels if names is None else len(names)
-        wanted = {"num_channels": num_channels, "channel_def": names or num_channels}
-        found = {
-            "num_channels": stated.get("num_channels"),
-            "channel_def": given if names else len(given),
-        }
-        where = f"network_data_format#{part}#{tensor}"
-        faults += [
-            f"{where}#{key}: expected {json.dumps(wanted[key])}, as the weights have it, got "
-            f"{json.dumps(found[key])}. Correct it."
-            for key in wanted
-            if found[key] != wanted[key]
-        ]
-    return faults

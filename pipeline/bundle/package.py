@@ -15,34 +15,23 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from pipeline.bundle.formats import (
-    DICE_TOLERANCE,
-    FORMATS,
-    ON_CPU,
-    Facts,
-    Network,
-    NetworkExporter,
-    NotComparedError,
-    compare_dice,
-    load_run_cases,
-)
-from pipeline.bundle.metadata import TEMPLATES, find_contradictions
+from pipeline.bundle.formats import FORMATS, Facts, NetworkExporter
+from pipeline.bundle.metadata import TEMPLATES
 from pipeline.config import allowed, targets
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
@@ -52,16 +41,15 @@ from pipeline.prediction.predictor import load_weights, read_inference_config
 from pipeline.reporting.model_card import render_model_card
 
 ROOT = TEMPLATES.parent
-ROOTS = "pipeline|transforms|networks"
-DOTTED = re.compile(rf"(?<![\w./])(?:{ROOTS})(?:\.\w+)+")  # not within monai.transforms.Compose
-FROM_ROOT = re.compile(rf"^(\s*from )({ROOTS})(?= import )", re.MULTILINE)
+ROOTS = ("pipeline", "transforms", "networks")
+# not within monai.transforms.Compose
+DOTTED = re.compile(rf"(?<![\w./])(?:{'|'.join(ROOTS)})(?:\.\w+)+")
+FROM_ROOT = re.compile(rf"^(\s*from )({'|'.join(ROOTS)})(?= import )", re.MULTILINE)
+TARGET = r'_target_": "([^"]+)"'
 PREDICTOR = "pipeline.prediction.predictor"
+CONFIGS = ("train.json", "inference.json", "metadata.json")
+PACKED = ("inference.json", "evaluate_files.json")  # configs whose code the bundle has
 LIBRARIES = ("torch", "monai", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime")
-NEEDED = {
-    "inference.json": ("network_def", "in_channels", "class_names", "roi_size"),
-    "train.json": ("dataset_dir", "train", "validate"),
-    "metadata.json": (),
-}
 # keys, of a config or of its parts, that hold paths, cases or what depends on them
 PRIVATE = {
     "bundle_root", "dataset_dir", "output_dir", "cache_dir", "data_roots", "exclude", "split_file",
@@ -71,7 +59,6 @@ PRIVATE = {
 # parts of a training config in which a client may have put paths; the template has others
 PARTS = ("data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring")
 PLACE = re.compile(r"""(?:^|[\s'"=(,])(?:~|\.\.?)?[\\/]|[A-Za-z]:[\\/](?!/)""")
-FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the time of all files in a zip
 INIT = '''"""The code of this bundle for prediction and evaluation.
 
 The bundle's root must be on `sys.path`. `python -m monai.bundle run` started there has it; a client
@@ -116,15 +103,20 @@ def export_run(
         OSError: If it cannot be written.
     """
     run = load_trained_run(run_dir, allow)
-    _require_free(output)
-    new = [folder for folder in output.parents if not folder.exists()]
+    zipped = Path(f"{output}.zip")
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free or zipped.exists():
+        raise InputError(
+            f"--output: expected an empty folder or none, and no zip of it, got "
+            f"{zipped if is_free else output}. Choose another, or remove it."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    bundle, archive, zipped = work / output.name, work / "zip", Path(f"{output}.zip")
+    bundle = work / output.name
     try:
         bundle.mkdir()
         facts = _fill(bundle, run, formats)
-        _write_zip(bundle, archive)
+        archive = shutil.make_archive(str(work / "zip"), "zip", work, bundle.name)
         os.replace(archive, zipped)
         try:
             os.replace(bundle, output)
@@ -133,8 +125,6 @@ def export_run(
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        for folder in new if not output.exists() else ():
-            folder.rmdir()
     return facts
 
 
@@ -150,7 +140,7 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
     """
     inference = read_inference_config(directory)
     folder = directory / "configs"
-    configs = {name: _read_config(folder / name) for name in NEEDED}
+    configs = {name: _read_config(folder / name) for name in CONFIGS}
     for name in ("train.json", "inference.json"):
         allowed.check(configs[name], allow)
     weights = directory / "models" / "model.pt"
@@ -159,48 +149,44 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
             f"{weights}: expected the best network of the run, found none. Finish the run, or "
             "name one that has it."
         )
-    missing = [
-        f"{folder / name}: expected {key}, got none. Restore the file."
-        for name, keys in NEEDED.items()
-        for key in keys
-        if key not in configs[name]
-    ]
-    if missing:
-        raise InputError(*missing)
     try:
-        network = Parser({**inference, **ON_CPU}).get_parsed_content("network_def").eval()
-    except (RuntimeError, ValueError, LookupError) as error:
-        raise InputError(str(innermost(error))) from error
-    load_weights(network, weights)
+        parser = Parser({**inference, "device": "cpu", "amp": False})
+        network = parser.get_parsed_content("network_def").eval()
+        load_weights(network, weights)
+        with torch.no_grad():
+            logits = network(torch.zeros(1, inference["in_channels"], *inference["roi_size"]))
+        if logits.shape[1] != len(inference["class_names"]):
+            raise ValueError(f"{logits.shape[1]} classes of the weights")
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        if isinstance(cause := innermost(error), InputError):
+            raise cause from error
+        raise InputError(
+            f"{folder / 'inference.json'}: expected network_def, in_channels, roi_size and "
+            f"class_names of one network, got: {' '.join(str(cause).split())[:200]}. Correct it."
+        ) from error
     if not all(torch.isfinite(one).all() for one in network.state_dict().values()):
         raise InputError(
             f"{weights}: expected finite weights, got NaN or infinity. Train it again."
         )
-    _require_agreement(folder, configs, network)
+    if not _describes(configs["metadata.json"], inference):
+        raise InputError(
+            f"{folder / 'metadata.json'}: network_data_format: expected {inference['in_channels']} "
+            f"image channels and the classes {', '.join(inference['class_names'])}, as the weights "
+            "have it, got others. Correct it."
+        )
     return TrainedRun(directory, configs, network)
 
 
-def _require_agreement(
-    folder: Path, configs: Mapping[str, Config], network: torch.nn.Module
-) -> None:
-    """Check that configs and metadata state the network's channels, size and classes."""
-    inference = configs["inference.json"]
-    in_channels, names = inference["in_channels"], inference["class_names"]
+def _describes(metadata: Config, inference: Config) -> bool:
+    """Whether metadata state the channels and classes of an inference config."""
+    classes = {str(n): name for n, name in enumerate(inference["class_names"])}
     try:
-        with torch.no_grad():
-            logits = network(torch.zeros(1, in_channels, *inference["roi_size"]))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'inference.json'}: expected in_channels and roi_size of the network, "
-            f"got: {' '.join(str(error).split())[:200]}"
-        ) from None
-    if logits.shape[1] != len(names):
-        raise InputError(
-            f"{folder / 'inference.json'}: class_names: expected {logits.shape[1]}, as the "
-            f"weights have it, got {len(names)}. Correct it."
-        )
-    if found := find_contradictions(configs["metadata.json"], in_channels, names):
-        raise InputError(*(f"{folder / 'metadata.json'}: {fault}" for fault in found))
+        data_format = metadata["network_data_format"]
+        image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
+        is_image = image["num_channels"] == inference["in_channels"] == len(image["channel_def"])
+        return is_image and pred["num_channels"] == len(classes) and pred["channel_def"] == classes
+    except (LookupError, TypeError):
+        return False
 
 
 def _read_config(path: Path) -> Config:
@@ -215,39 +201,32 @@ def _read_config(path: Path) -> Config:
     return content
 
 
-def _require_free(output: Path) -> None:
-    zipped = Path(f"{output}.zip")
-    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free or zipped.exists():
-        raise InputError(
-            f"--output: expected an empty folder or none, and no zip of it, got "
-            f"{zipped if is_free else output}. Choose another, or remove it."
-        )
-
-
 def _fill(bundle: Path, run: TrainedRun, formats: Sequence[str]) -> Facts:
     """Write all files of a bundle, `export.json` with the facts last."""
     models = bundle / "models"
     weights = _write_weights(models, run.network)
     package = make_package_name(run.directory.name, weights["sha256"])
     configs = select_configs(run, package)
-    names = {name: [*find_targets(config)] for name, config in configs.items()}
-    modules = find_modules([*names["inference.json"], *names["evaluate_files.json"], PREDICTOR])
+    names = {name: re.findall(TARGET, json.dumps(config)) for name, config in configs.items()}
+    modules = find_modules([PREDICTOR, *(name for file in PACKED for name in names[file])])
     code = {"package": package, **write_modules(bundle / package, package, modules)}
     everything = {name for found in names.values() for name in found}
-    foreign = {n for n in everything if not (_find_module(n, ROOT) or targets.is_allowed(n))}
+    foreign = {n for n in everything if n.split(".")[0] not in ROOTS and not targets.is_allowed(n)}
     if foreign:
         code["not_packed"] = sorted(foreign)
-    for name in ("inference.json", "evaluate_files.json"):
-        configs[name] = rename_targets(configs[name], package, modules)
+    for name in PACKED:
+        configs[name] = json.loads(rename_modules(json.dumps(configs[name]), package, modules))
     _write_texts(bundle, run, configs, package)
-    made, networks = _write_formats(models, run, configs, formats)
+    inference = configs["inference.json"]
+    embedded = {name: config for name, config in configs.items() if name != "plan.json"}
+    sizes = inference["in_channels"], inference["roi_size"]
+    exporter = NetworkExporter(run.network, *sizes, embedded)
     facts = {
         "code": code,
         "weights": weights,
-        "formats": made,
-        "validation": _verify_dice(models, run, made, networks),
-        "versions": {"python": platform.python_version(), **_installed_versions()},
+        "formats": {name: exporter.export(name, models)[0] for name in formats},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES if find_spec(name)},
     }
     (bundle / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
@@ -276,66 +255,6 @@ def _write_texts(
     shutil.copyfile(TEMPLATES / "logging.conf", bundle / "configs" / "logging.conf")
     shutil.copyfile(ROOT / "LICENSE", bundle / "LICENSE")
     (bundle / "docs" / "README.md").write_text(render_model_card(run.directory, package))
-
-
-def _write_formats(
-    folder: Path, run: TrainedRun, configs: Mapping[str, Config], formats: Sequence[str]
-) -> tuple[dict[str, Facts], dict[str, Network]]:
-    """Write formats; returns the facts of each, and the networks of those that could be made."""
-    inference = run.configs["inference.json"]
-    embedded = {name: config for name, config in configs.items() if name != "plan.json"}
-    exporter = NetworkExporter(
-        run.network, inference["in_channels"], inference["roi_size"], embedded
-    )
-    made = {name: exporter.export(name, folder) for name in formats}
-    networks = {name: network for name, (_, network) in made.items() if network is not None}
-    return {name: facts for name, (facts, _) in made.items()}, networks
-
-
-def _verify_dice(
-    folder: Path, run: TrainedRun, made: dict[str, Facts], networks: Mapping[str, Network]
-) -> Facts:
-    """Compare the mean Dice of the validation cases, and remove formats whose Dice differs."""
-    try:
-        cases = load_run_cases(run.directory, run.configs["train.json"])
-        everyone: dict[str, Network] = {"": run.network, **networks}
-        dices = compare_dice(run.directory, run.configs["inference.json"], cases, everyone)
-        own = dices.pop("")
-        if isinstance(own, str) or math.isnan(own):
-            raise NotComparedError("the network itself does not score on these cases")
-    except NotComparedError as error:
-        return {"reason": f"{error}"}
-    for name, dice in dices.items():
-        difference = math.inf if isinstance(dice, str) else abs(dice - own)
-        if difference <= DICE_TOLERANCE:
-            made[name] |= {"mean_dice": dice, "dice_difference": difference}
-            continue
-        (folder / made[name]["file"]).unlink()
-        got = dice if isinstance(dice, str) else f"{dice:.6f}"
-        why = f"expected a mean Dice within {DICE_TOLERANCE:g} of {own:.6f}, got {got}"
-        made[name] = {"made": False, "reason": why}
-    return {"num_cases": len(cases.validation), "mean_dice": own}
-
-
-def _installed_versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _write_zip(bundle: Path, file: Path) -> None:
-    """Write a folder into a zip, which has the same bytes for the same files."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
-            name = str(Path(bundle.name) / path.relative_to(bundle))
-            entry = zipfile.ZipInfo(name, FIRST_DAY)
-            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            with path.open("rb") as source, archive.open(entry, "w") as target:
-                shutil.copyfileobj(source, target)
 
 
 # --- configs
@@ -435,29 +354,6 @@ def make_package_name(name: str, digest: str) -> str:
     return f"{slug}_{digest[:8]}"
 
 
-def find_targets(config: Any) -> Iterator[str]:
-    """Yield every `_target_` in a config; overlays write `part#_target_`."""
-    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-        if str(key).split("#")[-1] == "_target_" and isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            yield from find_targets(value)
-
-
-def rename_targets(config: Any, package: str, modules: Collection[str]) -> Any:
-    """Return a config whose `_target_`s in `modules` are those of the package."""
-    if isinstance(config, list):
-        return [rename_targets(child, package, modules) for child in config]
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: rename_modules(value, package, modules)
-        if key.split("#")[-1] == "_target_" and isinstance(value, str)
-        else rename_targets(value, package, modules)
-        for key, value in config.items()
-    }
-
-
 def find_modules(names: Iterable[str], root: Path = ROOT) -> dict[str, Path]:
     """Return the modules that dotted names need: their own, what these import, and so on.
 
@@ -468,34 +364,27 @@ def find_modules(names: Iterable[str], root: Path = ROOT) -> dict[str, Path]:
     Returns:
         File by module name, sorted; packages included.
     """
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ROOTS
+        for path in (root / folder).rglob("*.py")
+    }
     found: dict[str, Path] = {}
     waiting = list(names)
     while waiting:
-        module = _find_module(waiting.pop(), root)
-        if module is None or module in found:
+        module = waiting.pop()
+        while module and module not in files:  # a class, a function, or another package
+            module = module.rpartition(".")[0]
+        if not module or module in found:
             continue
-        found[module] = _file_of(module, root)
+        found[module] = files[module]
         waiting.append(module.rpartition(".")[0])
-        for node in ast.walk(ast.parse(found[module].read_text())):
+        for node in ast.walk(ast.parse(files[module].read_text())):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 waiting += [f"{node.module}.{alias.name}" for alias in node.names]
     return dict(sorted(found.items()))
-
-
-def _file_of(module: str, root: Path) -> Path:
-    path = root / module.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def _find_module(dotted: str, root: Path) -> str | None:
-    """Return the longest part of a dotted name that is a module of ours."""
-    while dotted.split(".")[0] in ROOTS.split("|"):
-        if _file_of(dotted, root).is_file():
-            return dotted
-        dotted = dotted.rpartition(".")[0]
-    return None
 
 
 def rename_modules(text: str, package: str, modules: Collection[str]) -> str:

@@ -2,9 +2,9 @@
 
 The folder gets configs, weights (also as safetensors), the formats, the model card, and the code
 for prediction and evaluation as a package of its own; a zip beside it gets the same. Each format is
-read back and compared with the PyTorch network: logits of three random inputs, and the mean Dice of
-the run's validation cases if they are still there; `export.json` has the figures. Configs are made
-from templates, without paths and case ids. `onnx` needs the packages of the extra `export`.
+read back, and its logits for three random inputs are compared with the PyTorch network's;
+`export.json` has the figures. Configs are made from templates, without paths and case ids. `onnx`
+needs the packages of the extra `export`.
 
 Exit status: 0 done, 1 a format could not be made (the rest is there), 2 a mistake in the input.
 """
@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.commands.command import CommandParser, run_parsed
 
@@ -58,34 +57,16 @@ def _run(options: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
-    print("\n".join(format_facts(facts)))
-    size = Path(f"{output}.zip").stat().st_size
-    print(f"Written: {output} and {output}.zip, {size:,} bytes", flush=True)
+    code = facts["code"]
+    print(f"Package {code['package']}: {code['num_modules']} modules, {code['num_lines']:,} lines")
+    for name, of in facts["formats"].items():
+        if of["made"]:
+            difference = of["max_abs_difference"]
+            print(f"{name}: {of['bytes']:,} bytes, logits differ by {difference:.1e} at most")
+    if "not_packed" in code:
+        print(f"Needed from elsewhere: {', '.join(code['not_packed'])}")
+    print(f"Written: {output} and {output}.zip", flush=True)
     lost = {name: of["reason"] for name, of in facts["formats"].items() if not of["made"]}
     for name, why in lost.items():
         print(f"{name}: not made: {why}", file=sys.stderr)
     return 1 if lost else 0
-
-
-def format_facts(facts: dict[str, Any]) -> list[str]:
-    """Return lines about the content of `export.json`."""
-    code, validation = facts["code"], facts["validation"]
-    lines = [
-        f"Package {code['package']}: {code['num_modules']} modules, {code['num_lines']:,} lines",
-        f"{'':<14}{'max |Δ logit|':>14}{'Δ Dice':>10}{'seconds':>9}{'bytes':>13}",
-    ]
-    for name, of in facts["formats"].items():
-        if of["made"]:
-            dice = f"{of['dice_difference']:.1e}" if "dice_difference" in of else "-"
-            lines.append(
-                f"{name:<14}{of['max_abs_difference']:>14.1e}{dice:>10}{of['seconds']:>9.1f}"
-                f"{of['bytes']:>13,}"
-            )
-    if "not_packed" in code:
-        lines.append(f"Needed from elsewhere: {', '.join(code['not_packed'])}")
-    if "reason" in validation:
-        return [*lines, f"Dice was not compared: {validation['reason']}"]
-    return [
-        *lines,
-        f"Mean Dice of {validation['num_cases']} validation cases {validation['mean_dice']:.4f}",
-    ]
