@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_dataset, run_tiny, write_dataset_json
 
-from pipeline.lifecycle import stored_configs
 from pipeline.reporting.model_card import render_model_card
 
 CASE_IDS = [f"tiny_{n:03d}" for n in range(1, 7)]
@@ -127,21 +126,3 @@ def test_card_keeps_the_words_of_a_dataset_on_their_line(a_copy):
     card = render_model_card(a_copy)
     assert "\n# Injected" not in card
     assert "x # Injected \\| a \\<b\\>" in card
-
-
-def test_card_that_cannot_be_written_does_not_fail_the_run(run, tmp_path, monkeypatch):
-    def broken(_: Path) -> str:
-        raise KeyError("no such fact")
-
-    monkeypatch.setattr(stored_configs, "render_model_card", broken)
-    assert run(tmp_path / "r") == 0
-    assert (tmp_path / "r/summary.json").is_file()
-    assert not (tmp_path / "r/docs/README.md").exists()
-    assert "docs: expected to write it, got: 'no such fact'" in (tmp_path / "r/log.txt").read_text()
-
-
-def test_card_is_of_the_latest_end(run, tmp_path):
-    assert run(tmp_path / "r") == 0
-    assert "4 in 2 epochs" in (tmp_path / "r/docs/README.md").read_text()
-    assert run(tmp_path / "r", max_epochs=3) == 0
-    assert "6 in 3 epochs" in (tmp_path / "r/docs/README.md").read_text()
