@@ -15,7 +15,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
-from nibabel.orientations import apply_orientation, io_orientation
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from pipeline.drawing import outline
@@ -99,28 +98,24 @@ def read_case(
         OSError: If a file is missing or cannot be read.
         ValueError: If a file is no volume, or label or prediction have another grid.
     """
-    reader = VolumeReader()
     first = paths["image"][0] if isinstance(paths["image"], list) else paths["image"]
-    image = reader.read(first)
-    shape, affine = image.shape[:3], image.affine
-    to_ras = io_orientation(affine)
-    volumes = {"image": np.asanyarray(image.dataobj).reshape(*shape, -1)[..., 0]}
-    for key in ("label", "pred"):
-        if paths.get(key) is None:
-            volumes[key] = np.zeros(shape, np.uint8)
-            continue
-        other = reader.read(paths[key])
-        found = align(other.shape[:3], other.affine, shape, affine)
-        if not found.distance_mm <= NEAR_MM:
-            raise ValueError(f"expected {key} and image on one grid, got others. Resample it.")
-        voxels = np.asanyarray(other.dataobj)
-        volumes[key] = apply_orientation(voxels.astype(np.int16), found.change)
-    ras = {key: apply_orientation(voxels, to_ras) for key, voxels in volumes.items()}
-    spacing = nib.affines.voxel_sizes(affine)[np.argsort(to_ras[:, 0])]
-    counted = ras["label"] != (-1 if ignore_value is None else ignore_value)
-    return CaseVolumes(
-        case_id, ras["image"], ras["label"] * counted, ras["pred"] * counted, counted, spacing
-    )
+    image, affine = _read_ras(first)
+    label, pred = np.zeros((2, *image.shape), np.int16)
+    for key, volume in (("label", label), ("pred", pred)):
+        if paths.get(key) is not None:
+            voxels, other = _read_ras(paths[key])
+            if not align(voxels.shape, other, image.shape, affine).distance_mm <= NEAR_MM:
+                raise ValueError(f"expected {key} and image on one grid, got others. Resample it.")
+            volume[:] = voxels
+    counted = label != (-1 if ignore_value is None else ignore_value)
+    spacing = nib.affines.voxel_sizes(affine)
+    return CaseVolumes(case_id, image, label * counted, pred * counted, counted, spacing)
+
+
+def _read_ras(path: Any) -> tuple[np.ndarray, np.ndarray]:
+    """First channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
+    image = nib.as_closest_canonical(VolumeReader().read(path))
+    return np.asanyarray(image.dataobj).reshape(*image.shape[:3], -1)[..., 0], image.affine
 
 
 def draw_plane(case: CaseVolumes, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "basename": lambda path: Path(str(path)).name,
-        "duration": _format_duration,
-        "json": _format_json,
+        "duration": lambda seconds: str(timedelta(seconds=round(seconds))) if seconds else NONE,
+        "json": _round,
         "mean": lambda values: mean_of(np.array([*values])),
         "number": lambda value, form: (
             format(value, form) if isinstance(value, int | float) else NONE
@@ -153,23 +153,8 @@ def _format_score(value: float, measure: str) -> str:
     return NONE if math.isnan(value) else f"{value:.{MEASURES[measure][1]}f}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _format_duration(seconds: Any) -> str:
-    if not _is_number(seconds):
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _format_json(value: Any) -> str:
-    """JSON with numbers as people read them."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_format_json(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_format_json, value)) + "]"
-    return f"{value:.5g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+def _round(value: Any) -> str:
+    """JSON with at most five digits of each number with a fraction."""
+    text = json.dumps(value)
+    rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    return json.dumps(rounded, ensure_ascii=False)
