@@ -20,7 +20,7 @@ from pipeline.bundle.formats import (
     LOGIT_TOLERANCE,
     OPSET,
     NetworkExporter,
-    describe,
+    describe_error,
 )
 
 EMBEDDED = {"metadata.json": {"name": "a"}, "inference.json": {"overlap": 0.5}}
@@ -180,9 +180,9 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_description_of_an_error_is_one_short_line_without_folders():
-    text = describe(
+    text = describe_error(
         RuntimeError(f"in /home/someone/code/net.py:\n see https://a.org/b/c {'x' * 400}")
     )
     assert text.startswith("in net.py: see https://a.org/b/c xxx")
     assert len(text) < 310
-    assert describe(KeyError()) == "KeyError"
+    assert describe_error(KeyError()) == "KeyError"

@@ -29,15 +29,15 @@ import torch
 from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch.export import Dim, ExportedProgram
 
-Network = Callable[[torch.Tensor], torch.Tensor]
-Facts = dict[str, Any]
+NetworkFunction = Callable[[torch.Tensor], torch.Tensor]
+ExportFacts = dict[str, Any]
 
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "torch_export": "model.pt2"}
 OPSET = 20
 LOGIT_TOLERANCE = 1e-3
 AXES = ("height", "width", "depth")
 SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # before the name of a file
+FOLDERS_BEFORE_FILE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # before the name of a file
 
 
 class NetworkExporter:
@@ -65,7 +65,7 @@ class NetworkExporter:
             for batch, size in enumerate(_sizes(roi_size, self.multiples), 1)
         ]
 
-    def export(self, name: str, folder: Path) -> tuple[Facts, Network | None]:
+    def export(self, name: str, folder: Path) -> tuple[ExportFacts, NetworkFunction | None]:
         """Write one format, read it back and compare its logits with the network's.
 
         Args:
@@ -90,14 +90,14 @@ class NetworkExporter:
                 )
         except Exception as error:  # compilers and runtimes raise many kinds
             path.unlink(missing_ok=True)
-            return {"made": False, "reason": describe(error)}, None
+            return {"made": False, "reason": describe_error(error)}, None
         facts = {"made": True, "file": path.name, **facts, "max_abs_difference": difference}
         multiples = ", ".join(map(str, self.multiples))
         facts["constraint"] = f"any batch; spatial axes in multiples of {multiples}"
         facts["shapes"] = [list(image.shape) for image in self.inputs]
         return facts | {"seconds": round(seconds, 2), "bytes": path.stat().st_size}, network
 
-    def _measure_difference(self, network: Network) -> float:
+    def _measure_difference(self, network: NetworkFunction) -> float:
         """Return the largest difference of a logit between a network and this one."""
         worst = 0.0
         for image, expected in zip(self.inputs, self.logits, strict=True):
@@ -108,7 +108,7 @@ class NetworkExporter:
             worst = max(worst, math.inf if math.isnan(found) else found)
         return worst
 
-    def _write_torchscript(self, path: Path) -> tuple[Facts, Network]:
+    def _write_torchscript(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         method = "script"
         try:
             scripted = torch.jit.script(self.network)
@@ -128,7 +128,7 @@ class NetworkExporter:
         network, *_ = load_net_with_metadata(str(path))
         return {"method": method}, network
 
-    def _write_onnx(self, path: Path) -> tuple[Facts, Network]:
+    def _write_onnx(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         try:
             import onnx
             import onnxruntime
@@ -162,7 +162,7 @@ class NetworkExporter:
 
         return {"opset": OPSET}, run
 
-    def _write_torch_export(self, path: Path) -> tuple[Facts, Network]:
+    def _write_torch_export(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         torch.export.save(self.program, path)
         return {}, torch.export.load(path).module()
 
@@ -189,9 +189,9 @@ class NetworkExporter:
         return program
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the message of an exception in one line of limited length, without folders."""
-    text = FOLDERS.sub("", " ".join(str(error).split())) or type(error).__name__
+    text = FOLDERS_BEFORE_FILE.sub("", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.bundle.formats import FORMATS, Facts, NetworkExporter
+from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
 from pipeline.bundle.metadata import TEMPLATES
 from pipeline.config import allowed, targets
 from pipeline.config.keys import Config
@@ -43,13 +43,13 @@ from pipeline.reporting.model_card import render_model_card
 ROOT = TEMPLATES.parent
 ROOTS = ("pipeline", "transforms", "networks")
 # not within monai.transforms.Compose
-DOTTED = re.compile(rf"(?<![\w./])(?:{'|'.join(ROOTS)})(?:\.\w+)+")
+OWN_NAME = re.compile(rf"(?<![\w./])(?:{'|'.join(ROOTS)})(?:\.\w+)+")
 FROM_ROOT = re.compile(rf"^(\s*from )({'|'.join(ROOTS)})(?= import )", re.MULTILINE)
 TARGET = r'_target_": "([^"]+)"'
 PREDICTOR = "pipeline.prediction.predictor"
 CONFIGS = ("train.json", "inference.json", "metadata.json")
 PACKED = ("inference.json", "evaluate_files.json")  # configs whose code the bundle has
-LIBRARIES = ("torch", "monai", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime")
+STATED_LIBRARIES = ("torch", "monai", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime")
 # keys, of a config or of its parts, that hold paths, cases or what depends on them
 PRIVATE = {
     "bundle_root", "dataset_dir", "output_dir", "cache_dir", "data_roots", "exclude", "split_file",
@@ -57,8 +57,8 @@ PRIVATE = {
     "case_id",
 }  # fmt: skip
 # parts of a training config in which a client may have put paths; the template has others
-PARTS = ("data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring")
-PLACE = re.compile(r"""(?:^|[\s'"=(,])(?:~|\.\.?)?[\\/]|[A-Za-z]:[\\/](?!/)""")
+TRAIN_PARTS = ("data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring")
+PATH_IN_TEXT = re.compile(r"""(?:^|[\s'"=(,])(?:~|\.\.?)?[\\/]|[A-Za-z]:[\\/](?!/)""")
 INIT = '''"""The code of this bundle for prediction and evaluation.
 
 The bundle's root must be on `sys.path`. `python -m monai.bundle run` started there has it; a client
@@ -85,7 +85,7 @@ class TrainedRun:
 
 def export_run(
     run_dir: Path, output: Path, formats: Sequence[str] = (*FORMATS,), allow: Sequence[str] = ()
-) -> Facts:
+) -> ExportFacts:
     """Make a bundle of a run, and a zip of it beside it, both completely or not at all.
 
     Args:
@@ -104,12 +104,7 @@ def export_run(
     """
     run = load_trained_run(run_dir, allow)
     zipped = Path(f"{output}.zip")
-    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free or zipped.exists():
-        raise InputError(
-            f"--output: expected an empty folder or none, and no zip of it, got "
-            f"{zipped if is_free else output}. Choose another, or remove it."
-        )
+    _require_free(output, zipped)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     bundle = work / output.name
@@ -126,6 +121,15 @@ def export_run(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return facts
+
+
+def _require_free(output: Path, zipped: Path) -> None:
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free or zipped.exists():
+        raise InputError(
+            f"--output: expected an empty folder or none, and no zip of it, got "
+            f"{zipped if is_free else output}. Choose another, or remove it."
+        )
 
 
 def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun:
@@ -149,6 +153,18 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
             f"{weights}: expected the best network of the run, found none. Finish the run, or "
             "name one that has it."
         )
+    network = _load_network(inference, weights, folder / "inference.json")
+    if not _describes(configs["metadata.json"], inference):
+        raise InputError(
+            f"{folder / 'metadata.json'}: network_data_format: expected {inference['in_channels']} "
+            f"image channels and the classes {', '.join(inference['class_names'])}, as the weights "
+            "have it, got others. Correct it."
+        )
+    return TrainedRun(directory, configs, network)
+
+
+def _load_network(inference: Config, weights: Path, where: Path) -> torch.nn.Module:
+    """Load the network, and check that the config states its channels, size and classes."""
     try:
         parser = Parser({**inference, "device": "cpu", "amp": False})
         network = parser.get_parsed_content("network_def").eval()
@@ -161,20 +177,14 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
         if isinstance(cause := innermost(error), InputError):
             raise cause from error
         raise InputError(
-            f"{folder / 'inference.json'}: expected network_def, in_channels, roi_size and "
-            f"class_names of one network, got: {' '.join(str(cause).split())[:200]}. Correct it."
+            f"{where}: expected network_def, in_channels, roi_size and class_names of one network, "
+            f"got: {' '.join(str(cause).split())[:200]}. Correct it."
         ) from error
     if not all(torch.isfinite(one).all() for one in network.state_dict().values()):
         raise InputError(
             f"{weights}: expected finite weights, got NaN or infinity. Train it again."
         )
-    if not _describes(configs["metadata.json"], inference):
-        raise InputError(
-            f"{folder / 'metadata.json'}: network_data_format: expected {inference['in_channels']} "
-            f"image channels and the classes {', '.join(inference['class_names'])}, as the weights "
-            "have it, got others. Correct it."
-        )
-    return TrainedRun(directory, configs, network)
+    return network
 
 
 def _describes(metadata: Config, inference: Config) -> bool:
@@ -201,7 +211,7 @@ def _read_config(path: Path) -> Config:
     return content
 
 
-def _fill(bundle: Path, run: TrainedRun, formats: Sequence[str]) -> Facts:
+def _fill(bundle: Path, run: TrainedRun, formats: Sequence[str]) -> ExportFacts:
     """Write all files of a bundle, `export.json` with the facts last."""
     models = bundle / "models"
     weights = _write_weights(models, run.network)
@@ -226,13 +236,13 @@ def _fill(bundle: Path, run: TrainedRun, formats: Sequence[str]) -> Facts:
         "weights": weights,
         "formats": {name: exporter.export(name, models)[0] for name in formats},
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in LIBRARIES if find_spec(name)},
+        | {name: version(name) for name in STATED_LIBRARIES if find_spec(name)},
     }
     (bundle / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 
-def _write_weights(folder: Path, network: torch.nn.Module) -> Facts:
+def _write_weights(folder: Path, network: torch.nn.Module) -> ExportFacts:
     """Write `model.pt`, a plain state dict, and the same tensors as `model.safetensors`."""
     folder.mkdir()
     state = {name: one.detach().contiguous().clone() for name, one in network.state_dict().items()}
@@ -267,22 +277,23 @@ def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
         InputError: One line for each setting of the run that the bundle needs and that has a path
             in it.
     """
-    templates = {
-        name: json.loads((TEMPLATES / f"{name}.json").read_text())
+    amp, inference, evaluate = (
+        json.loads((TEMPLATES / f"{name}.json").read_text())
         for name in ("amp", "inference", "evaluate")
-    }
-    optional = {"process_group": None} if "process_group" in run.configs["train.json"] else {}
+    )
     overlay, schema = (
         json.loads(Path(__file__).with_name(f"{name}.json").read_text())
         for name in ("evaluate_files", "metadata_schema")
     )
-    plan = _read_config(run.directory / "plan.json")
+    optional = {"process_group": None} if "process_group" in run.configs["train.json"] else {}
+    path = run.directory / "plan.json"
+    plan = _read_config(path) if path.is_file() else {}  # runs of older versions have none
     overlay["evaluator#key_val_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
     metadata = _select(dict.fromkeys(schema["properties"]), run.configs, "metadata.json")
-    train = _select(templates["amp"] | optional, run.configs, "train.json")
+    train = _select(amp | optional, run.configs, "train.json")
     train |= {"dataset_dir": "dataset", "cache_dir": "../cache"}
     train["output_dir"] = f"../{package.rpartition('_')[0]}_again"
-    inference = _select(templates["inference"], run.configs, "inference.json")
+    inference = _select(inference, run.configs, "inference.json")
     inference["dataset_dir"] = "dataset"
     # all values are known, so that the packed code needs no plan
     inference = json.loads(re.sub(r'"\$@plan\.(\w+)"', r'"@\1"', json.dumps(inference)))
@@ -290,7 +301,7 @@ def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
     return {
         "train.json": train,
         "inference.json": inference,
-        "evaluate.json": {"output_dir": ".", **templates["evaluate"]},
+        "evaluate.json": {"output_dir": ".", **evaluate},
         "evaluate_files.json": overlay,
         "metadata.json": {key: value for key, value in metadata.items() if value is not None},
         "plan.json": {f.name: plan[f.name] for f in fields(Plan) if f.name in plan}
@@ -302,7 +313,7 @@ def _select(template: Config, configs: Mapping[str, Config], name: str) -> Confi
     """Return the template with the values of a run's config that are known and safe."""
     source, found, faults = configs[name], dict(template), []
     for key in template.keys() & source.keys() - PRIVATE - {"device"}:
-        if name == "train.json" and key in PARTS:
+        if name == "train.json" and key in TRAIN_PARTS:
             found[key] = _select_part(source[key], template[key])
         elif is_safe(source[key]):
             found[key] = source[key]
@@ -336,7 +347,7 @@ def is_safe(value: Any) -> bool:
         )
     if isinstance(value, list):
         return all(map(is_safe, value))
-    return not (isinstance(value, str) and PLACE.search(value))
+    return not (isinstance(value, str) and PATH_IN_TEXT.search(value))
 
 
 # --- code
@@ -401,12 +412,12 @@ def rename_modules(text: str, package: str, modules: Collection[str]) -> str:
         is_packed = any(".".join(parts[:n]) in modules for n in range(2, len(parts) + 1))
         return f"{package}.{match[0]}" if is_packed else match[0]
 
-    return FROM_ROOT.sub(rf"\1{package}.\2", DOTTED.sub(rename, text))
+    return FROM_ROOT.sub(rf"\1{package}.\2", OWN_NAME.sub(rename, text))
 
 
 def write_modules(
     folder: Path, package: str, modules: Mapping[str, Path], root: Path = ROOT
-) -> Facts:
+) -> ExportFacts:
     """Write modules as a package; returns the number of modules, `__init__` apart, and lines.
 
     Args:

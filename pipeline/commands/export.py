@@ -19,8 +19,6 @@ from pathlib import Path
 
 from pipeline.commands.command import CommandParser, run_parsed
 
-FORMATS = ("torchscript", "onnx", "torch_export")  # of `bundle.formats`, which is slow to import
-
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
@@ -31,7 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = CommandParser("export", __doc__)
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: <RUN>_bundle")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    formats = ("torchscript", "onnx", "torch_export")
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="class that configs may name"
     )

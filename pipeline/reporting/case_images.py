@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from pipeline.drawing import outline
 from pipeline.reporting.figures import with_style
-from pipeline.reporting.run_files import Scores
+from pipeline.reporting.run_files import SplitScores
 from transforms.grid import align
 from transforms.load import VolumeReader
 
@@ -198,7 +198,9 @@ def draw_gallery(cases: Sequence[CaseVolumes], titles: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_worst_cases(scores: Scores, limit: int = 6, ignore_value: int | None = None) -> Figure:
+def draw_worst_cases(
+    scores: SplitScores, limit: int = 6, ignore_value: int | None = None
+) -> Figure:
     """Draw cases below one another, the worst first.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-NORMALIZATIONS = {
+NORMALIZATION_TEXTS = {
     "zscore": "mean 0 and deviation 1 in each volume",
     "percentile_zscore": "clipped to the 0.5th and 99.5th percentile, then mean 0 and deviation 1 "
     "in each volume",
@@ -85,7 +85,7 @@ def _format_normalizations(given: Any) -> str:
 
 def _format_normalization(one: Any) -> str:
     if not isinstance(one, Mapping):
-        return NORMALIZATIONS.get(one, str(one))
+        return NORMALIZATION_TEXTS.get(one, str(one))
     clip = _format_range(one["clip"])
     return f"clipped to {clip}, minus {one['mean']:.4g}, over {one['std']:.4g}"
 

@@ -21,10 +21,10 @@ from PIL import Image
 
 from pipeline.files import write_durably
 from pipeline.reporting import case_images, figures
-from pipeline.reporting.run_files import SPLITS, Run, Scores, mean_of, read_run
+from pipeline.reporting.run_files import SPLITS, Run, SplitScores, mean_of, read_run
 
 # measure: name with unit, decimals
-MEASURES = {"dice": ("Dice", 3), "hd95_mm": ("HD95, mm", 1), "nsd": ("NSD", 3)}
+SHOWN_MEASURES = {"dice": ("Dice", 3), "hd95_mm": ("HD95, mm", 1), "nsd": ("NSD", 3)}
 NONE = "\N{EN DASH}"  # in place of an unknown value
 
 
@@ -79,7 +79,7 @@ def _environment() -> Environment:
         "word": lambda value: {True: "yes", False: "no"}.get(value, value or NONE),
     }
     environment.globals |= {
-        "MEASURES": MEASURES,
+        "MEASURES": SHOWN_MEASURES,
         "NAN": math.nan,
         "NONE": NONE,
         "case_images": case_images,
@@ -116,11 +116,11 @@ def _draw_curves(run: Run) -> dict[str, str]:
     return {title: figures.to_svg(figure, title) for title, figure in drawn.items()}
 
 
-def _draw_boxes(scores: Scores) -> dict[str, str]:
+def _draw_boxes(scores: SplitScores) -> dict[str, str]:
     """Captions and box plots of the scores by class."""
     drawn = {}
     for measure, limit in (("dice", 1.0), ("hd95_mm", None)):
-        values, label = scores.by_class(measure), MEASURES[measure][0]
+        values, label = scores.by_class(measure), SHOWN_MEASURES[measure][0]
         undefined = {name: int(np.isnan(v).sum()) for name, v in values.items()}
         left_out = ", ".join(f"{name} in {n}" for name, n in undefined.items() if n)
         caption = f"{label.split(',')[0]} of every case, by class. Box: quartiles; line: median."
@@ -130,7 +130,7 @@ def _draw_boxes(scores: Scores) -> dict[str, str]:
     return drawn
 
 
-def _draw_planes(run: Run, scores: Scores, case_id: str) -> dict[str, Any] | None:
+def _draw_planes(run: Run, scores: SplitScores, case_id: str) -> dict[str, Any] | None:
     """The planes of a case as PNG, and the window of grey values; `None` if files are missing."""
     try:
         case = case_images.read_case(case_id, scores.paths[case_id], run.plan.get("ignore_value"))
@@ -150,7 +150,7 @@ def _draw_planes(run: Run, scores: Scores, case_id: str) -> dict[str, Any] | Non
 
 
 def _format_score(value: float, measure: str) -> str:
-    return NONE if math.isnan(value) else f"{value:.{MEASURES[measure][1]}f}"
+    return NONE if math.isnan(value) else f"{value:.{SHOWN_MEASURES[measure][1]}f}"
 
 
 def _round(value: Any) -> str:

@@ -26,7 +26,7 @@ SPLITS, WEIGHTS = ("validation", "test"), ("best", "last")
 
 
 @dataclass(frozen=True)
-class Scores:
+class SplitScores:
     """Scores of the cases of one split, predicted with one set of weights.
 
     Attributes:
@@ -113,13 +113,13 @@ class Run:
     config: dict[str, Any]
     curves: dict[str, np.ndarray]
     skipped: list[dict[str, Any]]
-    scores: dict[tuple[str, str], Scores]
+    scores: dict[tuple[str, str], SplitScores]
 
-    def best_scores(self, split: str) -> Scores | None:
+    def best_scores(self, split: str) -> SplitScores | None:
         """Scores of the best weights, or of the last weights if there are no others."""
         return self.scores.get((split, "best")) or self.scores.get((split, "last"))
 
-    def require_scores(self, split: str) -> Scores:
+    def require_scores(self, split: str) -> SplitScores:
         """Return `best_scores`.
 
         Raises:
@@ -191,7 +191,7 @@ def mean_of(values: np.ndarray) -> float:
     return float(defined.mean()) if len(defined) else float("nan")
 
 
-def _read_all_scores(directory: Path, class_names: list[str]) -> dict[tuple[str, str], Scores]:
+def _read_all_scores(directory: Path, class_names: list[str]) -> dict[tuple[str, str], SplitScores]:
     found = {}
     for split, weights in itertools.product(SPLITS, WEIGHTS):
         folder = directory / "scores" / f"{split}_{weights}"
@@ -201,7 +201,7 @@ def _read_all_scores(directory: Path, class_names: list[str]) -> dict[tuple[str,
                 rows.setdefault(row["case_id"], {})[row["class"]] = row
         if rows:
             names = class_names or list(next(iter(rows.values())))
-            found[split, weights] = Scores(folder, split, weights, rows, names)
+            found[split, weights] = SplitScores(folder, split, weights, rows, names)
     return found
 
 
