@@ -30,7 +30,7 @@ def outline_slice(image: np.ndarray, label: np.ndarray, pred: np.ndarray) -> np.
         for letter, columns in zip(SIDES.values(), (slice(2, 10), slice(-10, -2)), strict=True):
             pixels = np.array([[*row] for row in letter.split()]) == "1"
             rgb[2:12, columns][_enlarge(pixels, 2)] = 255
-    outlines = [_outline(_shown(labels[:, :, k])) for labels in (label, pred)]
+    outlines = [outline(_shown(labels[:, :, k])) for labels in (label, pred)]
     rgb[outlines[0] | outlines[1]] = 0
     rgb[outlines[0], 1] = 255
     rgb[outlines[1], 0] = 255
@@ -46,7 +46,8 @@ def _enlarge(plane: np.ndarray, factor: int) -> np.ndarray:
     return plane.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _outline(labels: np.ndarray) -> np.ndarray:
-    """Voxels whose neighbourhood holds another label and that are foreground themselves."""
-    inner = ndimage.minimum_filter(labels, size=3) == ndimage.maximum_filter(labels, size=3)
+def outline(labels: np.ndarray, width: int = 1) -> np.ndarray:
+    """Mask of the foreground pixels within `width` pixels of another label, of the same shape."""
+    size = 2 * width + 1
+    inner = ndimage.minimum_filter(labels, size) == ndimage.maximum_filter(labels, size)
     return (labels > 0) & ~inner

@@ -26,7 +26,8 @@ class InputError(ValueError):
             print(self, file=sys.stderr)
 
 
-OWN = ("pipeline", "transforms", "networks")  # whose exceptions say all that is to be said
+# whose exceptions say all that is to be said; the last one differs in an exported bundle
+OWN = ("pipeline", "transforms", "networks", __name__.partition(".")[0])
 
 # in the diagnosis of a run whose numbers went wrong, and of no other
 STOPS = "Training stops"

@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_dataset, run_tiny, write_dataset_json
 
-from pipeline.lifecycle import stored_configs
-from pipeline.reporting.model_card import model_card
+from pipeline.reporting.model_card import render_model_card
 
 CASE_IDS = [f"tiny_{n:03d}" for n in range(1, 7)]
 
@@ -95,7 +94,7 @@ def test_card_tells_what_is_undefined_and_who_was_not_scored(a_copy):
     summary["refused"] = {"tiny_001": "expected finite logits"}
     summary["over_classes"]["dice"]["interval"] = None
     path.write_text(json.dumps(summary))
-    card = model_card(a_copy)
+    card = render_model_card(a_copy)
     assert "| bright | undefined |" in card
     assert "1 could not be scored" in card
     assert f"| all, case by case | {summary['mean_dice']:.4f} |" in card
@@ -105,9 +104,9 @@ def test_card_tells_what_is_undefined_and_who_was_not_scored(a_copy):
 def test_card_says_so_when_there_was_no_test(a_copy):
     for folder in (a_copy / "scores").glob("test_*"):
         shutil.rmtree(folder)
-    assert "somewhat too good" in model_card(a_copy)
+    assert "somewhat too good" in render_model_card(a_copy)
     shutil.rmtree(a_copy / "scores")
-    card = model_card(a_copy)
+    card = render_model_card(a_copy)
     assert "It was not scored." in card
     assert "## Scores" not in card
 
@@ -115,7 +114,7 @@ def test_card_says_so_when_there_was_no_test(a_copy):
 def test_card_of_a_run_that_has_not_ended_leaves_out_what_is_not_known(a_copy):
     (a_copy / "summary.json").unlink()
     change(a_copy / "configs/inference.json", trained_on=None)
-    card = model_card(a_copy)
+    card = render_model_card(a_copy)
     assert "## Training" not in card
     assert "Voxel sizes" not in card
     assert "## How to run it" in card
@@ -124,24 +123,6 @@ def test_card_of_a_run_that_has_not_ended_leaves_out_what_is_not_known(a_copy):
 def test_card_keeps_the_words_of_a_dataset_on_their_line(a_copy):
     path = a_copy / "configs/metadata.json"
     change(path, data_source="x\n# Injected\n| a <b>", data_license="y")
-    card = model_card(a_copy)
+    card = render_model_card(a_copy)
     assert "\n# Injected" not in card
     assert "x # Injected \\| a \\<b\\>" in card
-
-
-def test_card_that_cannot_be_written_does_not_fail_the_run(run, tmp_path, monkeypatch):
-    def broken(_: Path) -> str:
-        raise KeyError("no such fact")
-
-    monkeypatch.setattr(stored_configs, "model_card", broken)
-    assert run(tmp_path / "r") == 0
-    assert (tmp_path / "r/summary.json").is_file()
-    assert not (tmp_path / "r/docs/README.md").exists()
-    assert "docs: expected to write it, got: 'no such fact'" in (tmp_path / "r/log.txt").read_text()
-
-
-def test_card_is_of_the_latest_end(run, tmp_path):
-    assert run(tmp_path / "r") == 0
-    assert "4 in 2 epochs" in (tmp_path / "r/docs/README.md").read_text()
-    assert run(tmp_path / "r", max_epochs=3) == 0
-    assert "6 in 3 epochs" in (tmp_path / "r/docs/README.md").read_text()

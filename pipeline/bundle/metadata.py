@@ -1,4 +1,4 @@
-"""What a run directory says about its model: metadata and inference config of the bundle."""
+"""Metadata and inference config of a run directory, which is a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from pathlib import Path
 
 import monai
 import numpy as np
 import torch
 
-Config = dict[str, Any]
+from pipeline.config.keys import Config
+from pipeline.data.dataset import Cases
+from pipeline.data.plan import Plan
 
+TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"networks.dense_unet.DenseUNet": "Dense U-Net"}
 # DICOM's name of a modality, and what datasets call it
 MODALITIES = {
@@ -26,42 +29,14 @@ MODALITIES = {
 SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's channel names, too
 
 
-class DatasetFacts(Protocol):
-    """What is taken from the dataset; `pipeline.data.dataset.Cases` has it."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def description(self) -> dict[str, str]: ...  # noqa: D102
-    @property
-    def channel_names(self) -> Sequence[str] | None: ...  # noqa: D102
-    def image_dir(self, dataset_dir: str) -> str: ...  # noqa: D102
-
-
-class PlannedValues(Protocol):
-    """What is taken from the plan; `pipeline.data.plan.Plan` has it."""
-
-    @property
-    def class_names(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def in_channels(self) -> int: ...  # noqa: D102
-    @property
-    def roi_size(self) -> Sequence[int]: ...  # noqa: D102
-    @property
-    def normalization(self) -> Any: ...  # noqa: D102
-    def as_dict(self) -> dict[str, Any]: ...  # noqa: D102
-
-
-def run_metadata(
-    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
-) -> Config:
-    """`configs/metadata.json` of a run.
+def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:
+    """Return `configs/metadata.json` of a run.
 
     Args:
         template: The repository's metadata, of the phantom.
         source: The run's config.
-        cases: Facts of its dataset.
-        plan: Its values that fit the dataset.
+        cases: Its dataset.
+        plan: Its plan.
 
     Source: docs.monai.io, MONAI Bundle Specification, `metadata.json`.
     """
@@ -87,10 +62,8 @@ def run_metadata(
     return metadata
 
 
-def _data_format(
-    template: Config, source: Config, cases: DatasetFacts, plan: PlannedValues
-) -> Config:
-    """What goes into the network and comes out of it."""
+def _data_format(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:
+    """Describe the network's input and output."""
     names = list(cases.channel_names or ["image"] * plan.in_channels)
     channels = {str(n): name for n, name in enumerate(names)}
     classes = {str(n): name for n, name in enumerate(plan.class_names)}
@@ -109,17 +82,16 @@ def _data_format(
 
 
 def modality_of(channel_names: Sequence[str] | None) -> str:
-    """The modality as the bundle specification has it; what it does not know, as declared."""
+    """Return the DICOM code of a modality; an unknown name stays as it is declared."""
     codes = {word: code for code, words in MODALITIES.items() for word in words.split()}
     declared = [name for name in channel_names or () if name.upper() not in SCALINGS]
     return ", ".join(dict.fromkeys(codes.get(n.upper(), n) for n in declared)) or "n/a"
 
 
-def _value_range(source: Config, plan: PlannedValues) -> list[float]:
-    """Ends of what the network is given; empty, as the specification says, where none are known.
+def _value_range(source: Config, plan: Plan) -> list[float]:
+    """Return the range of the network's input; empty, as the specification says, if unknown.
 
-    They are where all channels are clipped: mean and deviation of a volume promise nothing. Windows
-    that reach over a volume's border are filled with 0.
+    It is known if all channels are clipped. Windows that extend beyond a volume contain zeros.
     """
     steps = source["preprocessing"]
     is_last = not source["transforms_after"] and steps.get("after") == "@transforms_after"
@@ -134,7 +106,7 @@ def _value_range(source: Config, plan: PlannedValues) -> list[float]:
 
 
 def _installed(packages: Mapping[str, str]) -> dict[str, str]:
-    """The packages with the versions that are there, or else those stated."""
+    """Return the installed versions of packages, or those stated."""
     found = dict(packages)
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -145,18 +117,18 @@ def _installed(packages: Mapping[str, str]) -> dict[str, str]:
 def run_inference_config(
     template: Config,
     source: Config,
-    cases: DatasetFacts,
-    plan: PlannedValues,
+    cases: Cases,
+    plan: Plan,
     trained_on: Config | None,
 ) -> Config:
-    """`configs/inference.json` of a run: the repository's, with the run's own values.
+    """Return `configs/inference.json` of a run: the repository's, with the run's own values.
 
     Args:
         template: The repository's inference config.
-        source: The run's config; keys that both have are taken from here.
-        cases: Facts of its dataset.
-        plan: The values that fit the dataset; keys that both have are taken from here.
-        trained_on: What the training images are like, to warn of others.
+        source: The run's config; its values are used for keys that both have.
+        cases: Its dataset.
+        plan: Its plan; its values are used for keys that both have.
+        trained_on: Ranges of the training images, to warn of others.
     """
     inference = deepcopy(template)
     own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan", "cases")

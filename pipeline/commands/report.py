@@ -1,43 +1,39 @@
-"""The report of a run: `python -m pipeline report RUN`.
+"""Write the report of a run, `report/index.html` in its directory.
 
-Writes `report/index.html` into the run directory: curves, scores of all cases, pictures of three of
-them, precision, plan, skipped steps, and the command that makes the run again. One file, which a
-browser opens without a network.
+The page shows curves, scores of all cases, pictures of three of them, precision, plan, skipped
+steps, and the command that makes the run again. It is one file, which a browser opens without a
+network.
 
 Exit status: 0 written, 1 it could not be written, 2 a mistake on the command line.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.commands.command import run_command
-from pipeline.errors import InputError
-
-USAGE = "usage: python -m pipeline report RUN"
+from pipeline.commands.command import CommandParser, run_parsed
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the report of a run; returns the exit status.
+    """Run the command and return its exit status.
 
     Args:
-        words: The command line after the command, by default this process's.
+        words: Command line after the command; `None` means that of this process.
     """
-    return run_command(__doc__, words, _main)
+    parser = CommandParser("report", __doc__)
+    parser.add_argument("run_dir", metavar="RUN", help="run directory")
+    return run_parsed(parser, words, _run)
 
 
-def _main(words: list[str]) -> int:
-    if len(words) != 1:
-        raise InputError(f"command line: expected a run directory, got {len(words)}. {USAGE}")
+def _run(options: argparse.Namespace) -> int:
     from pipeline.reporting.report import write_report  # its imports take seconds
 
     try:
-        path = write_report(words[0])
+        path = write_report(options.run_dir)
     except OSError as error:
-        print(
-            f"{words[0]}: expected a directory that can be written, got: {error}.", file=sys.stderr
-        )
+        print(f"{options.run_dir}: expected a writable directory, got: {error}.", file=sys.stderr)
         return 1
     print(f"The report is {path}. Open it in a browser:\n  {path.resolve().as_uri()}")
     return 0

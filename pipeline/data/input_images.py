@@ -105,3 +105,27 @@ def _case(case_id: str, numbers: dict[str, list[Path]], folder: Path, several: b
             f"expected one volume of this name in {folder}, got {one} and {other}. Remove one."
         )
     return case
+
+
+def list_labelled_images(
+    folder: str | Path, labels: str | Path, num_channels: int | None = None, root: str | Path = ""
+) -> list[Case]:
+    """List the volumes of a folder, each with the label of its name in another folder.
+
+    Args:
+        folder: As for `list_images`.
+        labels: Folder of the labels, `<case_id>.nii.gz` or `.nii`.
+        num_channels: As for `list_images`.
+        root: As for `list_images`, for both folders.
+
+    Raises:
+        InputError: As `list_images`, and one line for each case without a label.
+    """
+    cases, place = list_images(folder, num_channels, root), Path(root, labels)
+    found = {case_name(path): str(path) for path in volumes_in(place)} if place.is_dir() else {}
+    missing = [case["case_id"] for case in cases if case["case_id"] not in found]
+    if missing:
+        raise InputError(
+            *(f"{name}: expected its label in {place}, found none. Add it." for name in missing)
+        )
+    return [{**case, "label": found[case["case_id"]]} for case in cases]

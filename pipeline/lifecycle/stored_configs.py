@@ -9,17 +9,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle.metadata import run_inference_config, run_metadata
+from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
 from pipeline.config import keys
 from pipeline.data.dataset import Cases
 from pipeline.data.fingerprint import Fingerprint, training_range
 from pipeline.data.plan import AUTO, Plan
 from pipeline.errors import InputError
 from pipeline.files import make_directory, write_durably, write_json
-from pipeline.reporting.model_card import model_card
+from pipeline.reporting.model_card import render_model_card
 
-# this repository's own: those beside a config may be anybody's
-TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
 # that start from bundle_root, or null
 PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 
@@ -93,7 +91,7 @@ def write_docs(run_dir: Path) -> None:
     card.unlink(missing_ok=True)  # of an earlier end
     make_directory(card.parent)
     write_durably(run_dir / "LICENSE", (TEMPLATES.parent / "LICENSE").read_bytes())
-    write_durably(card, model_card(run_dir).encode())
+    write_durably(card, render_model_card(run_dir).encode())
 
 
 def stored_plan(run_dir: Path) -> Plan:
