@@ -28,8 +28,8 @@ from pipeline.bundle.package import (
 from pipeline.bundle.parity import TOLERANCE, NotComparedError, cases_of, mean_dices
 from pipeline.bundle.renaming import renamed_config, renamed_text
 from pipeline.config import targets
+from pipeline.data.cases import add_case_id, paths_of
 from pipeline.data.dataset import Cases
-from pipeline.data.listing import named, paths_of
 from pipeline.errors import InputError
 from pipeline.files import load
 from pipeline.lifecycle.clients import given_data
@@ -232,7 +232,7 @@ def private(run: Run, cases: Cases | None) -> tuple[set[str], dict[str, str]]:
         if path.is_file():
             found = read_config(path)
             ids |= set(found.get("cases", found))
-    given = [named(case) for part in given_data(train) or () for case in part]
+    given = [add_case_id(case) for part in given_data(train) or () for case in part]
     ids |= {case["case_id"] for case in given}
     stated = str(train["dataset_dir"])
     places = {
