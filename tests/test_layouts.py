@@ -149,7 +149,7 @@ def test_read_layout_takes_numbers_for_names_when_the_values_are_numbers(tmp_pat
         ({"file_ending": ".mha"}, r"expected file_ending \.nii\.gz or \.nii, got '\.mha'"),
         ({"channel_names": None}, r"expected 'channel_names' \(mapping, not empty\), got None"),
         ({"dataset": {"x": {"images": ["a.nii.gz"]}}}, r"expected image and .* in dataset\['x'\]"),
-        ({"dataset": ["x"]}, r"expected 'dataset' \(mapping\), got \['x'\]"),
+        ({"dataset": ["x"]}, r"expected 'dataset' \(mapping, not empty\), got \['x'\]"),
         ({"cases": ()}, r"expected cases, got none"),
     ],
 )

@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.data.cases import files_of
+from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
 
 HASHES = "volume_cache_hashes.json"  # in cache_dir, which other programs may use as well
@@ -98,8 +98,8 @@ class ContentHashes:
         if not self._new:
             return
         files = dict(list({**_read_hashes(self.path), **self._new}.items())[-MAX_FILES:])
-        with contextlib.suppress(OSError):
-            write_whole(self.path, json.dumps({"sha256": sha256_of(files), "files": files}))
+        with contextlib.suppress(OSError), replace_file(self.path) as path:
+            path.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
         self._new = {}
 
 
@@ -133,20 +133,6 @@ def sha256_of(value: Any) -> str:
     """SHA-256 of a value's JSON; of what JSON does not have, its text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that others, who may write it at the same time, see it whole or not at all.
-
-    Raises:
-        OSError: If the system refuses; the file is then as it was.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_hashes(path: Path) -> dict[str, str]:

@@ -58,13 +58,13 @@ def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = (
     """
     path = Path(dataset_dir)
     try:
-        if path.is_file():
-            form = f"a folder, or a .csv or .json file that lists cases, got {path}"
-            if path.suffix.lower() not in (".csv", ".json"):
-                raise InputError(f"dataset_dir: expected {form}. Name one of these.")
-            return resolve_paths(_read_table(path), path.parent, data_roots, str(path))
-        layout, where = _read_folder(path)
-        return resolve_paths(layout, path, data_roots, str(where))
+        if not path.is_file():
+            layout, where = _read_folder(path)
+            return resolve_paths(layout, path, data_roots, str(where))
+        is_table = path.suffix.lower() in (".csv", ".json")
+        form = "a folder, or a .csv or .json file that lists cases"
+        require(is_table, "dataset_dir", form, path, "Name one of these.")
+        return resolve_paths(_read_table(path), path.parent, data_roots, str(path))
     except OSError as error:  # a folder without read permission
         raise InputError(
             f"{path}: expected files that can be read, got: {error}. Change their permissions."
@@ -126,7 +126,11 @@ def read_dataset_json(root: Path) -> DatasetLayout:
     )
     has_names = "channel_names" in source or (is_nnunet and "modality" not in source)
     channels = "channel_names" if has_names else "modality"
-    kinds = {"labels": Mapping, channels: Mapping, **({} if is_nnunet else {"training": list})}
+    kinds: dict[str, Any] = {"labels": Mapping, channels: Mapping}
+    if not is_nnunet:
+        kinds["training"] = list
+    elif "dataset" in source:
+        kinds["dataset"] = Mapping
     faults = [
         f"{path}: expected '{key}' ({kind.__name__.lower()}, not empty), got {source.get(key)!r}. "
         "Correct the file."
@@ -142,7 +146,13 @@ def read_dataset_json(root: Path) -> DatasetLayout:
         entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
         listed = _read_entries(entries, path), []
     elif "dataset" in source:
-        listed = _read_entries(_nnunet_entries(source["dataset"], path), path), []
+        entries = {
+            f"dataset['{case_id}']": {**entry, "case_id": case_id, "image": entry.get("images")}
+            if isinstance(entry, Mapping)
+            else entry
+            for case_id, entry in source["dataset"].items()
+        }
+        listed = _read_entries(entries, path), []
     else:
         ending = source.get("file_ending", ".nii.gz")
         expected = "file_ending .nii.gz or .nii"
@@ -302,21 +312,6 @@ def _check_entries(entries: Mapping[str, Any], where: Path, required: Collection
     ]
     if faults:
         raise InputError(*faults)
-
-
-def _nnunet_entries(listed: Any, where: Path) -> dict[str, Any]:
-    """Entries of nnU-Net's `dataset`, an object of case id to `images` and `label`."""
-    require(isinstance(listed, Mapping), where, "'dataset' (mapping)", repr(listed), "Correct it.")
-    return {
-        f"dataset['{case_id}']": {
-            "case_id": case_id,
-            "image": e.get("images"),
-            "label": e.get("label"),
-        }
-        if isinstance(e, Mapping)
-        else e
-        for case_id, e in listed.items()
-    }
 
 
 def _read_entries(entries: Mapping[str, Any], where: Path) -> list[Case]:

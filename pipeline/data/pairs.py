@@ -104,7 +104,8 @@ def _read_label_map(path: Path, kind: str) -> tuple[Header, np.ndarray]:
         _require_grid(header, kind)
         voxels = round_labels(read_voxels(str(path), header))
     except VolumeError as error:
-        raise InputError(f"{kind}: {error}") from error
+        named = f"{path.name} of the {kind}"
+        raise InputError(str(error).replace(path.name, named, 1)) from error
     if not (is_whole := voxels == np.rint(voxels)).all():  # nor is a NaN
         raise InputError(
             f"expected integer values in the {kind}, got {voxels[~is_whole][0]:g}. Resample it "

@@ -234,14 +234,14 @@ def _find_divided_persons(
     sides: Sequence[Sequence[str]], persons: Mapping[str, str], where: str
 ) -> list[str]:
     """A line per person with cases on two sides."""
-    first: dict[str, tuple[int, str]] = {}
-    faults: dict[str, str] = {}
+    found: dict[str, dict[int, str]] = {}  # by person and side, the first case there
     for number, side in enumerate(sides):
         for case_id in filter(persons.__contains__, side):
-            person = persons[case_id]
-            other, other_case = first.setdefault(person, (number, case_id))
-            if other != number and other_case != case_id:
-                line = f"{where}: expected a person's cases on one side, got {other_case} and "
-                line += f"{case_id} of person {person} on two. Move one."
-                faults.setdefault(person, line)
-    return list(faults.values())
+            found.setdefault(persons[case_id], {}).setdefault(number, case_id)
+    several = {person: list(dict.fromkeys(cases.values())) for person, cases in found.items()}
+    return [
+        f"{where}: expected a person's cases on one side, got {cases[0]} and {cases[1]} of person "
+        f"{person} on two. Move one."
+        for person, cases in several.items()
+        if len(cases) > 1
+    ]

@@ -19,8 +19,9 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from pipeline.data.cases import Case, files_of
-from pipeline.data.content import HASHES, ContentHashes, sha256_of, write_whole
+from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.nifti import Header, read_voxels
+from pipeline.files import replace_file
 from transforms.labels import round_labels
 
 VERSION = 4  # of CaseStatistics; statistics that another version stored are measured again
@@ -234,7 +235,8 @@ class StatisticsStore:
         content = {"sha256": sha256_of([key, values]), "statistics": values}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.directory / f"{key}.json", json.dumps(content))
+            with replace_file(self.directory / f"{key}.json") as path:
+                path.write_text(json.dumps(content))
         except OSError as error:
             if self.is_writable:
                 log.warning("%s: expected to store statistics, got: %s", self.directory, error)
