@@ -222,7 +222,8 @@ def _pair_folders(
         grouped.setdefault(channel[0], {})[channel[1]] = path
     found = {number for channels in grouped.values() for number in channels}
     numbers = [f"{n:04d}" for n in range(num_channels or len(found))]
-    cases, unpaired = _pair(grouped, labels, [""] if found == {""} else numbers)
+    is_plain = found == {""} and not num_channels
+    cases, unpaired = _pair(grouped, labels, [""] if is_plain else numbers)
     return cases, issues + more + unpaired
 
 
