@@ -392,7 +392,7 @@ def ask_us(root: Path) -> list[str]:
         found = preflight(load_cases(root, num_folds=2))
     except InputError as error:
         return list(error.faults)
-    return [finding.line for finding in found.findings]
+    return [finding.line for finding in found.issues]
 
 
 def main() -> None:

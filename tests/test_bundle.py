@@ -209,7 +209,14 @@ def metadata_of(
     normalization: Any = "zscore", channels: Any = ("CT",), description: Any = (), **source: Any
 ) -> dict[str, Any]:
     """Of a run on a dataset that is not there."""
-    cases = Cases("liver", None, [], [], "", dict(description), channel_names=channels)
+    cases = Cases(
+        name="liver",
+        train=[],
+        validation=[],
+        fingerprint="",
+        description=dict(description),
+        channel_names=channels,
+    )
     plan = Plan(
         spacing=[1, 1, 1], crop_empty_borders=False, normalization=normalization,
         roi_size=[8, 8, 8], strides=[2], class_names=["background", "liver"],

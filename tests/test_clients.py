@@ -569,7 +569,7 @@ def test_given_cases_of_one_name_are_told(store):
     with_ids = [{**case, "case_id": "same"} for case in store[:2]]
     cases = given_cases([*with_ids, store[2]], store[3:])
     assert [case["case_id"] for case in cases.train] == ["tiny_003"]
-    assert [finding.check for finding in cases.findings] == ["duplicate_id"]
+    assert [finding.check for finding in cases.issues] == ["duplicate_id"]
 
 
 def test_client_takes_the_plan_of_the_bundle(finished, dataset, tmp_path, monkeypatch):

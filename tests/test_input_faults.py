@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 
 def test_sound_dataset_draws_no_finding(tmp_path):
     found = preflight(load_cases(make_dataset(tmp_path / "d"), num_folds=2))
-    assert found.findings == []
+    assert found.issues == []
     assert found.fingerprint is not None
 
 
@@ -26,12 +26,12 @@ def test_fault_is_named_and_no_healthy_case_is(tmp_path, fault):
         assert len(caught.value.faults) == 1
         return
     found = preflight(load_cases(root, num_folds=2))
-    blamed = {finding.case_id for finding in found.findings}
+    blamed = {finding.case_id for finding in found.issues}
     everyone = fault.name.startswith("dataset.json")  # who has one channel of two
     assert blamed == ({f"case_{n:03d}" for n in range(1, 7)} if everyone else {BAD})
-    assert {finding.check for finding in found.findings} == {fault.check}
-    assert all(finding.warning == fault.warning for finding in found.findings)
-    assert all(" expected " in finding.line for finding in found.findings)
+    assert {finding.check for finding in found.issues} == {fault.check}
+    assert all(finding.warning == fault.warning for finding in found.issues)
+    assert all(" expected " in finding.line for finding in found.issues)
     assert (found.fingerprint is None) != fault.warning
 
 
@@ -44,7 +44,7 @@ def turned(path):
 def test_label_whose_axes_are_turned_is_sound(tmp_path):
     root = make_dataset(tmp_path / "d")
     turned(label_of(root))
-    assert preflight(load_cases(root, num_folds=2)).findings == []
+    assert preflight(load_cases(root, num_folds=2)).issues == []
 
 
 def test_channel_whose_axes_are_turned_is_a_fault(tmp_path):
@@ -53,7 +53,7 @@ def test_channel_whose_axes_are_turned_is_a_fault(tmp_path):
         for channel in range(2):
             write(tmp_path / f"images/c{seed}_000{channel}.nii.gz", image + channel)
         write(tmp_path / f"labels/c{seed}.nii.gz", label)
-    assert preflight(load_cases(tmp_path, num_folds=2)).findings == []
+    assert preflight(load_cases(tmp_path, num_folds=2)).issues == []
     turned(tmp_path / "images/c1_0001.nii.gz")
-    (finding,) = preflight(load_cases(tmp_path, num_folds=2)).findings
+    (finding,) = preflight(load_cases(tmp_path, num_folds=2)).issues
     assert finding.line.startswith("c1: expected the image's channels of one shape, got (24, 20")

@@ -11,11 +11,10 @@ from pipeline.data.layouts import read_layout
 from pipeline.errors import InputError
 
 
-def fault_of(*arguments, **keywords):
+def fault_of(path):
     with pytest.raises(InputError) as caught:
-        read_layout(*arguments, **keywords)
+        read_layout(path)
     (fault,) = caught.value.faults
-    assert str(caught.value) == fault
     assert "\n" not in fault
     return fault
 
@@ -31,7 +30,7 @@ def ids(layout):
 
 
 def found(layout):
-    return [(finding.case_id, finding.check) for finding in layout.findings]
+    return [(issue.case_id, issue.check) for issue in layout.issues]
 
 
 # ---- Medical Segmentation Decathlon
@@ -42,8 +41,7 @@ def test_read_layout_recognises_msd(tmp_path):
     assert (layout.kind, layout.name, layout.root) == ("msd", "tiny", (tmp_path / "tiny").resolve())
     assert layout.class_names == ["background", "dim", "bright"]
     assert (layout.channel_names, layout.ignore_value) == (["MRI"], None)
-    assert ids(layout) == ["tiny_001", "tiny_002"]
-    assert layout.findings == []
+    assert (ids(layout), layout.issues) == (["tiny_001", "tiny_002"], [])
 
 
 def test_read_layout_reads_channels_of_msd_in_the_order_of_their_numbers(tmp_path):
@@ -63,7 +61,7 @@ def test_read_layout_keeps_a_class_of_msd_that_is_named_ignore(tmp_path):
     assert (layout.class_names, layout.ignore_value) == (list(labels.values()), None)
 
 
-def test_read_layout_passes_over_a_byte_order_mark_of_dataset_json(tmp_path):
+def test_read_layout_ignores_a_byte_order_mark_of_dataset_json(tmp_path):
     path = make_dataset(tmp_path, num_cases=1) / "dataset.json"
     path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
     assert ids(read_layout(tmp_path)) == ["tiny_001"]
@@ -82,16 +80,16 @@ def nnunet(root, cases=("a", "b"), channels=2, ending=".nii.gz", **changes):
         "file_ending": ending,
         **changes,
     }
+    root.mkdir(exist_ok=True)
     (root / "dataset.json").write_text(json.dumps({k: v for k, v in source.items() if v}))
     return root
 
 
 def test_read_layout_recognises_nnunet(tmp_path):
     layout = read_layout(nnunet(tmp_path))
-    assert layout.kind == "nnunet"
+    assert (layout.kind, layout.issues) == ("nnunet", [])
     assert layout.class_names == ["background", "liver", "tumour"]
     assert (layout.channel_names, layout.ignore_value) == (["T1", "T2"], None)
-    assert layout.findings == []
     assert layout.cases == [
         {
             "case_id": case,
@@ -119,20 +117,13 @@ def test_read_layout_takes_spellings_of_nnunet(tmp_path, changes):
 
 
 def test_read_layout_reads_nnunets_list_of_files(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    touch(tmp_path, "elsewhere/x1.nii.gz", "elsewhere/x2.nii.gz", "elsewhere/y.nii.gz")
-    listed = {
-        "x": {
-            "images": ["elsewhere/x1.nii.gz", "elsewhere/x2.nii.gz"],
-            "label": "elsewhere/y.nii.gz",
-        },
-        "one": {"images": ["elsewhere/x1.nii.gz"], "label": "elsewhere/y.nii.gz"},
-    }
+    images = ["elsewhere/x1.nii.gz", "elsewhere/x2.nii.gz"]
+    touch(tmp_path, *images, "elsewhere/y.nii.gz")
+    listed = {"x": {"images": images, "label": "elsewhere/y.nii.gz"}}
     layout = read_layout(nnunet(tmp_path, cases=(), dataset=listed))
-    (case,) = layout.cases
-    assert case["case_id"] == "x"
-    assert case["image"] == [str(tmp_path / f"elsewhere/x{n}.nii.gz") for n in (1, 2)]
-    assert found(layout) == [("one", "missing")]
+    label = str(tmp_path / "elsewhere/y.nii.gz")
+    paths = [str(tmp_path / name) for name in images]
+    assert layout.cases == [{"case_id": "x", "image": paths, "label": label}]
 
 
 def test_read_layout_takes_the_highest_label_for_ignore(tmp_path):
@@ -157,8 +148,8 @@ def test_read_layout_takes_numbers_for_names_when_the_values_are_numbers(tmp_pat
         ({"labels": {"background": 0, "a": 2}}, r"without gaps"),
         ({"file_ending": ".mha"}, r"expected file_ending \.nii\.gz or \.nii, got '\.mha'"),
         ({"channel_names": None}, r"expected 'channel_names' \(mapping, not empty\), got None"),
-        ({"dataset": {"x": {"images": "a.nii.gz"}}}, r"and label in dataset\['x'\]"),
-        ({"dataset": ["x"]}, r"expected 'dataset' \(mapping\), got \['x'\]"),
+        ({"dataset": {"x": {"images": ["a.nii.gz"]}}}, r"expected image and .* in dataset\['x'\]"),
+        ({"dataset": ["x"]}, r"expected 'dataset' \(mapping, not empty\), got \['x'\]"),
         ({"cases": ()}, r"expected cases, got none"),
     ],
 )
@@ -179,9 +170,9 @@ def test_read_layout_finds_each_incomplete_case_of_nnunet_once(tmp_path):
         ("c", "unpaired"),
         ("d", "unpaired"),
         ("e", "unpaired"),
-        ("plain.nii.gz", "unpaired"),
+        ("plain", "unpaired"),
     ]
-    lines = {finding.case_id: finding.line for finding in layout.findings}
+    lines = {issue.case_id: issue.line for issue in layout.issues}
     assert lines["b"] == "b: expected channels 0000, 0001, found no 0000. Add it."
     assert lines["c"].startswith("c: expected a label of image imagesTr/c_0000.nii.gz, found none.")
     assert lines["d"].startswith("d: expected an image of label labelsTr/d.nii.gz, found none.")
@@ -196,7 +187,7 @@ def test_read_layout_recognises_folders(tmp_path, names):
     touch(tmp_path, f"{images}/b.nii.gz", f"{images}/a_0001.nii", f"{images}/._b.nii.gz")
     touch(tmp_path, f"{labels}/b.nii", f"{labels}/a_0001.nii.gz", f"{labels}/.DS_Store")
     layout = read_layout(tmp_path)
-    assert (layout.kind, layout.name, layout.findings) == ("folders", tmp_path.name, [])
+    assert (layout.kind, layout.name, layout.issues) == ("folders", tmp_path.name, [])
     assert (layout.class_names, layout.channel_names) == (None, None)
     assert layout.cases == [
         {
@@ -225,13 +216,11 @@ def test_read_layout_takes_numbered_names_for_cases_when_labels_are_named_so(tmp
     assert (ids(layout), found(layout)) == (["a_0000"], [("c_0001", "unpaired")])
 
 
-def test_read_layout_finds_a_case_of_folders_that_is_there_twice(tmp_path):
-    touch(
-        tmp_path, "images/a.nii", "images/a.nii.gz", "labels/a.nii", "images/b.nii", "labels/b.nii"
-    )
+def test_read_layout_finds_a_case_of_folders_that_occurs_twice(tmp_path):
+    touch(tmp_path, "images/a.nii", "images/a.nii.gz", "labels/a.nii", "images/b.nii")
+    touch(tmp_path, "labels/b.nii")
     layout = read_layout(tmp_path)
-    assert ids(layout) == ["b"]
-    assert found(layout) == [("a", "duplicate_id")]
+    assert (ids(layout), found(layout)) == (["b"], [("a", "duplicate_id")])
 
 
 def series(folder):
@@ -269,8 +258,9 @@ ROWS = "image,label,case_id,group,age\ni1.nii.gz,l1.nii.gz,x,p1,50\n\ni2.nii.gz,
         ROWS.replace(",", ";"),
         ROWS.replace(",", "\t"),
         ROWS.replace("\n", "\r\n"),
+        ROWS.replace("\n\n", "\n,,,,\n"),
     ],
-    ids=["plain", "byte order mark", "semicolon", "tab", "CRLF"],
+    ids=["plain", "byte order mark", "semicolon", "tab", "CRLF", "empty cells"],
 )
 def test_read_layout_reads_csv(tmp_path, text):
     table(tmp_path, text)
@@ -286,7 +276,7 @@ def test_read_layout_reads_csv(tmp_path, text):
     for path in (tmp_path, tmp_path / "cases.csv"):
         layout = read_layout(path)
         assert (layout.kind, layout.name) == ("table", tmp_path.name)
-        assert (layout.class_names, layout.channel_names, layout.findings) == (None, None, [])
+        assert (layout.class_names, layout.channel_names, layout.issues) == (None, None, [])
         assert layout.root == tmp_path.resolve()
         assert layout.cases == expected
 
@@ -338,19 +328,12 @@ def test_read_layout_finds_faults_of_rows(tmp_path):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        (
-            "imgae,label\na,b\n",
-            "cases.csv",
-            r"a column image, got imgae, label\. Is it 'imgae'\? Rename it\.",
-        ),
-        ("image,lable\na,b\n", "cases.csv", r"a column label, got .*Is it 'lable'\?"),
-        (
-            "image_0,image_2,label\na,b,c\n",
-            "cases.csv",
-            r"a column image_1, got .*Is it 'image_\d'",
-        ),
+        ("imgae,label\na,b\n", "cases.csv", r"column image, got imgae, label\. .* mean 'imgae'\?"),
+        ("image,lable\na,b\n", "cases.csv", r"a column label, got .*Did you mean 'lable'\?"),
+        ("image_0,image_2,label\na,b,c\n", "cases.csv", r"a column image_1, got "),
         ("image,image_0,label\na,b,c\n", "cases.csv", r"either a column image or image_0"),
         ("image,label\na,b,c\n", "cases.csv", r"expected 2 cells in line 2, got 3"),
+        ("image,label\na\n", "cases.csv", r"expected 2 cells in line 2, got 1"),
         ("image,label,image\na,b,c\n", "cases.csv", r"columns of different names"),
         ("image,label\n", "cases.csv", r"expected cases, got none"),
         ("", "cases.csv", r"expected cases, got none"),
@@ -359,9 +342,9 @@ def test_read_layout_finds_faults_of_rows(tmp_path):
         ("image,label,case_id\na,b,..\n", "cases.csv", r"case ids without / .*, got '\.\.'"),
         ("[]", "cases.json", r"expected cases, got none"),
         ("{}", "cases.json", r"expected a JSON list of cases, got dict"),
-        ("[3]", "cases.json", r"file names in entry 1, got 3"),
-        ('[{"image": "a", "label": ["b"]}]', "cases.json", r"file names in entry 1, got "),
-        ('[{"image": 3, "label": "b"}]', "cases.json", r"file names in entry 1, got "),
+        ("[3]", "cases.json", r"file names\) in entry 1, got 3"),
+        ('[{"image": "a", "label": ["b"]}]', "cases.json", r"file names\) in entry 1, got "),
+        ('[{"image": 3, "label": "b"}]', "cases.json", r"file names\) in entry 1, got "),
         ("[", "cases.json", r"expected JSON, got: "),
     ],
 )
@@ -380,9 +363,7 @@ def test_read_layout_refuses_csv_that_is_not_utf8(tmp_path):
 def test_read_layout_refuses_what_it_does_not_know(tmp_path):
     touch(tmp_path, *(f"scan{n}.mha" for n in range(7)), ".hidden")
     fault = fault_of(tmp_path)
-    assert re.match(
-        r"dataset_dir: expected a folder with dataset\.json \(Medical .*nnU-Net\)", fault
-    )
+    assert fault.startswith("dataset_dir: expected a folder with dataset.json (Medical ")
     assert "cases.csv, cases.json, or folders images and labels" in fault
     assert f"found scan0.mha, scan1.mha, scan2.mha, scan3.mha, scan4.mha, … in {tmp_path}." in fault
 
@@ -416,18 +397,13 @@ def straying(tmp_path):
     return root
 
 
-def test_read_layout_finds_files_outside_of_the_folder(straying, tmp_path):
+def test_read_layout_finds_files_outside_the_folder(straying, tmp_path):
     layout = read_layout(straying)
-    assert ids(layout) == ["a"]
-    assert found(layout) == [("b", "outside"), ("beside", "outside")]
-    assert f"got {(tmp_path / 'store/b').resolve()}." in layout.findings[0].line
-
-
-def test_read_layout_allows_files_in_data_roots_and_keeps_the_names_of_links(straying, tmp_path):
+    assert (ids(layout), found(layout)) == (["a"], [("b", "outside"), ("beside", "outside")])
+    assert f"got {(tmp_path / 'store/b').resolve()}." in layout.issues[0].line
     layout = read_layout(straying, data_roots=[tmp_path / "store"])
-    assert ids(layout) == ["a", "b"]
-    assert layout.cases[1]["image"] == str(straying / "images/b.nii.gz")
-    assert found(layout) == [("beside", "outside")]
+    assert (ids(layout), found(layout)) == (["a", "b"], [("beside", "outside")])
+    assert layout.cases[1]["image"] == str(straying / "images/b.nii.gz")  # the link's name
     assert ids(read_layout(straying, data_roots=[tmp_path])) == ["a", "b", "beside"]
 
 
@@ -446,7 +422,7 @@ def test_read_layout_accepts_a_folder_that_is_a_link(straying, tmp_path):
 
 
 @pytest.mark.parametrize("linked", ["folder", "file"])
-def test_read_layout_finds_dicom_files_outside_of_the_folder(tmp_path, linked):
+def test_read_layout_finds_dicom_files_outside_the_folder(tmp_path, linked):
     store = series(tmp_path / "store")
     touch(tmp_path, "home/labels/a.nii.gz")
     inside = tmp_path / "home/images/a"
@@ -461,40 +437,20 @@ def test_read_layout_finds_dicom_files_outside_of_the_folder(tmp_path, linked):
     assert found(read_layout(tmp_path / "home", data_roots=[store])) == []
 
 
-def test_read_layout_finds_a_link_that_leads_nowhere(tmp_path):
+def test_read_layout_finds_a_link_to_a_file_that_does_not_exist(tmp_path):
     touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
     (tmp_path / "images/b.nii.gz").symlink_to(tmp_path / "gone")
     assert found(read_layout(tmp_path)) == [("b", "missing")]
 
 
-# ---- as a run sees it
-
-
 def test_load_cases_carries_what_the_layout_declares(tmp_path):
     labels = {"background": 0, "a": 1, "ignore": 2}
-    nnunet(tmp_path, cases=("a", "b", "c"), labels=labels, channel_names={"0": "CT", "1": "PET"})
-    cases = load_cases(tmp_path, num_folds=3)
-    assert (cases.layout, cases.root) == ("nnunet", tmp_path.resolve())
+    names = {"0": "CT", "1": "PET"}
+    nnunet(tmp_path / "n", cases=("a", "b", "c"), labels=labels, channel_names=names)
+    cases = load_cases(tmp_path / "n", num_folds=3)
+    assert (cases.kind, cases.root) == ("nnunet", (tmp_path / "n").resolve())
     assert (cases.channel_names, cases.num_channels) == (["CT", "PET"], 2)
     assert (cases.class_names, cases.ignore_value) == (["background", "a"], 2)
-
-
-def test_load_cases_knows_no_classes_and_channels_when_the_layout_declares_none(tmp_path):
-    touch(tmp_path, *(f"{kind}/{n}.nii.gz" for kind in ("images", "labels") for n in range(3)))
-    cases = load_cases(tmp_path, num_folds=3)
+    touch(tmp_path, *(f"f/{kind}/{n}.nii.gz" for kind in ("images", "labels") for n in range(3)))
+    cases = load_cases(tmp_path / "f", num_folds=3)
     assert (cases.class_names, cases.num_channels, cases.channel_names) == (None, None, None)
-
-
-def test_fingerprint_differs_when_a_channel_or_a_slice_has_another_size(tmp_path):
-    nnunet(tmp_path / "files", cases=("a", "b"))
-    for name in ("a", "b"):
-        series(tmp_path / "series/images" / name)
-        touch(tmp_path / "series", f"labels/{name}.nii.gz")
-    second = tmp_path / "files/imagesTr/a_0001.nii.gz"
-    one_slice = sorted((tmp_path / "series/images/a").iterdir())[1]
-    for root, file in ((tmp_path / "files", second), (tmp_path / "series", one_slice)):
-        before = load_cases(root, num_folds=2).fingerprint
-        assert load_cases(root, num_folds=2).fingerprint == before
-        with open(file, "ab") as stream:
-            stream.write(b"\0")
-        assert load_cases(root, num_folds=2).fingerprint != before

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -26,13 +28,15 @@ GIB = 2**30
 
 
 def spread(values):
-    return {"cases": np.array(values, float).tolist()}
+    return SimpleNamespace(cases=np.array(values, float).tolist())
 
 
 def fingerprint_of(spacings, shapes, **changes):
     """One of a dataset whose cases have these grids."""
     channel = {"foreground_std": None, "foreground_mean": None, "foreground_percentiles": {}}
-    return {
+    fields = {"channels": [channel], "classes": [{"name": "background"}, {"name": "tumour"}]}
+    fields |= {key: changes.pop(key) for key in [*changes] if key in fields}
+    known = {
         "num_cases": len(shapes),
         "num_channels": 1,
         "voxels_were_read": True,
@@ -40,10 +44,9 @@ def fingerprint_of(spacings, shapes, **changes):
         "shapes": spread(shapes),
         "occupied_shapes": spread(shapes),
         "occupied_share": 1.0,
-        "channels": [channel],
-        "classes": [{"name": "background"}, {"name": "tumour"}],
-        **changes,
+        **{key: [SimpleNamespace(**entry) for entry in value] for key, value in fields.items()},
     }
+    return SimpleNamespace(**known | changes)
 
 
 class Declared:
@@ -99,16 +102,16 @@ def test_fingerprint_has_the_axes_that_nibabel_makes_of_a_file(tmp_path, order, 
         nib.save(nib.Nifti1Image(voxels, affine), path)
     write_dataset_json(tmp_path, ["c1", "c2"])
     found = preflight(load_cases(tmp_path, num_folds=2))
-    assert found.findings == []
+    assert found.issues == []
     image = nib.as_closest_canonical(nib.load(path))
     left = [1 + np.ptp(axis) for axis in np.nonzero(image.get_fdata())]
     for n in range(2):
-        assert found.fingerprint["shapes"]["cases"][n] == list(image.shape)
-        assert found.fingerprint["occupied_shapes"]["cases"][n] == left
+        assert found.fingerprint.shapes.cases[n] == list(image.shape)
+        assert found.fingerprint.occupied_shapes.cases[n] == left
         np.testing.assert_allclose(
-            found.fingerprint["spacings_mm"]["cases"][n], image.header.get_zooms(), rtol=1e-6
+            found.fingerprint.spacings_mm.cases[n], image.header.get_zooms(), rtol=1e-6
         )
-    assert found.fingerprint["occupied_share"] == pytest.approx(17 * 15 / (20 * 18))
+    assert found.fingerprint.occupied_share == pytest.approx(17 * 15 / (20 * 18))
 
 
 def test_fingerprint_counts_classes_and_grey_values(tmp_path):
@@ -118,23 +121,23 @@ def test_fingerprint_counts_classes_and_grey_values(tmp_path):
     images, labels = (
         [nib.load(case[key]).get_fdata() for case in every] for key in ("image", "label")
     )
-    assert [entry["name"] for entry in got["classes"]] == ["background", "dim", "bright"]
-    for value, entry in enumerate(got["classes"]):
+    assert [entry.name for entry in got.classes] == ["background", "dim", "bright"]
+    for value, entry in enumerate(got.classes):
         counts = [(label == value).sum() for label in labels]
-        assert entry["num_cases"] == 4
-        assert entry["voxel_share"] == pytest.approx(sum(counts) / (4 * labels[0].size))
-        assert entry["median_volume_ml"] == pytest.approx(np.median(counts) * 1.5 / 1000)
-    (channel,) = got["channels"]
-    assert channel["mean"] == pytest.approx(np.mean([image.mean() for image in images]))
-    assert channel["std"] == pytest.approx(np.mean([image.std() for image in images]))
+        assert entry.num_cases == 4
+        assert entry.voxel_share == pytest.approx(sum(counts) / (4 * labels[0].size))
+        assert entry.median_volume_ml == pytest.approx(np.median(counts) * 1.5 / 1000)
+    (channel,) = got.channels
+    assert channel.mean == pytest.approx(np.mean([image.mean() for image in images]))
+    assert channel.std == pytest.approx(np.mean([image.std() for image in images]))
     levels = (np.arange(200) + 0.5) / 200
     pooled = [
         np.quantile(i.ravel("F")[label.ravel("F") > 0], levels)
         for i, label in zip(images, labels, strict=True)
     ]
-    for name, value in channel["foreground_percentiles"].items():
+    for name, value in channel.foreground_percentiles.items():
         assert value == pytest.approx(np.percentile(pooled, float(name)))
-    assert json.loads(json.dumps(got)) == got
+    assert json.loads(json.dumps(asdict(got))) == asdict(got)
 
 
 @pytest.mark.parametrize("level", ["fast", "off"])
@@ -144,8 +147,8 @@ def test_fingerprint_is_of_headers_alone_when_voxels_are_not_to_be_read(tmp_path
     preflight(cases, cache_dir=tmp_path / "cache")
     got = preflight(cases, level, tmp_path / "cache").fingerprint
     assert got == preflight(cases, level).fingerprint
-    assert not got["voxels_were_read"]
-    assert (got["channels"], got["classes"], got["occupied_share"]) == ([], [], None)
+    assert not got.voxels_were_read
+    assert (got.channels, got.classes, got.occupied_share) == ([], [], None)
     plan = plan_of(got, cases)
     assert plan.crop_empty_borders is False
     assert plan.normalization == ["zscore"]

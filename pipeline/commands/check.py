@@ -94,7 +94,7 @@ def table(found: Any) -> list[str]:
     cases = found.cases
     counts = {side: len(getattr(cases, side)) for side in ("train", "validation", "test")}
     sides = ", ".join(f"{count} {side}" for side, count in counts.items())
-    lines = [f"{cases.name} ({cases.layout}): {sides}"]
+    lines = [f"{cases.name} ({cases.kind}): {sides}"]
     if cases.excluded:
         lines.append(f"Excluded: {', '.join(cases.excluded)}")
     lines += found.notes

@@ -26,9 +26,8 @@ from typing import Any
 
 from pipeline.commands.command import run_command
 from pipeline.config.compose import parse_overrides
-from pipeline.data.described import read_described
-from pipeline.data.layouts import read_layout
-from pipeline.data.listing import DatasetLayout
+from pipeline.data.cases import DatasetLayout
+from pipeline.data.layouts import read_dataset_json, read_layout
 from pipeline.data.pairs import MAX_VALUE, Pair, match, read_pair
 from pipeline.data.splits import persons_of
 from pipeline.errors import InputError, nearest
@@ -159,7 +158,7 @@ def _description(label_dir: Path, options: Mapping[str, Any]) -> DatasetLayout:
     if options["class_names"] is None:
         for folder in (label_dir, label_dir.resolve().parent):
             if (folder / "dataset.json").is_file():
-                return read_described(folder)  # of which no image need be there
+                return read_dataset_json(folder)  # of which no image need be there
     return DatasetLayout(Path(), "", "")
 
 

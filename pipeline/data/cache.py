@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pipeline import distributed
+from pipeline.data.cases import Case, add_case_id
 from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.entry import BROKEN, FORMAT, Entry, open_entry
 from pipeline.data.issues import some
-from pipeline.data.listing import Case, named
 from pipeline.data.store import EntryStore
 from pipeline.errors import InputError, innermost
 from pipeline.progress_bar import ProgressBar
@@ -207,7 +207,7 @@ class CachedDataset(Dataset):
         num_classes: int | None = None,
         ignore_value: int | None = None,
     ) -> None:
-        self.data = [named(case) for case in data]
+        self.data = [add_case_id(case) for case in data]
 
         def prepare(case: Case) -> Mapping[str, Any]:
             made = transform(case)

@@ -1,8 +1,8 @@
-"""What a case's files hold, as one key: equal bytes have equal keys, wherever they lie.
+"""What a case's files hold, as one key: equal bytes have equal keys in any folder.
 
-Reading every file at every start would take as long as training on it, so that the hash of a file
-is remembered while its name, size, times and inode stay as they are. The memory holds no names,
-for the name of a file may name a person.
+Reading every file at every start would take as long as training on it, so the hash of a file is
+remembered while its name, size, times and inode stay as they are. The JSON file of hashes holds no
+file names, since the name of a file may name a person.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ import hashlib
 import json
 import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.data.nifti import files_of
+from pipeline.data.cases import files_of
+from pipeline.files import replace_file
+from pipeline.progress_bar import ProgressBar
 
-HASHES = "volume_cache_hashes.json"  # in cache_dir, which may have files of others
-MAX_THREADS = 8
-MOST_FILES = 100_000  # remembered, the latest
+HASHES = "volume_cache_hashes.json"  # in cache_dir, which other programs may use as well
+MAX_THREADS = 8  # each may hold a volume in memory
+MAX_FILES = 100_000  # the latest of these are remembered
 SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
 HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class ContentHashes:
-    """SHA-256 of files, remembered in a JSON file that is ignored unless it is whole.
+    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact.
 
     Args:
         path: The JSON file.
@@ -36,44 +40,66 @@ class ContentHashes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = _remembered(path)
+        self._known = _read_hashes(path)
         self._new: dict[str, str] = {}
 
-    def of_case(self, case: Mapping[str, Any]) -> str:
+    def of_case(
+        self, case: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
+    ) -> str:
         """Key of a case: the bytes of its image and label files, and what else it says.
 
         Its `case_id` and the names of its files do not count. An image is a file, a list of files
         (one per channel), or a directory, of which all files count in the order of their names.
 
+        Args:
+            case: The case.
+            hash_file: Gives the SHA-256 of a file, in place of `of_file`.
+
         Raises:
             OSError: If a file cannot be read.
         """
         files = {
-            name: [[self.of_file(file) for file in _files(Path(path).absolute())] for path in paths]
+            name: [[*map(hash_file or self.of_file, _list_files(path))] for path in paths]
             for name, paths in files_of(case).items()
         }
         rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
         return sha256_of([files, rest])
 
+    def knows(self, case: Mapping[str, Any]) -> bool:
+        """Whether the hashes of all files of a case are remembered."""
+        paths = [path for paths in files_of(case).values() for path in paths]
+        return all(_identity(file) in self._known for path in paths for file in _list_files(path))
+
     def of_file(self, path: Path) -> str:
-        """SHA-256 of a file's bytes, read or remembered."""
+        """SHA-256 of a file's bytes, remembered or computed."""
         before = _identity(path)
         if before in self._known:
             return self._known[before]
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._remember(path, before, digest)
+        return digest
+
+    def read_file(self, path: Path) -> tuple[bytes, str]:
+        """The bytes of a file, and their SHA-256."""
+        before = _identity(path)
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        self._remember(path, before, digest)
+        return content, digest
+
+    def _remember(self, path: Path, before: str, digest: str) -> None:
         settled = time.time() - path.stat().st_ctime > SETTLED_S
         if settled and _identity(path) == before:
             self._known[before] = self._new[before] = digest
-        return digest
 
     def save(self) -> None:
         """Remember for the next start; without room for it, the next start reads again."""
         if not self._new:
             return
-        files = dict(list({**_remembered(self.path), **self._new}.items())[-MOST_FILES:])
-        with contextlib.suppress(OSError):
-            write_whole(self.path, json.dumps({"sha256": sha256_of(files), "files": files}))
+        files = dict(list({**_read_hashes(self.path), **self._new}.items())[-MAX_FILES:])
+        with contextlib.suppress(OSError), replace_file(self.path) as path:
+            path.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
         self._new = {}
 
 
@@ -82,7 +108,7 @@ def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str
 
     Args:
         cases: As `ContentHashes.of_case` takes them.
-        cache_dir: Where the hashes of files are remembered.
+        cache_dir: Folder where the hashes of files are remembered.
     """
     hashes = ContentHashes(cache_dir / HASHES)
 
@@ -91,10 +117,16 @@ def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str
             return hashes.of_case(case)
         return None
 
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        found = list(pool.map(content, cases))
+    found = map_threads(content, cases)
     hashes.save()
     return {c["case_id"]: key for c, key in zip(cases, found, strict=True) if key is not None}
+
+
+def map_threads(function: Callable[[T], R], items: Sequence[T], desc: str | None = None) -> list[R]:
+    """Call a function of each item in several threads, with a progress bar if it has a name."""
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        results = pool.map(function, items)
+        return list(ProgressBar(results, desc=desc, total=len(items)) if desc else results)
 
 
 def sha256_of(value: Any) -> str:
@@ -103,23 +135,8 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that others, who may write it at the same time, see it whole or not at all.
-
-    Raises:
-        OSError: If the system refuses; the file is then as it was.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _remembered(path: Path) -> dict[str, str]:
-    """Hashes in the file; none if one byte of it is not as it was written."""
+def _read_hashes(path: Path) -> dict[str, str]:
+    """Hashes in the file; none unless every byte of it is as it was written."""
     try:
         content = json.loads(path.read_bytes())
         files = content["files"]
@@ -133,11 +150,12 @@ def _identity(path: Path) -> str:
     return sha256_of([str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _list_files(path: str) -> Iterator[Path]:
     """The files that a file name stands for."""
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.is_file())
-    elif path.suffix in HEADERS:
-        yield from sorted(file for file in path.parent.iterdir() if file.stem == path.stem)
+    file = Path(path).absolute()
+    if file.is_dir():
+        yield from sorted(child for child in file.rglob("*") if child.is_file())
+    elif file.suffix in HEADERS:
+        yield from sorted(child for child in file.parent.iterdir() if child.stem == file.stem)
     else:
-        yield path
+        yield file

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from pipeline import distributed
-from pipeline.data.dataset import Case, Cases, given_cases, load_cases
+from pipeline.data.cases import Case
+from pipeline.data.dataset import Cases, given_cases, load_cases
 from pipeline.data.forecast import Forecast, available_bytes
 from pipeline.data.memory import run_bytes, triples
 from pipeline.data.phantom import make_phantom
@@ -140,8 +141,8 @@ class DataModule:
         levels = min(self.recompute_levels, len(strides))
         sizes = self.base_channels, plan.num_classes, plan.in_channels
         windows = Windows(plan.roi_size, plan.num_classes, **self.windows)
-        shapes = np.array(found.fingerprint["shapes"]["cases"], float)
-        shapes *= np.array(found.fingerprint["spacings_mm"]["cases"]) / np.array(plan.spacing)
+        shapes = np.array(found.fingerprint.shapes.cases, float)
+        shapes *= np.array(found.fingerprint.spacings_mm.cases) / np.array(plan.spacing)
         largest = np.maximum(np.rint(shapes[shapes.prod(axis=1).argmax()]), 1).astype(int)
         batch = -(-plan.batch_size // distributed.size())
         peaks = run_bytes(Net(strides, *sizes, levels, mode), batch, windows, largest.tolist())

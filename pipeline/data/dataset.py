@@ -1,73 +1,48 @@
-"""A dataset as one run sees it: its cases, split, and what is known of images and labels."""
+"""A dataset as one run sees it: its cases and their split, its classes and its channels."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.issues import DatasetIssue
+from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, resolve_paths
+from pipeline.data.issues import require
 from pipeline.data.layouts import read_layout
-from pipeline.data.listing import Case, DatasetLayout, named, paths_of, resolved
-from pipeline.data.split_files import split_by_file
-from pipeline.data.splits import GroupPattern, Split, split_by_hash
+from pipeline.data.splits import GroupPattern, Split, split_by_file, split_by_hash
 from pipeline.errors import InputError, nearest
 from transforms.dicom import dicom_files
 
 
-@dataclass(frozen=True)
-class Cases:
-    """The cases of a dataset, split for one run.
+@dataclass(frozen=True, kw_only=True)
+class Cases(DatasetLayout):
+    """The cases of a dataset, split for one run; see `DatasetLayout` for what a case is.
 
-    Attributes:
-        name: Of the dataset.
-        class_names: In the order of the label values, background first; None where the layout does
-            not declare them.
-        train: Dictionaries with `case_id`, `image` (a path, or a list with one per channel),
-            `label` and perhaps `group`. A path is an absolute file name, or a folder's that holds a
-            DICOM series.
-        validation: The same, of other persons.
-        fingerprint: SHA-256 over case ids, file sizes and labels: the same data has the same
-            one wherever it lies.
-        description: Free facts of `dataset.json`: description, reference, licence.
-        test: Cases of persons that no fold trains or validates on.
-        root: Folder of the dataset, links resolved.
-        layout: `msd`, `nnunet`, `folders`, `table` or, of `given_cases`, `given`.
-        channel_names: In the order of the channels; None where the layout does not declare them.
-        ignore_value: Label value of voxels that count for nothing; None if there is none.
-        findings: What is wrong with single cases; a case with a fault is in no part of the split.
-        excluded: Ids of the cases that were left out on demand.
+    A case with a fault is in no part of the split; its faults are in `issues`. The fingerprint is
+    the SHA-256 over case ids, file sizes and labels: the same data has the same in any folder.
     """
 
-    name: str
-    class_names: list[str] | None
     train: list[Case]
-    validation: list[Case]
+    validation: list[Case]  # of other persons; empty with fold `all`
+    test: list[Case] = field(default_factory=list)  # of persons in no fold
     fingerprint: str
-    description: dict[str, str]
-    test: list[Case] = field(default_factory=list)
-    root: Path = Path()
-    layout: str = "msd"
-    channel_names: list[str] | None = None
-    ignore_value: int | None = None
-    findings: list[DatasetIssue] = field(default_factory=list)
-    excluded: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)  # case ids that were left out on demand
 
     def image_dir(self, dataset_dir: str) -> str:
         """Folder of the first training image, as seen from where the dataset is `dataset_dir`."""
-        image = self.train[0]["image"]
-        first = image if isinstance(image, str) else image[0]
-        place = os.path.relpath(Path(first).parent, self.root)
-        start = (
-            dataset_dir
-            if Path(dataset_dir).suffix not in (".csv", ".json")
-            else (os.path.dirname(dataset_dir))
-        )
+        place = os.path.relpath(Path(paths_of(self.train[0])[0]).parent, self.root)
+        is_table = Path(dataset_dir).suffix in (".csv", ".json")
+        start = os.path.dirname(dataset_dir) if is_table else dataset_dir
         return os.path.normpath(os.path.join(start, place))
+
+    @property
+    def all(self) -> list[Case]:
+        """Training, validation and test cases, in this order."""
+        return [*self.train, *self.validation, *self.test]
 
     @property
     def num_channels(self) -> int | None:
@@ -91,92 +66,78 @@ def load_cases(
 
     Args:
         dataset_dir: A folder, or a table; see `pipeline.data.layouts`.
-        fold: Which of the folds is validated on, or `all`; see `split_by_hash`.
-        num_folds: Parts that the persons are divided into; with `split_file` of no meaning.
-        split_seed: Which division; with `split_file` of no meaning.
+        fold: The fold to validate on, or `all`; see `split_by_hash`.
+        num_folds: Number of parts that the persons are divided into; unused with `split_file`.
+        split_seed: Seed of the division; unused with `split_file`.
         group_pattern: Tells persons apart; see `person_of`.
-        test_fraction: Of the persons, kept from training and validation.
+        test_fraction: Share of the persons that is kept from training and validation.
         split_file: States the split in place of the four before; see `split_by_file`.
         exclude: Ids of cases to leave out before anything else is done with them.
-        data_roots: Folders outside of the dataset's that files may lie in.
+        data_roots: Folders outside the dataset's that files may lie in.
 
     Raises:
-        InputError: One line per fault of the dataset as a whole, of the split or of `exclude`, the
-            faults of single cases before them. These alone raise nothing: see `Cases.findings`.
+        InputError: One line per fault of the dataset as a whole, of the split or of `exclude`,
+            after the faults of single cases. These alone do not raise: see `Cases.issues`.
     """
-    layout = _without(read_layout(dataset_dir, data_roots=data_roots), exclude)
+    layout = _exclude(read_layout(dataset_dir, data_roots=data_roots), exclude)
     how: dict[str, Any] = {"fold": fold, "group_pattern": group_pattern}
-    by_hash: dict[str, Any] = {
-        "num_folds": num_folds,
-        "split_seed": split_seed,
-        "test_fraction": test_fraction,
-    }
     try:
         if split_file is None:
-            split = split_by_hash(layout.cases, **how, **by_hash)
-        elif test_fraction:
-            raise InputError(
-                f"test_fraction: expected 0 with split_file, got {test_fraction}. State the test "
-                "cases in the file."
-            )
+            how |= {"num_folds": num_folds, "split_seed": split_seed}
+            split = split_by_hash(layout.cases, **how, test_fraction=test_fraction)
         else:
-            left_out = {*exclude, *(finding.case_id for finding in layout.findings)}
+            remedy = "State the test cases in the file."
+            expected = "0 with split_file"
+            require(not test_fraction, "test_fraction", expected, test_fraction, remedy)
+            left_out = {*exclude, *(issue.case_id for issue in layout.issues)}
             split = split_by_file(layout.cases, split_file, **how, left_out=left_out)
     except InputError as error:
-        # cases with a fault are not there to be split, which may be why there are too few
-        raise InputError(*(finding.line for finding in layout.findings), *error.faults) from None
-    return _cases(layout, split, sorted(set(exclude)))
+        # cases with a fault are left out, which may be why there are too few to split
+        raise InputError(*(issue.line for issue in layout.issues), *error.faults) from None
+    return _make_cases(layout, split, sorted(set(exclude)))
 
 
 def given_cases(
     train: Sequence[Case], validation: Sequence[Case], class_names: list[str] | None = None
 ) -> Cases:
-    """Cases that a client hands over in place of a dataset, and has split itself.
+    """Take cases that a client lists and splits itself, in place of a dataset.
 
     Args:
-        train: Dictionaries with `image` and `label`, absolute file names; one that has no `case_id`
-            is called as its image is.
+        train: Dictionaries with `image` and `label`, absolute file names; without `case_id` a case
+            is named after its image.
         validation: The same.
         class_names: In the order of the label values, background first, where they are known.
 
     Raises:
-        InputError: If there is none to train on, or one is not as described.
+        InputError: If there is no training case, or a case has another form.
     """
     where = "train#dataset#data"
-    listed = [*train, *validation]
-    for case in listed:
-        if not isinstance(case, dict) or not _are_paths(case.get("image"), case.get("label")):
+    for case in (*train, *validation):
+        valid = isinstance(case, dict) and _are_paths(case.get("image"), case.get("label"))
+        if not valid:
             raise InputError(f"{where}: expected cases with image and label, got {case!r}.")
-    if not train:
-        raise InputError(f"{where}: expected cases, got none. List one or more.")
-    listed = [named(case) for case in listed]
+    require(train, where, "cases", "none", "List one or more.")
+    listed = [add_case_id(case) for case in (*train, *validation)]
     folders = [os.path.dirname(os.path.abspath(path)) for case in listed for path in paths_of(case)]
     root = Path(os.path.commonpath(folders))
-    # what their folder is called may name a person
+    # the folder's own name may name a person
     stated = DatasetLayout(root, "given", "data of a client", class_names, cases=listed)
-    layout = resolved(stated, root, (), where)
-    sides = {case["case_id"]: number < len(train) for number, case in enumerate(listed)}
-    split = Split(
-        train=[case for case in layout.cases if sides[case["case_id"]]],
-        validation=[case for case in layout.cases if not sides[case["case_id"]]],
-        test=[],
-    )
-    return _cases(layout, split, [])
+    layout = resolve_paths(stated, root, (), where)
+    train_ids = {case["case_id"] for case in listed[: len(train)]}
+    sides: tuple[list[Case], list[Case]] = [], []
+    for case in layout.cases:
+        sides[case["case_id"] not in train_ids].append(case)
+    return _make_cases(layout, Split(*sides, test=[]), [])
 
 
 def _are_paths(image: Any, label: Any) -> bool:
-    several = image if isinstance(image, list) and image else [image]
-    return all(isinstance(path, str) for path in [*several, label])
+    channels = image if isinstance(image, list) and image else [image]
+    return all(isinstance(path, str) for path in [*channels, label])
 
 
-def _without(layout: DatasetLayout, exclude: Sequence[str]) -> DatasetLayout:
-    """The layout without some cases.
-
-    Raises:
-        InputError: For each that is not in it.
-    """
+def _exclude(layout: DatasetLayout, exclude: Collection[str]) -> DatasetLayout:
     known = [case["case_id"] for case in layout.cases]
-    known += [finding.case_id for finding in layout.findings]
+    known += [issue.case_id for issue in layout.issues]
     faults = [
         f"exclude: expected cases of the dataset, got '{case_id}'. {nearest(case_id, known)}"
         for case_id in dict.fromkeys(exclude)
@@ -187,32 +148,22 @@ def _without(layout: DatasetLayout, exclude: Sequence[str]) -> DatasetLayout:
     return replace(
         layout,
         cases=[case for case in layout.cases if case["case_id"] not in exclude],
-        findings=[finding for finding in layout.findings if finding.case_id not in exclude],
+        issues=[issue for issue in layout.issues if issue.case_id not in exclude],
     )
 
 
-def _cases(layout: DatasetLayout, split: Split, excluded: list[str]) -> Cases:
+def _make_cases(layout: DatasetLayout, split: Split, excluded: list[str]) -> Cases:
+    sizes = [(case["case_id"], *map(_size, paths_of(case))) for case in layout.cases]
+    labels = None if layout.labels is None else dict(layout.labels)
+    fingerprint = hashlib.sha256(json.dumps([sorted(sizes), labels]).encode()).hexdigest()
     return Cases(
-        name=layout.name,
-        class_names=layout.class_names,
+        **vars(layout) | {"issues": [*layout.issues, *split.issues]},
         train=split.train,
         validation=split.validation,
-        fingerprint=_fingerprint(layout.cases, layout.labels),
-        description=layout.description,
         test=split.test,
-        root=layout.root,
-        layout=layout.kind,
-        channel_names=layout.channel_names,
-        ignore_value=layout.ignore_value,
-        findings=[*layout.findings, *split.findings],
+        fingerprint=fingerprint,
         excluded=excluded,
     )
-
-
-def _fingerprint(cases: list[Case], labels: Mapping[str, Any] | None) -> str:
-    facts = [(case["case_id"], *map(_size, paths_of(case))) for case in cases]
-    stated = None if labels is None else dict(labels)
-    return hashlib.sha256(json.dumps([sorted(facts), stated]).encode()).hexdigest()
 
 
 def _size(path: str) -> int | list[int]:

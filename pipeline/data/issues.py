@@ -1,21 +1,22 @@
-"""What is found wrong with a dataset: one line for a person, fields for a program."""
+"""What is wrong with a dataset: one line for people, fields for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+
+from pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
 class DatasetIssue:
     """One fault or warning about one case.
 
-    Args:
-        case_id: Of the case.
-        check: Which check found it, a word for programs: `missing`, `outside`, `affine`, …
+    Attributes:
+        case_id: The case.
+        check: The check that found it, one word for programs: `missing`, `outside`, `affine`, …
         message: `expected {X}, got {Y}. {what to do}`, without the case id.
-        warning: Whether training may go on all the same.
+        warning: Whether training may start all the same.
     """
 
     case_id: str
@@ -25,26 +26,16 @@ class DatasetIssue:
 
     @property
     def line(self) -> str:
-        """The message after its case."""
+        """The message after the case id."""
         return f"{self.case_id}: {self.message}"
 
 
-class Problem(NamedTuple):
-    """What a finding says, in the words that all have, before it is said of a case."""
-
-    check: str
-    expected: str
-    got: str
-    remedy: str
-    warning: bool = False
-
-
-def make_finding(case: Mapping[str, Any], problem: Problem) -> DatasetIssue:
-    """The finding that `case` has this problem."""
-    message = f"expected {problem.expected}, got {problem.got}. {problem.remedy}."
-    return DatasetIssue(case["case_id"], problem.check, message, problem.warning)
+def require(condition: object, where: object, expected: str, got: object, remedy: str) -> None:
+    """Raise an InputError of one line unless a condition holds."""
+    if not condition:
+        raise InputError(f"{where}: expected {expected}, got {got}. {remedy}")
 
 
 def some(words: Sequence[str]) -> str:
-    """The first five, and how many more there are."""
+    """Name the first five words, and count the others."""
     return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")

@@ -1,4 +1,4 @@
-"""Which layout a dataset has, found out by looking at it.
+"""Dataset layouts: readers that list the cases of a folder or a table.
 
 msd      dataset.json with labels and training pairs (Medical Segmentation Decathlon)
 nnunet   dataset.json with channel_names, imagesTr/<case>_0000.nii.gz (nnU-Net v2 raw)
@@ -8,19 +8,37 @@ folders  images/ and labels/ (or imagesTr/ and labelsTr/) with equal names
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.described import read_described
-from pipeline.data.folders import folder_pair, read_folders
-from pipeline.data.listing import DatasetLayout, resolved
-from pipeline.data.tables import TABLES, read_table
-from pipeline.errors import InputError
+from pipeline.data.cases import (
+    ENDINGS,
+    Case,
+    DatasetLayout,
+    case_name,
+    list_volumes,
+    resolve_paths,
+    split_channel,
+)
+from pipeline.data.issues import DatasetIssue, require
+from pipeline.errors import InputError, nearest
 
+TABLES = ("cases.csv", "cases.json")
+FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 KNOWN = (
     "dataset.json (Medical Segmentation Decathlon or nnU-Net), cases.csv, cases.json, "
     "or folders images and labels"
 )
+# keys of `dataset.json` with facts about the dataset, and their names here
+FACTS = {key: key for key in ("description", "reference")} | dict.fromkeys(
+    ("license", "licence"), "licence"
+)
+Listed = tuple[list[Case], list[DatasetIssue]]
 
 
 def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = ()) -> DatasetLayout:
@@ -28,55 +46,350 @@ def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = (
 
     Args:
         dataset_dir: A folder, or a `.csv` or `.json` file that lists cases.
-        data_roots: Folders outside of it that files may lie in; a path that leads elsewhere, by
-            `..` or through a link, is a fault.
+        data_roots: Other folders that files may lie in; a path that leads elsewhere, by `..` or
+            through a link, is a fault.
 
     Returns:
-        What is there. Faults of single cases are `findings`, and such cases are left out.
+        The cases that can be used; faults of single cases are its `issues`.
 
     Raises:
-        InputError: One line per fault of the dataset as a whole: no layout that is known, a
-            description that cannot be read, no case at all.
+        InputError: One line per fault of the dataset as a whole: an unknown layout, a description
+            that cannot be read, no case at all.
     """
     path = Path(dataset_dir)
     try:
-        return _recognised(path, data_roots)
-    except OSError as error:  # of a folder that may not be looked into
+        if not path.is_file():
+            layout, where = _read_folder(path)
+            return resolve_paths(layout, path, data_roots, str(where))
+        is_table = path.suffix.lower() in (".csv", ".json")
+        form = "a folder, or a .csv or .json file that lists cases"
+        require(is_table, "dataset_dir", form, path, "Name one of these.")
+        return resolve_paths(_read_table(path), path.parent, data_roots, str(path))
+    except OSError as error:  # a folder without read permission
         raise InputError(
             f"{path}: expected files that can be read, got: {error}. Change their permissions."
         ) from error
 
 
-def _recognised(path: Path, data_roots: Sequence[str | Path]) -> DatasetLayout:
-    if path.is_file():
-        if path.suffix.lower() not in (".csv", ".json"):
-            raise InputError(
-                f"dataset_dir: expected a folder, or a .csv or .json file that lists cases, "
-                f"got {path}. Name one of these."
-            )
-        return resolved(read_table(path), path.parent, data_roots, str(path))
+def _read_folder(path: Path) -> tuple[DatasetLayout, Path]:
+    """The layout of a folder, and what lists its cases."""
+    expected = f"dataset_dir: expected a folder with {KNOWN}, found"
     if not path.is_dir():
-        raise InputError(
-            f"dataset_dir: expected a folder with {KNOWN}, found no {path}. Check the path."
-        )
-    tables = [path / name for name in TABLES if (path / name).is_file()]
+        raise InputError(f"{expected} no {path}. Check the path.")
     if (path / "dataset.json").is_file():
-        return resolved(read_described(path), path, data_roots, str(path / "dataset.json"))
-    if len(tables) > 1:
-        raise InputError(
-            f"{path}: expected one of cases.csv and cases.json, got both. Name the file that is "
-            "meant as dataset_dir."
-        )
+        return read_dataset_json(path), path / "dataset.json"
+    tables = [path / name for name in TABLES if (path / name).is_file()]
+    remedy = "Name the file that is meant as dataset_dir."
+    require(len(tables) < 2, path, "one of cases.csv and cases.json", "both", remedy)
     if tables:
-        return resolved(read_table(tables[0]), path, data_roots, str(tables[0]))
-    if folder_pair(path):
-        return resolved(read_folders(path), path, data_roots, str(path))
-    raise InputError(
-        f"dataset_dir: expected a folder with {KNOWN}, found {_contents(path)} in {path}. "
-        "Check the path."
+        return _read_table(tables[0]), tables[0]
+    for names in FOLDERS:
+        if all((path / name).is_dir() for name in names):
+            cases, issues = _pair_folders(path, *names)
+            name = path.resolve().name
+            return DatasetLayout(kind="folders", name=name, cases=cases, issues=issues), path
+    found = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
+    listed = ", ".join([*found[:5], *(["…"] if len(found) > 5 else [])]) or "nothing"
+    raise InputError(f"{expected} {listed} in {path}. Check the path.")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, with or without a byte order mark.
+
+    Raises:
+        InputError: If it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got: {error}. Correct the file.") from None
+
+
+# ---- dataset.json
+
+
+def read_dataset_json(root: Path) -> DatasetLayout:
+    """Read a `dataset.json` of the Medical Segmentation Decathlon or nnU-Net v2; paths as stated.
+
+    Args:
+        root: Folder that holds it.
+
+    Raises:
+        InputError: One line per fault of `dataset.json`.
+    """
+    path = root / "dataset.json"
+    source = read_json(path)
+    got = type(source).__name__
+    require(isinstance(source, Mapping), path, "a JSON object", got, "Correct the file.")
+    is_nnunet = bool({"file_ending", "dataset"} & source.keys()) or (
+        "channel_names" in source and "training" not in source
+    )
+    has_names = "channel_names" in source or (is_nnunet and "modality" not in source)
+    channels = "channel_names" if has_names else "modality"
+    kinds: dict[str, Any] = {"labels": Mapping, channels: Mapping}
+    if not is_nnunet:
+        kinds["training"] = list
+    elif "dataset" in source:
+        kinds["dataset"] = Mapping
+    faults = [
+        f"{path}: expected '{key}' ({kind.__name__.lower()}, not empty), got {source.get(key)!r}. "
+        "Correct the file."
+        for key, kind in kinds.items()
+        if not isinstance(source.get(key), kind) or not source[key]
+    ]
+    if faults:
+        raise InputError(*faults)
+    class_names, ignore_value = _read_labels(source["labels"], path, may_ignore=is_nnunet)
+    channel_names = [name for _, name in _sort_by_value(source[channels])]
+    listed: Listed
+    if not is_nnunet:
+        entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
+        listed = _read_entries(entries, path), []
+    elif "dataset" in source:
+        entries = {
+            f"dataset['{case_id}']": {**entry, "case_id": case_id, "image": entry.get("images")}
+            if isinstance(entry, Mapping)
+            else entry
+            for case_id, entry in source["dataset"].items()
+        }
+        listed = _read_entries(entries, path), []
+    else:
+        ending = source.get("file_ending", ".nii.gz")
+        expected = "file_ending .nii.gz or .nii"
+        require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
+        listed = _pair_folders(root, *FOLDERS[1], ending, len(channel_names))
+    return DatasetLayout(
+        kind="nnunet" if is_nnunet else "msd",
+        name=str(source.get("name", root.resolve().name)),
+        class_names=class_names,
+        channel_names=channel_names,
+        ignore_value=ignore_value,
+        cases=listed[0],
+        issues=listed[1],
+        description={fact: str(source[key]) for key, fact in FACTS.items() if source.get(key)},
+        labels=dict(source["labels"]),
     )
 
 
-def _contents(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "nothing"
+def _read_labels(
+    labels: Mapping[str, Any], where: Path, *, may_ignore: bool
+) -> tuple[list[str], int | None]:
+    """Names in the order of the values, which must be 0, 1, 2, …, and the value to ignore."""
+    regions = [name for name, value in labels.items() if isinstance(value, (list, Mapping))]
+    got, remedy = f"a region for {', '.join(regions)}", "Declare its parts as labels of their own."
+    require(not regions, where, "one value per label", got, remedy)
+    stated = _sort_by_value(labels)
+    names = [name for _, name in stated]
+    ignored = names.index("ignore") if may_ignore and "ignore" in names else None
+    count = len(names) - (ignored is not None)
+    is_dense = [value for value, _ in stated] == [str(n) for n in range(len(names))]
+    expected = "labels '0' (background), '1', '2', … without gaps"
+    require(is_dense and count > 1, where, expected, list(labels), "Renumber them.")
+    expected = f"label 'ignore' to have the highest value, {count}"
+    require(ignored in (None, count), where, expected, ignored, "Renumber the labels.")
+    return names[:count], ignored
+
+
+def _sort_by_value(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of value and name by value: Decathlon states value to name, nnU-Net name to value."""
+    pairs = [(str(key), str(value)) for key, value in stated.items()]
+    numbered = all(key.isdecimal() for key in stated)
+    if not numbered or any(isinstance(value, int) for value in stated.values()):
+        pairs = [(value, name) for name, value in pairs]
+    return sorted(pairs, key=lambda pair: int(pair[0]) if pair[0].isdecimal() else -1)
+
+
+# ---- folders
+
+
+def _pair_folders(
+    root: Path, image_folder: str, label_folder: str, ending: str = "", num_channels: int = 0
+) -> Listed:
+    """Cases of a folder of images, NIfTI files or DICOM series, and one of labels of equal names.
+
+    With `num_channels`, every image is a channel, such as `amos_0001`. Without, such a name may be
+    a case or a channel: it is a case if a label is named so, and a channel if the rest of it names
+    a label, or if no name at all is that of a label.
+    """
+    images, issues = _volumes_by_name(root, image_folder, ending)
+    labels, more = _volumes_by_name(root, label_folder, ending)
+    whole = {} if num_channels else images.keys() & labels.keys()
+    grouped: dict[str, dict[str, str]] = {}
+    for name, path in images.items():
+        channel = None if name in whole else split_channel(name)
+        if channel is None or (whole and channel[0] not in labels):
+            channel = name, ""
+        grouped.setdefault(channel[0], {})[channel[1]] = path
+    found = {number for channels in grouped.values() for number in channels}
+    numbers = [f"{n:04d}" for n in range(num_channels or len(found))]
+    is_plain = found == {""} and not num_channels
+    cases, unpaired = _pair(grouped, labels, [""] if is_plain else numbers)
+    return cases, issues + more + unpaired
+
+
+def _volumes_by_name(
+    root: Path, folder: str, ending: str
+) -> tuple[dict[str, str], list[DatasetIssue]]:
+    found: dict[str, str] = {}
+    issues = []
+    message = f"expected one volume of this name in {folder}, got two. Rename or remove one."
+    for path in list_volumes(root / folder):
+        if path.name.endswith(ending):
+            name = case_name(path)
+            if name in found:
+                issues.append(DatasetIssue(name, "duplicate_id", message))
+            found[name] = f"{folder}/{path.name}"
+    return found, issues
+
+
+def _pair(
+    images: Mapping[str, Mapping[str, str]], labels: Mapping[str, str], numbers: Sequence[str]
+) -> Listed:
+    """Cases that have all channels in `numbers` and a label, and an issue for each other."""
+
+    def words(channels: Sequence[str]) -> str:
+        return ", ".join(number or "in one file" for number in channels)
+
+    cases: list[Case] = []
+    issues = []
+    for case in sorted({*images, *labels}):
+        channels = images.get(case, {})
+        missing = [number for number in numbers if number not in channels]
+        check, message = "unpaired", f"expected channels {words(numbers)}"
+        if case not in images:
+            message = f"expected an image of label {labels[case]}, found none. Add it or move the "
+            message += "label away."
+        elif case not in labels:
+            message = f"expected a label of image {channels[min(channels)]}, found none. Add it or "
+            message += "move the image away."
+        elif missing:
+            check, message = "missing", f"{message}, found no {words(missing)}. Add it."
+        elif len(channels) > len(numbers):
+            message += f", got {words(sorted(channels))}. Move the others away."
+        else:
+            image = [channels[number] for number in numbers]
+            cases.append(_make_case({"case_id": case, "image": image, "label": labels[case]}))
+            continue
+        issues.append(DatasetIssue(case, check, message))
+    return cases, issues
+
+
+# ---- lists of cases
+
+
+def _make_case(entry: Mapping[str, Any], image_keys: Sequence[str] = ("image",)) -> Case:
+    """The case of an entry, named after its image unless it has a name."""
+    image: Any = [path for key in image_keys for path in _as_list(entry.get(key, ""))]
+    case = {key: str(entry[key]) for key in ("case_id", "label", "group") if entry.get(key)}
+    case["image"] = image if len(image) > 1 else image[0]
+    if "case_id" not in case and image[0]:
+        name = case_name(image[0])
+        channel = split_channel(name) if len(image) > 1 else None
+        case["case_id"] = channel[0] if channel else name
+    return case
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_entries(entries: Mapping[str, Any], where: Path, required: Collection[str]) -> None:
+    """Refuse JSON values that are no objects with file names."""
+
+    def is_valid(key: str, value: Any) -> bool:
+        if value is None or not re.fullmatch(r"image|image_\d+|label|case_id|group", key):
+            return value is not None or key not in required
+        if key in ("case_id", "group"):
+            return isinstance(value, str | int)
+        paths = _as_list(value) if key == "image" else [value]
+        return bool(paths) and all(isinstance(path, str) for path in paths)
+
+    faults = [
+        f"{where}: expected image and label (file names) in {name}, got {entry!r}. Correct the "
+        "entry."
+        for name, entry in entries.items()
+        if not isinstance(entry, Mapping)
+        or not all(is_valid(key, entry.get(key)) for key in {**entry, **dict.fromkeys(required)})
+    ]
+    if faults:
+        raise InputError(*faults)
+
+
+def _read_entries(entries: Mapping[str, Any], where: Path) -> list[Case]:
+    _check_entries(entries, where, required=("image", "label"))
+    return [_make_case(entry) for entry in entries.values()]
+
+
+def _read_table(path: Path) -> DatasetLayout:
+    """A CSV file, or a JSON list of objects, with one case each.
+
+    Columns are `image` (or `image_0`, `image_1`, … for channels), `label`, and `case_id` and
+    `group` (the person) if wanted; in JSON `image` may be a list. Other columns are ignored.
+    """
+    if path.suffix.lower() == ".csv":
+        rows = _read_csv(path)
+    else:
+        rows = read_json(path)
+        got = type(rows).__name__
+        require(isinstance(rows, list), path, "a JSON list of cases", got, "Correct it.")
+        _check_entries({f"entry {n}": row for n, row in enumerate(rows, start=1)}, path, ())
+        rows = [{key: row[key] for key in row if row[key] is not None} for row in rows]
+    require(rows, path, "cases", "none", "List one or more.")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    images = _image_columns(columns, path)
+    wanted = [*images, "label", *(name for name in ("case_id", "group") if name in columns)]
+    cases, issues = [], []
+    for number, row in enumerate(rows, start=1):
+        case = _make_case(row, images)
+        if empty := [name for name in wanted if not row.get(name)]:
+            message = f"expected {' and '.join(empty)} in row {number} of {path}, got an empty "
+            case_id = case.get("case_id") or f"row {number}"
+            issues.append(DatasetIssue(case_id, "missing", message + "cell. Fill it in."))
+        else:
+            cases.append(case)
+    name = path.resolve().parent.name if path.name in TABLES else path.stem
+    return DatasetLayout(kind="table", name=name, cases=cases, issues=issues)
+
+
+def _image_columns(columns: list[str], path: Path) -> list[str]:
+    """`image`, or `image_0`, `image_1`, …, once it is sure that no column is missing."""
+    numbered = [name for name in columns if re.fullmatch(r"image_\d+", name)]
+    expected = "either a column image or image_0, image_1, …"
+    require(not numbered or "image" not in columns, path, expected, "both", "Remove one.")
+    names = [f"image_{n}" for n in range(len(numbered))] or ["image"]
+    faults = [
+        f"{path}: expected a column {name}, got {', '.join(columns)}. {nearest(name, columns)}"
+        for name in ("label", *names)
+        if name not in columns
+    ]
+    if faults:
+        raise InputError(*faults)
+    return names
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file in UTF-8, separated by the most frequent of `,`, `;`, tab in line 1."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+        lines = [(reader.line_num, line) for line in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: expected CSV in UTF-8, got: {error}. Correct it.") from None
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    expected = "columns of different names"
+    require(len({*columns}) == len(columns), path, expected, columns, "Rename one.")
+    rows, faults = [], []
+    for number, line in lines:
+        extra = line.pop(None, [])
+        cells = [cell.strip() for cell in line.values() if cell is not None]
+        if len(cells) + len(extra) != len(columns):
+            faults.append(
+                f"{path}: expected {len(columns)} cells in line {number}, got "
+                f"{len(cells) + len(extra)}. Quote a cell that has the separator in it."
+            )
+        elif any(cells):
+            rows.append(dict(zip(columns, cells, strict=True)))
+    if faults:
+        raise InputError(*faults)
+    return rows

@@ -16,8 +16,8 @@ import numpy as np
 
 from pipeline.data import rules
 from pipeline.data.dataset import Cases
-from pipeline.data.fingerprint import Fingerprint
 from pipeline.data.memory import step_bytes, triples
+from pipeline.data.statistics import DatasetFingerprint
 from pipeline.errors import InputError
 
 AUTO = "auto"
@@ -80,7 +80,7 @@ class Plan:
 
 
 def make_plan(
-    fingerprint: Fingerprint,
+    fingerprint: DatasetFingerprint,
     settings: Settings,
     *,
     dataset: Cases,
@@ -114,14 +114,13 @@ def make_plan(
 
     names = decide("class_names", lambda: rules.names_of(dataset, fingerprint))
     num_classes = decide("num_classes", lambda: (len(names), f"{len(names)} class names"))
-    decide("in_channels", lambda: (fingerprint["num_channels"], "channels of the images"))
+    decide("in_channels", lambda: (fingerprint.num_channels, "channels of the images"))
     _require_fit(chosen, dataset, fingerprint)
     crop = decide("crop_empty_borders", lambda: rules.crop_of(fingerprint))
-    is_known = crop and fingerprint["voxels_were_read"]
-    shapes = np.array(fingerprint["occupied_shapes" if is_known else "shapes"]["cases"])
+    shapes = np.array(((crop and fingerprint.occupied_shapes) or fingerprint.shapes).cases)
     spacing = decide("spacing", lambda: rules.spacing_of(fingerprint))
     decide("normalization", lambda: rules.normalization_of(dataset, fingerprint))
-    resampled = shapes * np.array(fingerprint["spacings_mm"]["cases"]) / np.array(spacing)
+    resampled = shapes * np.array(fingerprint.spacings_mm.cases) / np.array(spacing)
     _require_voxels(spacing, np.median(resampled, axis=0))
     resampled = np.maximum(np.rint(resampled), 1)
     median = np.ceil(np.median(resampled, axis=0))
@@ -141,11 +140,11 @@ def make_plan(
     return Plan(**chosen, ignore_value=dataset.ignore_value, reasons=reasons)
 
 
-def _require_fit(chosen: Settings, dataset: Cases, fingerprint: Fingerprint) -> None:
+def _require_fit(chosen: Settings, dataset: Cases, fingerprint: DatasetFingerprint) -> None:
     faults = []
-    if chosen["in_channels"] != fingerprint["num_channels"]:
+    if chosen["in_channels"] != fingerprint.num_channels:
         faults.append(
-            f"in_channels: expected {fingerprint['num_channels']}, the channels of the images, "
+            f"in_channels: expected {fingerprint.num_channels}, the channels of the images, "
             f"got {chosen['in_channels']}. Leave it at auto."
         )
     if len(chosen["class_names"]) != chosen["num_classes"]:
@@ -164,7 +163,7 @@ def _require_fit(chosen: Settings, dataset: Cases, fingerprint: Fingerprint) -> 
             f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
             f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
         )
-    least = max(len(dataset.class_names or []), len(fingerprint["classes"]))
+    least = max(len(dataset.class_names or []), len(fingerprint.classes))
     if chosen["num_classes"] < least:
         faults.append(
             f"num_classes: expected {least} or more, the classes of the "

@@ -1,53 +1,66 @@
-"""The one look at a dataset before training: what is wrong with it, and what it is like."""
+"""Preflight: finds before training what would break or spoil it, and reports all of it at once.
+
+Only headers and statistics are judged here, never files: the same statistics give the same issues
+whenever they were measured.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import itertools
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.dataset import Case, Cases
-from pipeline.data.facts import Facts
-from pipeline.data.fingerprint import Fingerprint, make_fingerprint
-from pipeline.data.integrity import count_channels, header_findings, voxel_findings
-from pipeline.data.issues import DatasetIssue
-from pipeline.data.leakage import identical_images, shared_grey_values
-from pipeline.data.survey import survey
-from pipeline.errors import InputError
+import numpy as np
 
+from pipeline.data.cases import Case, files_of
+from pipeline.data.content import map_threads
+from pipeline.data.dataset import Cases
+from pipeline.data.issues import DatasetIssue, some
+from pipeline.data.nifti import Header, VolumeError, read_header
+from pipeline.data.statistics import (
+    CaseStatistics,
+    DatasetFingerprint,
+    Headers,
+    StatisticsStore,
+    make_fingerprint,
+    measure_case,
+)
+from pipeline.errors import InputError
+from transforms.dicom import DicomError
+from transforms.grid import TOLERANCE_MM, align, compare
+
+SIDES = ("train", "validation", "test")
 UNPLANNED = ("unreadable", "missing", "shape", "spacing", "singular")  # with these there is no plan
-SIDES = ("training", "validation", "test")
+SPACING_RANGE_MM = (0.001, 100.0)
+MAX_LABEL_VALUE = 254  # labels are kept in a byte
+# a grey value that more cases than this have says nothing about a person
+COMMON_SHARE, COMMON_CASES = 0.05, 4
+MIN_VALUES, MAX_SHARED = 16, 0.5  # least number of values, and the share of them that is an issue
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found.
-
-    Attributes:
-        cases: That were looked at.
-        findings: Faults and warnings of all of them.
-        fingerprint: Of training and validation cases; `None` where there is a fault.
-        notes: What was taken for what, for people.
-        num_rounded: Cases of which label values are rounded to whole numbers nearby.
-    """
+    """What was found in the files of a dataset."""
 
     cases: Cases
-    findings: list[DatasetIssue]
-    fingerprint: Fingerprint | None
-    notes: list[str]
-    num_rounded: int = 0
+    issues: list[DatasetIssue]
+    fingerprint: DatasetFingerprint | None  # of training and validation cases; None with a fault
+    notes: list[str]  # how files were understood, for people
+    num_rounded: int = 0  # cases of which label values are rounded to whole numbers nearby
 
     @property
     def faults(self) -> list[DatasetIssue]:
-        """Findings with which training does not start."""
-        return [finding for finding in self.findings if not finding.warning]
+        """Issues with which training does not start."""
+        return [issue for issue in self.issues if not issue.warning]
 
     @property
     def warnings(self) -> list[DatasetIssue]:
-        """Findings with which it does."""
-        return [finding for finding in self.findings if finding.warning]
+        """Issues with which it does."""
+        return [issue for issue in self.issues if issue.warning]
 
     def require_sound(self) -> None:
         """Refuse a dataset that has a fault.
@@ -56,137 +69,347 @@ class Preflight:
             InputError: One line per fault.
         """
         if self.faults:
-            raise InputError(*(finding.line for finding in self.faults))
+            raise InputError(*(issue.line for issue in self.faults))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        cases = self.cases
+        sides = {side: getattr(self.cases, side) for side in SIDES}
         return {
-            "dataset": cases.name,
-            "layout": cases.layout,
-            "num_cases": len(cases.train) + len(cases.validation) + len(cases.test),
-            "excluded": list(cases.excluded),
-            "split": {
-                side: [case["case_id"] for case in getattr(cases, side)]
-                for side in ("train", "validation", "test")
-            },
-            "faults": [asdict(finding) for finding in self.faults],
-            "warnings": [asdict(finding) for finding in self.warnings],
+            "dataset": self.cases.name,
+            "layout": self.cases.kind,
+            "num_cases": sum(map(len, sides.values())),
+            "excluded": list(self.cases.excluded),
+            "split": {name: [case["case_id"] for case in side] for name, side in sides.items()},
+            "faults": [asdict(issue) for issue in self.faults],
+            "warnings": [asdict(issue) for issue in self.warnings],
             "notes": self.notes,
             "num_rounded": self.num_rounded,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint and asdict(self.fingerprint),
         }
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was read of one case, and what is wrong with it."""
+
+    case: Case
+    headers: Headers | None  # None: a file has no valid one
+    statistics: CaseStatistics | None  # None: voxels were not read
+    issues: list[DatasetIssue]
 
 
 def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) -> Preflight:
-    """Look at all cases.
+    """Examine all cases.
 
     Args:
-        cases: Of a dataset.
+        cases: The cases of a dataset.
         level: `full`: headers and voxels; `fast`: headers; `off`: headers too, since the plan is
             made of them, but only what it cannot be made of is a fault.
-        cache_dir: Where facts of voxels are kept, by content, so that the next look is quick.
+        cache_dir: Folder where statistics of voxels are stored, by content, so that the next
+            preflight is quick.
     """
-    every = [*cases.train, *cases.validation, *cases.test]
-
-    def of_headers(case: Case, headers: Facts) -> list[DatasetIssue]:
-        return header_findings(case, headers, cases.num_channels)
-
-    by_id = {case["case_id"]: case for case in every}
-    facts = survey(
-        every,
-        is_sound=lambda case, headers: all(f.warning for f in of_headers(case, headers)),
-        read_voxels=level == "full",
-        ignore_value=cases.ignore_value,
-        cache_dir=cache_dir,
-    )
-    findings = list(cases.findings)
-    for case_id, measured in facts.items():
-        findings += of_headers(by_id[case_id], measured["headers"])
-        if level == "full" and measured["voxels"]:
-            findings += voxel_findings(by_id[case_id], measured["voxels"], cases)
-    findings += _channel_findings(every, facts, cases.num_channels)
+    store = StatisticsStore(cache_dir) if cache_dir and level == "full" else None
+    measure = None
     if level == "full":
-        findings += (copies := identical_images(every, facts))
-        known = {finding.case_id for finding in copies}  # to share everything
-        sides = {
-            name: [case for case in side if case["case_id"] not in known]
-            for name, side in zip(SIDES, (cases.train, cases.validation, cases.test), strict=True)
-        }
-        findings += shared_grey_values(sides, facts)
+        measure = store.measure_case if store else measure_case
+    found = map_threads(lambda case: _examine(case, cases, measure), cases.all, "Checking")
+    if store:
+        store.hashes.save()
+    by_id = {one.case["case_id"]: one for one in found}
+    sides = {name: [by_id[c["case_id"]] for c in getattr(cases, name)] for name in SIDES}
+    issues = [*cases.issues, *(issue for one in found for issue in one.issues)]
+    issues += _find_unusual_channels(found, cases.num_channels)
+    issues += _find_identical_images(found)
+    issues += _find_shared_values(sides, {i.case_id for i in issues if i.check == "identical"})
     if level == "off":
-        findings = [f for f in findings if f.check in UNPLANNED and not f.warning]
-    is_sound = all(finding.warning for finding in findings)
-    fingerprint = _fingerprint(cases, facts) if is_sound else None
-    if fingerprint and not cases.class_names and level == "full":
-        findings += (gaps := _gaps(cases, fingerprint))
-        fingerprint = None if gaps else fingerprint
-    num_rounded = sum(bool((of["voxels"] or {}).get("rounded")) for of in facts.values())
-    return Preflight(cases, findings, fingerprint, _notes(facts), num_rounded)
+        issues = [issue for issue in issues if issue.check in UNPLANNED and not issue.warning]
+    fingerprint = None
+    if all(issue.warning for issue in issues):
+        fingerprint = _make_fingerprint(cases, [*sides["train"], *sides["validation"]])
+        if level == "full" and not cases.class_names:
+            issues += (gaps := _find_gaps(cases.name, fingerprint))
+            fingerprint = None if gaps else fingerprint
+    num_4d = sum(len(one.headers["image"][0].shape) == 4 for one in found if one.headers)
+    notes = [f"The fourth axis of {num_4d} images is taken for their channels."] if num_4d else []
+    num_rounded = sum(bool(one.statistics and one.statistics.num_rounded) for one in found)
+    return Preflight(cases, issues, fingerprint, notes, num_rounded)
 
 
-def _fingerprint(cases: Cases, facts: dict[str, Facts]) -> Fingerprint:
-    """Of the cases that training may know; the test share is not among them."""
-    known = [*cases.train, *cases.validation]
-    measured = [facts[case["case_id"]] for case in known]
-    channels = count_channels(measured[0]["headers"]) or 1
-    values = [int(v) for facts in measured for v in (facts["voxels"] or {"values": []})["values"]]
-    found = [value for value in values if value != cases.ignore_value]
-    names = cases.class_names or _numbered("class", max(found, default=0) + 1)
+def _examine(
+    case: Case, cases: Cases, measure: Callable[..., CaseStatistics] | None
+) -> Examination:
+    headers, issues = check_headers(case, cases.num_channels)
+    statistics = None
+    if headers and measure and all(issue.warning for issue in issues):
+        try:
+            statistics = measure(case, headers, cases.ignore_value)
+            issues += _check_voxels(case["case_id"], statistics, cases)
+        except (VolumeError, DicomError, OSError) as error:
+            issues.append(DatasetIssue(case["case_id"], "unreadable", str(error)))
+    return Examination(case, headers, statistics, issues)
+
+
+def _make_fingerprint(cases: Cases, known: Sequence[Examination]) -> DatasetFingerprint:
+    """Fingerprint of the cases that training may know, which are not those of the test."""
+    headers = [one.headers for one in known if one.headers]
+    statistics = [one.statistics for one in known if one.statistics]
+    values = {int(value) for case in statistics for value in case.label_counts}
+    num_classes = max(values - {cases.ignore_value}, default=0) + 1
+    classes = ["background", *(f"class_{n}" for n in range(1, num_classes))]
+    channels = [f"channel_{n}" for n in range(_count_channels(headers[0]))]
     return make_fingerprint(
-        known, facts, names, cases.channel_names or _numbered("channel", channels)
+        [one["image"][0] for one in headers],
+        statistics,
+        cases.class_names or classes,
+        cases.channel_names or channels,
     )
 
 
-def _numbered(word: str, count: int) -> list[str]:
-    if word == "class":
-        return ["background", *(f"class_{n}" for n in range(1, count))]
-    return [f"{word}_{n}" for n in range(count)]
+def _issue(
+    case_id: str, check: str, expected: str, got: object, remedy: str, *, warning: bool = False
+) -> DatasetIssue:
+    return DatasetIssue(case_id, check, f"expected {expected}, got {got}. {remedy}.", warning)
 
 
-def _channel_findings(
-    cases: Sequence[Case], facts: dict[str, Facts], declared: int | None
-) -> list[DatasetIssue]:
-    """Where the dataset does not say how many channels there are: not what most cases have."""
-    counts = {c["case_id"]: count_channels(facts[c["case_id"]]["headers"]) for c in cases}
-    known = Counter(count for count in counts.values() if count is not None)
-    if declared is not None or len(known) < 2:
-        return []
-    usual = known.most_common(1)[0][0]
-    return [
-        DatasetIssue(
-            case_id,
-            "channels",
-            f"expected {usual} image channels, as most cases have, got {count}. "
-            "Correct the image or exclude the case.",
-        )
-        for case_id, count in counts.items()
-        if count not in (None, usual)
+# ---- one case
+
+
+def check_headers(
+    case: Case, num_channels: int | None
+) -> tuple[Headers | None, list[DatasetIssue]]:
+    """Read the headers of a case, which may have no label, and check them.
+
+    Args:
+        case: The case.
+        num_channels: Channels of an image, where the dataset declares them.
+
+    Returns:
+        The headers, None if one is not valid, and what is wrong with them.
+    """
+    case_id, files = case["case_id"], files_of(case)
+    headers: Headers = {key: [] for key in files}
+    issues = []
+    for key, path in ((key, path) for key, paths in files.items() for path in paths):
+        try:
+            headers[key].append(read_header(path))
+        except (VolumeError, DicomError) as error:
+            issues.append(DatasetIssue(case_id, "unreadable", str(error)))
+    if issues:
+        return None, issues
+    issues += _check_shapes(case_id, headers, num_channels)
+    if any(issue.check == "shape" for issue in issues):
+        return headers, issues  # nothing is known of axes that do not exist
+    named = [
+        (key, os.path.basename(path), header)
+        for key, paths in files.items()
+        for path, header in zip(paths, headers[key], strict=True)
     ]
+    for _, name, header in named:
+        issues += _check_geometry(case_id, name, header)
+    if all(issue.warning for issue in issues):  # else there may be no grid to compare
+        for key, _, header in named[1:]:
+            issues += _check_grid(case_id, key, headers["image"][0], header)
+    return headers, issues
 
 
-def _gaps(cases: Cases, fingerprint: Fingerprint) -> list[DatasetIssue]:
+def _count_channels(headers: Headers) -> int:
+    images = headers["image"]
+    is_4d = len(images) == 1 and len(images[0].shape) == 4
+    return images[0].shape[3] if is_4d else len(images)
+
+
+def _check_shapes(
+    case_id: str, headers: Headers, num_channels: int | None
+) -> Iterator[DatasetIssue]:
+    images, labels = headers["image"], headers.get("label", [])
+    form, max_axes = "an image of shape (H, W, D)", 3
+    if len(images) == 1:  # a file per channel has no channels in it
+        form, max_axes = f"{form} or (H, W, D, channels)", 4
+    stated = [(image.shape, max_axes, form) for image in images]
+    stated += [(label.shape, 3, "a label of shape (H, W, D)") for label in labels]
+    wrong = [one for one in stated if not 3 <= len(one[0]) <= one[1] or min(one[0][:3]) < 2]
+    for shape, _, form in wrong:
+        expected = f"{form}, each axis of 2 voxels or more"
+        yield _issue(case_id, "shape", expected, shape, "Convert it or exclude the case")
+    channels = _count_channels(headers)
+    if not wrong and num_channels not in (None, channels):
+        remedy = "Correct the dataset's description or the image"
+        yield _issue(case_id, "channels", f"{num_channels} image channels", channels, remedy)
+
+
+def _check_geometry(case_id: str, name: str, header: Header) -> Iterator[DatasetIssue]:
+    """The first thing that is wrong with the affine of one file."""
+    affine, (low, high) = header.affine, SPACING_RANGE_MM
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shown = "x".join(f"{s:g}" for s in spacing)
+    remedy = "Correct the header"
+    if not np.isfinite(affine).all():
+        expected = f"an affine of finite numbers in {name}"
+        yield _issue(case_id, "spacing", expected, affine[:3].tolist(), remedy)
+    elif (spacing < low).any() or (spacing > high).any():
+        expected = f"a spacing of {low:g} to {high:g} mm in {name}"
+        yield _issue(case_id, "spacing", expected, f"{shown} mm", remedy)
+    elif abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        expected = f"an affine with three directions in {name}"
+        yield _issue(case_id, "singular", expected, "a singular one", remedy)
+    elif not header.is_oriented:
+        expected = f"an orientation in the header of {name}"
+        remedy = "Which side is left is a guess; set one of the two"
+        got = "none (sform and qform codes are 0)"
+        yield _issue(case_id, "orientation", expected, got, remedy, warning=True)
+    elif not np.allclose(spacing, header.zooms_mm, rtol=0.01):
+        zooms = "x".join(f"{z:g}" for z in header.zooms_mm)
+        got = f"{shown} mm by the affine, which is used, and {zooms} mm by pixdim"
+        expected = f"one spacing in the header of {name}"
+        yield _issue(case_id, "spacing", expected, got, "See which is right", warning=True)
+
+
+def _check_grid(case_id: str, key: str, image: Header, other: Header) -> Iterator[DatasetIssue]:
+    """Whether an image and its label, or another channel, are on one grid."""
+    what, both = "label", "image and label"
+    if key == "image":
+        what, both = "channel", "the image's channels"
+    # a label is put into the image's order of axes when it is loaded, a channel is not
+    look = align if key == "label" else compare
+    found = look(other.shape[:3], other.affine, image.shape[:3], image.affine)
+    remedy = f"Resample the {what} or exclude the case"
+    if found.shape != image.shape[:3]:
+        got = f"{image.shape[:3]} and {other.shape[:3]}"
+        yield _issue(case_id, "shape", f"{both} of one shape", got, remedy)
+    elif not found.distance_mm <= TOLERANCE_MM:
+        expected = f"{what} affine to match image within {TOLERANCE_MM} mm"
+        yield _issue(case_id, "affine", expected, f"{found.distance_mm:.3f} mm", remedy)
+
+
+def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+    if non_finite := sum(channel.num_non_finite for channel in found.channels):
+        got = f"{non_finite} NaN or infinite voxels, as float32"
+        remedy = "Replace them or exclude the case"
+        yield _issue(case_id, "finite", "finite image values", got, remedy)
+    if all(channel.min == channel.max for channel in found.channels):
+        got, remedy = f"{found.channels[0].min} everywhere", "Replace it or exclude the case"
+        yield _issue(case_id, "constant", "an image with contrast", got, remedy)
+    yield from _check_label(case_id, found, cases)
+
+
+def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+    """The first thing that is wrong with a label; others may follow from it."""
+    num_classes = min(len(cases.class_names or ()) or MAX_LABEL_VALUE + 1, MAX_LABEL_VALUE + 1)
+    allowed = {f"{n}" for n in range(num_classes)} | {str(cases.ignore_value)}
+    declared = f"label values 0 to {num_classes - 1}"
+    if cases.ignore_value is not None:
+        declared += f" and {cases.ignore_value} (ignored)"
+    values = list(found.label_counts)
+    unknown = [value for value in values if value not in allowed]
+    distinct = [f"{value:g}" for value in found.channels[0].distinct or ()]
+    is_wrong = found.num_fractions or found.num_non_finite_labels or unknown
+    if is_wrong and distinct and {*distinct} <= allowed:
+        expected = "an image under image and a label under label"
+        got = f"values {some(distinct)} in the image and {some(values)} in the label"
+        yield _issue(case_id, "swapped", expected, got, "Swap the two")
+    elif found.num_non_finite_labels:
+        got = f"{found.num_non_finite_labels} NaN or infinite voxels"
+        remedy = "Correct the label or exclude the case"
+        yield _issue(case_id, "label_values", declared, got, remedy)
+    elif found.num_fractions:
+        got = f"{found.num_fractions} voxels between integers"
+        remedy = "Resample the label with nearest neighbours or exclude the case"
+        yield _issue(case_id, "label_values", "integer label values", got, remedy)
+    elif unknown:
+        remedy = "Declare the value in the dataset or correct the label"
+        yield _issue(case_id, "label_values", declared, some(unknown), remedy)
+    elif {*values} <= {"0", str(cases.ignore_value)}:
+        expected, remedy = "foreground in the label", "Exclude the case if it should have some"
+        yield _issue(case_id, "no_foreground", expected, "background alone", remedy, warning=True)
+
+
+# ---- all cases
+
+
+def _find_unusual_channels(
+    found: Sequence[Examination], declared: int | None
+) -> Iterator[DatasetIssue]:
+    """Cases with another number of channels than most, where the dataset declares none."""
+    counts = {one.case["case_id"]: _count_channels(one.headers) for one in found if one.headers}
+    if declared is not None or len({*counts.values()}) < 2:
+        return
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    for case_id, count in counts.items():
+        if count != usual:
+            expected = f"{usual} image channels, as most cases have"
+            remedy = "Correct the image or exclude the case"
+            yield _issue(case_id, "channels", expected, count, remedy)
+
+
+def _find_identical_images(found: Sequence[Examination]) -> Iterator[DatasetIssue]:
+    """Cases whose images hold the same voxels, whatever their files are called."""
+    first: dict[object, str] = {}
+    for one in found:
+        if one.headers and one.statistics:
+            digests = tuple(channel.digest for channel in one.statistics.channels)
+            case_id = one.case["case_id"]
+            other = first.setdefault((one.headers["image"][0].shape, digests), case_id)
+            if other != case_id:
+                got, remedy = f"the voxels of {other}", "Exclude one of the two"
+                yield _issue(case_id, "identical", "an image of its own", got, remedy)
+
+
+def _find_shared_values(
+    sides: Mapping[str, Sequence[Examination]], ignored: Collection[str]
+) -> Iterator[DatasetIssue]:
+    """Cases that share most of their exact grey values with one on another side of the split.
+
+    Scans of one session, or two parts of one scan, have values in common that no other person's
+    have; so it shows where a person is on both sides although the case ids do not tell. Values
+    that many cases have, as all have in 8-bit images, say nothing and do not count.
+    """
+    sketches = {
+        name: {
+            one.case["case_id"]: {*one.statistics.channels[0].sketch}
+            for one in side
+            if one.statistics and one.case["case_id"] not in ignored
+        }
+        for name, side in sides.items()
+    }
+    every = [sketch for side in sketches.values() for sketch in side.values()]
+    frequency = Counter(value for sketch in every for value in sketch)
+    # of a few cases, a value that half of them have is common as well
+    most = max(min(COMMON_CASES, len(every) // 2), COMMON_SHARE * len(every))
+    common = {value for value, count in frequency.items() if count > most}
+    for left, right in itertools.combinations(sides, 2):
+        holders: dict[int, list[str]] = defaultdict(list)
+        for other, sketch in sketches[left].items():
+            for value in sketch - common:
+                holders[value].append(other)
+        for case_id, sketch in sketches[right].items():
+            met = {other for value in sketch - common for other in holders.get(value, ())}
+            shares = {other: _overlap(sketch, sketches[left][other], common) for other in met}
+            alike = {other: share for other, share in shares.items() if share >= MAX_SHARED}
+            if alike:
+                side = "training" if left == "train" else left
+                expected = f"a {right} case of a person who is not in the {side} cases"
+                others = some(sorted(alike))
+                got = f"{max(alike.values()):.0%} of its exact grey values in {others} as well"
+                remedy = "Name the person with group_pattern or a group column"
+                yield _issue(case_id, "shared_values", expected, got, remedy, warning=True)
+
+
+def _overlap(left: set[int], right: set[int], common: set[int]) -> float:
+    """Share of the smaller set that is in both and not common, as far as both sketches reach."""
+    reach = min(max(left), max(right))
+    a, b = ({value for value in sketch if value <= reach} for sketch in (left, right))
+    if min(len(a), len(b)) < MIN_VALUES:
+        return 0.0
+    return len((a & b) - common) / min(len(a), len(b))
+
+
+def _find_gaps(name: str, fingerprint: DatasetFingerprint) -> list[DatasetIssue]:
     """Undeclared label values must count from 0 all the same."""
-    missing = [n for n, entry in enumerate(fingerprint["classes"]) if not entry["num_cases"]]
-    if not missing and len(fingerprint["classes"]) > 1:
+    classes = fingerprint.classes
+    found = [str(n) for n, entry in enumerate(classes) if entry.num_cases]
+    if len(found) == len(classes) > 1:
         return []
-    found = [n for n in range(len(fingerprint["classes"])) if n not in missing]
-    return [
-        DatasetIssue(
-            cases.name,
-            "label_values",
-            f"expected label values 0, 1, 2, … without gaps, got {', '.join(map(str, found[:9]))}"
-            f"{' …' if len(found) > 9 else ''}. Renumber them, or name all in a dataset.json.",
-        )
-    ]
-
-
-def _notes(facts: dict[str, Facts]) -> list[str]:
-    with_channels = [
-        case_id
-        for case_id, measured in facts.items()
-        if len(measured["headers"]["image"][0].get("shape", ())) == 4
-    ]
-    if not with_channels:
-        return []
-    return [f"The fourth axis of {len(with_channels)} images is taken for their channels."]
+    got = ", ".join(found[:9]) + (" …" if len(found) > 9 else "")
+    expected = "label values 0, 1, 2, … without gaps"
+    remedy = "Renumber them, or name all in a dataset.json"
+    return [_issue(name, "label_values", expected, got, remedy)]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.dataset import Cases
-from pipeline.data.fingerprint import Fingerprint
+from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
 from pipeline.errors import InputError
 from transforms.augment import resolve_flip_axes
 
@@ -28,11 +28,11 @@ MIN_BATCH, MAX_BATCH_SHARE = 2, 0.05  # of all voxels of the dataset
 CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
 
 
-def names_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[str], str]:
+def names_of(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list[str], str]:
     """Names of the classes."""
     if dataset.class_names:
         return dataset.class_names, "declared by the dataset"
-    names = [entry["name"] for entry in fingerprint["classes"]]
+    names = [entry.name for entry in fingerprint.classes]
     if not names:
         raise InputError(
             "class_names: expected names, since the dataset declares none and its voxels were not "
@@ -41,19 +41,19 @@ def names_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[str], str]:
     return names, "label values found; the dataset declares no names"
 
 
-def crop_of(fingerprint: Fingerprint) -> tuple[bool, str]:
+def crop_of(fingerprint: DatasetFingerprint) -> tuple[bool, str]:
     """Whether cutting off empty borders pays."""
-    share = fingerprint["occupied_share"]
+    share = fingerprint.occupied_share
     if share is None:
         return False, "voxels were not read"
     return share < CROP_SHARE, f"{share:.0%} of the volumes is within their borders of zeros"
 
 
-def spacing_of(fingerprint: Fingerprint) -> tuple[list[float], str]:
+def spacing_of(fingerprint: DatasetFingerprint) -> tuple[list[float], str]:
     """Median in mm; along the thick axis of anisotropic volumes the 10th percentile."""
-    spacings = np.array(fingerprint["spacings_mm"]["cases"])
+    spacings = np.array(fingerprint.spacings_mm.cases)
     spacing, reason = np.median(spacings, axis=0), "median spacing of the images"
-    shape = np.median(np.array(fingerprint["shapes"]["cases"]) * spacings / spacing, axis=0)
+    shape = np.median(np.array(fingerprint.shapes.cases) * spacings / spacing, axis=0)
     thick = int(spacing.argmax())
     others = [axis for axis in range(3) if axis != thick]
     is_thick = spacing[thick] > THICK_RATIO * spacing[others].max()
@@ -64,10 +64,10 @@ def spacing_of(fingerprint: Fingerprint) -> tuple[list[float], str]:
     return [float(f"{s:.4g}") for s in spacing], reason
 
 
-def normalization_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[Any], str]:
+def normalization_of(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list[Any], str]:
     """Hounsfield units mean the same in every scan; the units of other modalities do not."""
-    names = dataset.channel_names or [""] * fingerprint["num_channels"]
-    facts = fingerprint["channels"] or [{}] * len(names)  # where voxels were not read
+    names = dataset.channel_names or [""] * fingerprint.num_channels
+    facts: Sequence[Any] = fingerprint.channels or [None] * len(names)  # where voxels were not read
     chosen = [_normalization(name, one) for name, one in zip(names, facts, strict=True)]
     reasons = []
     if any(isinstance(one, dict) for one in chosen):
@@ -79,16 +79,15 @@ def normalization_of(dataset: Cases, fingerprint: Fingerprint) -> tuple[list[Any
     return chosen, "; ".join(reasons)
 
 
-def _normalization(name: str, facts: Mapping[str, Any]) -> Any:
+def _normalization(name: str, facts: ChannelFingerprint | None) -> Any:
     if name.upper() != "CT":
         return "zscore"
-    low, high = (
-        facts["foreground_percentiles"][level] if facts.get("foreground_std") else None
-        for level in ("0.5", "99.5")
-    )
-    if low is None or low == high:
+    if facts is None or not facts.foreground_std:
         return "percentile_zscore"
-    return {"clip": [low, high], "mean": facts["foreground_mean"], "std": facts["foreground_std"]}
+    low, high = (facts.foreground_percentiles[level] for level in ("0.5", "99.5"))
+    if low == high:
+        return "percentile_zscore"
+    return {"clip": [low, high], "mean": facts.foreground_mean, "std": facts.foreground_std}
 
 
 def strides_of(spacing: Sequence[float], size: Sequence[float]) -> tuple[list[list[int]], str]:

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline import distributed
 from pipeline.data.cache import VolumeCache, require_classes
+from pipeline.data.cases import Case, add_case_id
 from pipeline.data.device_cache import DeviceCache, ResidentCases
-from pipeline.data.listing import Case, named
 from pipeline.data.positions import CaseTensors, draw_centre, sampling_positions
 from pipeline.errors import InputError
 
@@ -82,7 +82,7 @@ class PatchDataset(Dataset):
             raise ValueError(f"foreground_ratio: expected 0 to 1, got {foreground_ratio}.")
         if min(roi_size) < 1 or any(p < r for p, r in zip(patch_size, roi_size, strict=True)):
             raise ValueError(f"roi_size: expected 1 to {tuple(patch_size)}, got {roi_size}.")
-        self.data, self.transform = [named(case) for case in data], transform
+        self.data, self.transform = [add_case_id(case) for case in data], transform
         self.roi_size = np.asarray(roi_size)
         self.patch_size = np.asarray(patch_size)
         self.seed, self.samples_per_epoch = seed, samples_per_epoch

@@ -1,18 +1,23 @@
-"""Which persons are trained on, validated on and kept for a test."""
+"""Splits of a dataset's persons into training, validation and test, by hash or by a file."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from pipeline.data.issues import DatasetIssue
-from pipeline.data.listing import Case
-from pipeline.errors import InputError
+from pipeline.data.cases import Case
+from pipeline.data.issues import DatasetIssue, require
+from pipeline.data.layouts import read_json
+from pipeline.errors import InputError, nearest
 
 GroupPattern = str | Callable[[str], str] | None
+SIDES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,16 @@ class Split:
     """Cases by what they are for, each list in the order of the dataset.
 
     Attributes:
-        train: To train on.
-        validation: To validate on in training; empty with fold `all`.
-        test: In no fold trained or validated on.
-        findings: A warning `not_in_split` for each case that a split file does not list.
+        train: Cases to train on.
+        validation: Cases to validate on during training; empty with fold `all`.
+        test: Cases that no fold trains or validates on.
+        issues: A warning `not_in_split` for each case that a split file does not list.
     """
 
     train: list[Case]
     validation: list[Case]
     test: list[Case]
-    findings: list[DatasetIssue] = field(default_factory=list)
+    issues: list[DatasetIssue] = field(default_factory=list)
 
 
 def split_by_hash(
@@ -41,46 +46,95 @@ def split_by_hash(
     group_pattern: GroupPattern = None,
     test_fraction: float = 0.0,
 ) -> Split:
-    """Order the persons by a hash and deal them out in turn.
+    """Order the persons by a hash and deal them out to the folds in turn.
 
-    The test persons come from an order of their own, by `split_seed` alone, and are taken out
-    before the folds are dealt: they are the same for every `fold` and `num_folds`.
+    The test persons are chosen first, by an order that depends on `split_seed` alone: they are the
+    same for every `fold` and `num_folds`.
 
     Args:
-        cases: Of the dataset.
-        fold: Which part is validated on, 0 to `num_folds` - 1, or `all`: train on every person that
-            is not kept for the test.
-        num_folds: Parts that the persons are divided into.
-        split_seed: Which division.
+        cases: Cases of the dataset.
+        fold: The part to validate on, 0 to `num_folds` - 1, or `all`: train on every person who is
+            not kept for the test.
+        num_folds: Number of parts that the persons are divided into.
+        split_seed: Seed of the division.
         group_pattern: Tells persons apart; see `person_of`.
-        test_fraction: Of the persons, 0 to below 1; one person at least where it is not 0.
+        test_fraction: Share of the persons, 0 to below 1; one person at least unless it is 0.
 
     Raises:
         InputError: One line per fault: a pattern that does not match, too few persons, a fold or
             share out of range.
     """
     persons = persons_of(cases, group_pattern)
-    if isinstance(test_fraction, bool) or not 0 <= test_fraction < 1:
-        raise InputError(f"test_fraction: expected 0 to below 1, got {test_fraction!r}. Change it.")
+    is_share = not isinstance(test_fraction, bool) and 0 <= test_fraction < 1
+    require(is_share, "test_fraction", "0 to below 1", repr(test_fraction), "Change it.")
     names = sorted(set(persons.values()))
-    kept = math.ceil(
-        test_fraction * len(names) - 1e-9
-    )  # 0.55 of 20 is 11, though 0.55 * 20 is more
-    tested = set(sorted(names, key=lambda name: _rank(f"test/{split_seed}/{name}"))[:kept])
-    ordered = sorted(set(names) - tested, key=lambda name: _rank(f"{split_seed}/{name}"))
-    if not ordered:
-        raise InputError(
-            f"test_fraction: expected persons left to train on, got {test_fraction} of "
-            f"{len(names)}. Lower it."
-        )
-    validated = set() if fold == "all" else set(_fold_of(ordered, fold, num_folds))
-    test = {case_id for case_id, person in persons.items() if person in tested}
-    validation = {case_id for case_id, person in persons.items() if person in validated}
-    return parted(cases, set(persons) - test - validation, validation, test)
+    num_test = math.ceil(test_fraction * len(names) - 1e-9)  # 0.55 * 20 is above 11 in binary
+    test = set(sorted(names, key=lambda name: _rank(f"test/{split_seed}/{name}"))[:num_test])
+    rest = sorted(set(names) - test, key=lambda name: _rank(f"{split_seed}/{name}"))
+    got = f"{test_fraction} of {len(names)}"
+    require(rest, "test_fraction", "persons left to train on", got, "Lower it.")
+    validation: set[str] = set()
+    if fold != "all":
+        expected = f"2 to {len(rest)} (the number of persons)"
+        require(2 <= num_folds <= len(rest), "num_folds", expected, num_folds, "Change it.")
+        validation = set(rest[_check_fold(fold, num_folds, "") :: num_folds])
+    sides = (set(rest) - validation, validation, test)
+    return _make_split(cases, [{c for c, name in persons.items() if name in s} for s in sides])
+
+
+def split_by_file(
+    cases: Sequence[Case],
+    split_file: str | Path,
+    *,
+    fold: int | str = 0,
+    group_pattern: GroupPattern = None,
+    left_out: Collection[str] = (),
+) -> Split:
+    """Split as a file says: nnU-Net's `splits_final.json`, or one split of one's own.
+
+    The file holds a list of objects with `train` and `val` (lists of case ids), of which `fold`
+    chooses one, or a single such object, which is fold 0. `val` may be called `validation`; `test`
+    is optional. With fold `all`, everything that any of them trains or validates on is trained on.
+    A case that the chosen split does not list is left out, with a warning: a file is often written
+    for a part of the cases on purpose.
+
+    Args:
+        cases: Cases of the dataset.
+        split_file: Path of the file.
+        fold: Number of the entry, counted from 0, or `all`.
+        group_pattern: Tells persons apart; see `person_of`.
+        left_out: Ids of cases that were excluded or have a fault; the file may name them.
+
+    Raises:
+        InputError: One line per fault: a file of another form, no such fold, an unknown case, a
+            case listed twice, a person on two sides, nobody to train on.
+    """
+    where = str(split_file)
+    sides = _choose_entry(_read_entries(Path(split_file)), fold, where)
+    persons = persons_of(cases, group_pattern)
+    listed = Counter(case_id for side in sides for case_id in side)
+    known = {*persons, *left_out}
+    faults = [
+        f"{where}: expected cases of the dataset, got '{case_id}'. {nearest(case_id, known)}"
+        if case_id not in known
+        else f"{where}: expected each case once in a fold, got {case_id} {n} times. Remove one."
+        for case_id, n in listed.items()
+        if case_id not in known or n > 1
+    ]
+    faults += _find_divided_persons(sides, persons, where)
+    if faults:
+        raise InputError(*faults)
+    expected, remedy = "cases to train on", "List some under train."
+    require({*sides[0]} & persons.keys(), where, expected, "none", remedy)
+    message = f"expected the case in {where}, fold {fold}, found it in no part of it. "
+    message += "It is left out; list it to use it."
+    unlisted = [case_id for case_id in persons if case_id not in listed]
+    issues = [DatasetIssue(case_id, "not_in_split", message, warning=True) for case_id in unlisted]
+    return _make_split(cases, sides, issues)
 
 
 def person_of(case_id: str, group_pattern: GroupPattern) -> str:
-    """The person a case belongs to, so that all of a person's cases stay on one side of a split.
+    """Name the person a case belongs to; all cases of a person stay on one side of a split.
 
     Args:
         case_id: Such as `hippocampus_017`.
@@ -95,9 +149,8 @@ def person_of(case_id: str, group_pattern: GroupPattern) -> str:
         return case_id
     if callable(group_pattern):
         return str(group_pattern(case_id))
-    expression = r"(\d+)$" if group_pattern == "pairs" else group_pattern
     try:
-        match = re.search(expression, case_id)
+        match = re.search(r"(\d+)$" if group_pattern == "pairs" else group_pattern, case_id)
     except re.error as error:
         raise InputError(
             f"group_pattern: expected a regular expression or 'pairs', got {group_pattern!r} "
@@ -113,7 +166,7 @@ def person_of(case_id: str, group_pattern: GroupPattern) -> str:
 
 
 def persons_of(cases: Sequence[Case], group_pattern: GroupPattern) -> dict[str, str]:
-    """Person by case id; without a pattern a case's `group` is the person, where it has one.
+    """Name the person of each case id; without a pattern, a case's `group` is its person.
 
     Raises:
         InputError: One line per case that the pattern does not match.
@@ -128,7 +181,7 @@ def persons_of(cases: Sequence[Case], group_pattern: GroupPattern) -> dict[str, 
             continue
         persons[case["case_id"]] = case.get("group", person) if group_pattern is None else person
     if faults:
-        raise InputError(*dict.fromkeys(faults))  # a broken pattern is one fault, not one a case
+        raise InputError(*dict.fromkeys(faults))  # an invalid pattern is one fault, not one a case
     return persons
 
 
@@ -136,26 +189,59 @@ def _rank(word: str) -> str:
     return hashlib.sha256(word.encode()).hexdigest()
 
 
-def _fold_of(ordered: Sequence[str], fold: int | str, num_folds: int) -> Sequence[str]:
-    if not 2 <= num_folds <= len(ordered):
-        raise InputError(
-            f"num_folds: expected 2 to {len(ordered)} (the number of persons), got {num_folds}. "
-            "Change it."
-        )
-    if isinstance(fold, (str, bool)) or not 0 <= fold < num_folds:
-        raise InputError(f"fold: expected 0 to {num_folds - 1} or 'all', got {fold!r}. Change it.")
-    return ordered[fold::num_folds]
+def _check_fold(fold: int | str, num_folds: int, source: str) -> int:
+    is_fold = isinstance(fold, int) and not isinstance(fold, bool) and 0 <= fold < num_folds
+    expected = f"0 to {num_folds - 1} or 'all'{source}"
+    require(is_fold, "fold", expected, repr(fold), "Change it.")
+    return int(fold)
 
 
-def parted(
-    cases: Sequence[Case],
-    train: Collection[str],
-    validation: Collection[str],
-    test: Collection[str],
-    findings: Sequence[DatasetIssue] = (),
+def _make_split(
+    cases: Sequence[Case], sides: Sequence[Collection[str]], issues: Sequence[DatasetIssue] = ()
 ) -> Split:
-    """The cases of each set of case ids."""
-    train_cases, validation_cases, test_cases = (
-        [case for case in cases if case["case_id"] in ids] for ids in (train, validation, test)
-    )
-    return Split(train_cases, validation_cases, test_cases, list(findings))
+    train, validation, test = ([c for c in cases if c["case_id"] in side] for side in sides)
+    return Split(train, validation, test, list(issues))
+
+
+def _read_entries(path: Path) -> list[list[list[str]]]:
+    """For each fold of a file, the case ids of each of `SIDES`."""
+    source = read_json(path)
+    folds = []
+    for number, entry in enumerate(source if isinstance(source, list) else [source]):
+        stated = entry if isinstance(entry, Mapping) else {}
+        sides: list[Any] = [
+            stated.get("train"),
+            stated.get("val", stated.get("validation")),
+            stated.get("test", []),
+        ]
+        is_valid = all(isinstance(s, list) and all(isinstance(c, str) for c in s) for s in sides)
+        expected = "an object with train and val (lists of case ids)"
+        where = f"{path}, fold {number}"
+        require(is_valid, where, expected, str(entry)[:60], "Correct the file.")
+        folds.append(sides)
+    return folds
+
+
+def _choose_entry(folds: Sequence[list[list[str]]], fold: int | str, where: str) -> list[list[str]]:
+    if fold != "all":
+        return folds[_check_fold(fold, len(folds), f" with {where}")]
+    test = {case_id: None for _, _, side in folds for case_id in side}
+    rest = {case_id: None for one in folds for side in one[:2] for case_id in side}
+    return [[case_id for case_id in rest if case_id not in test], [], [*test]]
+
+
+def _find_divided_persons(
+    sides: Sequence[Sequence[str]], persons: Mapping[str, str], where: str
+) -> list[str]:
+    """A line per person with cases on two sides."""
+    found: dict[str, dict[int, str]] = {}  # by person and side, the first case there
+    for number, side in enumerate(sides):
+        for case_id in filter(persons.__contains__, side):
+            found.setdefault(persons[case_id], {}).setdefault(number, case_id)
+    several = {person: list(dict.fromkeys(cases.values())) for person, cases in found.items()}
+    return [
+        f"{where}: expected a person's cases on one side, got {cases[0]} and {cases[1]} of person "
+        f"{person} on two. Move one."
+        for person, cases in several.items()
+        if len(cases) > 1
+    ]

@@ -21,8 +21,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.cache import CachedDataset
-from pipeline.data.listing import Case, paths_of
-from pipeline.data.nifti import files_of
+from pipeline.data.cases import Case, files_of, paths_of
 from pipeline.data.splits import persons_of
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.evaluation.scores import score_case, write_scores

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.keys import CLIENT_KEYS, Config
+from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
-from pipeline.data.listing import Case
 from pipeline.data.plan import AUTO, Plan
 from pipeline.errors import InputError
 

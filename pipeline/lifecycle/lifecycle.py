@@ -227,7 +227,7 @@ class Lifecycle:
             self.start.fit(plan)
             self._forecast(plan, found)
             self.directory.take(self._require_same_run)
-            for line in (*found.notes, *(finding.line for finding in found.warnings)):
+            for line in (*found.notes, *(issue.line for issue in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
             if begun and (changed := self._changed_cases()):
                 log.warning("Continuing with changed files of %s", some(changed))
@@ -405,7 +405,7 @@ class Lifecycle:
         cases = self.cases
         log.info(
             "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded",
-            cases.name, cases.layout, len(cases.train), len(cases.validation), len(cases.test),
+            cases.name, cases.kind, len(cases.train), len(cases.validation), len(cases.test),
             len(cases.excluded),
         )  # fmt: skip
         for line in self.plan.lines():

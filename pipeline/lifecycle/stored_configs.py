@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
 from pipeline.config import keys
 from pipeline.data.dataset import Cases
-from pipeline.data.fingerprint import Fingerprint, training_range
 from pipeline.data.plan import AUTO, Plan
+from pipeline.data.statistics import DatasetFingerprint, training_range
 from pipeline.errors import InputError
 from pipeline.files import make_directory, write_durably, write_json
 from pipeline.reporting.model_card import render_model_card
@@ -48,7 +48,7 @@ def write_configs(
     source: keys.Config,
     cases: Cases,
     plan: Plan,
-    fingerprint: Fingerprint | None,
+    fingerprint: DatasetFingerprint | None,
     start: dict[str, Any] | None = None,
     contents: Mapping[str, str] | None = None,
 ) -> None:

@@ -26,11 +26,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pipeline import distributed
 from pipeline.config.compose import require_unaltered
 from pipeline.config.keys import Config
-from pipeline.data.facts import measure_headers
-from pipeline.data.integrity import header_findings
+from pipeline.data.cases import Case, paths_of
 from pipeline.data.issues import some
-from pipeline.data.listing import Case, paths_of
-from pipeline.data.nifti import VolumeError, read_header, slabs
+from pipeline.data.nifti import require_whole
+from pipeline.data.preflight import check_headers
 from pipeline.errors import InputError, as_bool, innermost
 from pipeline.files import make_directory
 from pipeline.prediction.nifti_output import is_prediction, save_like
@@ -182,15 +181,14 @@ class Prediction:
     def _predict(self, case: Case) -> None:
         if "fault" in case:  # of its files as they are named
             raise PredictionError(case["fault"])
-        findings = header_findings(case, measure_headers(case), self.in_channels)
-        for finding in findings:
-            if not finding.warning:
-                raise PredictionError(finding.message)
-            log.warning("%s", finding.line)
+        for issue in check_headers(case, self.in_channels)[1]:
+            if not issue.warning:
+                raise PredictionError(issue.message)
+            log.warning("%s", issue.line)
         paths = paths_of(case)
         with ThreadPoolExecutor(1) as pool:
             # the checksum is at the end of a file, where nibabel does not look
-            checked = pool.submit(read_to_end, paths)
+            checked = pool.submit(lambda: [*map(require_whole, paths)])
             try:
                 found = self.segmenter(
                     self._preprocessed(case), with_probabilities=self.probabilities
@@ -214,23 +212,6 @@ class Prediction:
         for line in unlike_training(image, self.trained_on):
             log.warning("%s: %s", case["case_id"], line)
         return self.preprocessing(loaded, start=LOADING_STEPS)["image"]
-
-
-def read_to_end(paths: Sequence[str]) -> None:
-    """Read files to their ends.
-
-    Raises:
-        PredictionError: If one is cut off, or its checksum is wrong.
-        DicomError: If a slice cannot be decoded.
-    """
-    for path in paths:
-        try:
-            for _ in slabs(path, read_header(path)):
-                pass
-        except VolumeError as error:
-            raise PredictionError(
-                f"expected a readable NIfTI file {Path(path).name}, got {error}. Replace the file."
-            ) from None
 
 
 def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
