@@ -21,10 +21,8 @@ from pipeline.config.compose import source_being_resolved
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
 from pipeline.data.dataset import Cases
-from pipeline.data.forecast import Forecast
 from pipeline.data.issues import some
 from pipeline.data.plan import Plan
-from pipeline.data.preflight import Preflight
 from pipeline.data.recipe import preprocessing_recipe
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.files import write_json
@@ -45,7 +43,6 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
 
-PREDICTED = "networks.dense_unet.DenseUNet"  # whose memory is
 PARTS = ("train", "validation", "test")  # of the cases
 # that hosts may have in places of their own; the run directory is compared as a path
 PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
@@ -104,7 +101,6 @@ class Lifecycle:
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
         self.start = Start(self.source, self.bundle_root, init_weights, reinit_head)
         self.checkpoint: Path | None = None
-        self.forecast: Forecast | None = None  # on CUDA, of the first rank
         self._cases: Cases | None = None
         self._plan: Plan | None = None
 
@@ -225,7 +221,6 @@ class Lifecycle:
                     f"got {plan.batch_size}. Start fewer ranks{'' if begun else ', or raise it'}."
                 )
             self.start.fit(plan)
-            self._forecast(plan, found)
             self.directory.take(self._require_same_run)
             for line in (*found.notes, *(finding.line for finding in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
@@ -235,18 +230,6 @@ class Lifecycle:
             facts = found.fingerprint, self.start.record, self._contents
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint
-
-    def _forecast(self, plan: Plan, found: Preflight) -> None:
-        """Predict the memory that this network will take.
-
-        Raises:
-            InputError: If the card has less.
-        """
-        network: Any = self.source.get("network_def")
-        if isinstance(network, dict) and network.get("_target_") == PREDICTED:
-            self.forecast = self.data_module.forecast(plan, found)
-        if self.forecast is not None:
-            self.forecast.require_room()
 
     def _follow(self) -> None:
         """What the other ranks do when the first one has begun."""
@@ -317,7 +300,6 @@ class Lifecycle:
             dataset_hash=self.cases.fingerprint,
             config_hash=keys.identity_hash(self._portable_source()),
             init_weights=self.start.record,
-            predicted_memory_bytes=self.forecast and self.forecast.as_dict(),
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
         )
@@ -410,8 +392,6 @@ class Lifecycle:
         )  # fmt: skip
         for line in self.plan.lines():
             log.info("  %s", line)
-        if self.forecast is not None:
-            log.info("%s", self.forecast.line)
         log.info("Run directory %s", self.run_dir)
         if distributed.size() > 1:
             log.info(
