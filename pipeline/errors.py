@@ -26,6 +26,10 @@ class InputError(ValueError):
             print(self, file=sys.stderr)
 
 
+class WorkerError(RuntimeError):
+    """A loader worker died or hung; the message is one line for the user."""
+
+
 OWN = ("pipeline", "transforms", "networks")  # whose exceptions say all that is to be said
 
 # in the diagnosis of a run whose numbers went wrong, and of no other

@@ -18,12 +18,12 @@ import torch
 from pipeline import distributed
 from pipeline.config import keys, validate
 from pipeline.config.compose import source_being_resolved
+from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
 from pipeline.data.dataset import Cases
 from pipeline.data.issues import some
 from pipeline.data.plan import Plan
-from pipeline.data.recipe import preprocessing_recipe
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.files import write_json
 from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
@@ -129,9 +129,9 @@ class Lifecycle:
         return self.start.tensors
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """What preprocessing does in this run, as the cache tells recipes apart."""
-        return preprocessing_recipe(self.source, self.plan)
+    def preprocessing_key(self) -> dict[str, Any]:
+        """What preprocessing does in this run, for the keys of the cache."""
+        return preprocessing_key(self.source, self.plan)
 
     def enter(self) -> None:
         """Check config and data, then take the run directory.

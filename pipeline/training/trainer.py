@@ -25,7 +25,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeline import distributed
-from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, nearest
+from pipeline.errors import (
+    InputError,
+    TrainingInterrupted,
+    TrainingStopped,
+    WorkerError,
+    nearest,
+)
 from pipeline.files import NO_ROOM
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training.allocator import keep_freed_memory
@@ -289,8 +295,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 # not Trainer.run, which would put a new scaler in the place of the policy's
                 super(Workflow, self).run(self._ahead, self.state.max_epochs)
         except RuntimeError as error:
-            explain: Any = getattr(self.data_loader, "explain", lambda _: None)
-            if (reason := distributed.loss_of(error) or explain(error)) is None:
+            reason = str(error) if isinstance(error, WorkerError) else distributed.loss_of(error)
+            if reason is None:
                 raise
             self.stop(reason)
         except OSError as error:
@@ -492,6 +498,4 @@ def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 def _start_epoch(trainer: MixedPrecisionTrainer) -> None:
     """Let the sampler go on where the progress record stands."""
     loader: Any = trainer.data_loader
-    if hasattr(loader, "begin"):
-        loader.begin()
     loader.sampler.start = trainer.progress.samples
