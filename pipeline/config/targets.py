@@ -55,6 +55,7 @@ OURS = {
     "pipeline.training.schedule": "warmup_cosine",
     "pipeline.training.flight_recorder": "FlightRecorder",
     "pipeline.training.trainer": "MixedPrecisionTrainer",
+    "pipeline.training.trial": "TrialStep",
     "pipeline.lifecycle.read_only_run": "ReadOnlyRun",
     "transforms.augment": "Augment",
     "transforms.cleanup": "Cleanup",

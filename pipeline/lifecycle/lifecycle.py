@@ -18,12 +18,14 @@ import torch
 from pipeline import distributed
 from pipeline.config import keys, validate
 from pipeline.config.compose import source_being_resolved
+from pipeline.config.parser import Parser
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
 from pipeline.data.dataset import Cases
 from pipeline.data.issues import some
-from pipeline.data.plan import Plan
+from pipeline.data.plan import AUTO, Plan
+from pipeline.data.preflight import Preflight
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.files import write_json
 from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
@@ -38,8 +40,10 @@ from pipeline.lifecycle.stored_configs import (
     write_docs,
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize
+from pipeline.precision import resolve_device
 from pipeline.process_group import ProcessGroup
 from pipeline.training.trainer import MixedPrecisionTrainer
+from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +218,7 @@ class Lifecycle:
             found = self.data_module.run_preflight(self.cases)
             found.require_sound()
             # of a run that began: another card must not change it
-            plan = stored_plan(self.run_dir) if begun else self.data_module.plan(found)
+            plan = stored_plan(self.run_dir) if begun else self._make_plan(found)
             if plan.batch_size < distributed.size():
                 raise InputError(
                     f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
@@ -230,6 +234,17 @@ class Lifecycle:
             facts = found.fingerprint, self.start.record, self._contents
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint
+
+    def _make_plan(self, found: Preflight) -> Plan:
+        """Decide the plan; where the batch size is left to it, by what fits on the card as well."""
+        plan = self.data_module.plan(found)
+        device = resolve_device(self.data_module.device)
+        if self.source.get("batch_size") != AUTO or device.type != "cuda":
+            return plan
+        names = ("network", "loss_function", "optimizer", "precision")
+        with torch.random.fork_rng():
+            parser = Parser({**self.source, "plan": plan})
+            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
 
     def _follow(self) -> None:
         """What the other ranks do when the first one has begun."""

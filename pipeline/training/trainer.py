@@ -100,6 +100,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` where it does not.
         peak_memory_bytes: Of training and validation on a CUDA device, when they have ended.
+        trial_step: `TrialResult` of a new run, if a `TrialStep` is among the handlers.
         peak_reserved_bytes: The same with what the allocator keeps for later.
         interrupted: Whether training ends here, to be continued: decided before the handlers of a
             step, or of an epoch's end, save what it ends with.
@@ -151,6 +152,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
         self.peak_reserved_bytes: int | None = None
+        self.trial_step: Any = None
         self.interrupted = self._told_to_end = False
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         self._group_loss = self._max_abs_logit = torch.zeros((), device=precision.device)
