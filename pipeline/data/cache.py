@@ -33,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch.utils.data import Dataset, Sampler
 
-import transforms
 from pipeline import distributed
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
@@ -44,6 +43,7 @@ from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
+from transforms import preprocess
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +143,16 @@ class VolumeCache:
         while True:
             missing = [key for key in missing if not self._find(key)]
             self._require_room()
-            everywhere = distributed.all_gather_object(missing)
-            if not any(everywhere):
+            missed_by: dict[str, list[int]] = {}
+            for rank, keys in enumerate(distributed.all_gather_object(missing)):
+                for key in keys:
+                    missed_by.setdefault(key, []).append(rank)
+            if not missed_by:
                 return
-            mine = _share(everywhere)
+            # one of those that miss a key makes it; if the others see another directory, a node's
+            # own, they miss it still, and one of them makes it the next time
+            turns = enumerate(missed_by.items())
+            mine = [key for n, (key, ranks) in turns if ranks[n % len(ranks)] == distributed.rank()]
             if mine:
                 counts = len(mine), len(cached.cases)
                 log.info("Preprocessing %d of %d cases into %s", *counts, self.directory)
@@ -293,7 +299,7 @@ class Entry:
         if _checksum(arrays, self._metadata) != self._metadata.get("sha256"):
             raise ValueError("its bytes have another checksum")
 
-    def whole(self, name: str, files: str | list[str]) -> torch.Tensor:
+    def load(self, name: str, files: str | list[str]) -> torch.Tensor:
         """Copy a whole tensor, a MetaTensor if it was one.
 
         Args:
@@ -370,7 +376,7 @@ class CachedDataset(Dataset):
         """
         case = self.data[index]
         with self.cached.open(index) as entry:
-            return {**case, **{name: entry.whole(name, case.get(name, "")) for name in entry.names}}
+            return {**case, **{name: entry.load(name, case.get(name, "")) for name in entry.names}}
 
 
 class CaseSampler(Sampler[int]):
@@ -432,7 +438,7 @@ def preprocessing_key(source: Config, plan: Plan) -> dict[str, Any]:
     text = json.dumps(parts, default=str)
     planned = {*re.findall(r"@plan\b\.?(\w*)", text)}  # an empty name stands for all
     values = {k: v for k, v in plan.as_dict().items() if planned & {k, ""} and k != "reasons"}
-    files = {*Path(transforms.__file__).parent.glob("*.py")}
+    files = {*Path(preprocess.__file__).parent.glob("*.py")}
     files |= {*filter(None, map(_source_file, re.findall(r'"_target_": "([^"]+)"', text)))}
     hashes = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return {"config": parts, "plan": values, "code": hashes}
@@ -462,17 +468,15 @@ def _encode(tensors: Mapping[str, Any], key: str) -> bytes:
         for name, value in tensors.items()
     }
     geometry = {
-        name: {part: _plain(value.meta[part]) for part in GEOMETRY if part in value.meta}
+        name: {part: value.meta[part] for part in GEOMETRY if part in value.meta}
         for name, value in tensors.items()
         if isinstance(value, MetaTensor)
     }
-    metadata = {"key": key, "geometry": json.dumps(geometry)}
+    # arrays and tensors become lists; `space` is an enumeration
+    plain = json.dumps(geometry, default=lambda value: np.asarray(value).tolist())
+    metadata = {"key": key, "geometry": plain}
     content: bytes = save(arrays, {**metadata, "sha256": _checksum(arrays, metadata)})
     return content
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, str) else np.asarray(value).tolist()
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
@@ -483,20 +487,6 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in names:
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _share(missing: Sequence[Sequence[str]]) -> list[str]:
-    """Choose the keys that this rank makes, of those that each rank misses.
-
-    One of those that miss a key makes it. If the others see another directory, a node's own, they
-    miss it still, and one of them makes it the next time.
-    """
-    missed_by: dict[str, list[int]] = {}
-    for rank, keys in enumerate(missing):
-        for key in keys:
-            missed_by.setdefault(key, []).append(rank)
-    turns = enumerate(missed_by.items())
-    return [key for turn, (key, who) in turns if who[turn % len(who)] == distributed.rank()]
 
 
 def _require_same_on_all_ranks(cases: Sequence[Case], keys: Sequence[str], versions: Any) -> None:
