@@ -144,8 +144,8 @@ def test_ranks_with_another_file_are_refused_by_its_case(cases, dataset, tmp_pat
     (line,) = refusals(in_ranks(changed_on_others, tmp_path, cases, lambda _: copies))
     assert line.startswith("rank 1 on ")
     assert line.endswith(
-        ": tiny_003: expected what rank 0 has, got something else. "
-        "Give all ranks the same dataset_dir."
+        ": tiny_003: expected what rank 0 has, got something else. Give all ranks the same "
+        "dataset_dir and the same versions of monai, torch, numpy, nibabel."
     )
     assert not list((tmp_path / "cache_0").glob("*.safetensors"))
 
@@ -157,7 +157,7 @@ def test_cases_that_other_ranks_lack_are_named(cases, tmp_path):
     assert ": order of the cases: expected what rank 0 has" in line
 
 
-def test_ranks_with_another_library_are_refused_by_its_name(cases, tmp_path):
+def test_ranks_with_another_library_are_refused(cases, tmp_path):
     def change(all_):
         real = cache_module.importlib.metadata.version
         cache_module.importlib.metadata.version = lambda name: (
@@ -166,8 +166,7 @@ def test_ranks_with_another_library_are_refused_by_its_name(cases, tmp_path):
         return all_
 
     (line,) = refusals(in_ranks(changed_on_others, tmp_path, cases, change))
-    assert "libraries: expected those of rank 0, {'monai': '1." in line
-    assert "got {'monai': '0.1'" in line
+    assert ": tiny_001, tiny_002, tiny_003, tiny_004, tiny_005 and 1 more: expected what" in line
 
 
 def test_file_that_one_rank_cannot_read_ends_all(cases, tmp_path):

@@ -106,7 +106,7 @@ class VolumeCache:
                 versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
                 made_by = [FORMAT, versions, self.preprocessing_key, facts]
                 keys = [sha256_of([*made_by, content]) for content in contents]
-                _require_same_on_all_ranks(cases, keys, versions)
+                _require_same_on_all_ranks(cases, keys)
                 checked = torch.zeros(len(cases), dtype=torch.bool).share_memory_()
                 cached = CachedCases(self, cases, transform, keys, contents, hashes, checked)
                 self._make_missing(cached, pool)
@@ -489,19 +489,14 @@ def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def _require_same_on_all_ranks(cases: Sequence[Case], keys: Sequence[str], versions: Any) -> None:
+def _require_same_on_all_ranks(cases: Sequence[Case], keys: Sequence[str]) -> None:
     mine = [(case["case_id"], key) for case, key in zip(cases, keys, strict=True)]
-    expected, expected_versions = distributed.broadcast_object((mine, versions))
-    if versions != expected_versions:
-        raise InputError(
-            f"libraries: expected those of rank 0, {expected_versions}, got {versions}. Install "
-            "the same everywhere."
-        )
+    expected = distributed.broadcast_object(mine)
     if mine != expected:
         names = sorted({name for name, _ in {*mine} ^ {*expected}}) or ["order of the cases"]
         raise InputError(
             f"{some(names)}: expected what rank 0 has, got something else. Give all ranks the same "
-            "dataset_dir."
+            f"dataset_dir and the same versions of {', '.join(LIBRARIES)}."
         )
 
 

@@ -178,15 +178,13 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
         number = -(-size // ranks)
         images = torch.zeros((number, plan.in_channels, *plan.roi_size), device=precision.device)
         labels = torch.zeros_like(images[:, :1], dtype=torch.uint8)
-        taken = 2 * limit
         try:
-            taken = try_step(*parts, images, labels).peak_bytes or 0
+            if (try_step(*parts, images, labels).peak_bytes or 0) <= limit or size == ranks:
+                break
         except MemoryLimitError:
-            if number == 1:
+            if size == ranks:
                 raise
-        if taken <= limit or number == 1:
-            break
-        size = max(min(int(size * limit / taken), size - 1), ranks)
+        size = max(size * 3 // 4, ranks)
     if size == plan.batch_size:
         return plan
     reason = f"what fits: a trial step with {plan.batch_size} took more than {limit / GIB:.2f} GiB"
