@@ -122,6 +122,13 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
             next(iter(ours))
 
 
+def test_size_is_known_without_reading_the_volumes(tmp_path):
+    cached = make_patches(tmp_path, SHARES).cached
+    cached.is_checked[:] = False
+    assert device_cache.size_bytes(cached) == 13 * 9 * 7 * len(SHARES) * (2 * 4 + 1)
+    assert not cached.is_checked.any()
+
+
 def test_loader_refuses_another_word(tmp_path):
     with pytest.raises(
         InputError, match="cache_on_device: expected auto, true or false, got 'gpu'"

@@ -130,7 +130,7 @@ def size_bytes(cached: CachedCases) -> int:
     """Count the bytes of all volumes, equal cases once; their files are opened, not read."""
     total = 0
     for number in {key: n for n, key in enumerate(cached.keys)}.values():
-        with cached.open(number) as entry:
+        with cached.open(number, verify=False) as entry:
             for name in VOLUMES:
                 voxel = entry[name][:1, :1, :1, :1]
                 total += int(np.prod(entry[name].shape)) * voxel.element_size()
