@@ -51,7 +51,11 @@ FORMAT = 2  # of an entry, and of what is kept beside the volumes; a change make
 LIBRARIES = ("monai", "torch", "numpy", "nibabel")
 SUFFIX = ".safetensors"
 # a folder may hold other files: what is removed from it has a name of this form
-ENTRY = re.compile(rf"(?P<temporary>\.[0-9a-f]{{32}}\.)?[0-9a-f]{{64}}\{SUFFIX}")
+ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+TEMPORARY = re.compile(  # of entries; of hashes, and of entries of older versions
+    r"\.[0-9a-f]{32}\.[0-9a-f]{64}\.safetensors"
+    rf"|([0-9a-f]{{64}}|{re.escape(HASHES)})\.[0-9a-f]{{32}}\.tmp"
+)
 ABANDONED_S = 3600  # after which a temporary file has no writer any more
 TOUCH_S = 600  # between two notes that an entry is in use
 MAX_THREADS = 8  # each holds a case in memory
@@ -166,12 +170,10 @@ class VolumeCache:
         entries = []
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):  # removed by another process
-                if not (name := ENTRY.fullmatch(path.name)):
-                    continue
                 stat = path.stat()
-                if not name["temporary"]:
+                if ENTRY.fullmatch(path.name):
                     entries.append((stat.st_mtime, stat.st_size, path))
-                elif time.time() - stat.st_mtime > ABANDONED_S:
+                elif TEMPORARY.fullmatch(path.name) and time.time() - stat.st_mtime > ABANDONED_S:
                     path.unlink()
         self._total = sum(size for _, size, _ in entries) + room
         for _, size, path in sorted(entries):
