@@ -26,10 +26,6 @@ class InputError(ValueError):
             print(self, file=sys.stderr)
 
 
-class WorkerError(RuntimeError):
-    """A loader worker died or hung; the message is one line for the user."""
-
-
 OWN = ("pipeline", "transforms", "networks")  # whose exceptions say all that is to be said
 
 # in the diagnosis of a run whose numbers went wrong, and of no other
@@ -84,6 +80,19 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Valid are: {', '.join(valid)}."
+
+
+def describe_worker_failure(error: RuntimeError) -> str | None:
+    """Return one line where a loader worker died or hung; `None` for any other error.
+
+    torch raises it wherever the main process is at that moment.
+    """
+    if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+        return None
+    return (
+        f"num_workers: expected workers that deliver every case, got: {error}. Look at the memory "
+        "that is free, or use num_workers=0; the same command goes on from the newest checkpoint."
+    )
 
 
 def as_bool(value: object, where: str) -> bool:

@@ -23,7 +23,7 @@ from pipeline import distributed
 from pipeline.data.cache import VolumeCache, require_classes
 from pipeline.data.device_cache import DeviceCache
 from pipeline.data.listing import Case, named
-from pipeline.errors import InputError, WorkerError
+from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ class PatchLoader(DataLoader):
 
         Raises:
             InputError: If the cases are to be on the device and do not fit.
-            WorkerError: If a worker dies or hangs.
+            RuntimeError: If a worker dies or hangs; see `describe_worker_failure`.
         """
         patches: Any = self.dataset
         batches: Any = self.batch_sampler
@@ -337,14 +337,6 @@ class PatchLoader(DataLoader):
         iterator: Any = super().__iter__()
         try:
             yield from iterator
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):  # an error of the dataset
-                raise
-            raise WorkerError(
-                f"num_workers: expected workers that deliver every case, got: {error}. Look at the "
-                "memory that is free, or use num_workers=0; the same command goes on from the "
-                "newest checkpoint."
-            ) from error
         finally:
             if self.num_workers:
                 iterator._shutdown_workers()

@@ -29,7 +29,7 @@ from pipeline.errors import (
     InputError,
     TrainingInterrupted,
     TrainingStopped,
-    WorkerError,
+    describe_worker_failure,
     nearest,
 )
 from pipeline.files import NO_ROOM
@@ -297,7 +297,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 # not Trainer.run, which would put a new scaler in the place of the policy's
                 super(Workflow, self).run(self._ahead, self.state.max_epochs)
         except RuntimeError as error:
-            reason = str(error) if isinstance(error, WorkerError) else distributed.loss_of(error)
+            reason = distributed.loss_of(error) or describe_worker_failure(error)
             if reason is None:
                 raise
             self.stop(reason)

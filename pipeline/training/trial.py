@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ import torch
 from ignite.engine import Events
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from pipeline import distributed
 from pipeline.data.memory import available_bytes
@@ -90,7 +91,7 @@ class TrialStep:
             return
         network, optimizer, precision = trainer.network, trainer.optimizer, trainer.precision
         with distributed.sync_errors(), _state_kept(network, optimizer, precision.device):
-            batch = next(iter(trainer.data_loader))
+            batch = _first_batch(trainer.data_loader)
             images, labels = trainer.prepare_batch(batch, precision.device, trainer.non_blocking)
             step = network, trainer.loss_function, optimizer, precision, images, labels
             metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
@@ -189,6 +190,23 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
         return plan
     reason = f"what fits: a trial step with {plan.batch_size} took more than {limit / GIB:.2f} GiB"
     return replace(plan, batch_size=size, reasons={**plan.reasons, "batch_size": reason})
+
+
+def _first_batch(loader: Any) -> dict[str, Any]:
+    """Load a batch in this process: workers would be started for it, and ended again."""
+    names = ("num_workers", "timeout") if isinstance(loader, DataLoader) else ()
+    settings = {name: getattr(loader, name) for name in names}
+    try:
+        for name in names:
+            setattr(loader, name, 0)
+        batches = iter(loader)
+        batch: dict[str, Any] = next(batches)
+        if isinstance(batches, Generator):
+            batches.close()
+        return batch
+    finally:
+        for name, value in settings.items():
+            setattr(loader, name, value)
 
 
 def _finest(logits: Any) -> torch.Tensor:
