@@ -1,13 +1,12 @@
-"""Peak reserved memory of training, validation and prediction on a CUDA card, and its prediction.
+"""Peak reserved memory of training on a CUDA card, and the formula of the plan beside it.
 
     python -m benchmarks.gpu_memory [--output FILE.json] [--workers 8] [--limit_s 600]
-    python -m benchmarks.gpu_memory --predict [--output FILE.json]
+    python -m benchmarks.gpu_memory --fit [--output FILE.json]
 
-Each configuration of a fixed draw takes six steps of the real trainer (three without a graph, then
-its capture and replays) on noise, then, with the trainer still there, one validation by sliding
-windows, then, alone, one prediction. The first `NUM_FITTED` of them were looked at when the terms
-of `pipeline.data.memory` were written; the others are held out. `--predict` needs no card: it puts
-what is predicted now beside what was read.
+Each configuration of a fixed draw takes six steps of the real trainer on noise: three without a
+graph, then its capture and replays. The first `NUM_FITTED` of them fit the numbers of
+`pipeline.data.memory`; the others are held out. `--fit` needs no card: it fits the numbers, and
+compares those that are in force with the readings.
 """
 
 from __future__ import annotations
@@ -26,24 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SimpleInferer
+from scipy.optimize import nnls
 
 from benchmarks import machine
 from networks.dense_unet import DenseUNet
-from pipeline.data.memory import Process, run_bytes
-from pipeline.data.step_memory import Net
-from pipeline.data.window_memory import Windows
+from pipeline.data.memory import FLOAT32, RESERVE, TrainingStep
 from pipeline.precision import Precision
-from pipeline.prediction.segmenter import Segmenter, SlidingWindowLabels
-from pipeline.prediction.sliding_window import SlidingWindow
 from pipeline.training.loss import SegmentationLoss
 from pipeline.training.schedule import warmup_cosine
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 Config = dict[str, Any]
 NUM_FITTED, NUM_HELD_OUT = 45, 20
-PHASES = ("train", "validate", "predict")
 NUM_STEPS = 6  # the fourth is captured
 STRIDES = [
     [[2, 2, 2]] * 2, [[2, 2, 2]] * 3, [[2, 2, 2]] * 4, [[2, 2, 1], [2, 2, 2]],
@@ -151,19 +145,10 @@ def peak() -> dict[str, int]:
     }
 
 
-def volume_of(shape: list[int], device: str) -> MetaTensor:
-    meta = {"original_affine": np.eye(4), "spatial_shape": np.array(shape)}
-    voxels = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-    return MetaTensor(voxels, affine=torch.eye(4, dtype=torch.float64), meta=meta)
-
-
 def measured(config: Config) -> Config:
-    """Readings of one configuration, in bytes; `error` in their place if it did not fit.
-
-    Of `train`, `validate` and `predict` the peaks; of `rest` what is there between the first two.
-    """
+    """Readings of one configuration, in bytes; `error` in their place if it did not fit."""
     logging.getLogger("pipeline").setLevel(logging.ERROR)
-    amp = config["mode"] != "float32"
+    amp = config["mode"] != FLOAT32
     found: Config = {}
     started = time.monotonic()
     try:
@@ -173,25 +158,10 @@ def measured(config: Config) -> Config:
         trainer.run()
         found["train"] = peak()
         found["cuda_graph"] = trainer.describe()["effective"]["cuda_graph"]
-        clean()
-        found["rest"] = peak()
-        arguments = config["roi_size"], config["num_classes"]
-        inferer = SlidingWindowLabels(precision, *arguments)
-        trainer.network.eval()
-        batch = list_data_collate([{"image": volume_of(config["volume"], "cuda")}])
-        inferer(batch["image"], trainer.network)
-        del batch
-        found["validate"] = peak()
-        del trainer, inferer
-        clean()
-        found["left"] = torch.cuda.memory_reserved()
-        network = network_of(config, precision)
-        Segmenter([network], precision, SlidingWindow(*arguments))(
-            volume_of(config["volume"], "cpu")
-        )
-        found["predict"] = peak()
+        del trainer
     except RuntimeError as error:
         found["error"] = str(error).splitlines()[0]
+    clean()
     found["seconds"] = round(time.monotonic() - started, 1)
     return found
 
@@ -221,33 +191,47 @@ def sweep(output: Path, workers: int, limit_s: float, configs: list[Config]) -> 
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def predicted(config: Config) -> dict[str, int]:
-    """What is expected of a configuration, for each of `PHASES`, in bytes."""
-    names = "strides", "base_channels", "num_classes"
-    net = Net(*(config[n] for n in names), 1, config["recompute_levels"], config["mode"])
-    windows = Windows(config["roi_size"], config["num_classes"])
-    run = run_bytes(net, config["batch_size"], windows, config["volume"])
-    alone = Process(net)
-    alone.predict(windows, config["volume"])
-    return dict(zip(PHASES, (*run.values(), alone.peak), strict=True))
+def step_of(config: Config) -> TrainingStep:
+    names = "roi_size", "batch_size", "strides", "base_channels", "num_classes"
+    levels = min(config["recompute_levels"], len(config["strides"]))
+    return TrainingStep(*(config[n] for n in names), 1, levels, config["mode"])
 
 
 def compared(result: Config) -> Config:
-    """Readings with predictions, and the relative errors of both parts of the draw."""
-    readings = [{**one, "predicted": predicted(one)} for one in result["readings"]]
-    errors = {}
-    for part in ("fitted", "held_out"):
-        here = [one for one in readings if (one["number"] < NUM_FITTED) == (part == "fitted")]
-        errors[part] = {
-            phase: _summary([one["predicted"][phase] / one[phase]["reserved"] - 1 for one in here])
-            for phase in PHASES
-        }
-    return {**result, "readings": readings, "relative_errors": errors}
+    """Readings with estimates, and how far these are off in both parts of the draw."""
+    readings = [{**one, "estimate": round(step_of(one).estimate_bytes())}
+                for one in result["readings"]]  # fmt: skip
+    parts = {"fitted": readings[:NUM_FITTED], "held_out": readings[NUM_FITTED:]}
+    return {
+        **result,
+        "readings": readings,
+        "fitted_numbers": fitted(parts["fitted"]),
+        "relative_errors": {name: _summary(part) for name, part in parts.items()},
+    }
 
 
-def _summary(errors: list[float]) -> dict[str, float]:
-    sizes = np.abs(errors)
-    return {"median": round(float(np.median(sizes)), 4), "max": round(float(sizes.max()), 4)}
+def fitted(readings: list[Config]) -> list[float]:
+    """The numbers of `pipeline.data.memory`, in their order, by least relative squares."""
+    rows = []
+    for one in readings:
+        known, activations, logits = step_of(one).terms()
+        is_full = one["mode"] == FLOAT32
+        reserved = one["train"]["reserved"]
+        terms = [activations * is_full, activations * (not is_full), logits, 1e7, reserved - known]
+        rows.append(np.array(terms) / reserved)
+    table = np.array(rows)
+    numbers, _ = nnls(table[:, :4], table[:, 4])
+    return [round(float(number), 2) for number in numbers * [1, 1, 1, 1e7]]
+
+
+def _summary(readings: list[Config]) -> dict[str, float]:
+    errors = np.array([one["estimate"] / one["train"]["reserved"] - 1 for one in readings])
+    return {
+        "median": round(float(np.median(np.abs(errors))), 3),
+        "lowest": round(float(errors.min()), 3),
+        "highest": round(float(errors.max()), 3),
+        "share_above_reserve": float(np.mean((1 + RESERVE) * (1 + errors) < 1)),
+    }
 
 
 def main() -> None:
@@ -255,16 +239,16 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/gpu_memory.json")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--limit_s", type=float, default=600)
-    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()
     output = Path(arguments.output)
-    if not arguments.predict:
+    if not arguments.fit:
         sweep(output, arguments.workers, arguments.limit_s, configurations())
     result = compared(json.loads(output.read_text()))
     rows = result.pop("readings")
     text = json.dumps(result, indent=1)[:-2] + ',\n "readings": [\n  '
     output.write_text(text + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
-    print(json.dumps(result["relative_errors"], indent=1))
+    print(json.dumps({key: result[key] for key in ("fitted_numbers", "relative_errors")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,19 @@ def require_choice(value: object, valid: Iterable[str], where: str) -> None:
         raise InputError(f"{where}: {expected} {nearest(str(value), valid)}")
 
 
+def describe_worker_failure(error: RuntimeError) -> str | None:
+    """Return one line where a loader worker died or hung; `None` for any other error.
+
+    torch raises it wherever the main process is at that moment.
+    """
+    if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+        return None
+    return (
+        f"num_workers: expected workers that deliver every case, got: {error}. Look at the memory "
+        "that is free, or use num_workers=0; the same command goes on from the newest checkpoint."
+    )
+
+
 def as_bool(value: object, where: str) -> bool:
     """A JSON boolean, or the words 'true' and 'false' as `monai.bundle` passes them.
 

@@ -431,12 +431,12 @@ CASES = {
         {"+train#handlers": [{"_target_": "CheckpointSaver", "save_dir": "x",
                               "save_dict": {"network": "@network"},
                               "key_metric_name": "val_dice"}]},
-        "{file}:9: train#handlers#6#key_metric_name: expected a metric that an evaluator or "
+        "{file}:9: train#handlers#7#key_metric_name: expected a metric that an evaluator or "
         "trainer defines, got 'val_dice'.",
     ),
     "no handler": (
         {"+train#handlers": [{"_target_": "DiceLoss"}]},
-        "{file}:3: train#handlers#6: expected a handler (with a method attach), got a DiceLoss.",
+        "{file}:3: train#handlers#7: expected a handler (with a method attach), got a DiceLoss.",
     ),
     "name in the place of a handler": (
         {"validate#handlers": ["StatsHandler"]},
@@ -542,7 +542,7 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
         ('{"train#trainr#max_epochs": 1}', ":1: train#trainr#max_epochs: expected a known key"),
         ('{"+train#handlers": {}}', ":1: +train#handlers: expected a list, got {}."),
         ('{"+nothing": []}', ":1: +nothing: expected a known key, got 'nothing'."),
-        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 5, got '9'."),
+        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 6, got '9'."),
     ],
 )
 def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):

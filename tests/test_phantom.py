@@ -1,8 +1,6 @@
 """The phantom: what it promises as data, and that it is neither trivial nor half written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -141,15 +139,6 @@ def test_kidneys_are_alike_but_for_the_side(volumes, arrays):
         assert ttest_rel(left, right).pvalue > 0.01
 
 
-def test_every_class_shares_its_intensities_with_other_tissue_in_most_cases(arrays):
-    purity = []
-    for image, label in arrays:
-        for c in range(1, len(ORGANS) + 1):
-            low, high = np.quantile(image[label == c], (0.1, 0.9))
-            purity.append((label[(low <= image) & (image <= high)] == c).mean())
-    assert np.max(np.median(np.reshape(purity, (NUM_CASES, -1)), axis=0)) < 0.6
-
-
 def test_neither_intensity_nor_an_average_label_map_solves_the_phantom(dataset):
     result = measure(dataset)
     assert result["num_validation"] == NUM_CASES // 5
@@ -162,11 +151,6 @@ def test_make_phantom_leaves_a_complete_dataset_untouched(tmp_path):
     before = contents(directory)
     assert make_phantom(directory, seed=5, num_cases=3) == directory
     assert contents(directory) == before
-
-
-def test_make_phantom_takes_an_empty_directory(tmp_path):
-    (tmp_path / "phantom").mkdir()
-    assert (make_phantom(tmp_path / "phantom", num_cases=1) / "dataset.json").is_file()
 
 
 def test_make_phantom_raises_when_something_else_is_there(tmp_path):
@@ -206,15 +190,3 @@ def test_make_phantom_keeps_the_winners_dataset_when_it_lost_the_race(tmp_path, 
     assert make_phantom(directory, seed=0, num_cases=1) == directory
     assert "seed 1" in json.loads((directory / "dataset.json").read_text())["description"]
     assert list(tmp_path.iterdir()) == [directory]
-
-
-@pytest.mark.chaos
-def test_make_phantom_leaves_one_dataset_when_two_processes_start_at_once(tmp_path):
-    directory = tmp_path / "new" / "phantom"
-    root = Path(phantom.__file__).parents[2]
-    code = "import sys; from pipeline.data.phantom import make_phantom as m; m(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(directory)]
-    racers = [subprocess.Popen(command, cwd=root) for _ in range(2)]
-    assert [racer.wait(timeout=60) for racer in racers] == [0, 0]
-    assert list(directory.parent.iterdir()) == [directory]
-    assert len(contents(directory)) == 1 + 2 * NUM_CASES

@@ -12,18 +12,13 @@ import torch
 from conftest import make_dataset, write_case, write_dataset_json
 
 from networks.dense_unet import DenseUNet
-from pipeline.data import rules
 from pipeline.data.dataset import load_cases
-from pipeline.data.memory import step_bytes
-from pipeline.data.plan import AUTO, make_plan
+from pipeline.data.memory import RESERVE, TrainingStep
+from pipeline.data.plan import AUTO, SETTINGS, choose_strides, make_plan
 from pipeline.data.preflight import preflight
 from pipeline.errors import InputError
 from transforms.preprocess import preprocessing
 
-NAMES = (
-    "class_names", "num_classes", "in_channels", "crop_empty_borders", "spacing", "normalization",
-    "strides", "roi_size", "batch_size", "foreground_ratio", "flip_axes",
-)  # fmt: skip
 GIB = 2**30
 
 
@@ -60,7 +55,7 @@ class Declared:
 def plan_of(
     fingerprint, dataset=None, *, budget=8 * GIB, base_channels=32, recompute_levels=0, **given
 ):
-    settings = {**dict.fromkeys(NAMES, AUTO), **given}
+    settings = {**dict.fromkeys(SETTINGS, AUTO), **given}
     return make_plan(
         fingerprint,
         settings,
@@ -69,6 +64,10 @@ def plan_of(
         base_channels=base_channels,
         recompute_levels=recompute_levels,
     )
+
+
+def needed_bytes(*step):
+    return (1 + RESERVE) * TrainingStep(*step).estimate_bytes()
 
 
 def faults_of(*arguments, **keywords):
@@ -210,15 +209,15 @@ def grids(number, seed=0):
 
 
 def test_strides_leave_slices_alone_until_they_are_no_longer_thick():
-    assert rules.strides_of([1, 1, 4], [160, 160, 40])[0] == [[2, 2, 1], [2, 2, 1], [2, 2, 2]]
-    assert rules.strides_of([1, 1, 1], [160, 160, 160])[0] == [[2, 2, 2]] * 3
-    assert rules.strides_of([1, 1, 1.5], [160, 160, 10])[0] == [[2, 2, 1], [2, 2, 2], [2, 2, 1]]
-    assert rules.strides_of([1, 1, 1], [7, 7, 7])[0] == [[1, 1, 1]]
+    assert choose_strides([1, 1, 4], [160, 160, 40])[0] == [[2, 2, 1], [2, 2, 1], [2, 2, 2]]
+    assert choose_strides([1, 1, 1], [160, 160, 160])[0] == [[2, 2, 2]] * 3
+    assert choose_strides([1, 1, 1.5], [160, 160, 10])[0] == [[2, 2, 1], [2, 2, 2], [2, 2, 1]]
+    assert choose_strides([1, 1, 1], [7, 7, 7])[0] == [[1, 1, 1]]
 
 
 def test_strides_bring_levels_nearer_to_isotropic():
     for (spacing,), (shape,), _ in grids(300):
-        strides, _ = rules.strides_of(spacing, shape)
+        strides, _ = choose_strides(spacing, shape)
         spaced, left = np.array(spacing), np.array(shape, float)
         if strides == [[1, 1, 1]]:
             assert left.max() < 8
@@ -246,7 +245,7 @@ def test_roi_size_fits_strides_and_budget():
         assert (size >= 2 * step).all()
 
         def needed(roi, number, plan=plan):
-            return step_bytes(roi, number, plan.strides, 32, 2)
+            return needed_bytes(roi, number, plan.strides, 32, 2)
 
         assert needed(plan.roi_size, 2) <= budget
         assert needed(plan.roi_size, plan.batch_size) <= budget
@@ -295,18 +294,21 @@ def test_network_takes_every_planned_patch():
 
 @pytest.mark.parametrize(
     ("cases", "budget", "batch"),
-    [(1, 8 * GIB, 2), (400, 8 * GIB, 10), (4000, 1e12, 200), (4000, 1e6, 1)],
+    [(1, 8 * GIB, 2), (400, 8 * GIB, None), (4000, 1e12, 200), (4000, 1e6, 1)],
 )
 def test_batch_size_is_a_share_of_the_data_as_far_as_memory_goes(cases, budget, batch):
-    """Eleven patches take 8.24 GiB and ten 7.52."""
     got = plan_of(
         fingerprint_of([[1] * 3] * cases, [[64] * 3] * cases), roi_size=[64] * 3, budget=budget
     )
-    assert got.batch_size == batch
+    network = [2, 2, 2], 32, 2
+    taken = needed_bytes([64] * 3, got.batch_size, *network)
+    if batch is None:  # as many as fit
+        assert 2 < got.batch_size < 20
+        assert taken <= budget < needed_bytes([64] * 3, got.batch_size + 1, *network)
+    else:
+        assert got.batch_size == batch
     assert ("more than" in got.reasons["batch_size"]) == (budget == 1e6)
-    taken = step_bytes([64] * 3, batch, [2, 2, 2], 32, 2) / GIB
-    assert f"{taken:.3g} GiB" in got.reasons["batch_size"]
-    assert taken * GIB <= budget or budget == 1e6
+    assert f"{taken / GIB:.3g} GiB" in got.reasons["batch_size"]
 
 
 def test_batch_size_is_larger_where_levels_are_recomputed():
@@ -403,9 +405,9 @@ def test_given_values_are_kept_and_others_are_chosen_around_them():
 
 def test_every_value_has_a_reason_and_a_line():
     plan = plan_of(fingerprint_of([[1] * 3], [[64] * 3]), Declared(["a", "b"], ["CT"], 9))
-    assert set(plan.reasons) == set(NAMES)
+    assert set(plan.reasons) == set(SETTINGS)
     assert all(plan.reasons.values())
-    assert len(plan.lines()) == len(NAMES)
+    assert len(plan.lines()) == len(SETTINGS)
     assert plan.ignore_value == 9
     assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict() | {}
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from pipeline.data import positions
+from pipeline.data import sampling
 from pipeline.data.cache import VolumeCache
-from pipeline.data.positions import sampling_positions
-from pipeline.data.sampling import EpochSampler, PatchDataset, PatchLoader
+from pipeline.data.sampling import (
+    EpochSampler,
+    PatchDataset,
+    PatchLoader,
+    sampling_positions,
+)
 from pipeline.errors import InputError
 
 IGNORED = 9
@@ -161,7 +165,7 @@ def test_positions_have_the_smallest_dtype_that_holds_them(shape, dtype):
 
 
 def test_positions_of_annotated_voxels_are_thinned_evenly_over_the_volume(monkeypatch):
-    monkeypatch.setattr(positions, "MAX_POSITIONS_PER_CLASS", 1000)
+    monkeypatch.setattr(sampling, "MAX_POSITIONS_PER_CLASS", 1000)
     label = torch.zeros((1, 50, 50, 50), dtype=torch.uint8)
     label.flatten()[: 50**3 - 99_901] = IGNORED
     found = sampling_positions(label, 2, IGNORED)["annotated"]

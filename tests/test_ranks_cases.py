@@ -122,8 +122,8 @@ def test_ranks_with_another_file_are_refused_by_its_case(cases, dataset, tmp_pat
     (line,) = refusals(in_ranks(changed_on_others, tmp_path, cases, lambda _: copies))
     assert line.startswith("rank 1 on ")
     assert line.endswith(
-        ": tiny_003: expected the files that rank 0 has, got others. "
-        "Give all ranks the same dataset_dir."
+        ": tiny_003: expected what rank 0 has, got something else. Give all ranks the same "
+        "dataset_dir and the same versions of monai, torch, numpy, nibabel."
     )
     assert not list((tmp_path / "cache_0").glob("*.safetensors"))
 

@@ -1,4 +1,4 @@
-"""From a dataset folder to what training needs of it: its cases, its soundness, its plan."""
+"""A dataset folder as training uses it: its cases, its preflight, its plan."""
 
 from __future__ import annotations
 
@@ -6,46 +6,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from pipeline import distributed
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases, given_cases, load_cases
-from pipeline.data.forecast import Forecast, available_bytes
-from pipeline.data.memory import run_bytes, triples
+from pipeline.data.memory import available_bytes
 from pipeline.data.phantom import make_phantom
 from pipeline.data.plan import AUTO, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
-from pipeline.data.step_memory import Net
-from pipeline.data.window_memory import Windows
-from pipeline.errors import as_bool
-from pipeline.precision import MODES, resolve_device
+from pipeline.precision import resolve_device
 
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
-# of what a card has free: resident cases may take a quarter, augmentation and cuDNN a little
+# of what a card has free: cases that are kept there may take a quarter, augmentation a little
 SHARE_OF_CARD = 0.7
 
 
 class DataModule:
-    """How a config looks at its dataset.
+    """The dataset of a config.
 
     Args:
         bundle_root: Folder that relative paths start from.
-        dataset_dir: The dataset; `data/phantom` is made if it is not there.
-        cache_dir: Where what was read of it is kept.
+        dataset_dir: Folder of the dataset; `data/phantom` is made if it is not there.
+        cache_dir: Folder where results of the preflight are kept.
         split: Arguments of `load_cases` that say which cases there are and how they are split.
         preflight: How much of the files is read; see `pipeline.data.preflight.preflight`.
         settings: Values of the plan, or `auto`; see `make_plan`.
-        memory_budget_bytes: What a training step may take; `auto`: 8 GiB, or 70 % of what the card
-            has free if that is less, and 2 GiB on a CPU.
-        device: That it trains on.
-        base_channels: Of the network.
-        recompute_levels: Of the network.
-        amp: Whether it trains in mixed precision.
-        amp_dtype: Of that; see `Precision`.
-        windows: How it validates: `at_once` and `overlap`; see `Windows`.
+        memory_budget_bytes: Memory that a training step may take; `auto`: 8 GiB, or 70 % of what
+            the card has free if that is less, and 2 GiB on a CPU.
+        device: Device that the run trains on.
+        base_channels: Channels of the network at full resolution.
+        recompute_levels: Levels of the network that keep no activations.
     """
 
     def __init__(
@@ -60,9 +50,6 @@ class DataModule:
         device: str,
         base_channels: int,
         recompute_levels: int = 0,
-        amp: bool | str = True,
-        amp_dtype: str = AUTO,
-        windows: Mapping[str, Any] | None = None,
     ) -> None:
         root = Path(bundle_root).resolve()
         self.dataset_dir = (root / dataset_dir).resolve()
@@ -77,10 +64,9 @@ class DataModule:
         self.level, self.settings = preflight, settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
         self.base_channels, self.recompute_levels = base_channels, recompute_levels
-        self.amp, self.amp_dtype, self.windows = as_bool(amp, "amp"), amp_dtype, windows or {}
 
     def use_plan(self, plan: Plan) -> None:
-        """Decide what is `auto` as it was decided for another plan."""
+        """Decide what is `auto` as another plan did."""
         decided = plan.as_dict()
         self.settings = {
             key: decided.get(key, value) if value == AUTO else value
@@ -88,7 +74,7 @@ class DataModule:
         }
 
     def load(self, given: tuple[Sequence[Case], Sequence[Case]] | None = None) -> Cases:
-        """Read what cases there are.
+        """List the cases, and split them.
 
         Args:
             given: Training and validation cases in place of a dataset.
@@ -104,7 +90,7 @@ class DataModule:
         return load_cases(self.dataset_dir, **self.split)
 
     def run_preflight(self, cases: Cases) -> Preflight:
-        """Look at the files of all cases."""
+        """Check the files of all cases."""
         return preflight(cases, self.level, self.cache_dir)
 
     def plan(self, found: Preflight) -> Plan:
@@ -114,7 +100,7 @@ class DataModule:
             InputError: If the dataset has a fault, or a value does not fit it.
         """
         found.require_sound()
-        assert found.fingerprint is not None  # of what is sound there is one
+        assert found.fingerprint is not None  # a sound dataset has one
         return make_plan(
             found.fingerprint,
             self.settings,
@@ -124,29 +110,6 @@ class DataModule:
             recompute_levels=self.recompute_levels,
             num_ranks=distributed.size(),
         )
-
-    def forecast(self, plan: Plan, found: Preflight) -> Forecast | None:
-        """What training and validation are going to take of the card; `None` on a CPU.
-
-        Args:
-            plan: Of the run.
-            found: The largest of its volumes is what validation is predicted for.
-        """
-        device = resolve_device(self.device)
-        if device.type != "cuda" or found.fingerprint is None:
-            return None
-        dtype, _ = MODES["cuda"].get(self.amp_dtype, MODES["cuda"][AUTO])
-        mode = str(dtype if self.amp else torch.float32).removeprefix("torch.")
-        strides = triples(plan.strides)
-        levels = min(self.recompute_levels, len(strides))
-        sizes = self.base_channels, plan.num_classes, plan.in_channels
-        windows = Windows(plan.roi_size, plan.num_classes, **self.windows)
-        shapes = np.array(found.fingerprint.shapes.cases, float)
-        shapes *= np.array(found.fingerprint.spacings_mm.cases) / np.array(plan.spacing)
-        largest = np.maximum(np.rint(shapes[shapes.prod(axis=1).argmax()]), 1).astype(int)
-        batch = -(-plan.batch_size // distributed.size())
-        peaks = run_bytes(Net(strides, *sizes, levels, mode), batch, windows, largest.tolist())
-        return Forecast(**peaks, available=available_bytes(device), device=str(device))
 
     def _budget_bytes(self) -> float:
         if self.memory_budget_bytes != AUTO:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.data.cases import ENDINGS, Case, case_name, list_volumes, split_channel
 from pipeline.data.issues import require
+from pipeline.errors import InputError
 from transforms.dicom import dicom_files
 
 Volumes = dict[str, dict[str, list[Path]]]  # by case and channel number (empty: not a channel)
@@ -111,7 +112,7 @@ def list_labelled_images(
         InputError: As `list_images`, and one line for each case without a label.
     """
     cases, place = list_images(folder, num_channels, root), Path(root, labels)
-    found = {case_name(path): str(path) for path in volumes_in(place)} if place.is_dir() else {}
+    found = {case_name(path): str(path) for path in list_volumes(place)} if place.is_dir() else {}
     missing = [case["case_id"] for case in cases if case["case_id"] not in found]
     if missing:
         raise InputError(

@@ -1,121 +1,109 @@
-"""What memory of a card training, validation and prediction with the dense U-Net reserve.
+"""How much GPU memory a training step takes: a formula for the plan, which needs no card.
 
-The tensors are counted in the order in which they come and go, and PyTorch's allocator is
-computed. Nothing is fitted but what cuDNN takes for itself (`step_memory.workspace`). Readings, of
-configurations that were looked at for that and of others, are in benchmarks/gpu_memory.json.
+The formula counts what a backward pass of the dense U-Net needs: activations, logits, and weights
+with gradients and Adam's two moments. Four numbers are fitted to peaks that were read on a card;
+`benchmarks/gpu_memory.py` fits them and says how far off they are. What a run really takes, with
+any network, is measured by its trial step (`pipeline.training.trial`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.arena import Arena
-from pipeline.data.step_memory import FLOAT32, Net, Walk, step
-from pipeline.data.window_memory import Slabs, Windows
+import torch
 
-SMALL_BYTES = 4 * 2**20  # of norms, losses and the like, all of them together
-
-
-class Process:
-    """The pools of a process that trains or predicts.
-
-    Args:
-        net: The network, whose weights are there from the beginning.
-    """
-
-    def __init__(self, net: Net) -> None:
-        self.net = net
-        self.own, self.beside, self.graph = Arena(), Arena(), Arena()
-        self._peak = 0
-        for number in net.weights():
-            self.own.hold(4 * number)
-            if net.mode != FLOAT32:  # brought to channels last
-                self.own.drop(self.own.hold(4 * number))
-
-    @property
-    def peak(self) -> int:
-        """Most bytes that were reserved, of all pools together."""
-        others = self.beside.reserved + self.graph.reserved
-        return max(self._peak, self.own.peak + others) + SMALL_BYTES
-
-    def train(self, roi_size: Sequence[int], batch_size: int) -> None:
-        """Steps without a graph, the optimizer's moments after the first, then those of a graph."""
-        voxels, own = batch_size * math.prod(roi_size), self.own
-        batch = 4 * voxels * self.net.in_channels, voxels  # image and label
-        given = [own.hold(size) for size in batch]
-        gradients, logits = step(Walk(self.net, own, roi_size, batch_size))
-        for size in (*batch, *batch):
-            self.beside.hold(size)  # the next one and that in use, on a stream of its own
-        for number in self.net.weights():
-            own.hold(4 * number)
-            own.hold(4 * number)
-        own.drop(*gradients, *given, logits)
-        gradients, logits = step(Walk(self.net, own, roi_size, batch_size))
-        own.drop(*gradients, logits)
-        self._peak = own.peak + self.beside.reserved
-        for size in batch:
-            own.hold(size)  # what the graph reads
-        own.trim()
-        own.peak = own.reserved
-        step(Walk(self.net, self.graph, roi_size, batch_size))
-
-    def predict(self, windows: Windows, shape: Sequence[int]) -> None:
-        """A volume by sliding windows, to labels.
-
-        Args:
-            windows: How.
-            shape: Of the preprocessed volume in voxels.
-        """
-        Slabs(self.net, self.own, windows, shape).predict()
+FLOAT32 = "float32"
+RESERVE = 0.15  # added to an estimate before it is compared with a budget
+# fitted: copies of the activations at the peak, bytes per logit, and bytes of every process
+COPIES_FLOAT32, COPIES_HALF, LOGIT_BYTES, PROCESS_BYTES = 18.3, 14.0, 3.5, 7.8e7
+RECOMPUTED = 0.75  # share of these copies that a recomputed level takes
+DENSE_LAYERS, GROWTH_RATE, INNER = 4, 32, 128  # the bottleneck of networks.dense_unet
 
 
-def step_bytes(
-    roi_size: Sequence[int],
-    batch_size: int,
-    strides: Sequence[Any],
-    base_channels: int,
-    num_classes: int,
-    in_channels: int = 1,
-    recompute_levels: int = 0,
-    mode: str = FLOAT32,
-) -> int:
-    """Peak of the memory that training steps reserve, weights and AdamW included, in bytes.
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step of the dense U-Net on one device.
 
-    Args:
+    Attributes:
         roi_size: Patch in voxels.
         batch_size: Patches.
         strides: Pooling per level, an int or a triple.
-        base_channels: Of the network.
-        num_classes: Background included.
-        in_channels: Of the images.
-        recompute_levels: Levels that keep no activations.
+        base_channels: Channels at full resolution.
+        num_classes: Classes, background included.
+        in_channels: Channels of the image.
+        recompute_levels: Finest levels that keep no activations.
         mode: `float32`, `float16` or `bfloat16`.
     """
-    steps = triples(strides)
-    levels = min(recompute_levels, len(steps))
-    process = Process(Net(steps, base_channels, num_classes, in_channels, levels, mode))
-    process.train(roi_size, batch_size)
-    return process.peak
 
+    roi_size: Sequence[int]
+    batch_size: int
+    strides: Sequence[Any]
+    base_channels: int
+    num_classes: int
+    in_channels: int = 1
+    recompute_levels: int = 0
+    mode: str = FLOAT32
 
-def run_bytes(net: Net, batch_size: int, windows: Windows, shape: Sequence[int]) -> dict[str, int]:
-    """Peaks of a run on a CUDA device: of `training`, and of `validation` with its graph in place.
+    def estimate_bytes(self) -> float:
+        """Estimate the memory that PyTorch reserves for it, weights and AdamW included."""
+        known, activations, logits = self.terms()
+        copies = COPIES_FLOAT32 if self.mode == FLOAT32 else COPIES_HALF
+        return known + copies * activations + LOGIT_BYTES * logits + PROCESS_BYTES
 
-    Args:
-        net: The network.
-        batch_size: Patches of a micro-batch.
-        windows: How volumes are validated; patches have their size.
-        shape: Of the largest preprocessed volume.
-    """
-    process = Process(net)
-    process.train(windows.roi_size, batch_size)
-    training = process.peak
-    process.predict(windows, shape)
-    return {"training": training, "validation": process.peak}
+    def terms(self) -> tuple[float, float, float]:
+        """Compute what the fitted numbers are multiplied with.
+
+        Returns:
+            Bytes that are known: of weights, images and the dense layers' activations; bytes of
+            one copy of the activations of all levels; the number of logits.
+        """
+        steps = triples(self.strides)
+        voxels = [float(self.batch_size * math.prod(self.roi_size))]
+        for step in steps:
+            voxels.append(voxels[-1] / math.prod(step))
+        value_bytes = 4 if self.mode == FLOAT32 else 2
+        widths = self._widths
+        levels = [n * width for n, width in zip(voxels, widths, strict=True)]
+        again, kept = levels[: self.recompute_levels], levels[self.recompute_levels :]
+        dense = 2 * self._dense_channels + DENSE_LAYERS * (2 * INNER + GROWTH_RATE)
+        images = 16 * voxels[0] * self.in_channels  # float32: in use, a copy, the next, the graph's
+        known = 16 * self._num_weights() + value_bytes * voxels[-1] * dense + images
+        activations = value_bytes * (RECOMPUTED * sum(again) + sum(kept))
+        return known, activations, voxels[0] * self.num_classes
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.base_channels * 2**level for level in range(len(self.strides) + 1)]
+
+    @property
+    def _dense_channels(self) -> int:
+        """Channels that enter the dense layers, of all of them together."""
+        return DENSE_LAYERS * self._widths[-1] + GROWTH_RATE * math.comb(DENSE_LAYERS, 2)
+
+    def _num_weights(self) -> int:
+        widths = self._widths
+        above = [self.in_channels, *widths[:-1]]
+        below = [*widths[1:-1], widths[-1] + DENSE_LAYERS * GROWTH_RATE]
+        down = sum(27 * w * (a + w) for a, w in zip(above, widths, strict=True))
+        up = sum(27 * w * (b + 2 * w) for w, b in zip(widths[:-1], below, strict=True))
+        dense = INNER * self._dense_channels + DENSE_LAYERS * 27 * INNER * GROWTH_RATE
+        return down + up + dense + widths[0] * self.num_classes
 
 
 def triples(strides: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Strides with a value per axis, where one stands for all three."""
+    """Give every stride a value per axis, where one int stands for all three."""
     return [(s, s, s) if isinstance(s, int) else tuple(s) for s in strides]
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what this process can still have of a card: what is free, or left of its share."""
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - held
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(min(free + unused, share * total - held))

@@ -1,55 +1,66 @@
-"""What training a dataset needs, decided from what the dataset is.
+"""The plan: what training a dataset needs, decided from what the dataset is.
 
-Each value that a config leaves at `auto` is chosen here, with the reason in a sentence; one that a
-config gives is taken as it is, and the others are chosen around it.
-The rules themselves are in `rules`.
+A value that a config leaves at `auto` is chosen by a rule, which returns it with the reason in a
+sentence; one that a config gives is taken as it is, and the others are chosen around it. Axes are
+R, A, S.
+
+Source: spacing, patch and batch size follow Isensee et al., nnU-Net, Nature Methods 18 (2021),
+Supplementary Note 2; where a rule differs it says so.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline.data import rules
 from pipeline.data.dataset import Cases
-from pipeline.data.memory import step_bytes, triples
-from pipeline.data.statistics import DatasetFingerprint
+from pipeline.data.memory import RESERVE, TrainingStep, triples
+from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
 from pipeline.errors import InputError
+from transforms.augment import resolve_flip_axes
 
 AUTO = "auto"
-MOST_VOXELS = 10_000  # along an axis of the median volume
-Settings = Mapping[str, Any]
 # what a config states, a value or `auto` each
 SETTINGS = (
     "spacing", "crop_empty_borders", "normalization", "roi_size", "strides", "class_names",
     "in_channels", "num_classes", "batch_size", "foreground_ratio", "flip_axes",
 )  # fmt: skip
+MAX_VOXELS = 10_000  # along an axis of the median volume
+NUM_POOLINGS = 3  # of the dense U-Net: its bottleneck is at 1/8
+MIN_POOLED_VOXELS = 4  # of an axis after pooling
+THICK_RATIO = 3  # between the coarsest and finest spacing; above it, slices are thick
+MIN_BATCH, MAX_BATCH_SHARE = 2, 0.05  # of all voxels of the dataset
+CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
+
+Size = Sequence[int]
+StepBytes = Callable[[Size, int], float]  # of a patch size and a batch size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Values that fit training to a dataset; axes are R, A, S.
+    """Values that fit training to a dataset.
 
     Attributes:
-        spacing: Voxel size that volumes are resampled to, mm.
-        crop_empty_borders: Whether what is zero around a volume is cut off first.
+        spacing: Voxel size in mm that volumes are resampled to.
+        crop_empty_borders: Whether borders of zeros are cut off first.
         normalization: For all channels, or a list of one for each: a name of
             `transforms.preprocess.NORMALIZATIONS`, or `clip`, `mean` and `std`.
         roi_size: Patch in voxels.
         strides: Pooling per level and axis.
         class_names: In the order of the label values, background first.
-        in_channels: Image channels.
+        in_channels: Channels of an image.
         num_classes: Classes, background included.
-        batch_size: Patches in a micro-batch, of all ranks together; like the two that follow, of
-            training alone.
-        foreground_ratio: Share of patches centred on foreground.
+        batch_size: Patches in a micro-batch, of all ranks together.
+        foreground_ratio: Share of patches that are centred on foreground.
         flip_axes: Axes that may be mirrored.
-        ignore_value: Label value that counts nowhere; `None`: there is none.
-        reasons: Why each is what it is.
+        ignore_value: Label value of voxels that do not count; `None` if there is none.
+        reasons: Why each value is what it is.
     """
 
     spacing: Sequence[float]
@@ -67,11 +78,11 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Each value and its reason, for people."""
+        """Return a line for each value, with its reason."""
         values = self.as_dict()
         return [
             f"{name:<18} {json.dumps(_rounded(values[name]))}  ({reason})"
@@ -81,7 +92,7 @@ class Plan:
 
 def make_plan(
     fingerprint: DatasetFingerprint,
-    settings: Settings,
+    settings: Mapping[str, Any],
     *,
     dataset: Cases,
     budget_bytes: float,
@@ -92,17 +103,17 @@ def make_plan(
     """Decide what is `auto`.
 
     Args:
-        fingerprint: Of the dataset.
-        settings: Value or `auto` for each of `SETTINGS`.
-        dataset: Declares names and modality.
-        budget_bytes: Memory that a training step in float32 may take. Mixed precision takes less;
-            a plan is the same in every precision, so that precisions can be compared.
-        base_channels: Of the network.
-        recompute_levels: Of the network.
-        num_ranks: That share a batch; each has that memory.
+        fingerprint: Statistics of the dataset.
+        settings: A value or `auto` for each of `SETTINGS`.
+        dataset: Declares names of classes and channels.
+        budget_bytes: Memory that a training step in float32 may take on each rank. The plan is the
+            same in every precision, so that precisions can be compared.
+        base_channels: Channels of the network at full resolution.
+        recompute_levels: Levels of the network that keep no activations.
+        num_ranks: Ranks that share a batch.
 
     Raises:
-        InputError: If a value does not fit the dataset, or the budget the smallest patch.
+        InputError: If a value does not fit the dataset, or the smallest patch the budget.
     """
     chosen: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -112,79 +123,247 @@ def make_plan(
         chosen[name], reasons[name] = (given, "given") if given != AUTO else rule()
         return chosen[name]
 
-    names = decide("class_names", lambda: rules.names_of(dataset, fingerprint))
+    names = decide("class_names", lambda: _choose_names(dataset, fingerprint))
     num_classes = decide("num_classes", lambda: (len(names), f"{len(names)} class names"))
     decide("in_channels", lambda: (fingerprint.num_channels, "channels of the images"))
     _require_fit(chosen, dataset, fingerprint)
-    crop = decide("crop_empty_borders", lambda: rules.crop_of(fingerprint))
-    shapes = np.array(((crop and fingerprint.occupied_shapes) or fingerprint.shapes).cases)
-    spacing = decide("spacing", lambda: rules.spacing_of(fingerprint))
-    decide("normalization", lambda: rules.normalization_of(dataset, fingerprint))
-    resampled = shapes * np.array(fingerprint.spacings_mm.cases) / np.array(spacing)
-    _require_voxels(spacing, np.median(resampled, axis=0))
-    resampled = np.maximum(np.rint(resampled), 1)
+    crop = decide("crop_empty_borders", lambda: _choose_crop(fingerprint))
+    spacing = decide("spacing", lambda: _choose_spacing(fingerprint))
+    decide("normalization", lambda: _choose_normalization(dataset, fingerprint))
+    resampled = _resampled_shapes(fingerprint, spacing, crop)
     median = np.ceil(np.median(resampled, axis=0))
     limit = median.tolist() if settings["roi_size"] == AUTO else settings["roi_size"]
-    strides = decide("strides", lambda: rules.strides_of(spacing, limit))
+    strides = decide("strides", lambda: choose_strides(spacing, limit))
 
-    def bytes_of(roi_size: Sequence[int], batch_size: int) -> float:
+    def step_bytes(roi_size: Size, batch_size: int) -> float:
         network = strides, base_channels, num_classes, chosen["in_channels"], recompute_levels
-        return step_bytes(roi_size, batch_size, *network)
+        return (1 + RESERVE) * TrainingStep(roi_size, batch_size, *network).estimate_bytes()
 
     steps = triples(strides)
-    roi = decide("roi_size", lambda: rules.patch_of(median, spacing, steps, bytes_of, budget_bytes))
+    roi = decide("roi_size", lambda: _choose_roi(median, spacing, steps, step_bytes, budget_bytes))
     total = float(resampled.prod(axis=1).sum())
-    decide("batch_size", lambda: rules.batch_size_of(roi, total, bytes_of, budget_bytes, num_ranks))
-    decide("foreground_ratio", lambda: rules.foreground_ratio_of(roi, median))
-    decide("flip_axes", lambda: rules.flip_axes_of(names))
+    memory = step_bytes, budget_bytes, num_ranks
+    decide("batch_size", lambda: _choose_batch_size(roi, total, *memory))
+    decide("foreground_ratio", lambda: _choose_foreground_ratio(roi, median))
+    decide("flip_axes", lambda: _choose_flip_axes(names))
     return Plan(**chosen, ignore_value=dataset.ignore_value, reasons=reasons)
 
 
-def _require_fit(chosen: Settings, dataset: Cases, fingerprint: DatasetFingerprint) -> None:
+def choose_strides(spacing: Sequence[float], size: Sequence[float]) -> tuple[list[list[int]], str]:
+    """Pool an axis unless another one is finer by more than the square root of 2.
+
+    Each level is then within a factor of 2 of isotropic, or nearer to it than the level above by
+    the square root of 2, as far as axes are long enough. nnU-Net pools up to a factor of 2 between
+    spacings, and deeper.
+
+    Args:
+        spacing: Voxel size in mm, `(3,)`.
+        size: Volume or patch in voxels, `(3,)`.
+    """
+    spaced, left = np.array(spacing, float), np.array(size, float)
+    strides: list[list[int]] = []
+    while len(strides) < NUM_POOLINGS and (left >= 2 * MIN_POOLED_VOXELS).any():
+        roomy = left >= 2 * MIN_POOLED_VOXELS
+        stride = np.where(roomy & (spaced <= math.sqrt(2) * spaced[roomy].min()), 2, 1)
+        strides.append(stride.tolist())
+        spaced, left = spaced * stride, left / stride
+    if not strides:
+        return [[1, 1, 1]], "the volumes are too small to be pooled"
+    return strides, "pooled along an axis where that brings a level nearer to isotropic"
+
+
+def _choose_names(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list[str], str]:
+    if dataset.class_names:
+        return dataset.class_names, "declared by the dataset"
+    names = [entry.name for entry in fingerprint.classes]
+    if not names:
+        raise InputError(
+            "class_names: expected names, since the dataset declares none and its voxels were not "
+            "read, got auto. Name them, or set preflight to full."
+        )
+    return names, "label values found; the dataset declares no names"
+
+
+def _choose_crop(fingerprint: DatasetFingerprint) -> tuple[bool, str]:
+    share = fingerprint.occupied_share
+    if share is None:
+        return False, "voxels were not read"
+    return share < CROP_SHARE, f"{share:.0%} of the volumes is within their borders of zeros"
+
+
+def _choose_spacing(fingerprint: DatasetFingerprint) -> tuple[list[float], str]:
+    """Take the median in mm; along the thick axis of anisotropic volumes the 10th percentile."""
+    spacings = np.array(fingerprint.spacings_mm.cases)
+    spacing, reason = np.median(spacings, axis=0), "median spacing of the images"
+    shape = np.median(np.array(fingerprint.shapes.cases) * spacings / spacing, axis=0)
+    thick = int(spacing.argmax())
+    others = [axis for axis in range(3) if axis != thick]
+    is_thick = spacing[thick] > THICK_RATIO * spacing[others].max()
+    if is_thick and shape[thick] * THICK_RATIO < shape[others].min():
+        fine = np.percentile(spacings[:, thick], 10)
+        spacing[thick] = max(fine, spacing[others].max())
+        reason += f"; along axis {thick}, of thick slices, its 10th percentile"
+    return [float(f"{s:.4g}") for s in spacing], reason
+
+
+def _choose_normalization(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list[Any], str]:
+    """Use the dataset's foreground for CT, whose units mean the same in every scan."""
+    names = dataset.channel_names or [""] * fingerprint.num_channels
+    channels: Sequence[Any] = fingerprint.channels or [None] * len(names)  # voxels were not read
+    chosen = [_normalization(name, one) for name, one in zip(names, channels, strict=True)]
+    reasons = []
+    if any(isinstance(one, dict) for one in chosen):
+        reasons.append("CT: Hounsfield units, by the foreground of all cases")
+    if "percentile_zscore" in chosen:
+        reasons.append("CT: by each volume, since no foreground with contrast was read")
+    if "zscore" in chosen:
+        reasons.append("not CT: by each volume's own mean and deviation")
+    return chosen, "; ".join(reasons)
+
+
+def _normalization(name: str, channel: ChannelFingerprint | None) -> Any:
+    if name.upper() != "CT":
+        return "zscore"
+    if channel is None or not channel.foreground_std:
+        return "percentile_zscore"
+    low, high = (channel.foreground_percentiles[level] for level in ("0.5", "99.5"))
+    if low == high:
+        return "percentile_zscore"
+    return {
+        "clip": [low, high],
+        "mean": channel.foreground_mean,
+        "std": channel.foreground_std,
+    }
+
+
+def _resampled_shapes(
+    fingerprint: DatasetFingerprint, spacing: Sequence[float], crop: bool
+) -> np.ndarray:
+    """Compute the shapes of all volumes after resampling, `(N, 3)` in voxels.
+
+    Raises:
+        InputError: If the spacing leaves volumes without voxels or with too many, such as metres
+            in place of mm.
+    """
+    shapes = np.array(((crop and fingerprint.occupied_shapes) or fingerprint.shapes).cases)
+    resampled = shapes * np.array(fingerprint.spacings_mm.cases) / np.array(spacing)
+    median = np.median(resampled, axis=0)
+    if (median < 1).any() or (median > MAX_VOXELS).any():
+        raise InputError(
+            f"spacing: expected mm that leave 1 to {MAX_VOXELS} voxels along each axis, got "
+            f"{list(spacing)}, with which the median volume has "
+            f"{'x'.join(f'{n:.3g}' for n in median)}. Correct it."
+        )
+    return np.maximum(np.rint(resampled), 1)
+
+
+def _choose_roi(
+    median: np.ndarray,
+    spacing: Sequence[float],
+    strides: Sequence[Size],
+    step_bytes: StepBytes,
+    budget_bytes: float,
+) -> tuple[list[int], str]:
+    """Take the median volume, or a part near to a cube in mm of which two patches fit.
+
+    Raises:
+        InputError: If two of the smallest patches do not fit.
+    """
+    step = np.prod(np.array(strides), axis=0)
+    smallest = 2 * step
+    roi = np.maximum(np.ceil(median / step) * step, smallest).astype(int)
+    smaller = [roi.tolist()]  # and smaller
+    while (extent_mm := np.where(roi > smallest, roi * np.array(spacing), 0)).any():
+        axis = int(extent_mm.argmax())
+        roi[axis] -= step[axis]
+        smaller.append(roi.tolist())
+    first = bisect.bisect_left(
+        smaller, True, key=lambda size: step_bytes(size, MIN_BATCH) <= budget_bytes
+    )
+    if first == len(smaller):
+        raise InputError(
+            f"memory_budget_bytes: expected {step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for "
+            f"{MIN_BATCH} of the smallest patches, got {budget_bytes:.0f}. Raise it, or lower "
+            "base_channels."
+        )
+    if first == 0:
+        return smaller[0], "the median volume, in multiples of what the strides divide by"
+    return smaller[first], (
+        f"the largest of which {MIN_BATCH} fit into {budget_bytes / 2**30:.3g} GiB; the median "
+        f"volume has {'x'.join(f'{n:.0f}' for n in median)} voxels"
+    )
+
+
+def _choose_batch_size(
+    roi_size: Size, total_voxels: float, step_bytes: StepBytes, budget_bytes: float, num_ranks: int
+) -> tuple[int, str]:
+    """Take what the budgets of all ranks hold, but no more than a small share of the dataset."""
+    least = max(MIN_BATCH, num_ranks)
+    wanted = max(int(MAX_BATCH_SHARE * total_voxels // math.prod(roi_size)), least)
+    of_rank = range(1, math.ceil(wanted / num_ranks) + 1)
+    by_memory = bisect.bisect_left(
+        of_rank, True, key=lambda n: step_bytes(roi_size, n) > budget_bytes
+    )
+    each_of = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
+    budget = f"{budget_bytes / 2**30:.3g} GiB{each_of}"
+    taken = f"{step_bytes(roi_size, max(by_memory, 1)) / 2**30:.3g} GiB"
+    if by_memory < 1:
+        return num_ranks, f"the least; one such patch needs {taken}, more than {budget}"
+    if wanted <= by_memory * num_ranks:
+        share = f"{MAX_BATCH_SHARE:.0%} of the dataset's voxels, {least} or more"
+        return wanted, f"{share}; predicted to take {taken} in float32{each_of}"
+    return by_memory * num_ranks, f"what fits into {budget}; predicted to take {taken} in float32"
+
+
+def _choose_foreground_ratio(roi_size: Size, median: np.ndarray) -> tuple[float, str]:
+    """Take nnU-Net's third where patches see most of a volume anyway, else two thirds."""
+    share = min(1.0, math.prod(roi_size) / float(median.prod()))
+    return (0.33 if share >= 0.5 else 0.67), f"a patch holds {share:.0%} of the median volume"
+
+
+def _choose_flip_axes(class_names: Sequence[str]) -> tuple[list[int], str]:
+    """Take all axes, but not left-right where the classes tell left from right."""
+    axes = list(resolve_flip_axes("auto", class_names))
+    if 0 in axes:
+        return axes, "no class name tells left from right"
+    return axes, "class names tell left from right, which mirroring along axis 0 would exchange"
+
+
+def _require_fit(
+    chosen: Mapping[str, Any], dataset: Cases, fingerprint: DatasetFingerprint
+) -> None:
+    names, num_classes = chosen["class_names"], chosen["num_classes"]
     faults = []
     if chosen["in_channels"] != fingerprint.num_channels:
         faults.append(
             f"in_channels: expected {fingerprint.num_channels}, the channels of the images, "
             f"got {chosen['in_channels']}. Leave it at auto."
         )
-    if len(chosen["class_names"]) != chosen["num_classes"]:
+    if len(names) != num_classes:
         faults.append(
-            f"class_names: expected {chosen['num_classes']} names, background included, "
-            f"got {len(chosen['class_names'])}. Name every label value."
+            f"class_names: expected {num_classes} names, background included, got {len(names)}. "
+            "Name every label value."
         )
-    if len(set(chosen["class_names"])) < len(chosen["class_names"]):
-        faults.append(
-            f"class_names: expected different names, got {', '.join(chosen['class_names'])}. "
-            "Rename one."
-        )
-    named = [*chosen["class_names"], *(dataset.channel_names or [])]
-    if marked := [name for name in named if name.startswith(("$", "@", "%"))]:
+    if len(set(names)) < len(names):
+        faults.append(f"class_names: expected different names, got {', '.join(names)}. Rename one.")
+    every = [*names, *(dataset.channel_names or [])]
+    if marked := [name for name in every if name.startswith(("$", "@", "%"))]:
         faults.append(
             f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
             f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
         )
     least = max(len(dataset.class_names or []), len(fingerprint.classes))
-    if chosen["num_classes"] < least:
+    if num_classes < least:
         faults.append(
-            f"num_classes: expected {least} or more, the classes of the "
-            f"dataset, got {chosen['num_classes']}. Leave it at auto."
+            f"num_classes: expected {least} or more, the classes of the dataset, got "
+            f"{num_classes}. Leave it at auto."
         )
     if faults:
         raise InputError(*faults)
 
 
-def _require_voxels(spacing: Sequence[float], median: np.ndarray) -> None:
-    """Metres in place of mm, or a comma astray, would make volumes of nothing or of terabytes."""
-    if (median < 1).any() or (median > MOST_VOXELS).any():
-        raise InputError(
-            f"spacing: expected mm that leave 1 to {MOST_VOXELS} voxels along each axis, got "
-            f"{list(spacing)}, with which the median volume has "
-            f"{'x'.join(f'{n:.3g}' for n in median)}. Correct it."
-        )
-
-
 def _rounded(value: Any) -> Any:
-    """Numbers as people read them."""
+    """Round numbers for people."""
     if isinstance(value, dict):
         return {key: _rounded(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

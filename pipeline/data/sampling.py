@@ -1,8 +1,8 @@
-"""Which patch of which case is training sample number n: a pure function of (seed, n).
+"""Random patches: training sample number n is a pure function of (seed, n).
 
-Samples are numbered through the whole run; sample n is sample n mod N of epoch n // N, where N
-is the number of samples in an epoch. Nothing depends on how many processes do the work, and a
-run that continues needs to know one number only.
+Samples are numbered through the whole run; sample n is sample n mod N of epoch n // N, where N is
+the number of samples in an epoch. Nothing depends on how many processes do the work, and a run
+that continues needs to know one number only.
 """
 
 from __future__ import annotations
@@ -10,29 +10,66 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import multiprocessing
-import os
-import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from monai.transforms import ClassesToIndices
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pipeline import distributed
 from pipeline.data.cache import VolumeCache, require_classes
 from pipeline.data.cases import Case, add_case_id
-from pipeline.data.device_cache import DeviceCache, ResidentCases
-from pipeline.data.positions import CaseTensors, draw_centre, sampling_positions
+from pipeline.data.device_cache import DeviceCache
 from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
+MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
+ANNOTATED = "annotated"
+
+
+def sampling_positions(
+    label: torch.Tensor, num_classes: int, ignore_value: int | None = None
+) -> dict[str, np.ndarray]:
+    """Find the voxels that centres of patches are drawn from.
+
+    Args:
+        label: `(1, H, W, D)` integer.
+        num_classes: Classes, background included.
+        ignore_value: Label of voxels that nobody annotated; `None`: there are none.
+
+    Returns:
+        Flat positions `class_1`, `class_2`, … for each class that is present, and `annotated`, of
+        all classes, where some voxels are ignored: at most `MAX_POSITIONS_PER_CLASS` each, in the
+        smallest unsigned integer that holds them all.
+
+    Raises:
+        ValueError: If every voxel is ignored.
+    """
+    find = ClassesToIndices(num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS)
+    found = {f"class_{c}": np.asarray(p) for c, p in enumerate(find(label)) if c}
+    if ignore_value is not None:
+        found.pop(f"class_{ignore_value}", None)
+        annotated = np.flatnonzero(np.asarray(label) != ignore_value)
+        if not len(annotated):
+            raise ValueError(f"expected an annotated voxel, got {ignore_value} (ignored) only.")
+        if len(annotated) > MAX_POSITIONS_PER_CLASS:
+            # at random: positions at regular steps might all lie in one plane
+            rng = np.random.Generator(np.random.PCG64(0))
+            chosen = np.sort(rng.choice(annotated, MAX_POSITIONS_PER_CLASS, replace=False))
+        else:
+            chosen = annotated
+        if len(annotated) < label.numel():
+            found[ANNOTATED] = chosen
+    dtype = np.min_scalar_type(label.numel() - 1)
+    return {name: positions.astype(dtype) for name, positions in found.items() if len(positions)}
+
 
 def generator(*key: int | str) -> np.random.Generator:
-    """Random generator that is a function of `key` alone, the same on every platform."""
+    """Make a random generator from `key` alone, the same on every platform."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
@@ -43,18 +80,18 @@ class PatchDataset(Dataset):
     A share `foreground_ratio` of the patches is centred on a voxel of a class drawn from those
     present in the case; the others on any voxel, or any annotated one where the case has voxels of
     `ignore_value`. The centre is then moved so that the patch of `roi_size` lies inside the volume
-    where it fits. `patch_size` is what is cut out around it:
-    larger than `roi_size` by the margin that the augmentation's resampling needs.
+    where it fits. `patch_size` is what is cut out around it: larger than `roi_size` by the margin
+    that the augmentation's resampling needs.
 
     Args:
-        data: Cases to load, as dictionaries with `case_id`, `image` and `label`.
+        data: Cases, as dictionaries with `case_id`, `image` and `label`.
         transform: Deterministic preprocessing, applied once per case.
         roi_size: Network input in voxels.
         patch_size: Size cut out in voxels, at least `roi_size`.
         num_classes: Classes, background included.
-        seed: Of the run.
+        seed: Seed of the run.
         samples_per_epoch: N above.
-        cache: Where preprocessed cases are; a sample is read from it when it is asked for.
+        cache: Keeps preprocessed cases; a sample is read from it when it is asked for.
         foreground_ratio: Share of patches centred on foreground, 0 to 1.
         ignore_value: Label of voxels that nobody annotated; no patch is centred on one.
 
@@ -88,73 +125,63 @@ class PatchDataset(Dataset):
         self.seed, self.samples_per_epoch = seed, samples_per_epoch
         self.foreground_ratio = foreground_ratio
         self.num_classes, self.ignore_value = num_classes, ignore_value
-        # for each worker its process id and 1 + the sample it is at; negative when it is through
-        self.loading: Any = []
-        self.cached = cache.fill(
-            self.data,
-            self._prepare,
-            form="patches",
-            num_classes=num_classes,
-            ignore_value=ignore_value,
-        )
+        classes = {"num_classes": num_classes, "ignore_value": ignore_value}
+        self.cached = cache.fill(self.data, self._prepare, form="patches", **classes)
 
     def __len__(self) -> int:
         return self.samples_per_epoch
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Training sample `number` of the run.
+        """Return training sample `number` of the run.
 
         Returns:
             `image` `(C, *patch_size)` float32, `label` `(1, *patch_size)` uint8, `seed` (int,
             for everything else that is random about this sample), its `number`, `case_id`, and
             `origin`, the patch's first voxel in the preprocessed volume (negative in the padding).
         """
-        worker = get_worker_info()
-        if worker is None:
-            return self._sample(number)
-        place = slice(2 * worker.id, 2 * worker.id + 2)
-        self.loading[place] = [os.getpid(), number + 1]  # for `explain`, should this be its end
-        sample = self._sample(number)
-        self.loading[place] = [os.getpid(), -number - 1]
-        return sample
+        index = self._case_index(number)
+        with self.cached.open(index) as case:
+            return self._cut(number, index, case)
 
-    def case_id(self, number: int) -> str:
-        """Case of training sample `number`."""
-        return self.data[self._case_index(number)]["case_id"]
+    def batch_on_device(self, numbers: Sequence[int], cases: Sequence[Any]) -> dict[str, Any]:
+        """Return training samples `numbers`, collated; bit for bit those of the cache.
 
-    def _sample(self, number: int) -> dict[str, Any]:
-        case_index = self._case_index(number)
-        with self.cached.open(case_index) as case:
-            origin, seed = self._draw(case, number)
-            image, label = (case[key].cut(origin, self.patch_size) for key in ("image", "label"))
+        Args:
+            numbers: B numbers.
+            cases: The tensors of every case by name.
+        """
+        indices = [self._case_index(number) for number in numbers]
+        samples = [self._cut(n, i, cases[i]) for n, i in zip(numbers, indices, strict=True)]
+        batch: dict[str, Any] = default_collate(samples)
+        return batch
+
+    def _cut(self, number: int, index: int, case: Any) -> dict[str, Any]:
+        """Draw and cut a sample of a case: a mapping of tensors, in an open file or in memory."""
+        rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
+        centre = self._inside(self._draw_centre(case, rng), case["label"].shape[1:])
+        origin = centre - self.patch_size // 2
         return {
-            "image": image,
-            "label": label,
-            "seed": seed,
+            "image": cut_patch(case["image"], origin, self.patch_size),
+            "label": cut_patch(case["label"], origin, self.patch_size),
+            "seed": int(rng.integers(2**63)),
             "number": number,
-            "case_id": self.data[case_index]["case_id"],
+            "case_id": self.data[index]["case_id"],
             "origin": torch.as_tensor(origin),
         }
 
-    def resident_batch(self, numbers: Sequence[int], cases: ResidentCases) -> dict[str, Any]:
-        """Training samples `numbers`, collated, cut where the cases are; bit for bit the same."""
-        indices = [self._case_index(number) for number in numbers]
-        draws = [self._draw(cases[i], n) for i, n in zip(indices, numbers, strict=True)]
-        origins = [origin for origin, _ in draws]
-        return {
-            **cases.cut(indices, origins, self.patch_size),
-            "seed": torch.tensor([seed for _, seed in draws]),
-            "number": torch.tensor(numbers),
-            "case_id": [self.data[i]["case_id"] for i in indices],
-            "origin": torch.from_numpy(np.stack(origins)),
-        }
-
-    def _draw(self, case: CaseTensors, number: int) -> tuple[np.ndarray, int]:
-        """First voxel of a sample's patch, and the seed of what else is random about it."""
-        rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
-        centre = draw_centre(case, self.num_classes, self.foreground_ratio, rng)
-        origin = self._inside(centre, case["label"].shape[1:]) - self.patch_size // 2
-        return origin, int(rng.integers(2**63))
+    def _draw_centre(self, case: Any, rng: np.random.Generator) -> np.ndarray:
+        """Draw the voxel `(3,)` that a patch is centred on."""
+        size = np.asarray(case["label"].shape[1:])
+        classes = [f"class_{c}" for c in range(1, self.num_classes) if f"class_{c}" in case]
+        if rng.random() < self.foreground_ratio and classes:
+            name = classes[rng.integers(len(classes))]
+        elif ANNOTATED in case:
+            name = ANNOTATED
+        else:
+            return rng.integers(size)
+        positions = case[name]
+        drawn = int(rng.integers(positions.shape[0]))
+        return np.array(np.unravel_index(int(positions[drawn : drawn + 1][0]), size))
 
     def _prepare(self, case: Case) -> dict[str, Any]:
         loaded = self.transform(case)
@@ -167,12 +194,12 @@ class PatchDataset(Dataset):
         return {**volumes, **positions}
 
     def _case_index(self, number: int) -> int:
-        """Cases come in rounds: every case once per round, each round in an order of its own."""
+        """Choose the case: every case comes once in a round, each round in its own order."""
         round_number, place = divmod(number, len(self.data))
         return int(_order(self.seed, round_number, len(self.data))[place])
 
     def _inside(self, centre: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The centre, moved so that the roi lies inside the volume where it fits."""
+        """Move a centre so that the roi lies inside the volume where it fits."""
         size = np.asarray(shape)
         low = self.roi_size // 2
         high = size - (self.roi_size - low)
@@ -184,6 +211,25 @@ def _order(seed: int, round_number: int, num_cases: int) -> np.ndarray:
     return generator(seed, "order", round_number).permutation(num_cases)
 
 
+def cut_patch(volume: Any, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:
+    """Copy a patch `(C, *size)` of a volume `(C, H, W, D)`, zero outside it.
+
+    Args:
+        volume: A tensor, or something with a shape whose slices are tensors.
+        origin: First voxel `(3,)`, negative outside the volume.
+        size: `(3,)`; the patch must have a voxel in common with the volume.
+    """
+    source, target = [slice(None)], [slice(None)]
+    for start, length, end in zip(origin.tolist(), size.tolist(), volume.shape[1:], strict=True):
+        first, last = max(start, 0), min(start + length, end)
+        source.append(slice(first, last))
+        target.append(slice(first - start, last - start))
+    inside = volume[tuple(source)]
+    patch: torch.Tensor = inside.new_zeros((volume.shape[0], *size.tolist()))
+    patch[tuple(target)] = inside
+    return patch
+
+
 class EpochSampler(Sampler[int]):
     """Numbers of the samples from `start` to the end of its epoch.
 
@@ -193,11 +239,11 @@ class EpochSampler(Sampler[int]):
     Args:
         batch_size: Samples in a micro-batch, of all ranks together.
         accumulation_steps: Micro-batches in an optimizer step.
-        steps_per_epoch: Optimizer steps in an epoch; it holds whole batches only.
+        steps_per_epoch: Optimizer steps in an epoch, which holds whole batches only.
 
     Attributes:
-        samples_per_epoch: Their product.
-        own: Place of this rank's part in a micro-batch.
+        samples_per_epoch: Product of the three.
+        own: Slice of a micro-batch that is this rank's part.
         start: Number of the next sample of the run; the trainer sets it before each epoch.
 
     Raises:
@@ -238,13 +284,13 @@ class PatchLoader(DataLoader):
     machine was seen to hang there with workers kept alive (cause not established).
 
     Args:
-        dataset: Where the patches come from.
-        sampler: Their numbers.
+        dataset: Dataset of the patches.
+        sampler: Sampler of their numbers.
         batch_size: Patches in a micro-batch, of all ranks together.
         num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
         cache_on_device: Whether the cases are put on the device; see `DeviceCache`.
-        device: That the patches are for.
+        device: Device that the patches are for.
     """
 
     def __init__(
@@ -257,8 +303,7 @@ class PatchLoader(DataLoader):
         cache_on_device: bool | str = "auto",
         device: str | torch.device = "cpu",
     ) -> None:
-        self.residence = DeviceCache(cache_on_device, device, num_workers)
-        dataset.loading = multiprocessing.Array("q", 2 * num_workers, lock=False)
+        self.device_cache = DeviceCache(cache_on_device, device, num_workers)
         super().__init__(
             dataset,
             batch_size=len(range(batch_size)[sampler.own]),
@@ -267,22 +312,27 @@ class PatchLoader(DataLoader):
             timeout=timeout_s if num_workers else 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
-            # forked, a worker sees its parent's death and shares `loading`; a fork server outlives
+            # forked, a worker sees its parent's death; a fork server would outlive it
             multiprocessing_context="fork" if num_workers else None,
         )
 
     def __iter__(self) -> Any:
-        """One epoch; workers are gone when it ends, however it ends.
+        """Iterate over one epoch; workers are gone when it ends, however it ends.
 
         Raises:
             InputError: If the cases are to be on the device and do not fit.
+            RuntimeError: If a worker dies or hangs; see `describe_worker_failure`.
         """
         patches: Any = self.dataset
         batches: Any = self.batch_sampler
-        cases = self.residence.of(patches.cached)
+        if not self.device_cache.is_decided:
+            with distributed.sync_errors():
+                self.device_cache.load(patches.cached)
+            log.info("%s", self.device_cache)
+        cases = self.device_cache.load(patches.cached)
         if cases is not None:
             for numbers in batches:
-                yield patches.resident_batch(numbers, cases)
+                yield patches.batch_on_device(numbers, cases)
             return
         iterator: Any = super().__iter__()
         try:
@@ -293,38 +343,9 @@ class PatchLoader(DataLoader):
                 for worker in iterator._workers:
                     worker.kill()  # one that hangs would not end otherwise, nor the interpreter
 
-    def begin(self) -> None:
-        """Before an epoch of a training: say, the first time, where the cases are.
-
-        Raises:
-            InputError: If they are to be on the device and do not fit.
-        """
-        patches: Any = self.dataset
-        if not self.residence.is_decided:
-            with distributed.sync_errors():
-                self.residence.of(patches.cached)
-            log.info("%s", self.residence)
-
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What was asked for and what is in force; `None` before the first batch."""
-        return self.residence.describe()
-
-    def explain(self, error: RuntimeError) -> str | None:
-        """Which cases a worker that died or hung was loading; `None` for any other error."""
-        words = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)|timed out", str(error))
-        if words is None:
-            return None
-        dead = {int(pid) for pid in (words[1] or "").split(",") if pid}
-        dataset: Any = self.dataset
-        pairs = zip(dataset.loading[::2], dataset.loading[1::2], strict=True)
-        at = [n for pid, n in pairs if n and (not dead or pid in dead)]
-        numbers = [n for n in at if n > 0] or at  # it may have died just after, in its batch
-        cases = ", ".join(dataset.case_id(abs(n) - 1) for n in numbers) or "unknown"
-        return (
-            f"{cases}: expected a loader worker to deliver this case, got: {error}. Look at the "
-            "memory that is free, or use num_workers=0; the same command goes on from the newest "
-            "checkpoint."
-        )
+        """Return what was asked for and what is in force; `None` before the first batch."""
+        return self.device_cache.describe()
 
 
 def _ignore_signals(worker_id: int) -> None:

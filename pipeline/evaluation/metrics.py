@@ -98,6 +98,14 @@ class MeanDice(Metric):
                 self.ignore_value,
             )
 
+    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> None:
+        """Compare label maps `(H, W, D)`, and forget them.
+
+        Raises:
+            ValueError: If a value is no class.
+        """
+        dice_per_class(pred, label, len(self.class_names), self.ignore_value)
+
     def compute(self) -> float:
         """Mean over cases of the mean over the classes present; `nan` if there is none."""
         scored = [np.nanmean(dice) for dice in self.cases.values() if not np.isnan(dice).all()]

@@ -18,14 +18,14 @@ import torch
 from pipeline import distributed
 from pipeline.config import keys, validate
 from pipeline.config.compose import source_being_resolved
+from pipeline.config.parser import Parser
+from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
 from pipeline.data.dataset import Cases
-from pipeline.data.forecast import Forecast
 from pipeline.data.issues import some
-from pipeline.data.plan import Plan
+from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
-from pipeline.data.recipe import preprocessing_recipe
 from pipeline.distributed import DistributedSettings
 from pipeline.errors import InputError, TrainingStopped, as_bool
 from pipeline.files import write_json
@@ -41,11 +41,12 @@ from pipeline.lifecycle.stored_configs import (
     write_docs,
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize
+from pipeline.precision import resolve_device
 from pipeline.training.trainer import MixedPrecisionTrainer
+from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
 
-PREDICTED = "networks.dense_unet.DenseUNet"  # whose memory is
 PARTS = ("train", "validation", "test")  # of the cases
 # that hosts may have in places of their own; the run directory is compared as a path
 PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
@@ -104,7 +105,6 @@ class Lifecycle:
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
         self.start = Start(self.source, self.bundle_root, init_weights, reinit_head)
         self.checkpoint: Path | None = None
-        self.forecast: Forecast | None = None  # on CUDA, of the first rank
         self._cases: Cases | None = None
         self._plan: Plan | None = None
 
@@ -133,9 +133,9 @@ class Lifecycle:
         return self.start.tensors
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """What preprocessing does in this run, as the cache tells recipes apart."""
-        return preprocessing_recipe(self.source, self.plan)
+    def preprocessing_key(self) -> dict[str, Any]:
+        """What preprocessing does in this run, for the keys of the cache."""
+        return preprocessing_key(self.source, self.plan)
 
     def enter(self) -> None:
         """Check config and data, then take the run directory.
@@ -218,14 +218,13 @@ class Lifecycle:
             found = self.data_module.run_preflight(self.cases)
             found.require_sound()
             # of a run that began: another card must not change it
-            plan = stored_plan(self.run_dir) if begun else self.data_module.plan(found)
+            plan = stored_plan(self.run_dir) if begun else self._make_plan(found)
             if plan.batch_size < distributed.size():
                 raise InputError(
                     f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
                     f"got {plan.batch_size}. Start fewer ranks{'' if begun else ', or raise it'}."
                 )
             self.start.fit(plan)
-            self._forecast(plan, found)
             self.directory.take(self._require_same_run)
             for line in (*found.notes, *(issue.line for issue in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
@@ -236,17 +235,16 @@ class Lifecycle:
             write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
         return plan, checkpoint
 
-    def _forecast(self, plan: Plan, found: Preflight) -> None:
-        """Predict the memory that this network will take.
-
-        Raises:
-            InputError: If the card has less.
-        """
-        network: Any = self.source.get("network_def")
-        if isinstance(network, dict) and network.get("_target_") == PREDICTED:
-            self.forecast = self.data_module.forecast(plan, found)
-        if self.forecast is not None:
-            self.forecast.require_room()
+    def _make_plan(self, found: Preflight) -> Plan:
+        """Decide the plan; where the batch size is left to it, by what fits on the card as well."""
+        plan = self.data_module.plan(found)
+        device = resolve_device(self.data_module.device)
+        if self.source.get("batch_size") != AUTO or device.type != "cuda":
+            return plan
+        names = ("network", "loss_function", "optimizer", "precision")
+        with torch.random.fork_rng():
+            parser = Parser({**self.source, "plan": plan})
+            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
 
     def _follow(self) -> None:
         """What the other ranks do when the first one has begun."""
@@ -317,7 +315,6 @@ class Lifecycle:
             dataset_hash=self.cases.fingerprint,
             config_hash=keys.identity_hash(self._portable_source()),
             init_weights=self.start.record,
-            predicted_memory_bytes=self.forecast and self.forecast.as_dict(),
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
         )
@@ -410,8 +407,6 @@ class Lifecycle:
         )  # fmt: skip
         for line in self.plan.lines():
             log.info("  %s", line)
-        if self.forecast is not None:
-            log.info("%s", self.forecast.line)
         log.info("Run directory %s", self.run_dir)
         if distributed.size() > 1:
             log.info(

@@ -72,24 +72,8 @@ class ResumableSampler(Protocol):
 
 
 @runtime_checkable
-class BeginsEpochs(Protocol):
-    """A loader that is told when an epoch begins, before it is iterated."""
-
-    def begin(self) -> None:
-        """Prepare for an epoch; all ranks call it."""
-
-
-@runtime_checkable
 class DescribesItself(Protocol):
     """A loader that says for `summary.json` where its data are."""
 
     def describe(self) -> dict[str, Any]:
         """`requested` and `effective` settings, as plain values."""
-
-
-@runtime_checkable
-class ExplainsErrors(Protocol):
-    """A loader that knows what an error in one of its workers means."""
-
-    def explain(self, error: RuntimeError) -> str | None:
-        """One line for the user, with which the run ends; `None` for any other error."""

@@ -26,7 +26,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeline import distributed
 from pipeline.distributed import SummedDDP
-from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped, require_choice
+from pipeline.errors import (
+    InputError,
+    TrainingInterrupted,
+    TrainingStopped,
+    describe_worker_failure,
+    require_choice,
+)
 from pipeline.files import NO_ROOM
 from pipeline.precision import Precision, StepStats, require_float32
 from pipeline.training import protocols
@@ -98,6 +104,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` if it does not.
         peak_memory_bytes: Peak of training and validation on a CUDA device, after they have ended.
+        trial_step: `TrialResult` of a new run, if a `TrialStep` is among the handlers.
         peak_reserved_bytes: The same including what the allocator keeps for later.
         interrupted: Whether training ends here, to be continued. It is decided before the handlers
             of a step, or of an epoch's end, save the state.
@@ -147,6 +154,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
         self.peak_reserved_bytes: int | None = None
+        self.trial_step: Any = None
         self.interrupted = self._is_told_to_end = False
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         self._stats = GroupStats(precision.device)
@@ -354,9 +362,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 # not Trainer.run, which would put a new scaler in the place of the policy's
                 super(Workflow, self).run(self._batches, self.state.max_epochs)
         except RuntimeError as error:
-            reason, loader = distributed.explain_lost_rank(error), self.data_loader
-            if reason is None and isinstance(loader, protocols.ExplainsErrors):
-                reason = loader.explain(error)
+            reason = distributed.explain_lost_rank(error) or describe_worker_failure(error)
             if reason is None:
                 raise
             self.stop(reason)
@@ -506,8 +512,6 @@ def _require_size(network: torch.nn.Module, roi_size: Sequence[int] | None) -> N
 def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
     """Let the loader continue where the progress record stands."""
     loader: Any = trainer.data_loader
-    if isinstance(loader, protocols.BeginsEpochs):
-        loader.begin()
     sampler = getattr(loader, "sampler", None)  # a plain iterable has none
     if isinstance(sampler, protocols.ResumableSampler):
         sampler.start = trainer.progress.samples

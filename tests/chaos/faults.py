@@ -15,19 +15,19 @@ SAMPLE, BATCH = 5, 2
 
 
 class DyingDataset(PatchDataset):
-    def _sample(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         if number == SAMPLE and get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._sample(number)
+        return super().__getitem__(number)
 
 
 class HangingDataset(PatchDataset):
     at = SAMPLE
 
-    def _sample(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         if number == self.at:
             time.sleep(3600)
-        return super()._sample(number)
+        return super().__getitem__(number)
 
 
 class HangingAheadDataset(HangingDataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -49,7 +50,7 @@ def require_equal(got, expected):
 def test_resident_batches_are_those_of_the_cache(tmp_path, device, changes, start):
     patches = make_patches(tmp_path, SHARES, **changes)
     resident, cached = loader(patches, cache_on_device=True, device=device), loader(patches)
-    for one in (device_cache, cached):
+    for one in (resident, cached):
         one.sampler.start = start
     got = list(resident)
     assert {batch[key].device.type for batch in got for key in ("image", "label")} == {device}
@@ -62,8 +63,9 @@ def test_resident_batches_are_divided_among_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     for rank, own in enumerate([slice(0, 3), slice(3, 5)]):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts = list(loader(patches, batch_size=5, cache_on_device=True))
-        require_equal(parts, [{k: v[own] for k, v in batch.items()} for batch in whole])
+        ours = loader(patches, batch_size=5, cache_on_device=True)
+        ours.device_cache.load(patches.cached)  # there is nobody to agree with
+        require_equal(list(ours), [{k: v[own] for k, v in batch.items()} for batch in whole])
 
 
 def test_resident_cases_need_no_file_and_no_worker(tmp_path):
@@ -72,9 +74,7 @@ def test_resident_cases_need_no_file_and_no_worker(tmp_path):
     ours = loader(patches, cache_on_device="true", num_workers=2)
     assert ours.describe()["effective"]["cache_on_device"] is None
     require_equal([next(iter(ours))], expected[:1])
-    for path in (tmp_path / "cache").glob("*.safetensors"):
-        path.unlink()
-    patches.cached.make = None
+    shutil.rmtree(tmp_path / "cache")
     require_equal(list(ours), expected)
     described = ours.describe()
     assert described["requested"] == {"cache_on_device": "true", "num_workers": 2}
@@ -87,7 +87,7 @@ def test_resident_cases_need_no_file_and_no_worker(tmp_path):
 
 def test_auto_on_a_cpu_reads_the_cache(tmp_path):
     ours = loader(make_patches(tmp_path, SHARES))
-    ours.begin()
+    next(iter(ours))
     assert ours.describe()["effective"]["cache_on_device"] is False
 
 
@@ -99,7 +99,7 @@ def test_auto_on_a_cpu_reads_the_cache(tmp_path):
     ],
 )  # fmt: skip
 def test_decision_takes_a_quarter_of_what_is_free(asked, size, free, expected):
-    got, reason = device_cache.decision(asked, size, free)
+    got, reason = device_cache.decide(asked, size, free)
     assert got is expected
     assert reason
 
@@ -110,8 +110,8 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
         raise torch.OutOfMemoryError("full")
 
     ours = loader(make_patches(tmp_path, SHARES), cache_on_device=asked)
-    monkeypatch.setattr(device_cache, "ResidentCases", full)
-    monkeypatch.setattr(device_cache, "decision", lambda *args: (True, ""))
+    monkeypatch.setattr(device_cache, "load_cases_on", full)
+    monkeypatch.setattr(device_cache, "decide", lambda *args: (True, ""))
     if asked == "auto":
         assert len(list(ours)) == 5
         assert "taken meanwhile" in ours.describe()["effective"]["reason"]
@@ -120,6 +120,13 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
             InputError, match=r"^cache_on_device: expected .* Use cache_on_device=auto or false"
         ):
             next(iter(ours))
+
+
+def test_size_is_known_without_reading_the_volumes(tmp_path):
+    cached = make_patches(tmp_path, SHARES).cached
+    cached.is_checked[:] = False
+    assert device_cache.size_bytes(cached) == 13 * 9 * 7 * len(SHARES) * (2 * 4 + 1)
+    assert not cached.is_checked.any()
 
 
 def test_loader_refuses_another_word(tmp_path):

@@ -1,0 +1,325 @@
+"""The trial step: one batch goes through everything before training begins.
+
+A network, a loss or a metric that do not fit together, or a batch that does not fit into the card's
+memory, are found before the first step and named in one line. Afterwards weights, buffers,
+optimizer, gradient scaler and random states are bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from pipeline import distributed
+from pipeline.data.memory import available_bytes
+from pipeline.data.plan import Plan
+from pipeline.errors import InputError, innermost
+from pipeline.precision import Precision
+from pipeline.training.snapshot import buffers_kept
+from pipeline.training.trainer import MixedPrecisionTrainer
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+SHARE_OF_CARD = 0.75  # of what is free: cases that are kept on the card may take the rest
+STRIDE = 32  # what most networks divide a patch by, or less
+
+
+@runtime_checkable
+class LabelMapMetric(Protocol):
+    """A metric that can be tried on one patch."""
+
+    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> object:
+        """Compare label maps `(H, W, D)`, and forget them.
+
+        Raises:
+            ValueError: If they have values that the metric does not know.
+        """
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial step found.
+
+    Attributes:
+        batch_size: Patches of the batch, on this rank.
+        peak_bytes: Memory that PyTorch reserved for the step on a CUDA device; `None` on a CPU.
+    """
+
+    batch_size: int
+    peak_bytes: int | None
+
+
+class MemoryLimitError(InputError):
+    """A batch is too large for the card's memory."""
+
+
+class TrialStep:
+    """Handler of the trainer that tries the first batch of a new run.
+
+    Args:
+        metrics: Metrics of the validation by name; each that is a `LabelMapMetric` is tried.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any] | None = None) -> None:
+        self.metrics = metrics or {}
+
+    def attach(self, trainer: MixedPrecisionTrainer) -> None:
+        """Listen to the beginning of training."""
+        trainer.add_event_handler(Events.STARTED, self.run)
+
+    def run(self, trainer: MixedPrecisionTrainer) -> None:
+        """Try one batch, unless training continues; the result is `trainer.trial_step`.
+
+        Raises:
+            InputError: If something does not fit, on any rank.
+        """
+        if trainer.progress.step > 0:
+            return
+        network, optimizer, precision = trainer.network, trainer.optimizer, trainer.precision
+        with distributed.sync_errors(), _state_kept(network, optimizer, precision.device):
+            batch = _first_batch(trainer.data_loader)
+            images, labels = trainer.prepare_batch(batch, precision.device, trainer.non_blocking)
+            step = network, trainer.loss_function, optimizer, precision, images, labels
+            metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
+            where = f"trial step with {', '.join(batch.get('case_id', ['the first batch']))}"
+            result = trainer.trial_step = try_step(*step, metrics, where)
+        peak = "" if result.peak_bytes is None else f", {result.peak_bytes / GIB:.2f} GiB reserved"
+        log.info("Trial step with %d patches: all fits together%s", result.batch_size, peak)
+
+
+def try_step(
+    network: nn.Module,
+    loss_function: Callable[..., torch.Tensor],
+    optimizer: Optimizer,
+    precision: Precision,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    metrics: Iterable[LabelMapMetric] = (),
+    where: str = "trial step",
+) -> TrialResult:
+    """Take a training step with a batch, and put everything back.
+
+    Args:
+        network: Network on the precision's device.
+        loss_function: `(logits, labels) -> scalar`.
+        optimizer: Optimizer of the network's parameters.
+        precision: Precision of the step.
+        images: `(B, C, H, W, D)` float32 on the device.
+        labels: `(B, 1, H, W, D)` on the device.
+        metrics: Metrics that are tried on the prediction.
+        where: Beginning of messages.
+
+    Raises:
+        InputError: If something does not fit together, or into the card's memory.
+    """
+    device = precision.device
+    batch = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+    with (
+        _state_kept(network, optimizer, device),
+        _peak(device, images) as peak,
+        distributed.local_only(network),
+    ):
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        with precision.autocast():
+            with _named(where, f"a network that takes {batch}", _roi_remedy(images)):
+                logits = network(images)
+                finest = _finest(logits)
+                if finest.shape[2:] != images.shape[2:]:
+                    raise ValueError(f"logits of shape {tuple(finest.shape)}")
+            expected = f"a loss that takes logits {_shape(logits)} and {batch}"
+            with _named(where, expected, _loss_remedy(logits, labels)):
+                if device.type == "cuda" and int(labels.max()) >= finest.shape[1]:
+                    _try_on_cpu(loss_function, logits, labels)
+                loss = loss_function(logits, labels)
+        with _named(where, "a scalar loss that can be differentiated", "Correct the loss."):
+            precision.backward(loss)
+        _require_gradients(network)
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # it need not be finite here
+        optimizer.step()
+        with _named(where, "a metric that takes the prediction", "Correct its class_names."):
+            for metric in metrics:
+                metric.try_on(finest[0].argmax(0), torch.as_tensor(labels[0, 0]))
+        return TrialResult(len(images), peak())
+
+
+def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
+    """Lower the batch size of a plan until a step of it fits into the card's memory.
+
+    Args:
+        objects: `network`, `loss_function`, `optimizer` and `precision` of a config.
+        plan: Decided for the dataset.
+
+    Returns:
+        The plan, with a reason where its batch size is another now.
+
+    Raises:
+        InputError: If not even one patch for each rank fits.
+    """
+    precision, ranks, size = objects["precision"], distributed.size(), plan.batch_size
+    parts = objects["network"], objects["loss_function"], objects["optimizer"], precision
+    limit = SHARE_OF_CARD * available_bytes(precision.device)
+    while True:
+        number = -(-size // ranks)
+        images = torch.zeros((number, plan.in_channels, *plan.roi_size), device=precision.device)
+        labels = torch.zeros_like(images[:, :1], dtype=torch.uint8)
+        try:
+            if (try_step(*parts, images, labels).peak_bytes or 0) <= limit or size == ranks:
+                break
+        except MemoryLimitError:
+            if size == ranks:
+                raise
+        size = max(size * 3 // 4, ranks)
+    if size == plan.batch_size:
+        return plan
+    reason = f"what fits: a trial step with {plan.batch_size} took more than {limit / GIB:.2f} GiB"
+    return replace(plan, batch_size=size, reasons={**plan.reasons, "batch_size": reason})
+
+
+def _first_batch(loader: Any) -> dict[str, Any]:
+    """Load a batch in this process: workers would be started for it, and ended again."""
+    names = ("num_workers", "timeout") if isinstance(loader, DataLoader) else ()
+    settings = {name: getattr(loader, name) for name in names}
+    try:
+        for name in names:
+            setattr(loader, name, 0)
+        batches = iter(loader)
+        batch: dict[str, Any] = next(batches)
+        if isinstance(batches, Generator):
+            batches.close()
+        return batch
+    finally:
+        for name, value in settings.items():
+            setattr(loader, name, value)
+
+
+def _finest(logits: Any) -> torch.Tensor:
+    """Take the logits of full resolution; some networks stack levels along the second axis."""
+    finest: torch.Tensor = logits[0] if isinstance(logits, list | tuple) else logits
+    return finest[:, 0] if finest.ndim == 6 else finest
+
+
+def _shape(logits: Any) -> str:
+    if isinstance(logits, torch.Tensor):
+        return str(tuple(logits.shape))
+    return f"in a list, {', '.join(str(tuple(level.shape)) for level in logits)},"
+
+
+def _try_on_cpu(loss_function: Any, logits: Any, labels: torch.Tensor) -> None:
+    """Try labels that are no class where an error does not make the card unusable."""
+    copy = deepcopy(loss_function)
+    copy = copy.cpu() if isinstance(copy, nn.Module) else copy
+    levels = [logits] if isinstance(logits, torch.Tensor) else logits
+    zeros = [torch.zeros(level.shape) for level in levels]
+    copy(zeros[0] if isinstance(logits, torch.Tensor) else zeros, labels.cpu())
+
+
+def _roi_remedy(images: torch.Tensor) -> str:
+    sizes = [-(-n // STRIDE) * STRIDE for n in images.shape[2:]]
+    return (
+        f"Choose roi_size in multiples of the network's total stride, such as {sizes}, and a "
+        f"network of {images.shape[1]} channels."
+    )
+
+
+def _loss_remedy(logits: Any, labels: torch.Tensor) -> str:
+    if not isinstance(logits, torch.Tensor) or logits.ndim == 6:
+        return (
+            "Use a loss that takes the outputs of deep supervision, as SegmentationLoss takes a "
+            "list, or turn deep supervision off."
+        )
+    classes, highest = logits.shape[1], int(labels.max())
+    if highest >= classes:
+        return (
+            f"Use a loss that leaves out the label {highest} of voxels that nobody annotated, as "
+            "SegmentationLoss does with ignore_value."
+        )
+    return f"Use a loss for {classes} classes; class weights need a value for each of them."
+
+
+def _require_gradients(network: nn.Module) -> None:
+    unused = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    if unused and distributed.size() > 1:  # they would differ between ranks
+        raise InputError(
+            f"network: expected all parameters to take part in a step of several ranks, got no "
+            f"gradient of {', '.join(unused[:5])}. Freeze them, or train in one process."
+        )
+
+
+@contextlib.contextmanager
+def _named(where: str, expected: str, remedy: str) -> Iterator[None]:
+    """Turn an error of somebody's network, loss or metric into one line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:
+        text = (str(innermost(error)) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{where}: expected {expected}, got: {text}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device, images: torch.Tensor) -> Iterator[Callable[[], int | None]]:
+    """Inside, measure the memory that is reserved on a CUDA device.
+
+    Raises:
+        MemoryLimitError: If there is too little.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    available = available_bytes(device)
+    try:
+        yield lambda: torch.cuda.max_memory_reserved(device)
+    except torch.OutOfMemoryError:
+        raise MemoryLimitError(
+            f"batch_size: expected a training step that fits into {available / GIB:.2f} GiB, free "
+            f"on {device}, got one of {len(images)} patches of {tuple(images.shape[2:])} voxels. "
+            "Lower batch_size, roi_size or memory_budget_bytes, or raise recompute_levels."
+        ) from None
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@contextlib.contextmanager
+def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
+    """Put back weights, buffers, optimizer, modes and random states at the end."""
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in network.parameters()]
+    modes = [module.training for module in network.modules()]
+    moments = {parameter: deepcopy(state) for parameter, state in optimizer.state.items()}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), buffers_kept(network):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, saved in zip(network.parameters(), weights, strict=True):
+                    parameter.copy_(saved)
+            for module, mode in zip(network.modules(), modes, strict=True):
+                module.training = mode
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+            optimizer.state.update(moments)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
