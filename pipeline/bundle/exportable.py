@@ -11,7 +11,7 @@ import torch
 
 from pipeline.bundle.contents import metadata_faults
 from pipeline.bundle.parity import ON_CPU
-from pipeline.config import allowed
+from pipeline.config import allowed, old_names
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
@@ -123,4 +123,4 @@ def read_config(path: Path) -> Config:
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-    return content
+    return old_names.translate(content)

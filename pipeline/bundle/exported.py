@@ -27,7 +27,7 @@ from pipeline.bundle.package import (
 )
 from pipeline.bundle.parity import TOLERANCE, NotComparedError, cases_of, mean_dices
 from pipeline.bundle.renaming import renamed_config, renamed_text
-from pipeline.config import targets
+from pipeline.config import allowed
 from pipeline.data.dataset import Cases
 from pipeline.data.listing import named, paths_of
 from pipeline.errors import InputError
@@ -154,7 +154,7 @@ def write_code(bundle: Path, run: Run, digest: str) -> Facts:
     text = text.replace(model_card.USAGE, USAGE.replace("PACKAGE", package))
     (bundle / "docs").mkdir()
     (bundle / "docs" / "README.md").write_text(renamed_text(text, package, modules))
-    foreign = {name for name in names if not targets.is_allowed(name)}
+    foreign = {name for name in names if not allowed.is_allowed(name)}
     facts = {"package": package, "num_modules": len(modules), "num_lines": num_lines}
     return facts | ({"not_packed": sorted(foreign)} if foreign else {})
 

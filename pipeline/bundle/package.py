@@ -60,7 +60,7 @@ def needed_modules(names: Iterable[str], root: Path = ROOT) -> dict[str, Path]:
     """The modules that some names need: their own, what these import, and so on.
 
     Imports inside of functions count, and so do strings that are the name of a module or of
-    something in it, such as those of `pipeline.config.targets`.
+    something in it, such as those of `pipeline.config.allowed`.
 
     Args:
         names: Dotted, of modules or of what is in them; others than ours are left out.

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError
 
 Config = dict[str, Any]
+Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
 MARKS = ("$", "@", "%")  # with which a string begins that is no text
 
 
@@ -263,40 +264,32 @@ _SHOWN = {
 
 
 def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
-    """Compare the top-level keys with a table.
-
-    Args:
-        source: A config.
-        keys: What it must hold.
+    """Compare top-level keys that are there with a table.
 
     Raises:
-        InputError: One line for each key that is unknown, missing, or of another type.
+        InputError: One line for each value of another type.
     """
-    faults = [
-        f"{key}: expected a known key, got '{key}'. {nearest(key, keys)}"
-        for key in source
-        if key not in keys and key != "_meta_"
-    ]
-    for key, spec in keys.items():
-        if key not in source:
-            if not spec.is_optional:
-                faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
-            continue
-        value = source[key]
+    if found := [f"{key}: {fault}" for key, fault in find_faults(source, keys)]:
+        raise InputError(*found)
+
+
+def find_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[tuple[str, str]]:
+    """Yield each top-level key whose value is not what a table says, and what is expected."""
+    for key in keys.keys() & source.keys():
+        spec, value = keys[key], source[key]
         if isinstance(value, str) and value[:1] in ("$", "@"):
             continue
         if spec.types == "bool" and value in ("true", "false"):
             continue  # as monai.bundle passes them; see errors.as_bool
         if spec.choices and value not in spec.choices:
-            shown = ", ".join(json.dumps(choice) for choice in spec.choices)
-            faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
+            shown = ", ".join(map(json.dumps, spec.choices))
+            yield key, f"expected one of {shown}, got {json.dumps(value)}. Correct it."
         elif not is_one_of(value, spec.types):
             expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
-            faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
+            yield key, f"expected {expected} ({spec.meaning}), got {json.dumps(value)}. Correct it."
         elif spec.least is not None and not isinstance(value, str) and value < spec.least:
-            faults.append(f"{key}: expected at least {spec.least} ({spec.meaning}), got {value}.")
-    if faults:
-        raise InputError(*faults)
+            expected = f"expected at least {spec.least} ({spec.meaning})"
+            yield key, f"{expected}, got {value}. Correct it."
 
 
 def read_word(key: str, word: str) -> Any:
@@ -344,14 +337,21 @@ def _is_stride(value: Any) -> bool:
     return all(_is_a(step, "int") and step > 0 for step in steps)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in children:
-        below = f"{path}::{key}" if path else str(key)
-        if isinstance(child, (dict, list)) and child:
-            yield from _leaves(child, below)
-        else:
-            yield below, child
+def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield each value of a config with its path, containers before their contents."""
+    yield path, node
+    if isinstance(node, (dict, list)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from walk(child, (*path, str(key)))
+
+
+def _leaves(source: Config) -> dict[str, Any]:
+    """Values by id that contain no others; an empty list or object is one."""
+    return {
+        "::".join(path): value
+        for path, value in walk(source)
+        if not (isinstance(value, (dict, list)) and value)
+    }
 
 
 def kind_of(path: str) -> str:
@@ -365,7 +365,7 @@ def kind_of(path: str) -> str:
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
     """Keys whose values differ, by class: `{"identity": [...], "continuable": [...], ...}`."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = _leaves(old), _leaves(new)
     found: dict[str, list[str]] = {IDENTITY: [], CONTINUABLE: [], FREE: []}
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
@@ -375,5 +375,5 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
 
 def identity_hash(source: Config) -> str:
     """SHA-256 over all identity values: equal for runs that would train the same model."""
-    values = {path: value for path, value in _leaves(source) if kind_of(path) == IDENTITY}
+    values = {path: value for path, value in _leaves(source).items() if kind_of(path) == IDENTITY}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
