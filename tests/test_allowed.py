@@ -60,7 +60,7 @@ USES: dict[str, tuple[str, Any]] = {
         "device": "cpu", "val_data_loader": {"_target_": "DataLoader", "dataset": DATA},
         "network": "@network", "inferer": "@validate#inferer"}),
     "monai.handlers.CheckpointLoader": (HANDLERS, [
-        {"load_path": "x", "load_dict": {"model": "@network"}, "map_location": "cpu"}]),
+        {"load_path": "x", "load_dict": {"a": "@network"}, "map_location": "$@precision.device"}]),
     "monai.handlers.CheckpointSaver": (HANDLERS, [{**SAVED, "final_filename": "last.pt"}]),
     "monai.handlers.ConfusionMatrix": (METRIC, {"x": {"metric_name": ["precision"]}}),
     "monai.handlers.GarbageCollector": (HANDLERS, [{"trigger_event": "epoch"}]),

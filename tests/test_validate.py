@@ -474,7 +474,7 @@ def test_override_is_named_in_the_place_of_file_and_line():
         '--network_def#dropout: expected a number, got "much". Correct it.',
         "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
         "Did you mean 'dropout'?",
-        "--seed: expected int (of weights, sample order, crops, augmentation and dropout), "
+        "--seed: expected int (seed of weights, sample order, crops, augmentation and dropout), "
         'got "a". Correct it.',
     ]  # fmt: skip
 
