@@ -17,10 +17,10 @@ OLD_KEYS = {new: old for old, new in old_names.TOP_LEVEL.items()}
 OLD_TARGETS = {new: old for old, new in old_names.TARGETS.items()}
 
 
-def make_old(node: Any, *, is_top: bool = True) -> Any:
+def make_old(node: Any, key: str = "") -> Any:
     """A config of today as an earlier version wrote it."""
     if isinstance(node, list):
-        return [make_old(one, is_top=False) for one in node]
+        return [make_old(one, "list") for one in node]
     if isinstance(node, str):
         node = re.sub(r"@(\w+)", lambda found: f"@{OLD_KEYS.get(found[1], found[1])}", node)
         node = node.replace("@lifecycle.initial_weights", "@lifecycle.start.tensors")
@@ -29,9 +29,9 @@ def make_old(node: Any, *, is_top: bool = True) -> Any:
         return OLD_TARGETS.get(node, f"{module}.{name}" if module else node)
     if not isinstance(node, dict):
         return node
-    arguments = old_names.ARGUMENTS.get(str(node.get("_target_")).rpartition(".")[2], {})
-    names = OLD_KEYS if is_top else {new: old for old, new in arguments.items() if new}
-    return {names.get(key, key): make_old(value, is_top=False) for key, value in node.items()}
+    arguments = old_names.ARGUMENTS.get(str(node.get("_target_", key)).rpartition(".")[2], {})
+    names = {new: old for old, new in arguments.items() if new}
+    return {names.get(key, key): make_old(value, key) for key, value in node.items()}
 
 
 @pytest.fixture(scope="module")

@@ -29,23 +29,26 @@ TARGETS = {  # of modules, or of single classes
     "pipeline.training.recorder": "pipeline.training.flight_recorder",
     "pipeline.visit.Visit": "pipeline.lifecycle.read_only_run.ReadOnlyRun",
 }
-ARGUMENTS: dict[str, dict[str, str | None]] = {  # by class of today; `None`: no longer there
+ARGUMENTS: dict[str, dict[str, str | None]] = {  # by class or key of today; `None`: dropped
+    "": {**TOP_LEVEL},
     "DataModule": {"check": "preflight"},
     "Lifecycle": {"init_head": "reinit_head", "intake": "data_module"},
     "MixedPrecisionTrainer": {"compile": "cuda_graph"},
     "PatchLoader": {"resident": "cache_on_device"},
+    "ReadOnlyRun": {"init_head": "reinit_head", "intake": "data_module"},
     "Precision": {"layout": "memory_format"},
     "SlidingWindow": {"sums_bytes": "max_blend_bytes"},
+    "split": {"test_share": "test_fraction"},
 }
 EXPRESSIONS = {rf"@{old}\b": f"@{new}" for old, new in TOP_LEVEL.items()} | {
     r"@lifecycle\.start\.tensors\b": "@lifecycle.initial_weights"
 }
 
 
-def translate(node: Any, *, is_top: bool = True) -> Any:
+def translate(node: Any, key: str = "") -> Any:
     """A config that an earlier version stored, with today's names."""
     if isinstance(node, list):
-        return [translate(one, is_top=False) for one in node]
+        return [translate(one, key="list") for one in node]
     if isinstance(node, str) and node.startswith(("@", "$")):
         for old, new in EXPRESSIONS.items():
             node = re.sub(old, new, node)
@@ -54,16 +57,15 @@ def translate(node: Any, *, is_top: bool = True) -> Any:
         return TARGETS.get(node) or (f"{TARGETS[module]}.{name}" if module in TARGETS else node)
     if not isinstance(node, dict):
         return node
-    node = {key: translate(value, is_top=False) for key, value in node.items()}
-    names = ARGUMENTS.get(str(node.get("_target_")).rpartition(".")[2], {})
-    names = {**TOP_LEVEL} if is_top else names
-    kept = {key: value for key, value in node.items() if key not in names}
+    node = {name: translate(value, name) for name, value in node.items()}
+    names = ARGUMENTS.get(str(node.get("_target_", key)).rpartition(".")[2], {})
+    kept = {name: value for name, value in node.items() if name not in names}
     return {new: node[old] for old, new in names.items() if old in node and new} | kept
 
 
-def renamed(name: str, owner: str | None = None) -> str | None:
+def renamed(name: str, owner: str = "") -> str | None:
     """Today's name of a top-level key, or of an argument of a class, if it was renamed."""
-    return TOP_LEVEL.get(name) if owner is None else ARGUMENTS.get(owner, {}).get(name)
+    return ARGUMENTS.get(owner, {}).get(name)
 
 
 def require_todays_names(run_dir: Path) -> None:
