@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.config import allowed, keys, validate
+from pipeline.config import allowed, keys, old_names, validate
 from pipeline.config.compose import compose, compose_located, parse_overrides
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
@@ -56,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 files, overrides = in_run(files, overrides)
             replaying = trains and "replay_step" in overrides
             step = overrides.pop("replay_step") if replaying else None
-            validate.check(files, overrides, allow, training=trains)
+            composed = compose_located(files, overrides, allow)
+            validate.check(composed, allow, training=trains)
             if replaying and distributed.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
         if not trains:
@@ -210,7 +211,7 @@ def _workflow(
     logs = str(LOGGING) if LOGGING.is_file() else False
     workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type=kind, **overrides)
     workflow.config_root_path = Path()
-    workflow.parser = Parser(workflow.parser.get())
+    workflow.parser = Parser(old_names.translate(workflow.parser.get()))  # of a stored run
     allowed.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
     return workflow
 

@@ -19,7 +19,7 @@ share their parameters, and low resolution is not simulated.
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,15 @@ class Augment:
         degrees = _degrees(rotation["degrees"]) if enabled and rotation["prob"] else _degrees(0)
         lowest = min(1.0, scale["range"][0]) if enabled and scale["prob"] else 1.0
         self.input_size = margin_size(self.roi_size, self.spacing, degrees, lowest)
+
+    @staticmethod
+    def find_setting_faults(**given: Any) -> Iterator[tuple[list[str], str]]:
+        """Yield the place and text of each fault in `spatial` and `intensity`, among arguments."""
+        for where, defaults in (("spatial", SPATIAL), ("intensity", INTENSITY)):
+            faults: list[str] = []
+            _merge(where, given.get(where), defaults, faults)
+            for place, _, text in (fault.partition(": ") for fault in faults):
+                yield place.split("#")[1:], text
 
     @torch.no_grad()
     def __call__(
@@ -442,18 +451,6 @@ def _is_valid(key: str, value: Any) -> bool:
         return False
     is_number = array.dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
     return bool(is_number and RULES[key][1](array))
-
-
-def setting_faults(where: str, given: Any) -> list[str]:
-    """List the mistakes in the argument `spatial` or `intensity` of `Augment`, one line each.
-
-    Args:
-        where: Which of the two.
-        given: Its value.
-    """
-    faults: list[str] = []
-    _merge(where, given, {"spatial": SPATIAL, "intensity": INTENSITY}[where], faults)
-    return faults
 
 
 def _merge(where: str, given: Any, defaults: Settings, faults: list[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
 from pipeline.bundle.metadata import TEMPLATES
-from pipeline.config import allowed, targets
+from pipeline.config import allowed, old_names
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
 from pipeline.data.plan import Plan
@@ -144,7 +144,7 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
     """
     inference = read_inference_config(directory)
     folder = directory / "configs"
-    configs = {name: _read_config(folder / name) for name in CONFIGS}
+    configs = {name: old_names.translate(_read_config(folder / name)) for name in CONFIGS}
     for name in ("train.json", "inference.json"):
         allowed.check(configs[name], allow)
     weights = directory / "models" / "model.pt"
@@ -221,7 +221,7 @@ def _fill(bundle: Path, run: TrainedRun, formats: Sequence[str]) -> ExportFacts:
     modules = find_modules([PREDICTOR, *(name for file in PACKED for name in names[file])])
     code = {"package": package, **write_modules(bundle / package, package, modules)}
     everything = {name for found in names.values() for name in found}
-    foreign = {n for n in everything if n.split(".")[0] not in ROOTS and not targets.is_allowed(n)}
+    foreign = {n for n in everything if n.split(".")[0] not in ROOTS and not allowed.is_allowed(n)}
     if foreign:
         code["not_packed"] = sorted(foreign)
     for name in PACKED:

@@ -1,27 +1,25 @@
-"""Preflight alone: `python -m pipeline check DATASET_DIR [--plan] [--json FILE] [--key value ...]`.
+"""Check a dataset as training would before its first step, and report every fault.
 
-Reads every case of a dataset, as training would before its first step, and reports all that is
-wrong with it: a table for people, JSON for programs. `--plan` shows what training would choose for
-the values that are `auto`, and why. Keys are those of the config: `--fold 1`, `--exclude '["x"]'`,
-`--preflight fast`; `--config FILE` names another config than configs/amp.json.
+Prints a table; `--json FILE` writes the same for programs. Keys are those of the config:
+`--fold 1`, `--exclude '["case_7"]'`, `--preflight fast`, ...
 
 Exit status: 0 sound (warnings apart), 2 a fault in the data or a mistake on the command line.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.command import run_command
+from pipeline.commands.command import CommandParser
 from pipeline.config import allowed, validate
-from pipeline.config.compose import parse_overrides
+from pipeline.config.compose import compose_located, parse_overrides
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError
+from pipeline.files import write_json
 
-USAGE = "usage: python -m pipeline check DATASET_DIR [--plan] [--json FILE] [--key value ...]"
 CONFIG = "configs/amp.json"
 
 
@@ -31,26 +29,34 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    return run_command(__doc__, words, _main)
-
-
-def _main(words: list[str]) -> int:
-    wants_plan = "--plan" in words
-    allow, rest = allowed.split_allow([word for word in words if word != "--plan"])
-    if not rest or rest[0].startswith("-"):
-        raise InputError(f"command line: expected a dataset first, got none. {USAGE}")
-    overrides = parse_overrides(rest[1:])
-    file = overrides.pop("json", None)
-    if file is not None and not Path(str(file)).parent.is_dir():
-        raise InputError(f"--json: expected a file in a folder that is there, got {file}.")
-    config_file = str(overrides.pop("config", CONFIG))
-    overrides["dataset_dir"] = str(Path(rest[0]).resolve())
-    source = validate.check([config_file], overrides, allow, training=True)
-    return check(source, wants_plan, None if file is None else Path(str(file)))
+    parser = CommandParser("check", __doc__)
+    parser.add_argument("dataset_dir", metavar="DATASET_DIR", help="the dataset")
+    parser.add_argument(
+        "--plan", action="store_true", help="show the values that are auto, and why"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument("--config", metavar="FILE", default=CONFIG, help=f"instead of {CONFIG}")
+    try:
+        allow, words = allowed.split_allow(sys.argv[1:] if words is None else words)
+        options, rest = parser.parse_known_args(words)
+        overrides = {
+            **parse_overrides(rest),
+            "dataset_dir": str(Path(options.dataset_dir).resolve()),
+        }
+        if options.json is not None and not options.json.parent.is_dir():
+            raise InputError(
+                f"--json: expected a file in a folder that is there, got {options.json}."
+            )
+        composed = compose_located([options.config], overrides, allow)
+        validate.check(composed, allow, training=True)
+        return check(composed.source, options.plan, options.json)
+    except InputError as error:
+        error.tell()
+        return 2
 
 
 def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
-    """Check the dataset of a config, and print what was found.
+    """Check the dataset of a config, and print what was found; returns the exit status.
 
     Args:
         source: The merged config.
@@ -58,12 +64,13 @@ def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
         file: Gets the report as JSON, if given.
 
     Raises:
-        InputError: If there is no dataset, it cannot be split as asked, or `file` not be written.
+        InputError: If there is no dataset, it cannot be split as asked, there is no plan for it, or
+            `file` cannot be written.
     """
     data_module = Parser(source).get_parsed_content("data_module")
     found = data_module.run_preflight(data_module.load())
     report = found.as_dict()
-    print("\n".join(table(found)))
+    print("\n".join(make_table(found)))
     refusal: InputError | None = None
     if not found.faults:
         try:
@@ -75,7 +82,7 @@ def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
             refusal, report["plan_faults"] = error, list(error.faults)
     if file is not None:
         try:
-            file.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(file, report)
         except OSError as error:
             raise InputError(
                 f"--json: expected a file that can be written, got: {error}."
@@ -85,8 +92,8 @@ def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
     return 2 if found.faults else 0
 
 
-def table(found: Any) -> list[str]:
-    """The report for people: a line per finding, faults first, and one that counts them.
+def make_table(found: Any) -> list[str]:
+    """The lines of the report: faults, warnings, and one line that counts them.
 
     Args:
         found: A `Preflight`.
@@ -98,18 +105,17 @@ def table(found: Any) -> list[str]:
     if cases.excluded:
         lines.append(f"Excluded: {', '.join(cases.excluded)}")
     lines += found.notes
-    if found.num_rounded:  # training says so where it reads them
+    if found.num_rounded:
         lines.append(f"Label values of {_count(range(found.num_rounded), 'case')} are rounded.")
-    ordered = [*found.faults, *found.warnings]
-    width = max((len(finding.case_id) for finding in ordered), default=0)
-    for finding in ordered:
-        kind = "warning" if finding.warning else "fault  "
-        lines.append(f"{kind}  {finding.case_id:<{width}}  {finding.check:<13}  {finding.message}")
-    unsound = {finding.case_id for finding in found.faults}
-    lines.append(
-        f"{_count(found.faults, 'fault')} in {_count(unsound, 'case')}, "
-        f"{_count(found.warnings, 'warning')}; {sum(counts.values())} cases were looked at"
-    )
+    issues = [*found.faults, *found.warnings]
+    width = max((len(issue.case_id) for issue in issues), default=0)
+    for issue in issues:
+        kind = "warning" if issue.warning else "fault  "
+        lines.append(f"{kind}  {issue.case_id:<{width}}  {issue.check:<13}  {issue.message}")
+    faults = _count(found.faults, "fault")
+    faulty = _count({issue.case_id for issue in found.faults}, "case")
+    warnings = _count(found.warnings, "warning")
+    lines.append(f"{faults} in {faulty}, {warnings}; {sum(counts.values())} cases were looked at")
     return lines
 
 

@@ -28,7 +28,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the words that were typed."""
-        raise InputError(f"command line: {message}. {self.format_usage().strip()}")
+        usage = " ".join(self.format_usage().split())
+        raise InputError(f"command line: {message}. {usage}")
 
 
 def run_parsed(

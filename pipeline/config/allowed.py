@@ -1,336 +1,320 @@
-"""The trust boundary: what a config may say, and what would make it a way in.
+"""What a config may name: a guard against configs that run code, not a sandbox.
 
-A config names classes and ties them together; it runs no code of its own. `_target_` holds a name
-of the list in `targets` or one that the command line allows. An expression starts from an
-`@id` and reads one attribute of its object, or calls one method with such values and literals as
-arguments: one that `targets.MEMBERS` has for the object's class, or any of a class that is there
-since the command line allows it. Macros (`%`) and MONAI's debugging mode do not exist.
-
-What is judged is not what was written but what MONAI would evaluate: relative ids resolved and
-references replaced by MONAI's own functions. `python -m monai.bundle` executes what a config says
-without asking here; it is outside of this boundary.
+`_target_` holds a name of `LISTED`, which is what the shipped configs and the documentation use, or
+one that `--allow` admits. An expression reads one attribute of an `@id`, or calls one method with
+ids and literals as arguments: one of `MEMBERS` for the class of the object. Some arguments of
+listed classes are restricted (`RESTRICTED`). Classes stay off the list that take code or the name
+of a class as a value, unpickle, download, or write text under any name (`Lambdad`, `LambdaLR`,
+`LoadImaged`, `LogfileHandler`, ...). `python -m monai.bundle` does not ask here.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
+import argparse
+import pydoc
 import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from monai.bundle import ConfigComponent, ReferenceResolver
 
-from pipeline.config.keys import MARKS
+from pipeline.config.keys import MARKS, Path, walk
 from pipeline.config.parser import Parser
-from pipeline.config.targets import ANY, FORBIDDEN, MEMBERS, OTHERS, is_allowed, names
 from pipeline.errors import InputError, nearest
 
-Path = tuple[str, ...]  # keys from the root of the config; "#".join of it is the id
+LISTED = {  # classes and functions by module; those of MONAI may be named without it
+    "ignite.handlers": "EMAHandler",
+    "ignite.metrics": "Average",
+    "monai.data": "DataLoader Dataset",
+    "monai.engines": "SupervisedEvaluator",
+    "monai.handlers": """CheckpointLoader CheckpointSaver ConfusionMatrix GarbageCollector
+        LrScheduleHandler MeanDice MetricsSaver StatsHandler TensorBoardImageHandler
+        TensorBoardStatsHandler ValidationHandler""",
+    "monai.inferers": "SimpleInferer SliceInferer SlidingWindowInferer",
+    "monai.losses": "DiceCELoss DiceLoss",
+    "monai.networks.nets": "DynUNet SegResNet UNet",
+    "monai.transforms": """CenterSpatialCropd Compose DataStatsd EnsureTyped Flipd Identityd OneOf
+        RandFlipd RandGaussianNoised Resized Rotate90d SaveImaged ScaleIntensityd""",
+    "networks.dense_unet": "DenseUNet",
+    "pipeline.data.cache": "CachedDataset CaseSampler VolumeCache",
+    "pipeline.data.data_module": "DataModule",
+    "pipeline.data.input_images": "list_images",
+    "pipeline.data.plan": "Plan",
+    "pipeline.data.sampling": "EpochSampler PatchDataset PatchLoader",
+    "pipeline.distributed": "DistributedSettings",
+    "pipeline.evaluation.final_scores": "Scoring",
+    "pipeline.evaluation.metrics": "MeanDice",
+    "pipeline.lifecycle.lifecycle": "Lifecycle",
+    "pipeline.lifecycle.read_only_run": "ReadOnlyRun",
+    "pipeline.precision": "Precision resolve_device",
+    "pipeline.prediction.predict_files": "Prediction",
+    "pipeline.prediction.predictor": "load_networks",
+    "pipeline.prediction.segmenter": "Segmenter SlidingWindowLabels",
+    "pipeline.prediction.sliding_window": "SlidingWindow",
+    "pipeline.training.checkpoint": "CheckpointHandler",
+    "pipeline.training.evaluator": "EvaluationLog MixedPrecisionEvaluator",
+    "pipeline.training.flight_recorder": "FlightRecorder",
+    "pipeline.training.logging_handlers": "ConsoleHandler ScoreHandler TensorBoardHandler",
+    "pipeline.training.loss": "SegmentationLoss",
+    "pipeline.training.schedule": "warmup_cosine",
+    "pipeline.training.trainer": "MixedPrecisionTrainer",
+    "pipeline.training.trial": "TrialStep",
+    "torch.optim": "AdamW SGD",
+    "torch.optim.lr_scheduler": "StepLR",
+    "torch.utils.data": "DataLoader",
+    "transforms.augment": "Augment",
+    "transforms.cleanup": "Cleanup",
+    "transforms.postprocess": "ToOriginalGridd",
+    "transforms.preprocess": "ValidationPreprocessing preprocessing",
+}
+DOTTED = [f"{module}.{name}" for module, names in LISTED.items() for name in names.split()]
+BARE = {name.rpartition(".")[2]: name for name in DOTTED if name.startswith("monai.")}
+NAMES = {*DOTTED, *BARE}
 
-ID = re.compile(r"\w+(::\w+)*")  # not empty, which would be the whole config
-OBJECT = re.compile(r"_target_[\"']?\s*[:=]")  # in what was meant to be JSON, too
-MODES = ("default", "callable")  # not "debug", which stops in pdb
+# Arguments of listed classes that are left out or match a pattern, and why.
+_COMPILE = {"compile": ("", "it compiles"), "compile_kwargs": ("", "the compiler runs programs")}
+_LOG_DIR = {"log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent")}
+_FILE = (r".*\.pt", "Python might execute a file that is not named *.pt")
+_FORMAT = (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects")
+RESTRICTED: dict[str, dict[str, tuple[str, str]]] = {
+    "CheckpointSaver": {"final_filename": _FILE, "key_metric_filename": _FILE},
+    "MixedPrecisionEvaluator": _COMPILE,
+    "MixedPrecisionTrainer": {"compile_kwargs": _COMPILE["compile_kwargs"]},
+    "SaveImaged": {"writer": ("", "it names any class by dotted path")},
+    "StatsHandler": {"key_var_format": _FORMAT},
+    "SupervisedEvaluator": _COMPILE,
+    "TensorBoardImageHandler": _LOG_DIR,
+    "TensorBoardStatsHandler": _LOG_DIR,
+}
+# Members that expressions may use, by class, and after a colon the class of their value.
+_LIFECYCLE = """cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights leave() lost
+    plan:Plan preprocessing_key run_dir:Path"""
+_MEMBERS = {
+    "Augment": "input_size",
+    "Cases": "test train validation",
+    "EpochSampler": "samples_per_epoch",
+    "Lifecycle": _LIFECYCLE,
+    "Plan": """batch_size class_names crop_empty_borders flip_axes foreground_ratio ignore_value
+        in_channels normalization num_classes roi_size spacing strides""",
+    "Precision": "device place():Module",
+    "DistributedSettings": "replica()",
+    "ReadOnlyRun": _LIFECYCLE + " best_model:Path",
+    "MixedPrecisionEvaluator MixedPrecisionTrainer SupervisedEvaluator Prediction Scoring": "run()",
+    "Module DenseUNet DynUNet SegResNet UNet": "named_parameters() parameters() state_dict()",
+}
+MEMBERS = {
+    kind: dict(member.partition(":")[::2] for member in members.split())
+    for kinds, members in _MEMBERS.items()
+    for kind in kinds.split()
+}
+USERS = "*"  # the kind of what --allow admits, of which any public member may be used
+MEMBERS[USERS] = {member: kind for known in MEMBERS.values() for member, kind in known.items()}
+
+OUTSIDE = "#"  # stands for a relative id that leads out of the config
 SPECIAL = sorted(ConfigComponent.non_arg_keys)
-REFERENCES = ReferenceResolver._vars  # the name that holds them when MONAI evaluates
-GRAMMAR = "Write @id, $@id.attribute or $@id.method(@id, 1)."
+KNOWN = (*SPECIAL, "_meta_")
+OBJECT = re.compile(r"_target_[\"']?\s*[:=]")  # in malformed JSON, too
+_ID, _MEMBER = r"@(\w+(?:::\w+)*)", r"\.([A-Za-z][A-Za-z0-9_]*)"
+USE = re.compile(rf"{_ID}(?:{_MEMBER}(\()?)?")
+_PLAIN = r"None|True|False|\d+(?:\.\d+)?(?:e-?\d+)?|'[\w .:/+-]*'"
+_ARGUMENT = rf"(?:[A-Za-z][A-Za-z0-9_]*=)?(?:{_ID}(?:{_MEMBER})?|{_PLAIN})"
+EXPRESSION = re.compile(rf"\${_ID}(?:{_MEMBER}(\((?:{_ARGUMENT}(?:, *{_ARGUMENT})*)?\))?)?")
 
 
-def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value of a config with its path, the containers before what they contain."""
-    yield path, node
-    if isinstance(node, (dict, list)):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from walk(child, (*path, str(key)))
+def is_allowed(name: str, allow: Collection[str] = ()) -> bool:
+    """Whether `_target_` may hold a name: a listed one, one of `allow`, or of a package there."""
+    if name in NAMES or name in allow:
+        return True
+    packages = tuple(f"{package}." for package in allow if name.startswith(f"{package}."))
+    target = find(name) if packages else None
+    # what a package has imported from elsewhere is not its own
+    return bool(packages) and (target is None or f"{target.__module__}.".startswith(packages))
+
+
+@cache
+def find(name: str) -> Any:
+    """Import the class or function of an allowed name; `None` if there is none."""
+    if name not in BARE and "." not in name:
+        name = str(ConfigComponent({"_target_": name}).resolve_module_name())
+    try:
+        return pydoc.locate(BARE.get(name, name))  # as MONAI does
+    except pydoc.ErrorDuringImport:
+        return None
 
 
 def check(source: Any, allow: Collection[str] = ()) -> None:
-    """Refuse a config that says what configs may not say.
-
-    Args:
-        source: A merged config.
-        allow: Dotted names that `_target_` may hold beside the list.
+    """Refuse a merged config that names what configs may not name.
 
     Raises:
         InputError: One line for each place.
     """
-    found = [f"{'#'.join(path)}: {fault}" for path, fault in faults(source, allow)]
+    found = [f"{'#'.join(path)}: {fault}" for path, fault in find_faults(source, allow)]
     if found:
         raise InputError(*found)
 
 
-def faults(source: Any, allow: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
-    """What a config may not say: the place, and what is expected there."""
-    objects = Objects(source, allow)
+def find_faults(source: Any, allow: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
+    """Yield the path of each refused value, and what is expected there; see `check`."""
+    guard = _Guard(source, allow)
     for path, value in walk(source):
         if isinstance(value, str) and path[-1:] != ("_target_",):
-            fault = _string_fault(path, value, objects)
-            if fault:
+            if fault := guard.check_string("::".join(path), value):
                 yield path, fault
         elif isinstance(value, dict):
-            yield from ((path + at, fault) for at, fault in _object_faults(path, value, objects))
-    for name, asked in objects.lacking.items():
-        got = repr(objects.nodes[name])[:60]
-        yield tuple(name.split("::")), f"expected an object with {asked!r}, got {got}. Correct it."
+            for key, fault in guard.check_object("::".join(path), value):
+                yield (*path, key), fault
+    for name, member in guard.plain_values.items():
+        got = repr(guard.nodes[name])[:60]
+        yield tuple(name.split("::")), f"expected an object with {member!r}, got {got}. Correct it."
 
 
-class Objects:
-    """What is known of the objects of a config before they are made.
-
-    Args:
-        source: A merged config.
-        allow: Dotted names that `_target_` may hold beside the list.
-    """
+class _Guard:
+    """What is known of the objects of a config before they are made."""
 
     def __init__(self, source: Any, allow: Collection[str]) -> None:
         self.allow = allow
         self.nodes: dict[str, Any] = {}
-        self.lacking: dict[str, str] = {}  # plain values, and what expressions asked of them
         for path, node in walk(source):
             name = "::".join(path)
             self.nodes[name] = {} if name in self.nodes else node  # of two MONAI takes either
-        self.uses: dict[str, list[tuple[str, str]]] = {}  # of expressions; none of a faulty one
-        for name, node in self.nodes.items():
-            if isinstance(node, str) and node.startswith("$"):
-                with contextlib.suppress(ValueError):
-                    self.uses[name] = []
-                    self.uses[name] = _uses(_resolved(name, node) or "")
+        self.plain_values: dict[str, str] = {}  # ids of what is no object, and a member used of it
 
-    def follow(self, name: str) -> str:
-        """The id where plain references end, beginning with that of an id."""
-        seen = set()
-        while name not in seen and isinstance(node := self.nodes.get(name), str):
-            seen.add(name)
-            text = _resolved(name, node) or ""
-            name = text[1:] if ReferenceResolver.id_matcher.fullmatch(text) else name
-        return name
+    def follow(self, name: str, seen: tuple[str, ...] = ()) -> tuple[str, str | None]:
+        """Where the references of an id end, and the class of its object as `MEMBERS` names it.
 
-    def kind(self, name: str) -> str | None:
-        """The class of an id's object, as `MEMBERS` names it.
-
-        Empty if there is no telling; `None` if nothing comes of it: there is no such id, its
-        references go in a circle, or what it is made from is refused in its place.
+        The class is empty if it is not known, and `None` if the id is missing, its references form
+        a circle, or a value that it is made from is refused.
         """
-        trail: list[str] = []
-        while (name := self.follow(name)) in self.uses:
-            if not self.uses[name] or len(trail) > len(self.uses):
-                return None
-            name, asked = self.uses[name][0]
-            trail.append(asked)
-        node = self.nodes.get(name)
-        kind = "" if name in self.nodes else None
+        if name not in self.nodes or name in seen:
+            return name, None
+        node = self.nodes[name]
         if isinstance(node, dict) and "_target_" in node:
-            kind = self._class(node)
-        for asked in filter(None, reversed(trail)):
-            kind = MEMBERS.get(kind or "", {}).get(asked, "" if kind == ANY else None)
-        return kind
+            target, is_made = node["_target_"], node.get("_mode_", "default") == "default"
+            if not isinstance(target, str) or not is_allowed(target, self.allow):
+                return name, None
+            listed = target.rpartition(".")[2] if target in NAMES else USERS
+            return name, listed if is_made else ""
+        is_expression = str(node).startswith("$")
+        if not (uses := read_uses((name,), node) if isinstance(node, str) else []):
+            return name, (None if is_expression else "")
+        (other, used), *_ = uses
+        end, kind = self.follow(other, (*seen, name))
+        unknown = "" if kind == USERS else None
+        of_used = MEMBERS.get(kind or "", {}).get(used, unknown) if used else kind
+        return (name if is_expression else end), of_used
 
-    def _class(self, node: dict[str, Any]) -> str | None:
-        target = node["_target_"]
-        if not isinstance(target, str) or not is_allowed(target, self.allow):
+    def check_string(self, name: str, written: str) -> str | None:
+        """Why a string is refused, or `None`."""
+        text = _resolve(name, written)
+        if text == OUTSIDE:
+            return f"expected a relative id within the config, got {written!r}. Use fewer #."
+        if text.startswith("%"):
+            return f"expected no macro, got {written!r}. Write the value, or refer to it by @."
+        if not text.startswith("$"):
             return None
-        module, _, name = target.rpartition(".")
-        if module in OTHERS or node.get("_mode_", "default") != "default":
+        uses = read_uses((name,), written)
+        reasons = [self._refuse_member(*use) for use in uses]
+        if not uses:
+            chain = re.match(r"\$@[\w:]+\.(\w+\..*?)(\(|$)", text)
+            reasons = [f"reaches for {chain[1]!r}." if chain else "has another form."]
+        reason = next(filter(None, reasons), None)
+        hint = "Write @id, $@id.attribute or $@id.method(@id, 1)."
+        what = f"expected an expression on an id, got {written!r}"
+        return reason and f"{what}, which {reason} {hint}"
+
+    def _refuse_member(self, name: str, member: str) -> str:
+        """Why a member of an id's object may not be used; empty if it may."""
+        end, kind = self.follow(name)
+        known = MEMBERS.get(kind or "", {})
+        if not member or kind in (None, USERS) or member in known:
             return ""
-        return name if is_allowed(target) else ANY
+        node = self.nodes[end]
+        if not ConfigComponent.is_instantiable(node) and not str(node).startswith("$"):
+            self.plain_values.setdefault(end, member)
+            return ""
+        what = f"a {kind}. {nearest(member, known)}" if known else "of which nothing may be asked."
+        return f"asks for {member!r} of @{name.replace('::', '#')}, {what}"
 
-    def reason(self, text: str) -> str:
-        """What an expression has that is not of the grammar; empty if nothing.
+    def check_object(self, name: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield the keys that are refused: those that MONAI reads itself, and restricted ones."""
+        for key in (key for key in node if key.startswith("_") and key not in KNOWN):
+            near = nearest(key, SPECIAL)
+            if "_target_" in node or near.startswith("Did"):
+                yield key, f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
+        if "_target_" not in node:
+            return
+        target = node["_target_"]
+        restricted: dict[str, tuple[str, str]] = {}
+        if not isinstance(target, str):
+            yield "_target_", f"expected the name of a class, got {target!r}. Write a string."
+        elif target in NAMES:
+            restricted = RESTRICTED.get(target.rpartition(".")[2], {})
+        elif not is_allowed(target, self.allow):
+            near = nearest(target, [*NAMES, *self.allow])
+            hint = f"{near} " if near.startswith("Did") else ""
+            fault = f"expected a class or function of the list, got '{target}'. "
+            yield "_target_", f"{fault}{hint}If you trust it: --allow {target}"
+        for key in restricted.keys() & node.keys():
+            pattern, reason = restricted[key]
+            end, kind = self.follow(f"{name}::{key}")
+            value = self.nodes.get(end)
+            is_text = isinstance(value, str) and re.fullmatch(rf"(?!\$){pattern}", value)
+            if not (value in (None, False) or is_text or kind == "Path"):
+                fault = f"expected no such {key}, since {reason}, got {node[key]!r}. Leave it out."
+                yield key, fault
+        modes = ("default",) if restricted else ("default", "callable")  # its arguments come later
+        for key, valid in (("_mode_", modes), ("_disabled_", (True, False, "true", "false"))):
+            if node.get(key, valid[0]) not in valid:
+                shown = " or ".join(map(str, valid))
+                yield key, f"expected {shown}, got {node[key]!r}. Leave it out."
 
-        Args:
-            text: With its `$`, relative ids resolved.
-        """
-        try:
-            for name, asked in _uses(text):
-                kind = self.kind(name)
-                known = MEMBERS.get(kind or "", {})
-                if not asked or kind in (None, ANY) or asked in known:
-                    continue
-                at = self.follow(name)
-                if at in self.uses or ConfigComponent.is_instantiable(self.nodes[at]):
-                    what = f"a {kind}" if known else "of which nothing may be asked"
-                    hint = f" {nearest(asked, known)}" if known else ""
-                    return f"asks for {asked!r} of @{name.replace('::', '#')}, {what}.{hint}"
-                self.lacking.setdefault(at, asked)
-        except ValueError as error:
-            return f"{error}."
-        return ""
 
-    def is_harmless(self, name: str, pattern: str) -> bool:
-        """Whether what stands at an id is nothing, a path of a run, or text of a pattern."""
-        node = self.nodes.get(self.follow(name))
-        plain = isinstance(node, str) and re.fullmatch(rf"(?!\$){pattern}", node) is not None
-        return node in (None, False) or plain or self.kind(name) == "Path"
-
-
-def _resolved(name: str, written: str) -> str | None:
-    """A string with its relative ids resolved; `None` where they lead out of the config."""
+def _resolve(name: str, written: str) -> str:
+    """A string with its relative ids resolved; `OUTSIDE` where they lead out of the config."""
     try:
         return Parser.resolve_relative_ids(name, written)
     except ValueError:
-        return None
+        return OUTSIDE
 
 
-def _string_fault(path: Path, written: str, objects: Objects) -> str | None:
-    """Why a string may not stand in a config, or `None`."""
-    text = _resolved("::".join(path), written)
-    if text is None:
-        return f"expected a relative id within the config, got {written!r}. Use fewer #."
-    if text.startswith("%"):
-        return f"expected no macro, got {written!r}. Write the value itself, or refer to it by @."
-    reason = objects.reason(text) if text.startswith("$") else ""
-    if not reason:
-        return None
-    return f"expected an expression on an id, got {written!r}, which {reason} {GRAMMAR}"
+def read_uses(path: Path, written: str) -> list[tuple[str, str]]:
+    """Read a reference or expression.
 
-
-def _uses(text: str) -> list[tuple[str, str]]:
-    """The ids of an expression, each with the `attribute` or `method()` that is asked of it.
-
-    The first is what the expression is of; those after it are arguments.
-
-    Args:
-        text: With its `$`, relative ids resolved.
-
-    Raises:
-        ValueError: If it is not of the grammar.
+    Returns:
+        Each id in it with the `attribute` or `method()` that is used of it: first the object of
+        the expression, then its arguments. Nothing for text, and for another form of expression.
     """
-    if not text.startswith("$@"):
-        raise ValueError("starts from no @id")
-    matches = ReferenceResolver.id_matcher.findall(ReferenceResolver.normalize_id(text))
-    try:
-        code = ReferenceResolver.update_refs_pattern(text, {match[1:]: None for match in matches})
-        body = ast.parse(code[1:], mode="eval").body
-        count = sum(map(_is_reference, ast.walk(body)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError("cannot be read") from None
-    if isinstance(body, ast.Call):
-        if not (isinstance(body.func, ast.Attribute) and _is_reference(body.func.value)):
-            raise ValueError("calls something else than a method of an @id")
-        if any(keyword.arg is None or keyword.arg.startswith("_") for keyword in body.keywords):
-            raise ValueError("has an argument without a plain name")
-        arguments = [*body.args, *(keyword.value for keyword in body.keywords)]
-        arguments = [argument for argument in arguments if not _is_literal(argument)]
-        uses = [_use(body.func, "()"), *map(_use, arguments)]
-    else:
-        uses = [_use(body)]
-    if count != len(matches):  # one in a literal, or one written by hand
-        raise ValueError("has a reference in the wrong place")
-    return uses
-
-
-def _use(node: ast.expr, call: str = "") -> tuple[str, str]:
-    """An id, and the one thing at most that is asked of it."""
-    chain: list[str] = []
-    while isinstance(node, ast.Attribute):
-        chain.insert(0, node.attr)
-        node = node.value
-    asked = ".".join(chain) + call
-    if not isinstance(node, ast.Subscript) or not _is_reference(node):
-        raise ValueError(f"holds a {type(node).__name__}")
-    if any(name.startswith("_") for name in chain) or (chain[1:] and asked not in MEMBERS[ANY]):
-        raise ValueError(f"reaches for {asked!r}")
-    return ast.literal_eval(node.slice), asked
-
-
-def _is_literal(node: ast.expr) -> bool:
-    """Whether an argument is a plain value."""
-    plain = isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None)
-    if isinstance(node, ast.Constant) and (not plain or REFERENCES in str(node.value)):
-        raise ValueError("has an unusual literal")
-    return plain
-
-
-def _is_reference(node: ast.AST) -> bool:
-    """Whether this is what MONAI puts in the place of an `@id`."""
-    return (
-        isinstance(node, ast.Subscript)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == REFERENCES
-        and isinstance(node.slice, ast.Constant)
-        and isinstance(node.slice.value, str)
-        and ID.fullmatch(node.slice.value) is not None
-    )
-
-
-def _object_faults(
-    path: Path, node: dict[str, Any], objects: Objects
-) -> Iterator[tuple[Path, str]]:
-    """What is wrong with the keys of an object that MONAI reads itself."""
-    for key in node:
-        if key.startswith("_") and key not in SPECIAL and key != "_meta_":
-            near = nearest(key, SPECIAL)
-            if "_target_" in node or near.startswith("Did"):
-                yield (key,), f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
-    if "_target_" not in node:
-        return
-    target, mode = node["_target_"], node.get("_mode_", "default")
-    forbidden: dict[str, tuple[str, str]] = {}
-    if not isinstance(target, str) or not is_allowed(target, objects.allow):
-        yield ("_target_",), _target_fault(target, objects.allow)
-    elif is_allowed(target):  # the user's own may take what they want
-        forbidden = FORBIDDEN.get(target.rpartition(".")[2], {})
-    for key in forbidden.keys() & node.keys():
-        pattern, reason = forbidden[key]
-        if not objects.is_harmless("::".join((*path, key)), pattern):
-            yield (
-                (key,),
-                f"expected no such {key}, since {reason}, got {node[key]!r}. Leave it out.",
-            )
-    if mode not in MODES or (mode != "default" and forbidden):  # by position it could be given them
-        modes = MODES[:1] if forbidden else MODES
-        yield ("_mode_",), f"expected one of {', '.join(modes)}, got {mode!r}. Leave it out."
-    if str(node.get("_disabled_", False)).lower() not in ("true", "false"):
-        yield ("_disabled_",), f"expected true or false, got {node['_disabled_']!r}."
-
-
-def _target_fault(target: Any, allow: Collection[str]) -> str:
-    if not isinstance(target, str):
-        return f"expected the name of a class, got {target!r}. Write it as a string."
-    near = nearest(target, names(allow))
-    hint = f"{near} " if near.startswith("Did") else ""
-    remedy = f"If you trust it: --allow {target}"
-    return f"expected a class or function of the list, got '{target}'. {hint}{remedy}"
+    text = ReferenceResolver.normalize_id(_resolve("::".join(path), written))
+    if not (EXPRESSION.fullmatch(text) or re.fullmatch(_ID, text)):
+        return []
+    return [(name, member + "()" * bool(call)) for name, member, call in USE.findall(text)]
 
 
 def override_fault(key: str, value: Any) -> str | None:
-    """Why `--key value` is no plain value, or `None`.
-
-    Args:
-        key: Of the config, with `#` before parts.
-        value: As JSON, or a string.
-    """
+    """Why `--key value` is no plain value, or `None`."""
     for path, inner in walk(value, tuple(ReferenceResolver.split_id(key))):
-        special = [part for part in path if part in SPECIAL]
-        evaluated = isinstance(inner, str) and inner.lstrip().startswith(MARKS)
-        if special or evaluated or (isinstance(inner, str) and OBJECT.search(inner)):
+        special = next((part for part in path if part in SPECIAL), None)
+        text = inner if isinstance(inner, str) else ""
+        if special or text.lstrip().startswith(MARKS) or OBJECT.search(text):
             return (
-                f"--{key}: expected a JSON value or a plain string, got "
-                f"{special[0] if special else inner!r}. "
+                f"--{key}: expected a JSON value or a plain string, got {special or text!r}. "
                 "Expressions and references belong into a file, `_target_` likewise."
             )
     return None
 
 
 def split_allow(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names that `--allow` gives, separated by commas or by repetition, and the other words.
+    """Split a command line into the names of its `--allow` options and the other words.
 
     Raises:
         InputError: If a name is not a dotted name.
     """
-    allowed: list[str] = []
-    rest: list[str] = []
-    words = list(words)
-    while words:
-        key, given, value = words.pop(0).partition("=")
-        if key != "--allow":
-            rest.append(key + given + value)
-            continue
-        value = value if given else words.pop(0) if words else ""
-        allowed += [name.strip() for name in value.split(",")]
-    wrong = [name for name in allowed if not all(part.isidentifier() for part in name.split("."))]
-    if wrong:
-        raise InputError(
-            *(f"--allow: expected a name such as package.Class, got {name!r}." for name in wrong)
-        )
-    return allowed, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow", action="append", nargs="?", const="", default=[])
+    options, rest = parser.parse_known_args(words)
+    names = [name.strip() for given in options.allow for name in given.split(",")]
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(f"--allow: expected a name such as package.Class, got {name!r}.")
+    return names, rest

@@ -13,10 +13,10 @@ from typing import Any
 from monai.bundle import ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
 
-from pipeline.config import allowed, locations, targets
+from pipeline.config import allowed, locations, old_names
 from pipeline.config.keys import KEYS, MARKS, Config, read_word
+from pipeline.config.keys import Path as Keys
 from pipeline.config.parser import Resolver
-from pipeline.config.signatures import signature_of
 from pipeline.errors import InputError, nearest
 
 
@@ -30,21 +30,21 @@ class Composed:
     """
 
     source: Config
-    places: dict[allowed.Path, str] = field(default_factory=dict)
+    places: dict[Keys, str] = field(default_factory=dict)
 
-    def place(self, path: allowed.Path) -> str:
+    def place(self, path: Keys) -> str:
         """Where the value at a path comes from, or else what contains it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "")
 
-    def tell(self, path: allowed.Path, fault: str) -> str:
+    def tell(self, path: Keys, fault: str) -> str:
         """One line: place, id path, and what is expected there."""
         place, name = self.place(path), "#".join(path)
         told = [place] if place == f"--{name}" else [place, name]
         return ": ".join([*filter(None, told), fault])
 
-    def put(self, path: allowed.Path, places: dict[allowed.Path, str]) -> None:
+    def put(self, path: Keys, places: dict[Keys, str]) -> None:
         """Forget the places at and below a path, and note others there instead."""
         kept = {at: place for at, place in self.places.items() if at[: len(path)] != path}
         self.places = kept | {path + at: place for at, place in places.items()}
@@ -86,7 +86,7 @@ def compose(files: Sequence[str], overrides: Config, allow: Collection[str] = ()
         InputError: As there, and if the config says what configs may not say.
     """
     merged = compose_located(files, overrides, allow)
-    faults = [merged.tell(*fault) for fault in allowed.faults(merged.source, allow)]
+    faults = [merged.tell(*fault) for fault in allowed.find_faults(merged.source, allow)]
     if faults:
         raise InputError(*faults)
     return merged.source
@@ -116,7 +116,7 @@ def compose_located(
     faults = []
     for key, value in overrides.items():
         path = tuple(ReferenceResolver.split_id(key))
-        fault = _place_fault(merged.source, path, allow)
+        fault = _place_fault(merged.source, path)
         if fault:
             faults.append(f"--{key}: {fault}")
             continue
@@ -127,7 +127,7 @@ def compose_located(
     return merged
 
 
-def _read(file: str) -> tuple[Config, dict[allowed.Path, int]]:
+def _read(file: str) -> tuple[Config, dict[Keys, int]]:
     """Content and lines of one file."""
     if not Path(file).is_file():
         known = [str(path) for path in Path(file).parent.glob("*.json")]
@@ -141,11 +141,14 @@ def _read(file: str) -> tuple[Config, dict[allowed.Path, int]]:
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
+    if Path(file).absolute().parents[1].joinpath("run.json").is_file():  # of a stored run
+        content = old_names.translate(content)
+        lines = {tuple(old_names.TOP_LEVEL.get(key, key) for key in at): lines[at] for at in lines}
     return content, lines
 
 
 def _merge(
-    merged: Composed, parser: ConfigParser, key: str, value: Any, places: dict[allowed.Path, str]
+    merged: Composed, parser: ConfigParser, key: str, value: Any, places: dict[Keys, str]
 ) -> None:
     """One top-level key of a file: `a#b` is a part, `+a` is added to what is there."""
     adding = key.startswith("+")
@@ -154,8 +157,7 @@ def _merge(
     for part in path if adding else path[:-1]:
         valid = _keys(node)
         if part not in valid:
-            hint = nearest(part, valid) if valid else "Set it first."
-            raise InputError(f"{places[()]}: {key}: expected a known key, got '{part}'. {hint}")
+            raise InputError(f"{places[()]}: {key}: {_unknown(part, valid)}")
         node = node[part] if isinstance(node, dict) else node[int(part)]
     if adding and not (isinstance(value, (dict, list)) and type(value) is type(node)):
         kind = "object" if isinstance(node, dict) else "list"
@@ -173,13 +175,14 @@ def _merge(
         merged.put((*path, str(int(name) + offset) if offset else name), below)
 
 
-def _place_fault(source: Config, path: allowed.Path, allow: Collection[str]) -> str | None:
-    """Why an override has no place: it neither exists nor is an argument of its component."""
+def _place_fault(source: Config, path: Keys) -> str | None:
+    """Why an override has no place: it neither exists nor may be an argument of its object."""
     node: Any = source
     for depth, part in enumerate(path):
-        valid = [*KEYS, *source] if depth == 0 else _children(node, allow)
-        if part not in valid:
-            return f"expected a known key, got '{part}'. {nearest(part, valid)}"
+        valid = [*KEYS, *source] if depth == 0 else _keys(node)
+        is_argument = isinstance(node, dict) and "_target_" in node  # `validate` knows which
+        if part not in valid and not is_argument:
+            return _unknown(part, valid)
         missing = isinstance(node, dict) and part not in node
         if missing and depth < len(path) - 1:
             return f"expected '{part}' to be set before its parts."
@@ -187,22 +190,17 @@ def _place_fault(source: Config, path: allowed.Path, allow: Collection[str]) -> 
     return None
 
 
+def _unknown(part: str, valid: list[str]) -> str:
+    new = old_names.renamed(part)
+    hint = nearest(part, valid) if valid else "Set it first."
+    return f"{part} was renamed to {new}" if new else f"expected a known key, got '{part}'. {hint}"
+
+
 def _keys(node: Any) -> list[str]:
     """Keys below `node`."""
     if isinstance(node, list):
         return [str(n) for n in range(len(node))]
     return list(node) if isinstance(node, dict) else []
-
-
-def _children(node: Any, allow: Collection[str]) -> list[str]:
-    """Keys that may stand below `node`: those there, and the arguments of its `_target_`."""
-    name = node.get("_target_") if isinstance(node, dict) else None
-    # to look at a class is to execute its module
-    allowed = isinstance(name, str) and targets.is_allowed(name, allow)
-    target = targets.find(str(name)) if allowed else None
-    if target is None:
-        return _keys(node)
-    return [*_keys(node), *signature_of(target).hints]
 
 
 def source_being_resolved() -> Config:

@@ -17,15 +17,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError
 
 Config = dict[str, Any]
+Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
 MARKS = ("$", "@", "%")  # with which a string begins that is no text
 
 
 @dataclass(frozen=True)
 class Key:
-    """One top-level key: what it may hold, its class, its meaning."""
+    """A top-level key: the types of its value, its class, its meaning."""
 
     types: str
     kind: str
@@ -37,194 +38,145 @@ class Key:
 
 IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
 
-KEYS: dict[str, Key] = {
-    "bundle_root": Key("path", FREE, "folder that relative paths start from"),
-    "dataset_dir": Key("path", FREE, "folder with dataset.json; data/phantom makes itself"),
-    "output_dir": Key(
-        "path null",
-        FREE,
-        "run directory; null: runs/<name of dataset_dir>; of predictions: their folder",
-    ),
-    "cache_dir": Key("path", FREE, "folder for what was read and preprocessed, shared by runs"),
-    "cache_limit_bytes": Key("int", FREE, "that they may take; the oldest make room", least=1),
-    "resume": Key("str bool", FREE, "continue a run found there", ("auto", True, False)),
-    "accept_changed_data": Key(
-        "bool", FREE, "continue a run where files of its cases were changed", is_optional=True
-    ),
-    "seed": Key("int", IDENTITY, "of weights, sample order, crops, augmentation and dropout"),
-    "init_weights": Key(
-        "path null",
-        IDENTITY,
-        "weights that a new run begins with: model.pt, .safetensors or a checkpoint",
-    ),
-    "reinit_head": Key("bool", IDENTITY, "draw the head anew, whatever init_weights has there"),
-    "device": Key("str", CONTINUABLE, "auto, cpu, cuda or cuda:N"),
-    "amp": Key("bool", CONTINUABLE, "mixed precision; false: plain float32, no scaler"),
-    "amp_dtype": Key(
-        "str",
-        CONTINUABLE,
-        "dtype of autocast; auto: float16 on CUDA, float32 on CPU",
-        ("auto", "float16", "bfloat16"),
-    ),
-    "tf32": Key("bool", CONTINUABLE, "TF32 for float32 products and convolutions on CUDA"),
-    "cudnn_benchmark": Key("bool", CONTINUABLE, "let cuDNN time its algorithms and choose"),
-    "memory_format": Key(
-        "str",
-        CONTINUABLE,
-        "memory format of images and weights; auto: channels last",
-        ("auto", "channels_last_3d", "contiguous"),
-    ),
-    "cuda_graph": Key(
-        "str",
-        CONTINUABLE,
-        "replay training steps as a CUDA graph; auto: on CUDA, with one rank",
-        ("auto", "cuda_graphs", "none"),
-    ),
-    "max_consecutive_skips": Key(
-        "int", CONTINUABLE, "skipped steps in a row after which training stops", least=1
-    ),
-    "overflow_keep": Key("int", FREE, "skipped steps whose weights are kept for replay", least=0),
-    "checkpoint_every": Key(
-        "int", FREE, "steps between checkpoints, beside those at ends of epochs", least=1
-    ),
-    "grace_s": Key("float", FREE, "seconds in which a run ends after a signal", least=1),
-    "underflow_every": Key(
-        "int", FREE, "steps between two measurements of gradient underflow; 0: none", least=0
-    ),
-    "cache_on_device": Key(
-        "str bool",
-        CONTINUABLE,
-        "keep training cases in the device's memory; auto: on CUDA, where they fit",
-        ("auto", True, False),
-    ),
-    "num_workers": Key(
-        "int", CONTINUABLE, "processes that cut patches of cases not resident; 0: none", least=0
-    ),
-    "worker_timeout_s": Key("float", CONTINUABLE, "seconds that a batch may take them", least=1),
-    "preflight": Key(
-        "str", FREE, "preflight: headers and voxels, headers, or neither", ("full", "fast", "off")
-    ),
-    "data_roots": Key("paths", FREE, "folders beside dataset_dir that its files may lie in"),
-    "exclude": Key("names", IDENTITY, "case ids to leave out"),
-    "fold": Key(
-        "int all", IDENTITY, "which of the folds is validated on; all: train on every case"
-    ),
-    "num_folds": Key("int", IDENTITY, "parts that the persons are divided into"),
-    "split_seed": Key("int", IDENTITY, "which division into folds"),
-    "split_file": Key("path null", IDENTITY, "JSON of case ids, as nnU-Net's splits_final.json"),
-    "test_fraction": Key(
-        "float", IDENTITY, "share of the persons that is never looked at", least=0
-    ),
-    "group_pattern": Key(
-        "str object null",
-        IDENTITY,
-        "person of a case id: regular expression, or pairs (2k-1 and 2k are one person)",
-    ),
-    "memory_budget_bytes": Key(
-        "int auto",
-        FREE,
-        "what roi_size and batch_size may need; auto: 8 GiB or what fits, on a CPU 2",
-        least=1,
-    ),
-    "spacing": Key("triple auto", IDENTITY, "voxel size in mm that volumes are resampled to"),
-    "crop_empty_borders": Key("bool auto", IDENTITY, "cut off what is zero around a volume"),
-    "normalization": Key(
-        "str list object auto", IDENTITY, "zscore, percentile_zscore, or clip, mean and std"
-    ),
-    "transforms_before": Key("list", IDENTITY, "your MONAI transforms after loading"),
-    "transforms_after": Key("list", IDENTITY, "your MONAI transforms after normalisation"),
-    "roi_size": Key("triple auto", IDENTITY, "network input in voxels"),
-    "foreground_ratio": Key("float auto", IDENTITY, "share of patches centred on foreground"),
-    "flip_axes": Key("list auto", IDENTITY, "axes that may be mirrored; auto spares left-right"),
-    "augmentation": Key("object", IDENTITY, "probability and range of each augmentation"),
-    "in_channels": Key("int auto", IDENTITY, "image channels", least=1),
-    "num_classes": Key("int auto", IDENTITY, "classes, background included", least=2),
-    "class_names": Key("names auto", IDENTITY, "names of the classes, background first"),
-    "strides": Key("strides auto", IDENTITY, "pooling per level: an int, or one for each axis"),
-    "base_channels": Key("int", IDENTITY, "channels of the first level; 32 for real work", least=1),
-    "recompute_levels": Key(
-        "int",
-        CONTINUABLE,
-        "finest levels whose activations are computed again in the backward pass: less memory",
-        least=0,
-    ),
-    "batch_size": Key("int auto", IDENTITY, "patches in a micro-batch", least=1),
-    "accumulation_steps": Key("int", IDENTITY, "micro-batches in an optimizer step", least=1),
-    "steps_per_epoch": Key("int", IDENTITY, "optimizer steps in an epoch", least=1),
-    "max_epochs": Key("int", CONTINUABLE, "epochs to train", least=1),
-    "learning_rate": Key("float", CONTINUABLE, "peak of the learning rate", least=0),
-    "weight_decay": Key("float", CONTINUABLE, "of AdamW", least=0),
-    "warmup_steps": Key("int", CONTINUABLE, "steps of linear warm-up before the cosine", least=0),
-    "grad_clip": Key(
-        "float", CONTINUABLE, "largest 2-norm of the gradients; 0: no clipping", least=0
-    ),
-    "val_interval": Key("int", CONTINUABLE, "epochs between validations", least=1),
-    "overlap": Key("float", CONTINUABLE, "of sliding windows in validation, 0 to 1"),
-    "sw_batch_size": Key("int", CONTINUABLE, "sliding windows predicted at once", least=1),
-    "log_every": Key("int", FREE, "steps between two points in TensorBoard", least=1),
-    "final_scores": Key(
-        "bool", FREE, "at the end score validation and test, best and last weights"
-    ),
-    "tolerance_mm": Key("float", FREE, "within which surfaces agree, in scores", least=0),
-    "report": Key("bool", FREE, "write report/index.html at the end"),
-    "data_module": Key("object", FREE, "how the dataset is looked at"),
-    "lifecycle": Key("object", FREE, "the run from lock to last word"),
-    "process_group": Key(
-        "object", FREE, "the ranks of a run; of configs/multi_gpu.json", is_optional=True
-    ),
-    "cases": Key("object str", IDENTITY, "the dataset's cases and split"),
-    "plan": Key("object str", IDENTITY, "what the dataset needs: the values that are auto"),
-    "cache": Key("object", FREE, "the preprocessed cases on disk"),
-    "precision": Key("object", CONTINUABLE, "owner of autocast and gradient scaler"),
-    "network_def": Key("object", IDENTITY, "the network"),
-    "network": Key("object str", IDENTITY, "the network on its device"),
-    "loss_function": Key("object", IDENTITY, "Dice + cross-entropy, reduced in float32"),
-    "optimizer": Key("object", IDENTITY, "of the network's parameters"),
-    "lr_scheduler": Key("object", IDENTITY, "learning rate by step"),
-    "preprocessing": Key("object", IDENTITY, "from files to regular volumes"),
-    "train": Key("object", IDENTITY, "dataset, augmentation, handlers, trainer"),
-    "validate": Key("object", CONTINUABLE, "dataset, inferer, metric, evaluator"),
-    "scoring": Key("object", FREE, "scores the run at its end"),
-    "initialize": Key("list", FREE, "what happens first"),
-    "run": Key("list", FREE, "what happens then"),
-    "finalize": Key("list", FREE, "what happens last"),
-}
 
-# of an inference config, beside those that it has in common with training
-PREDICTION_KEYS: dict[str, Key] = {
-    "device": Key("str object", CONTINUABLE, "auto, cpu, cuda or cuda:N; clients want one made"),
-    "input": Key("path", FREE, "file or folder to predict: NIfTI, or DICOM series"),
-    "weights": Key("path", FREE, "state dict of the network, as a path from bundle_root"),
-    "ensemble": Key("paths", FREE, "further run directories; probabilities are averaged"),
-    "mirror": Key("bool", FREE, "average over mirror images along flip_axes"),
-    "max_blend_bytes": Key("int", FREE, "memory for the sums of a slab of all classes", least=1),
-    "min_volume_ml": Key(
-        "float object", FREE, "parts that are smaller become background; by class, or one number"
-    ),
-    "keep_largest": Key("names all", FREE, "classes of which only the largest part is kept"),
-    "fill_holes": Key("names all", FREE, "classes whose holes are filled"),
-    "probabilities": Key("bool", FREE, "write the probabilities of all classes as well"),
-    "strict": Key("bool", FREE, "stop at the first case that cannot be predicted"),
-    "trained_on": Key("object null", FREE, "what training images are like, to warn of others"),
-    "dataset": Key("object", FREE, "the volumes, preprocessed"),
-    "dataloader": Key("object", FREE, "of the dataset"),
-    "inferer": Key("object", FREE, "the sliding window"),
-    "cleanup": Key("object", FREE, "what is done to label maps at the end"),
-    "segmenter": Key("object", FREE, "from a preprocessed image to labels on the file's grid"),
-    "prediction": Key("object", FREE, "from files to files"),
-    "postprocessing": Key("object", FREE, "of the evaluator"),
-    "handlers": Key("list", FREE, "of the evaluator"),
-    "evaluator": Key("object", FREE, "predicts whole volumes in all class channels, for clients"),
-}
+def _read_table(text: str) -> dict[str, Key]:
+    """Read rows `key | types | class | meaning`.
 
-# of a command line alone
+    Types may end with the least number (`>=1`), or be the only values that are valid, as JSON; a
+    key with `?` may be left out.
+    """
+    table = {}
+    for row in text.strip().splitlines():
+        name, types, kind, meaning = (part.strip() for part in row.split("|", 3))
+        types, _, least = types.partition(" >=")
+        choices = tuple(json.loads(f"[{types}]")) if types.startswith('"') else ()
+        if choices:
+            types = "str bool" if True in choices else "str"
+        number = int(least) if least else None
+        table[name.strip("?")] = Key(types, kind, meaning, choices, number, name.endswith("?"))
+    return table
+
+
+KEYS = _read_table("""
+bundle_root | path | free | folder that relative paths start from
+dataset_dir | path | free | the dataset: a folder or a table; data/phantom is made if it is missing
+output_dir | path null | free | run directory (null: runs/<name of dataset_dir>), or of predictions
+cache_dir | path | free | folder for preprocessed cases and results of preflight, shared by runs
+cache_limit_bytes | int >=1 | free | largest size of the cache; the oldest entries are removed
+resume | "auto",true,false | free | continue the run in output_dir; auto: if there is one
+accept_changed_data? | bool | free | continue a run although files of its cases were changed
+seed | int | identity | seed of weights, sample order, crops, augmentation and dropout
+init_weights | path null | identity | initial weights: model.pt, .safetensors or a checkpoint
+reinit_head | bool | identity | initialise the head at random, whatever init_weights holds
+device | str | continuable | auto, cpu, cuda or cuda:N
+amp | bool | continuable | mixed precision; false: plain float32, no scaler
+amp_dtype | "auto","float16","bfloat16" | continuable | autocast dtype; auto: float32 on a CPU
+tf32 | bool | continuable | TF32 for float32 products and convolutions on CUDA
+cudnn_benchmark | bool | continuable | let cuDNN time its algorithms and choose
+memory_format | "auto","channels_last_3d","contiguous" | continuable | auto: channels last
+cuda_graph | "auto","cuda_graphs","none" | continuable | replay steps; auto: on CUDA, with one rank
+max_consecutive_skips | int >=1 | continuable | skipped steps in a row after which training stops
+overflow_keep | int >=0 | free | skipped steps whose weights are kept for replay
+underflow_every | int >=0 | free | steps between measurements of gradient underflow; 0: none
+checkpoint_every | int >=1 | free | steps between checkpoints, beside those at the end of epochs
+grace_s | float >=1 | free | seconds in which a run ends after a signal
+cache_on_device | "auto",true,false | continuable | keep training cases there; auto: if they fit
+num_workers | int >=0 | continuable | processes that cut patches of cases not on the device; 0: none
+worker_timeout_s | float >=1 | continuable | seconds that workers may take for a batch
+preflight | "full","fast","off" | free | what is checked: headers and voxels, headers, or neither
+data_roots | paths | free | folders beside dataset_dir in which its files may lie
+exclude | names | identity | case ids to leave out
+fold | int all | identity | fold that is validated on; all: train on every case
+num_folds | int | identity | parts that the persons are divided into
+split_seed | int | identity | seed of the division into folds
+split_file | path null | identity | JSON of case ids, as nnU-Net's splits_final.json
+test_fraction | float >=0 | identity | share of the persons that no fold trains or validates on
+group_pattern | str object null | identity | person of a case id: regular expression, or pairs
+memory_budget_bytes | int auto >=1 | free | memory of a step; auto: 8 GiB or what fits, 2 on a CPU
+spacing | triple auto | identity | voxel size in mm that volumes are resampled to
+crop_empty_borders | bool auto | identity | crop borders that are zero
+normalization | str list object auto | identity | zscore, percentile_zscore, or clip, mean and std
+transforms_before | list | identity | your MONAI transforms after loading
+transforms_after | list | identity | your MONAI transforms after normalisation
+roi_size | triple auto | identity | network input in voxels
+foreground_ratio | float auto | identity | share of patches centred on foreground
+flip_axes | list auto | identity | axes that may be mirrored; auto spares left-right
+augmentation | object | identity | probability and range of each augmentation
+in_channels | int auto >=1 | identity | image channels
+num_classes | int auto >=2 | identity | classes, background included
+class_names | names auto | identity | names of the classes, background first
+strides | strides auto | identity | pooling per level: a number, or one for each axis
+base_channels | int >=1 | identity | channels of the first level; 32 for real work
+recompute_levels | int >=0 | continuable | finest levels that save memory by a second forward pass
+batch_size | int auto >=1 | identity | patches in a micro-batch
+accumulation_steps | int >=1 | identity | micro-batches in an optimizer step
+steps_per_epoch | int >=1 | identity | optimizer steps in an epoch
+max_epochs | int >=1 | continuable | epochs to train
+learning_rate | float >=0 | continuable | peak of the learning rate
+weight_decay | float >=0 | continuable | weight decay of AdamW
+warmup_steps | int >=0 | continuable | steps of linear warm-up before the cosine
+grad_clip | float >=0 | continuable | largest 2-norm of the gradients; 0: no clipping
+val_interval | int >=1 | continuable | epochs between validations
+overlap | float | continuable | overlap of sliding windows in validation, 0 to 1
+sw_batch_size | int >=1 | continuable | sliding windows predicted at once
+log_every | int >=1 | free | steps between two points in TensorBoard
+final_scores | bool | free | score validation and test cases at the end, with best and last weights
+tolerance_mm | float >=0 | free | distance within which surfaces agree, in scores
+report | bool | free | write report/index.html at the end
+data_module | object | free | dataset: cases, preflight and plan
+lifecycle | object | free | the run: lock, preflight, plan, resume and summary
+process_group? | object | free | ranks of a run; see configs/multi_gpu.json
+cases | object str | identity | cases of the dataset and their split
+plan | object str | identity | values that the dataset decides where they are auto
+cache | object | free | preprocessed cases on disk
+precision | object | continuable | autocast and gradient scaler
+network_def | object | identity | the network
+network | object str | identity | the network on its device
+loss_function | object | identity | Dice + cross-entropy, reduced in float32
+optimizer | object | identity | optimizer of the network's parameters
+lr_scheduler | object | identity | learning rate by step
+preprocessing | object | identity | from files to regular volumes
+train | object | identity | dataset, augmentation, handlers, trainer
+validate | object | continuable | dataset, inferer, metric, evaluator
+scoring | object | free | final scores
+initialize | list | free | expressions that are evaluated first
+run | list | free | expressions that are evaluated then
+finalize | list | free | expressions that are evaluated last
+""")
+
+# keys of an inference config, beside those that it has in common with training
+PREDICTION_KEYS = _read_table("""
+device | str object | continuable | auto, cpu, cuda or cuda:N; MONAI's clients need an object
+input | path | free | file or folder to predict: NIfTI, or DICOM series
+weights | path | free | state dict of the network, as a path from bundle_root
+ensemble | paths | free | further run directories, whose probabilities are averaged
+mirror | bool | free | average over mirror images along flip_axes
+max_blend_bytes | int >=1 | free | memory for the blended windows of a slab, all classes
+min_volume_ml | float object | free | smaller parts become background; one number, or one per class
+keep_largest | names all | free | classes of which only the largest part is kept
+fill_holes | names all | free | classes whose holes are filled
+probabilities | bool | free | write the probabilities of all classes as well
+strict | bool | free | stop at the first case that cannot be predicted
+trained_on | object null | free | range of the training images, to warn of others
+dataset | object | free | the volumes, preprocessed
+dataloader | object | free | data loader of the dataset
+inferer | object | free | the sliding window
+cleanup | object | free | last changes of label maps
+segmenter | object | free | from a preprocessed image to labels on the grid of the file
+prediction | object | free | from files to files
+postprocessing | object | free | postprocessing of the evaluator
+handlers | list | free | handlers of the evaluator
+evaluator | object | free | predicts whole volumes in all class channels, for clients
+""")
+
+# keys of command lines alone
 WORDS_OF_COMMANDS = {
     **dict.fromkeys(("run_dir", "ensemble"), "path paths null"),
     **dict.fromkeys(("config", "json", "output"), "path"),
     **dict.fromkeys(("metric", "case_column", "class_column", "person_column"), "str"),
 }
 
-# that clients of MONAI add of themselves: a name of theirs for the run
+# that MONAI's clients add: their name of the run
 CLIENT_KEYS = ("run_name",)
 
 # where the class of a nested key differs from that of its top-level key
@@ -263,40 +215,32 @@ _SHOWN = {
 
 
 def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
-    """Compare the top-level keys with a table.
-
-    Args:
-        source: A config.
-        keys: What it must hold.
+    """Compare top-level keys that are there with a table.
 
     Raises:
-        InputError: One line for each key that is unknown, missing, or of another type.
+        InputError: One line for each value of another type.
     """
-    faults = [
-        f"{key}: expected a known key, got '{key}'. {nearest(key, keys)}"
-        for key in source
-        if key not in keys and key != "_meta_"
-    ]
-    for key, spec in keys.items():
-        if key not in source:
-            if not spec.is_optional:
-                faults.append(f"{key}: expected a value ({spec.meaning}), got none. Add it.")
-            continue
-        value = source[key]
+    if found := [f"{key}: {fault}" for key, fault in find_faults(source, keys)]:
+        raise InputError(*found)
+
+
+def find_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[tuple[str, str]]:
+    """Yield each top-level key whose value is not what a table says, and what is expected."""
+    for key in keys.keys() & source.keys():
+        spec, value = keys[key], source[key]
         if isinstance(value, str) and value[:1] in ("$", "@"):
             continue
         if spec.types == "bool" and value in ("true", "false"):
             continue  # as monai.bundle passes them; see errors.as_bool
         if spec.choices and value not in spec.choices:
-            shown = ", ".join(json.dumps(choice) for choice in spec.choices)
-            faults.append(f"{key}: expected one of {shown}, got {json.dumps(value)}.")
+            shown = ", ".join(map(json.dumps, spec.choices))
+            yield key, f"expected one of {shown}, got {json.dumps(value)}. Correct it."
         elif not is_one_of(value, spec.types):
             expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
-            faults.append(f"{key}: expected {expected} ({spec.meaning}), got {json.dumps(value)}.")
+            yield key, f"expected {expected} ({spec.meaning}), got {json.dumps(value)}. Correct it."
         elif spec.least is not None and not isinstance(value, str) and value < spec.least:
-            faults.append(f"{key}: expected at least {spec.least} ({spec.meaning}), got {value}.")
-    if faults:
-        raise InputError(*faults)
+            expected = f"expected at least {spec.least} ({spec.meaning})"
+            yield key, f"{expected}, got {value}. Correct it."
 
 
 def read_word(key: str, word: str) -> Any:
@@ -344,14 +288,21 @@ def _is_stride(value: Any) -> bool:
     return all(_is_a(step, "int") and step > 0 for step in steps)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in children:
-        below = f"{path}::{key}" if path else str(key)
-        if isinstance(child, (dict, list)) and child:
-            yield from _leaves(child, below)
-        else:
-            yield below, child
+def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield each value of a config with its path, containers before their contents."""
+    yield path, node
+    if isinstance(node, (dict, list)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from walk(child, (*path, str(key)))
+
+
+def _leaves(source: Config) -> dict[str, Any]:
+    """Values by id that contain no others; an empty list or object is one."""
+    return {
+        "::".join(path): value
+        for path, value in walk(source)
+        if not (isinstance(value, (dict, list)) and value)
+    }
 
 
 def kind_of(path: str) -> str:
@@ -365,7 +316,7 @@ def kind_of(path: str) -> str:
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
     """Keys whose values differ, by class: `{"identity": [...], "continuable": [...], ...}`."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = _leaves(old), _leaves(new)
     found: dict[str, list[str]] = {IDENTITY: [], CONTINUABLE: [], FREE: []}
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
@@ -375,5 +326,5 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
 
 def identity_hash(source: Config) -> str:
     """SHA-256 over all identity values: equal for runs that would train the same model."""
-    values = {path: value for path, value in _leaves(source) if kind_of(path) == IDENTITY}
+    values = {path: value for path, value in _leaves(source).items() if kind_of(path) == IDENTITY}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from pipeline import distributed
 from pipeline.data.cases import Case
@@ -13,12 +13,45 @@ from pipeline.data.memory import available_bytes
 from pipeline.data.phantom import make_phantom
 from pipeline.data.plan import AUTO, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
+from pipeline.data.splits import GroupPattern
 from pipeline.precision import resolve_device
 
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
 # of what a card has free: cases that are kept there may take a quarter, augmentation a little
 SHARE_OF_CARD = 0.7
+
+
+Auto = Literal["auto"]
+
+
+class SplitSettings(TypedDict, total=False):
+    """Which cases there are and how they are split; see `load_cases`."""
+
+    fold: int | str
+    num_folds: int
+    split_seed: int
+    split_file: str | None
+    test_fraction: float
+    group_pattern: GroupPattern
+    exclude: Sequence[str]
+    data_roots: Sequence[str]
+
+
+class PlanSettings(TypedDict):
+    """Values of the plan; see `Plan`."""
+
+    spacing: Sequence[float] | Auto
+    crop_empty_borders: bool | Auto
+    normalization: str | Mapping[str, Any] | Sequence[Any]
+    roi_size: Sequence[int] | Auto
+    strides: Sequence[Any] | Auto
+    class_names: Sequence[str] | Auto
+    in_channels: int | Auto
+    num_classes: int | Auto
+    batch_size: int | Auto
+    foreground_ratio: float | Auto
+    flip_axes: Sequence[int] | Auto
 
 
 class DataModule:
@@ -43,9 +76,9 @@ class DataModule:
         bundle_root: str,
         dataset_dir: str,
         cache_dir: str,
-        split: Mapping[str, Any],
+        split: SplitSettings,
         preflight: str,
-        settings: Mapping[str, Any],
+        settings: PlanSettings,
         memory_budget_bytes: float | str,
         device: str,
         base_channels: int,
@@ -56,12 +89,13 @@ class DataModule:
         self.cache_dir = (root / cache_dir).resolve()
         self.is_phantom = self.dataset_dir == root / PHANTOM
         file, folders = split["split_file"], split["data_roots"]
-        self.split = {
+        self.split: dict[str, Any] = {
             **split,
             "split_file": file and root / file,
             "data_roots": [root / folder for folder in folders],
         }
-        self.level, self.settings = preflight, settings
+        self.level = preflight
+        self.settings: Mapping[str, Any] = settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
         self.base_channels, self.recompute_levels = base_channels, recompute_levels
 

@@ -17,7 +17,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import source_being_resolved
+from pipeline.config.compose import Composed, require_unaltered, source_being_resolved
+from pipeline.config.old_names import require_todays_names
 from pipeline.config.parser import Parser
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
@@ -153,7 +154,8 @@ class Lifecycle:
         try:
             with distributed.sync_errors():
                 self._meet()
-                validate.check_source(self.source)
+                require_unaltered()
+                validate.check(Composed(self.source), None, training=True)
                 self._cases = self._load()
                 with distributed.sync_errors():  # before the first one begins
                     self._require_same_on_all_ranks()
@@ -262,7 +264,8 @@ class Lifecycle:
         Raises:
             InputError: If there is no run, or the config is another run's.
         """
-        validate.check_source(self.source)
+        require_unaltered()
+        validate.check(Composed(self.source), None, training=True)
         stored = self.run_dir / "configs" / "train.json"
         if not stored.is_file():
             raise InputError(
@@ -355,6 +358,7 @@ class Lifecycle:
 
     def _require_same_run(self) -> None:
         """Refuse another run than the one that has begun; end where that one is finished."""
+        require_todays_names(self.run_dir)
         source, changed = self._portable_source(), self._changed_cases()
         known = None if changed else self.cases.fingerprint
         for key in changes_since(self.run_dir, source, known):

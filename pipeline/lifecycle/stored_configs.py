@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
-from pipeline.config import keys
+from pipeline.config import keys, old_names
 from pipeline.data.dataset import Cases
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.statistics import DatasetFingerprint, training_range
@@ -144,12 +144,8 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
         InputError: If it would be another run, or what there was cannot be read.
     """
     try:
-        former = json.loads((run_dir / "configs" / "train.json").read_text())
-        former = {
-            "init_weights": None,
-            "reinit_head": False,
-            **former,
-        }  # older runs have no such key
+        stored = json.loads((run_dir / "configs" / "train.json").read_text())
+        former = {"init_weights": None, "reinit_head": False, **old_names.translate(stored)}
         known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
     except (OSError, ValueError) as error:
         raise InputError(
@@ -157,6 +153,9 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
             f"{error}. Restore them, or choose another output_dir."
         ) from error
     planned = stored_plan(run_dir).as_dict()
+    if old_names.translate(stored) != stored:  # of an earlier version, with objects of its own
+        plain = [key for key, spec in keys.KEYS.items() if "object" not in spec.types]
+        former, source = ({k: one[k] for k in plain if k in one} for one in (former, source))
     changed = keys.changes(_decided(former, planned), _decided(source, planned))
     if known != fingerprint:
         changed[keys.IDENTITY].append("dataset_dir (other cases)")

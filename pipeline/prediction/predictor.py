@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from pipeline.config import allowed, keys
+from pipeline.config import allowed, keys, old_names
 from pipeline.config.compose import source_being_resolved
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
@@ -111,7 +111,7 @@ def read_inference_config(run_dir: str | Path) -> Config:
     """
     path = Path(run_dir, CONFIG)
     try:
-        source = json.loads(path.read_text())
+        source = old_names.translate(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise InputError(
             f"run_dir: expected the directory of a run, got {run_dir} ({error}). Name one that "
@@ -149,7 +149,7 @@ def load_networks(
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
         allowed.check(
-            source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
+            source, [value for path, value in keys.walk(own) if path[-1:] == ("_target_",)]
         )
         parser = Parser({**source, **{key: own[key] for key in PRECISION if key in own}})
         networks.append(parser.get_parsed_content("network"))

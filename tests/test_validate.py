@@ -1,4 +1,4 @@
-"""The config doctor: mistakes that were made on purpose, and configs in which there are none."""
+"""Mistakes in a config: some made on purpose, and configs in which there are none."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, TINY
-from monai.bundle import ConfigParser
 
-from pipeline.commands import certify
-from pipeline.config import keys, validate
+from pipeline.config import keys
 from pipeline.config.compose import Composed, compose_located
-from pipeline.config.validate import diagnose
+from pipeline.config.validate import check
 from pipeline.errors import InputError
-from pipeline.run import main
 
 OVERLAYS = ("evaluate.json", "multi_gpu.json")  # merged over a training config
 NOT_ALONE = ("metadata.json", *OVERLAYS)
@@ -34,11 +31,24 @@ def in_the_repository(at_the_root):
     """Configs are named as the user names them."""
 
 
+def faults_of(composed: Composed, **options: Any) -> list[str]:
+    try:
+        check(composed, **options)
+    except InputError as error:
+        return list(error.faults)
+    return []
+
+
+def faults_in(tmp_path: Path, overlay: dict, **options: Any) -> list[str]:
+    """The faults of `configs/amp.json` with an overlay."""
+    (tmp_path / "mine.json").write_text(json.dumps(overlay, indent=1))
+    return faults_of(compose_located([AMP, str(tmp_path / "mine.json")], {}), **options)
+
+
 # --- mutations: every key of every config, in every way that makes a mistake of it
 #
-# A string is never changed into another that may be as good, and a free name (`FREE`) never
-# renamed: those make other legal configs. What another type makes legal by chance (a list of
-# strings is an iterable, which is all that is asked of a loader) counts as missed.
+# A string is never changed into another that may be as good. What another type makes legal by
+# chance (a list of strings is an iterable, which is all that a loader has to be) counts as missed.
 
 
 def walk(node: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
@@ -150,40 +160,26 @@ def is_pinpointed(lines: list[str], composed: Composed, kind: str, path: tuple) 
 
 
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.chaos)])
-def test_diagnosis_pinpoints_mutations_of_every_key(monkeypatch, every):
-    """By default of every twelfth one, of all kinds together; each kind where every one counts."""
-    monkeypatch.setattr("pipeline.data.data_module.load_cases", None)  # no data are looked at
-    monkeypatch.setattr("nibabel.load", None)
+def test_check_pinpoints_mutations_of_every_key(monkeypatch, every):
+    """By default of every twelfth one, of all kinds together."""
+    monkeypatch.setattr("nibabel.load", None)  # no data are read
     caught: Counter[str] = Counter()
     missed: dict[str, list[str]] = defaultdict(list)
-    longest = 0
     for file in CONFIGS:
         found = mutations(json.loads(file.read_text()))
         for kind, path, mutated in itertools.islice(found, 0, None, every):
             composed = located(mutated, file.name)
-            lines = diagnose(composed)
-            longest = max(longest, len(lines))
+            lines = faults_of(composed)
             if is_pinpointed(lines, composed, kind, path):
                 caught[kind] += 1
             else:
                 missed[kind].append(f"{file.name} {'#'.join(map(str, path))}: {lines[:2]}")
-    print("\nkind              mutations  pinpointed   share")
-    for kind in [*caught, "all"]:
-        hits = caught[kind] if kind != "all" else sum(caught.values())
-        misses = len(missed[kind]) if kind != "all" else sum(map(len, missed.values()))
-        print(f"{kind:<16}  {hits + misses:>9}  {hits:>10}  {hits / (hits + misses):6.1%}")
-    print(f"longest answer: {longest} lines; not pinpointed:")
+    num_caught, num_missed = sum(caught.values()), sum(map(len, missed.values()))
+    print(f"\n{num_caught} of {num_caught + num_missed} are pinpointed; not:")
     for kind, cases in missed.items():
-        print(*(f"  {kind}: {case}" for case in cases), sep="\n")
-    least = {"wrong type": 0.9}
-    for kind in caught:
-        share = caught[kind] / (caught[kind] + len(missed[kind]))
-        assert share >= least.get(kind, 0.97) or every > 1, kind
-    total = sum(caught.values()) + sum(map(len, missed.values()))
-    assert total >= 300 / every
-    assert len(caught) >= 4
-    assert sum(caught.values()) >= 0.95 * total
-    assert longest <= 10
+        print(f"{kind}: {len(cases)} of {len(cases) + caught[kind]}", *cases, sep="\n  ")
+    assert num_caught + num_missed >= 1900 / every
+    assert num_caught >= 0.93 * (num_caught + num_missed)
 
 
 # --- configs in which nothing is wrong
@@ -226,7 +222,7 @@ LEGAL = {
     },
     "loss of monai": {
         "loss_function": {
-            "_target_": "monai.losses.dice.DiceCELoss", "softmax": True, "to_onehot_y": True,
+            "_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True,
             "lambda_ce": 2,
         }
     },
@@ -276,260 +272,227 @@ LEGAL = {
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
-def test_config_as_it_is_draws_no_complaint(file):
-    assert validate.check([str(file)], {})
+def test_config_as_it_is_has_no_fault(file):
+    check(compose_located([str(file)], {}))
 
 
 @pytest.mark.parametrize("name", LEGAL)
-def test_legal_overlay_draws_no_complaint(tmp_path, name):
-    (tmp_path / "mine.json").write_text(json.dumps(LEGAL[name], indent=1))
-    assert validate.check([AMP, str(tmp_path / "mine.json")], {}, training=True)
+def test_legal_overlay_has_no_fault(tmp_path, name):
+    assert faults_in(tmp_path, LEGAL[name], training=True) == []
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_overlay_draws_no_complaint(name):
-    assert validate.check([AMP, f"configs/{name}"], {}, training=True)
+def test_overlay_has_no_fault(name):
+    check(compose_located([AMP, f"configs/{name}"], {}), training=True)
 
 
-def test_config_with_overrides_draws_no_complaint():
-    assert validate.check([AMP], {**TINY, "learning_rate": 1, "amp": "true"}, training=True)
+def test_config_with_overrides_has_no_fault():
+    check(compose_located([AMP], {**TINY, "learning_rate": 1, "amp": "true"}), training=True)
 
 
-def test_source_in_a_running_workflow_draws_no_complaint():
-    parser = ConfigParser(json.loads((REPOSITORY / AMP).read_text()))
-    parser.parse()
-    validate.check_source(parser.get())
-
-
-def test_source_in_a_running_workflow_is_looked_at():
+def test_config_under_monai_bundle_is_checked_but_for_its_names():
     source = json.loads((REPOSITORY / AMP).read_text())
     source["optimizer"]["_target_"] = "torch.optim.lr_scheduler.LambdaLR"  # not on the list
     source["network_def"]["dropuot"] = 0.1
     source["train"]["inferer"] = "$__import__('os')"
-    with pytest.raises(InputError) as error:
-        validate.check_source(source)
-    assert [fault.split(": ")[0] for fault in error.value.faults] == [
-        "network_def#dropuot", "optimizer#_target_",
-    ]  # fmt: skip
+    found = faults_of(Composed(source), allow=None, training=True)
+    assert [fault.split(": ")[0] for fault in found] == [
+        "network_def#dropuot",
+        "optimizer#_target_",
+    ]
 
 
 # --- one mistake each
 
-CASES = {
+# of 33 that were once chosen; names of metrics that nobody defines are not looked for any more
+CASES = {  # overlay, line and id of the place in it, what is said there
     "unknown key": (
         {"learning_rat": 1},
-        "{file}:2: learning_rat: expected a known key, got 'learning_rat'. "
-        "Did you mean 'learning_rate'?",
+        "2: learning_rat: expected a known key, got 'learning_rat'. Did you mean 'learning_rate'?",
     ),
     "unknown argument": (
         {"network_def#dropuot": 0.5},
-        "{file}:2: network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
+        "2: network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
         "Did you mean 'dropout'?",
     ),
     "another class": (
         {"optimizer#_target_": "torch.optim.lr_scheduler.StepLR"},
-        "{file}:2: optimizer#_target_: expected a class that takes params, fused, lr, "
-        "weight_decay, got StepLR, which takes optimizer, step_size, gamma, last_epoch. "
-        "Name another.",
+        "2: optimizer#_target_: expected a class that takes params, fused, lr, weight_decay, got "
+        "StepLR, which takes optimizer, step_size, gamma, last_epoch. Name another.",
     ),
     "argument missing": (
         {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},
-        "{file}:2: optimizer#params: expected params for SGD, got none. Add it.",
+        "2: optimizer#params: expected params for SGD, got none. Add it.",
     ),
     "wrong type": (
         {"train#trainer#grad_clip": "twelve"},
-        '{file}:2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.',
+        '2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.',
     ),
     "word for no boolean": (
         {"loss_function#batch_dice": "yes"},
-        '{file}:2: loss_function#batch_dice: expected true or false, got "yes". Correct it.',
+        '2: loss_function#batch_dice: expected true or false, got "yes". Correct it.',
     ),
     "boolean as a number": (
         {"network_def#base_channels": True},
-        "{file}:2: network_def#base_channels: expected an integer, got true. Correct it.",
+        "2: network_def#base_channels: expected an integer, got true. Correct it.",
     ),
     "wrong type in a list": (
         {"loss_function#class_weights": [1, "2"]},
-        '{file}:4: loss_function#class_weights#1: expected a number, got "2". Correct it.',
+        '4: loss_function#class_weights#1: expected a number, got "2". Correct it.',
     ),
     "reference of another type": (
         {"optimizer#lr": "@network"},
-        '{file}:2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module. '
+        '2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module. '
         "Refer to something else.",
     ),
     "expression of another type": (
         {"optimizer#lr": "$@cases.train"},
-        "{file}:2: optimizer#lr: expected a number or Tensor, got",
+        '2: optimizer#lr: expected a number or Tensor, got "$@cases.train", which is a list',
     ),
     "value that its only use does not take": (
         {"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
-        "{file}:2: validate#limit: expected a number for validate#inferer#overlap, got "
-        '"x". Correct it.',
+        '2: validate#limit: expected a number for validate#inferer#overlap, got "x". Correct it.',
     ),
     "no such id": (
         {"train#sampler#batch_size": "@batch_sise"},
-        "{file}:2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. "
+        "2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. "
         "Did you mean '@batch_size' (configs/amp.json:",
     ),
     "no such id in an expression": (
         {"finalize": ["$@lifecycle.leave(@train#trainr)"]},
-        "{file}:3: finalize#0: expected an id that is there, got '@train#trainr'. "
+        "3: finalize#0: expected an id that is there, got '@train#trainr'. "
         "Did you mean '@train#trainer' (configs/amp.json:",
     ),
     "no such attribute": (
         {"steps_per_epoch": "$@plan.batch_sise"},
-        "{file}:2: steps_per_epoch: expected an expression on an id, got '$@plan.batch_sise', "
+        "2: steps_per_epoch: expected an expression on an id, got '$@plan.batch_sise', "
         "which asks for 'batch_sise' of @plan, a Plan. Did you mean 'batch_size'?",
     ),
     "no such attribute of an object": (
         {"cases": "$@lifecycle.casez"},
-        "{file}:2: cases: expected an expression on an id, got '$@lifecycle.casez', which asks for "
+        "2: cases: expected an expression on an id, got '$@lifecycle.casez', which asks for "
         "'casez' of @lifecycle, a Lifecycle. Did you mean 'cases'?",
     ),
     "method of another object": (
         {"initialize": ["$@precision.enter()"]},
-        "{file}:3: initialize#0: expected an expression on an id, got '$@precision.enter()', which "
+        "3: initialize#0: expected an expression on an id, got '$@precision.enter()', which "
         "asks for 'enter()' of @precision, a Precision. Valid are: device, place().",
     ),
     "unknown method": (
         {"run": ["$@train#trainer.runn()"]},
-        "{file}:3: run#0: expected an expression on an id, got '$@train#trainer.runn()', which "
+        "3: run#0: expected an expression on an id, got '$@train#trainer.runn()', which "
         "asks for 'runn()' of @train#trainer, a MixedPrecisionTrainer. Did you mean 'run()'?",
     ),
     "@ forgotten before a number": (
         {"train#sampler#batch_size": "batch_size"},
-        '{file}:2: train#sampler#batch_size: expected an integer, got "batch_size". '
+        '2: train#sampler#batch_size: expected an integer, got "batch_size". '
         "Did you mean '@batch_size'?",
     ),
     "@ forgotten before a string": (
         {"lifecycle#bundle_root": "bundle_root"},
-        "{file}:2: lifecycle#bundle_root: expected a reference, got the string "
-        "\"bundle_root\". Did you mean '@bundle_root'?",
+        '2: lifecycle#bundle_root: expected a reference, got the string "bundle_root". '
+        "Did you mean '@bundle_root'?",
     ),
     "$ forgotten": (
         {"train#dataset#data": "@cases.train"},
-        '{file}:2: train#dataset#data: expected a list (an object each), got "@cases.train". '
-        "Did you mean '$@cases.train'?",
+        '2: train#dataset#data: expected @id, got "@cases.train". '
+        "With attributes: '$@cases.train'.",
     ),
     "misspelt target": (
         {"loss_function": {"_target_": "DiceCELos"}},
-        "{file}:3: loss_function#_target_: expected a class or function of the list, got "
-        "'DiceCELos'. Did you mean 'DiceCELoss'? If you trust it: --allow DiceCELos",
+        "3: loss_function#_target_: expected a class or function of the list, got 'DiceCELos'. "
+        "Did you mean 'DiceCELoss'? If you trust it: --allow DiceCELos",
     ),
     "misspelt _target_": (
         {"loss_function": {"_targt_": "DiceCELoss"}},
-        "{file}:3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
+        "3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
         "_target_, got '_targt_'. Did you mean '_target_'?",
-    ),
-    "metric that nobody defines": (
-        {"+validate#handlers": [{"_target_": "MetricsSaver", "save_dir": "x",
-                                 "metrics": ["mean_dicee"]}]},
-        "{file}:7: validate#handlers#0#metrics#0: expected a metric that an evaluator or trainer "
-        "defines, got 'mean_dicee'. Did you mean 'mean_dice'?",
-    ),
-    "key metric that nobody defines": (
-        {"+train#handlers": [{"_target_": "CheckpointSaver", "save_dir": "x",
-                              "save_dict": {"network": "@network"},
-                              "key_metric_name": "val_dice"}]},
-        "{file}:9: train#handlers#7#key_metric_name: expected a metric that an evaluator or "
-        "trainer defines, got 'val_dice'.",
     ),
     "no handler": (
         {"+train#handlers": [{"_target_": "DiceLoss"}]},
-        "{file}:3: train#handlers#7: expected a handler (with a method attach), got a DiceLoss.",
+        "3: train#handlers#7: expected a handler (with a method attach) for "
+        "train#trainer#train_handlers, got a DiceLoss.",
     ),
     "name in the place of a handler": (
         {"validate#handlers": ["StatsHandler"]},
-        '{file}:3: validate#handlers#0: expected a handler (with a method attach), got '
-        '"StatsHandler".',
+        "3: validate#handlers#0: expected a handler (with a method attach) for "
+        'validate#evaluator#val_handlers, got "StatsHandler".',
     ),
     "augmentation": (
         {"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
-        "{file}:3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, "
-        "got 1.5.",
+        "3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, got 1.5.",
     ),
     "name in augmentation": (
         {"augmentation#intensity#nois": {"prob": 0.1}},
-        "augmentation#intensity: expected one of noise, blur, brightness, contrast, "
+        ": augmentation#intensity: expected one of noise, blur, brightness, contrast, "
         "gamma_inverted, gamma, got 'nois'. Use 'noise'",
     ),
     "name in split": (
         {"data_module#split#group_patern": None},
-        "{file}:2: data_module#split#group_patern: expected an argument of split, got "
+        "2: data_module#split#group_patern: expected an argument of split, got "
         "'group_patern'. Did you mean 'group_pattern'?",
     ),
     "transform": (
         {"transforms_after": [{"_target_": "ScaleIntensityd", "key": "image"}]},
-        "{file}:5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. "
+        "5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. "
         "Did you mean 'keys'?",
     ),
     "transform that is none": (
         {"transforms_after": ["ScaleIntensityd"]},
-        "transforms_after#0: expected something to call for preprocessing#after, got "
+        "3: transforms_after#0: expected something to call for preprocessing#after, got "
         '"ScaleIntensityd".',
     ),
     "circle": (
         {"train#sampler#batch_size": "@train#dataloader#batch_size",
          "train#dataloader#batch_size": "@train#sampler#batch_size"},
-        "expected no circle of references, got @train#",
+        ": expected no circle of references, got @train#",
     ),
     "renamed part": (
         {"train": "renamed"},
-        "train: expected object (dataset, augmentation, handlers, trainer), got",
+        "2: train: expected object (dataset, augmentation, handlers, trainer), got",
     ),
 }  # fmt: skip
-
-
-def complaints(tmp_path: Path, overlay: dict, *files: str) -> list[str]:
-    """What the doctor says to an overlay of `configs/amp.json`."""
-    (tmp_path / "mine.json").write_text(json.dumps(overlay, indent=1))
-    try:
-        validate.check([AMP, *files, str(tmp_path / "mine.json")], {}, training=True)
-    except InputError as error:
-        return list(error.faults)
-    return []
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mistake_is_one_line(tmp_path, name):
     overlay, message = CASES[name]
-    lines = complaints(tmp_path, overlay)
+    lines = faults_in(tmp_path, overlay, training=True)
     assert len(lines) == 1, lines
-    message = message.replace("{file}", str(tmp_path / "mine.json"))
-    assert message in lines[0]
+    start = "" if message.startswith(":") else f"{tmp_path}/mine.json:"
+    assert start + message in lines[0]
 
 
-def test_independent_mistakes_are_told_at_once(tmp_path):
+def test_independent_mistakes_are_reported_at_once(tmp_path):
     overlay = {name: value for case, _ in list(CASES.values())[:3] for name, value in case.items()}
-    assert len(complaints(tmp_path, overlay)) == 3
+    assert len(faults_in(tmp_path, overlay)) == 3
 
 
 def test_override_is_named_in_the_place_of_file_and_line():
-    with pytest.raises(InputError) as error:
-        validate.check([AMP], {"network_def#dropout": "much", "seed": "a"}, training=True)
-    assert error.value.faults == (
+    overrides = {"network_def#dropout": "much", "network_def#dropuot": 0, "seed": "a"}
+    assert faults_of(compose_located([AMP], overrides)) == [
         '--network_def#dropout: expected a number, got "much". Correct it.',
-        "--seed: expected int (of weights, sample order, crops, augmentation and dropout), "
-        'got "a".',
-    )
+        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
+        "Did you mean 'dropout'?",
+        "--seed: expected int (seed of weights, sample order, crops, augmentation and dropout), "
+        'got "a". Correct it.',
+    ]  # fmt: skip
 
 
 def test_later_file_and_not_the_first_is_blamed(tmp_path):
     (tmp_path / "a.json").write_text('{\n\n"seed": "a",\n"fold": "b"}')
-    lines = complaints(tmp_path, {"seed": 3}, str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text('{"seed": 3}')
+    lines = faults_of(compose_located([AMP, f"{tmp_path}/a.json", f"{tmp_path}/b.json"], {}))
     assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/a.json:4"]
 
 
 def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
-    (tmp_path / "mine.json").write_text(
-        '{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}'
-    )
-    with pytest.raises(InputError) as error:
-        validate.check(["configs/inference.json", str(tmp_path / "mine.json")], {})
-    assert error.value.faults == (
-        f"{tmp_path}/mine.json:2: postprocesing: expected a known key, got 'postprocesing'. "
-        "Did you mean 'postprocessing'?",
-    )
+    file = tmp_path / "mine.json"
+    file.write_text('{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}')
+    assert faults_of(compose_located(["configs/inference.json", str(file)], {})) == [
+        f"{file}:2: postprocesing: expected a known key, got 'postprocesing'. "
+        "Did you mean 'postprocessing'?"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -548,19 +511,18 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
 def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(InputError) as error:
-        validate.check([AMP, str(tmp_path / "mine.json")], {})
+        compose_located([AMP, str(tmp_path / "mine.json")], {})
     assert len(error.value.faults) == 1
     assert str(error.value).startswith(f"{tmp_path}/mine.json{message}")
 
 
-def test_run_and_certify_end_with_status_2_before_data_are_read(tmp_path, capfd):
+@pytest.mark.parametrize("name", ["run", "certify"])
+def test_commands_end_with_status_2_before_data_are_read(command, tmp_path, name):
     (tmp_path / "mine.json").write_text('{"optimizer#lr": "@network"}')
-    for command in (main, certify.main):
-        words = [AMP, str(tmp_path / "mine.json"), "--dataset_dir", str(tmp_path / "none")]
-        assert command(words) == 2
-        error = capfd.readouterr().err
-        assert "mine.json:1: optimizer#lr: expected a number" in error
-        assert error.count("\n") == 1
+    words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path / "none")
+    status, text = command(name, *words)
+    assert (status, text.count("\n")) == (2, 1)
+    assert "mine.json:1: optimizer#lr: expected a number" in text
 
 
 def test_lines_are_those_of_the_file():
@@ -571,6 +533,6 @@ def test_lines_are_those_of_the_file():
             assert f'"{path[-1]}":' in text[int(place.rpartition(":")[2]) - 1]
 
 
-def test_keys_of_the_table_have_the_doctors_attention():
+def test_shipped_configs_have_all_keys_of_the_table():
     composed = compose_located([AMP, "configs/multi_gpu.json"], {})
     assert set(keys.KEYS) == set(composed.source)
