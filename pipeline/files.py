@@ -14,7 +14,10 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,29 @@ def write_json(path: Path, content: Any) -> None:
         WriteError: If the system refuses; the file is then as it was.
     """
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a file to write, which takes the place of `path` at the end if all went well.
+
+    It is not forced to the disk: for results that can be made again.
+
+    Raises:
+        OSError: If the system refuses; the old file is then unchanged.
+    """
+    # ends as the other, since nibabel compresses by the ending
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def nan_to_none(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class CheckpointStore:

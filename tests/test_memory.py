@@ -6,14 +6,13 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_tiny
 from test_plan import Declared, fingerprint_of
 
 from networks.dense_unet import DenseUNet
-from pipeline.data import data_module, window_memory
+from pipeline.data import data_module
 from pipeline.data.arena import MIB, Arena
 from pipeline.data.forecast import GIB, Forecast
 from pipeline.data.memory import Process, step_bytes
@@ -21,8 +20,6 @@ from pipeline.data.plan import AUTO, make_plan
 from pipeline.data.step_memory import Net, Walk, forward, step
 from pipeline.data.window_memory import Slabs, Windows
 from pipeline.errors import InputError
-from pipeline.prediction import sliding_window, sums
-from transforms import file_grid
 
 MEASURED = json.loads((REPOSITORY / "benchmarks" / "gpu_memory.json").read_text())
 NUM_FITTED, NUM_HELD_OUT = 45, 20
@@ -135,27 +132,6 @@ def test_recomputed_levels_take_less_memory(mode):
         taken.append(process.graph.reserved)
     assert taken == sorted(taken, reverse=True)
     assert taken[2] < 0.86 * taken[0]
-
-
-def test_memory_of_windows_follows_the_rules_of_prediction(monkeypatch):
-    assert window_memory.SUMS_BYTES == sliding_window.SUMS_BYTES
-    assert window_memory.BATCH_VOXELS == sliding_window.BATCH_VOXELS
-    assert window_memory.CHUNK_BYTES == sums.CHUNK_BYTES
-    assert (window_memory.CHUNK, window_memory.PLACE) == (file_grid.CHUNK, file_grid.PLACE)
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        roi = rng.integers(8, 160, 3).tolist()
-        classes, at_once = int(rng.integers(2, 100)), int(rng.integers(1, 9))
-        ours = Windows(roi, classes, at_once, 0.4)
-        real = sliding_window.SlidingWindow(roi, classes, at_once, 0.4)
-        assert ours.batch_size == real.batch_size
-        for axis in range(3):
-            size = roi[axis] + int(rng.integers(0, 200))
-            starts = ours.starts(axis, size)
-            assert starts == sliding_window.window_starts(size, roi[axis], 0.4)
-            widest = int(rng.integers(1, 300))
-            expected = sliding_window._lanes(starts, size, widest)
-            assert window_memory.lanes(starts, size, widest) == expected
 
 
 # ---- the preflight

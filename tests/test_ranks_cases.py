@@ -390,17 +390,18 @@ def score(folder: Path, dataset: Path, same_weights: bool, set_up=lambda: None):
     validation = CachedDataset(
         validation_cases, transform, VolumeCache(dataset.parent / "cache", 10**9, {})
     )
-    lifecycle = SimpleNamespace(
-        is_held=True,
-        run_dir=folder,
-        cases=SimpleNamespace(validation=validation_cases, test=test_cases),
-        data_module=SimpleNamespace(split={"group_pattern": None}),
-        plan=SimpleNamespace(class_names=NAMES, ignore_value=None),
-    )
     network = small_network(0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     work = Scoring(
-        lifecycle, network, Precision("cpu"), SlidingWindow([16, 16, 8], 3), validation, transform
+        run_dir=folder,
+        is_held=True,
+        cases=SimpleNamespace(validation=validation_cases, test=test_cases),
+        network=network,
+        precision=Precision("cpu"),
+        inferer=SlidingWindow([16, 16, 8], 3),
+        validation=validation,
+        preprocessing=preprocessing([1, 1, 1]),
+        class_names=NAMES,
     )
     work.segmenter.refused = float(validation[1]["image"].flatten()[0])
     set_up()
@@ -444,7 +445,7 @@ def test_scores_are_those_of_one_rank(to_score, tmp_path, same_weights, size):
     assert files["validation_best/metrics.csv"].count(b"\n") == 1 + 3 * 2
     summary = json.loads((alone / "scores/validation_last/summary.json").read_text())
     first, second, *_ = split_of(to_score)[0]
-    assert list(summary["refused"]) == [second["case_id"], first["case_id"]]
+    assert list(summary["refused"]) == [first["case_id"], second["case_id"]]
     assert [lines for lines, _ in results] == [expected] + [[]] * (size - 1)
     assert sum(count for _, count in results) == asked == (7 if same_weights else 14)
     assert min(count for _, count in results) > 0

@@ -145,8 +145,8 @@ FORBIDDEN = {
 # by class, the attributes and methods that expressions may ask for, with the class of their values
 # where more may be asked of it
 _LIFECYCLE = """
-    cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights leave() lost plan:Plan recipe
-    run_dir:Path start.tensors"""  # the last one in configs of older runs
+    cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights is_held leave() lost
+    plan:Plan recipe run_dir:Path start.tensors"""  # the last one in configs of older runs
 _NETWORK = "named_parameters() parameters() state_dict()"
 MEMBERS = {
     name: dict(word.partition(":")[::2] for word in words.split())

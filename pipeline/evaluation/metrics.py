@@ -1,4 +1,4 @@
-"""Overlap metrics of label maps, per case and class."""
+"""Overlap of label maps, per case and class."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from monai.utils import convert_to_tensor
 
 from pipeline import distributed
 
+PLANES = 64  # that are counted at once
 
-def dice_per_class(
+
+def count_voxels(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
-) -> np.ndarray:
-    """Dice of every foreground class.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the voxels of every foreground class.
 
     Args:
         pred: `(H, W, D)` integer label map.
@@ -26,32 +28,65 @@ def dice_per_class(
         ignore_value: Label of voxels that do not count.
 
     Returns:
-        `(num_classes - 1,)` float64; `nan` where a class is absent from both.
+        Voxels of the class in both, in the prediction, and in the label: `(num_classes - 1,)` int64
+        each.
 
     Raises:
         ValueError: If the shapes differ, or a value is not a class.
-
-    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
     """
     if pred.shape != label.shape:
         raise ValueError(f"pred: expected the label's shape {label.shape}, got {pred.shape}.")
-    pred, label = pred.long().flatten(), label.long().flatten()
-    if ignore_value is not None:
-        counted = label != ignore_value
-        pred, label = pred[counted], label[counted]
-    for name, values in (("pred", pred), ("label", label)):
-        if len(values) and (values.min() < 0 or values.max() >= num_classes):
-            raise ValueError(
-                f"{name}: expected values 0 to {num_classes - 1}, "
-                f"got {values.min()} to {values.max()}."
-            )
     # rows are classes of the label, columns of the prediction
-    counts = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
-    confusion = counts.reshape(num_classes, num_classes).cpu().numpy().astype(np.float64)
-    intersection = np.diag(confusion)
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        return (2 * intersection / total)[1:]
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=pred.device)
+    for p, q in zip(pred.split(PLANES), label.split(PLANES), strict=True):
+        p, q = p.long().flatten(), q.long().flatten()
+        if ignore_value is not None:
+            p, q = p[q != ignore_value], q[q != ignore_value]
+        for name, values in (("pred", p), ("label", q)):
+            if len(values) and (values.min() < 0 or values.max() >= num_classes):
+                raise ValueError(
+                    f"{name}: expected values 0 to {num_classes - 1}, "
+                    f"got {values.min()} to {values.max()}."
+                )
+        confusion += torch.bincount(q * num_classes + p, minlength=num_classes**2)
+    table = confusion.reshape(num_classes, num_classes).cpu().numpy()
+    return np.diag(table)[1:], table.sum(axis=0)[1:], table.sum(axis=1)[1:]
+
+
+def dice_per_class(
+    pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
+) -> np.ndarray:
+    """Compute the Dice of every foreground class; arguments and exceptions of `count_voxels`.
+
+    Returns:
+        `(num_classes - 1,)` float64; `nan` where a class is absent from both.
+
+    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
+    """
+    both, of_pred, of_label = count_voxels(pred, label, num_classes, ignore_value)
+    return divide(2 * both, of_pred + of_label)
+
+
+def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide element by element; `nan` where the whole is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(whole, part / whole, np.nan)
+
+
+def mean_of_defined(
+    values: np.ndarray, axis: int | None = None, defined: np.ndarray | None = None
+) -> Any:
+    """Return the mean of defined values along an axis; `nan` where there is none.
+
+    Args:
+        values: Any shape.
+        axis: `None`: the mean over all axes.
+        defined: Which values count, bool of the same shape; by default those that are not `nan`.
+    """
+    defined = ~np.isnan(values) if defined is None else defined
+    if axis is None:
+        return np.mean(values[defined]) if defined.any() else np.nan
+    return divide(np.where(defined, values, 0).sum(axis=axis), defined.sum(axis=axis))
 
 
 class MeanDice(Metric):
@@ -63,7 +98,7 @@ class MeanDice(Metric):
 
     After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
     `absent` (name to number of cases left out) and `cases` (case id to Dice per class). Where each
-    rank has a share of the cases, all ranks have what one would have for all.
+    rank has a share of the cases, all ranks have the result for all cases.
 
     Args:
         class_names: Names of all classes, background first.
@@ -91,35 +126,32 @@ class MeanDice(Metric):
             output: The decollated batch, for the case ids, and the decollated output.
         """
         for case, result in zip(*output, strict=True):
+            pred, label = (convert_to_tensor(result[key][0]) for key in ("pred", "label"))
             self.cases[case["case_id"]] = dice_per_class(
-                convert_to_tensor(result["pred"][0]),
-                convert_to_tensor(result["label"][0]),
-                len(self.class_names),
-                self.ignore_value,
+                pred, label, len(self.class_names), self.ignore_value
             )
 
     def compute(self) -> float:
-        """Mean over cases of the mean over the classes present; `nan` if there is none."""
-        scored = [np.nanmean(dice) for dice in self.cases.values() if not np.isnan(dice).all()]
-        return float(np.mean(scored)) if scored else float("nan")
+        """Return the mean over cases of the mean over the classes present; `nan` without any."""
+        means = np.array([mean_of_defined(dice) for dice in self.cases.values()])
+        return float(mean_of_defined(means))
 
     def completed(self, engine: Engine, name: str) -> None:
         """Publish the metric and its details. All ranks have to call it."""
-        # once, and here, so that `compute` may be asked by one alone
+        # once, and here, so that one rank alone may call `compute`
         self.cases = dict(
             distributed.interleave(distributed.all_gather_object(list(self.cases.items())))
         )
         super().completed(engine, name)
-        table = np.array(list(self.cases.values())).reshape(-1, len(self.class_names) - 1)
-        absent = np.isnan(table)
+        names = self.class_names[1:]
+        table = np.array(list(self.cases.values())).reshape(-1, len(names))
+        absent = np.isnan(table).sum(axis=0)
         state: Any = engine.state
         state.metric_details[name] = {
             "classes": {
-                label: float(np.mean(column[~np.isnan(column)])) if present else float("nan")
-                for label, column, present in zip(
-                    self.class_names[1:], table.T, (~absent).any(axis=0), strict=True
-                )
+                label: float(mean_of_defined(column))
+                for label, column in zip(names, table.T, strict=True)
             },
-            "absent": dict(zip(self.class_names[1:], absent.sum(axis=0).tolist(), strict=True)),
+            "absent": dict(zip(names, absent.tolist(), strict=True)),
             "cases": {case: dice.tolist() for case, dice in self.cases.items()},
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.prediction.nifti_output import whole_file
+from pipeline.files import replace_file
 from pipeline.reporting import figures, page
 from pipeline.reporting.run_files import SPLITS, Run, read_run
 from pipeline.reporting.score_figures import overview, split_section
@@ -47,7 +47,7 @@ def write_report(run_dir: str | Path) -> Path:
     content = render(read_run(run_dir))
     path = Path(run_dir) / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
     return path
 
