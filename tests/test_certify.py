@@ -243,10 +243,12 @@ def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, mon
     begun.mkdir()
     waits = f"import os, time; open(f'{begun}/{{os.getpid()}}', 'w'); time.sleep(100)"
 
-    def start(command, **settings):
-        return subprocess.Popen([sys.executable, "-S", "-c", waits], **settings)
+    begin = subprocess.Popen
 
-    monkeypatch.setattr(certify, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    def start(command, **settings):
+        return begin([sys.executable, "-S", "-c", waits], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.chdir(REPOSITORY)
     words = command_line(dataset, tmp_path / "c", *SOME, "--jobs", "2")
     monkeypatch.setattr(sys, "argv", ["certify", *words])

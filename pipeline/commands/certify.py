@@ -147,6 +147,8 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
     epochs = source["train"]["trainer"]["max_epochs"]
     epochs = source["max_epochs"] if epochs == "@max_epochs" else epochs
     overrides |= {"val_interval": epochs, "final_scores": True, "report": False, "resume": "auto"}
+    for key in ("seed", "output_dir"):  # each run has its own
+        overrides.pop(key, None)
     command = [sys.executable, "-m", "pipeline.run", *files, *_options(overrides)]
     command += [word for name in allow for word in ("--allow", name)]
     first, middle, end = (source["seed"] + n * given.seeds for n in range(3))
