@@ -273,27 +273,6 @@ def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, mon
             os.kill(int(file.name), 0)
 
 
-@pytest.mark.chaos
-def test_interrupted_certificate_leaves_no_run_behind(dataset, tmp_path):
-    words = command_line(dataset, tmp_path / "c", *SOME, "--jobs", "2", "--steps_per_epoch", "900")
-    words += ["--checkpoint_every", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.commands.certify", *words],
-        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    while len({path.parent for path in (tmp_path / "c").glob("*/checkpoints/*.pt")}) < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # to the command alone, as a scheduler may
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "Interrupted; the same command goes on." in error
-    assert "Traceback" not in error
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    assert len(list((tmp_path / "c").glob("*_seed*"))) == 2  # none was begun after
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

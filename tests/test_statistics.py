@@ -116,21 +116,6 @@ def test_standard_error_of_persons_is_that_of_a_slow_bootstrap():
     assert estimate_difference(a, b, persons).errors["persons"] == pytest.approx(expected, rel=0.05)
 
 
-def test_total_adds_variances_and_their_degrees_of_freedom():
-    a, b = (scores[..., 0] for scores in noisy(6, num_seeds=3))
-    found = estimate_difference(a, b[:2], list("abcdefghijkl"))
-    parts = [
-        (found.errors["seeds_a"], 3),
-        (found.errors["seeds_b"], 2),
-        (found.errors["persons"], 12),
-    ]
-    variance = sum(error**2 for error, _ in parts)
-    assert found.total == pytest.approx(np.sqrt(variance))
-    assert found.freedom == pytest.approx(
-        variance**2 / sum(error**4 / (n - 1) for error, n in parts)
-    )
-
-
 def test_smallest_difference_is_shown_with_a_probability_of_80_percent():
     a, b = noisy(7, num_classes=1)
     entry = judge(a, b)["overall"]

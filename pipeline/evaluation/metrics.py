@@ -13,13 +13,11 @@ from monai.utils import convert_to_tensor
 
 from pipeline import distributed
 
-PLANES = 64  # that are counted at once
 
-
-def count_voxels(
+def dice_per_class(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count the voxels of every foreground class.
+) -> np.ndarray:
+    """Compute the Dice of every foreground class.
 
     Args:
         pred: `(H, W, D)` integer label map.
@@ -28,42 +26,34 @@ def count_voxels(
         ignore_value: Label of voxels that do not count.
 
     Returns:
-        Voxels of the class in both, in the prediction, and in the label: `(num_classes - 1,)` int64
-        each.
+        `(num_classes - 1,)` float64; `nan` where a class is absent from both.
 
     Raises:
         ValueError: If the shapes differ, or a value is not a class.
     """
     if pred.shape != label.shape:
         raise ValueError(f"pred: expected the label's shape {label.shape}, got {pred.shape}.")
+    pred, label = pred.long().flatten(), label.long().flatten()
+    if ignore_value is not None:
+        counted = label != ignore_value
+        pred, label = pred[counted], label[counted]
+    for name, values in (("pred", pred), ("label", label)):
+        if len(values) and (values.min() < 0 or values.max() >= num_classes):
+            raise ValueError(
+                f"{name}: expected values 0 to {num_classes - 1}, "
+                f"got {values.min()} to {values.max()}."
+            )
     # rows are classes of the label, columns of the prediction
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=pred.device)
-    for p, q in zip(pred.split(PLANES), label.split(PLANES), strict=True):
-        p, q = p.long().flatten(), q.long().flatten()
-        if ignore_value is not None:
-            p, q = p[q != ignore_value], q[q != ignore_value]
-        for name, values in (("pred", p), ("label", q)):
-            if len(values) and (values.min() < 0 or values.max() >= num_classes):
-                raise ValueError(
-                    f"{name}: expected values 0 to {num_classes - 1}, "
-                    f"got {values.min()} to {values.max()}."
-                )
-        confusion += torch.bincount(q * num_classes + p, minlength=num_classes**2)
-    table = confusion.reshape(num_classes, num_classes).cpu().numpy()
-    return np.diag(table)[1:], table.sum(axis=0)[1:], table.sum(axis=1)[1:]
+    counts = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
+    confusion = counts.reshape(num_classes, num_classes).cpu().numpy()
+    return compute_dice(np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))[1:]
 
 
-def dice_per_class(
-    pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
-) -> np.ndarray:
-    """Compute the Dice of every foreground class; arguments and exceptions of `count_voxels`.
-
-    Returns:
-        `(num_classes - 1,)` float64; `nan` where a class is absent from both.
+def compute_dice(both: np.ndarray, of_pred: np.ndarray, of_label: np.ndarray) -> np.ndarray:
+    """Compute the Dice from numbers of voxels; `nan` where there are none.
 
     Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
     """
-    both, of_pred, of_label = count_voxels(pred, label, num_classes, ignore_value)
     return divide(2 * both, of_pred + of_label)
 
 

@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics.utils import get_mask_edges, get_surface_distance
-from monai.utils import convert_to_numpy, convert_to_tensor
+from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
 from pipeline.data.pairs import Pair, read_pair
 from pipeline.errors import InputError
-from pipeline.evaluation.metrics import count_voxels, divide, mean_of_defined
+from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
 from pipeline.files import nan_to_none, replace_file
 from pipeline.progress_bar import ProgressBar
@@ -114,20 +114,28 @@ def score_case(
         of_pred, of_label = of_pred * counted, of_label * counted
     for what, voxels in (("prediction", of_pred), ("label", of_label)):
         _require_classes(what, voxels, len(class_names))
-    tensors = convert_to_tensor(of_pred), convert_to_tensor(of_label)
-    counts = count_voxels(*tensors, len(class_names))
-    rows = _score_overlap(*counts, math.prod(map(float, spacing_mm)) / 1000)
-    boxes = zip(*(find_objects(v, len(class_names) - 1) for v in (of_pred, of_label)), strict=True)
-    for value, (row, found) in enumerate(zip(rows, boxes, strict=True), 1):
-        if row["status"] == "scored":
-            # the box around both: a large volume with many classes would take too long
-            box = tuple(
-                slice(min(a.start, b.start), max(a.stop, b.stop))
-                for a, b in zip(*found, strict=True)
+    counts: list[list[int]] = []
+    surfaces: list[dict[str, float]] = []
+    boxes = (find_objects(v, len(class_names) - 1) for v in (of_pred, of_label))
+    for value, found in enumerate(zip(*boxes, strict=True), 1):
+        # in the box around both: a large volume with many classes would take too long
+        sides = zip(*(box for box in found if box is not None), strict=True)
+        box = tuple(slice(min(s.start for s in n), max(s.stop for s in n)) for n in sides)
+        masks = [v[box or (slice(0),) * 3] == value for v in (of_pred, of_label)]
+        counts.append([int(np.count_nonzero(mask)) for mask in (masks[0] & masks[1], *masks)])
+        surfaces.append({})
+        if all(box is not None for box in found):
+            tensors = (torch.as_tensor(mask, device=device) for mask in masks)
+            surfaces[-1] = score_surfaces(
+                *tensors, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm
             )
-            masks = (torch.as_tensor(v[box] == value, device=device) for v in (of_pred, of_label))
-            row |= score_surfaces(*masks, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)
-    return [{"class": name} | row for name, row in zip(class_names[1:], rows, strict=True)]
+    both, of_preds, of_labels = np.array(counts).T
+    voxel_ml = math.prod(map(float, spacing_mm)) / 1000
+    rows = _score_overlap(both, of_preds, of_labels, voxel_ml)
+    return [
+        {"class": name} | row | surface
+        for name, row, surface in zip(class_names[1:], rows, surfaces, strict=True)
+    ]
 
 
 def _require_classes(what: str, voxels: np.ndarray, num_classes: int) -> None:
@@ -148,7 +156,7 @@ def _score_overlap(
     """Return rows of all measures that follow from numbers of voxels, by class."""
     status = [STATUS[in_both] for in_both in zip(of_label > 0, of_pred > 0, strict=True)]
     columns = {
-        "dice": divide(2 * both, of_pred + of_label),
+        "dice": compute_dice(both, of_pred, of_label),
         "iou": divide(both, of_pred + of_label - both),
         "sensitivity": divide(both, of_label),
         "precision": divide(both, of_pred),
