@@ -22,16 +22,25 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The command line after the command, by default this process's.
     """
     parser = CommandParser("predict", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory or bundle")
+    parser.usage = "python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]"
     parser.add_argument(
-        "input", metavar="INPUT", help="NIfTI file, DICOM series, or folder of them"
+        "paths",
+        nargs="*",
+        metavar="RUN_DIR INPUT OUTPUT_DIR",
+        help="run or bundle; NIfTI file, DICOM series, or folder; folder of labels",
     )
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder for the label maps")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="--key value ...",
                         help="keys of configs/inference.json")  # fmt: skip
-    return run_parsed(parser, words, _predict)
 
+    def predict(given: argparse.Namespace) -> int:
+        if len(given.paths) != 3:
+            parser.error(
+                "expected a run, what to predict, and a folder for the labels, got "
+                f"{len(given.paths)} words"
+            )
+        keys = ("run_dir", "input", "output_dir")
+        words = [f"--{key}={path}" for key, path in zip(keys, given.paths, strict=True)]
+        config = run.LOGGING.with_name("inference.json")
+        return run.main([str(config), *words, *given.options])
 
-def _predict(given: argparse.Namespace) -> int:
-    paths = [f"--{key}={getattr(given, key)}" for key in ("run_dir", "input", "output_dir")]
-    return run.main([str(run.LOGGING.with_name("inference.json")), *paths, *given.options])
+    return run_parsed(parser, words, predict)
