@@ -378,10 +378,9 @@ def difference(files: dict[str, list[str]], num_resamples: int = 10_000) -> dict
     arm its own. Of three seeds it reaches no further than the lowest and the highest, and is too
     narrow; the product's own comparison, beside it in the result, makes up for that.
     """
-    from pipeline.evaluation.score_files import read_arms
-    from pipeline.evaluation.score_tables import Columns
+    from pipeline.evaluation.comparison import read_arms
 
-    scores = read_arms(files, Columns(metric="dice"), person_of=person_of)
+    scores = read_arms(files, "dice", person_of=person_of)
     a, b = (np.nanmean(arm.values, axis=2) for arm in scores.arms)  # (seeds, cases)
     names, member = np.unique(scores.persons, return_inverse=True)
     rng = np.random.default_rng(0)

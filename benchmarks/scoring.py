@@ -26,7 +26,7 @@ import scipy
 import torch
 
 from benchmarks import machine
-from pipeline.commands.evaluate import DEFAULTS, evaluate
+from pipeline.commands.evaluate import main as evaluate
 from pipeline.evaluation.scores import score_case
 
 SHAPE = (512, 512, 200)
@@ -75,10 +75,10 @@ def readings(dataset_dir: Path) -> dict[str, list[float]]:
         root = Path(folder)
         write_cases(dataset_dir, root)
         for threads in sorted({1, cores}):
-            options = {**DEFAULTS, "num_threads": threads, "dataset_dir": str(dataset_dir)}
-            options["group_pattern"] = "pairs"
+            words = [root / "pred", root / "labels", "--num_threads", threads]
+            words += ["--dataset_dir", dataset_dir, "--group_pattern", "pairs"]
             found[f"{NUM_CASES} cases, threads: {threads}"] = seconds(
-                lambda options=options: evaluate(root / "pred", root / "labels", options)
+                lambda words=words: evaluate([*map(str, words)])
             )
     torch.set_num_threads(1)
     label = large_label()

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -113,6 +114,11 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def nan_to_none(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class CheckpointStore:

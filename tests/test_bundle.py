@@ -21,7 +21,6 @@ from monai.data import MetaTensor
 from pipeline.bundle.metadata import modality_of, run_metadata
 from pipeline.data.dataset import Cases, load_cases
 from pipeline.data.plan import Plan
-from transforms.preprocess import LOADING_STEPS
 
 AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
 INFERENCE = json.loads((REPOSITORY / "configs/inference.json").read_text())
@@ -248,7 +247,7 @@ def test_value_range_is_what_the_network_is_given(clips):
     voxels = torch.randn(len(clips), 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e4
     meta = {"original_affine": np.eye(4), "spatial_shape": np.array([8, 8, 8])}
     volume = {"image": MetaTensor(voxels, affine=torch.eye(4), meta=meta)}
-    given = parser.get_parsed_content("preprocessing")(volume, start=LOADING_STEPS)["image"]
+    given = parser.get_parsed_content("preprocessing").regularize(volume)["image"]
     low, high = image["value_range"]
     assert (low, high) == pytest.approx((float(given.min()), float(given.max())), abs=1e-5)
     assert low == (-100 - 40) / 25

@@ -359,7 +359,7 @@ def test_interrupted_prediction_lists_what_it_could_not_do(predict, tmp_path, mo
     monkeypatch.setattr("pipeline.prediction.segmenter.Segmenter.__call__", interrupt)
     assert predict(tmp_path / "imagesTr") == 130
     told = capsys.readouterr().err
-    assert "Not predicted: 3 of 8" in told  # those before the good one
+    assert "Not predicted: 4 of 8" in told  # those before the good one
     assert "Interrupted." in told
 
 

@@ -205,11 +205,11 @@ def test_score_case_takes_arrays_and_tensors(dtype):
 def test_score_case_measures_each_class_in_the_box_around_it(monkeypatch):
     """Else many classes in a large volume cannot be scored."""
     sizes = []
-    measure = scores.surface_measures
+    measure = scores.score_surfaces
     monkeypatch.setattr(
         scores,
-        "surface_measures",
-        lambda pred, label, **how: sizes.append(pred.shape) or measure(pred, label, **how),
+        "score_surfaces",
+        lambda pred, label, **how: sizes.append(tuple(pred.shape)) or measure(pred, label, **how),
     )
     pred, label = np.zeros((2, 40, 40, 40), np.uint8)
     pred[3:6, 5, 5], label[4:8, 5:7, 5] = 1, 1
@@ -466,11 +466,8 @@ HEADER = ",".join(COLUMNS)
         (b"", "expected the columns case_id,.*, got none"),
         (b"case_id,dice\na,1\n", "expected the columns case_id,.*, got case_id,dice"),
         (b"\xff\xfe\x00", "expected a metrics.csv, got: .*decode"),
-        (
-            f"{HEADER}\na,b,c,scored,high,,,,,,,,,\n".encode(),
-            "words and numbers in row 1, got: .*'high'",
-        ),
-        (f"{HEADER}\na,b,c,scored,1,1\n".encode(), "words and numbers in row 1, got: .*shorter"),
+        (f"{HEADER}\na,b,c,scored,high,,,,,,,,,\n".encode(), "numbers in dice, .* got: .*'high'"),
+        (f"{HEADER}\na,b,c,scored,1,1\n".encode(), "numbers in dice, .* got: .*'nothing'"),
     ],
 )
 def test_read_scores_refuses(content, message, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.data import list_data_collate
 from monai.inferers import sliding_window_inference
-from test_file_grid import AFFINES, expected, grid_of
+from test_postprocess import AFFINES, expected, grid_of
 
 from pipeline.precision import Precision
 from pipeline.prediction.segmenter import PredictionError, Segmenter, SlidingWindowLabels
@@ -39,14 +39,11 @@ def affine(request):
     return request.param
 
 
-@pytest.mark.parametrize("max_blend_bytes", [2**32, 20_000, 1])
-def test_labels_are_those_of_whole_volume_blending(affine, max_blend_bytes, monkeypatch):
-    monkeypatch.setattr("pipeline.prediction.sums.CHUNK_BYTES", 5_000)
+def test_labels_are_those_of_whole_volume_blending(affine, monkeypatch):
+    monkeypatch.setattr("pipeline.prediction.sliding_window.CHUNK_BYTES", 5_000)
     volume, own = grid_of(affine)
     network = Net()
-    segmenter = Segmenter(
-        [network], FLOAT32, SlidingWindow(ROI, 4, max_blend_bytes=max_blend_bytes)
-    )
+    segmenter = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4))
     found = segmenter(volume, with_probabilities=True)
     whole = to_original_grid(probabilities_of(network, volume), volume)
     assert found.labels.dtype == np.uint8
@@ -61,9 +58,7 @@ def test_labels_are_those_of_whole_volume_blending(affine, max_blend_bytes, monk
 def test_ensemble_is_the_mean_of_probabilities():
     volume, own = grid_of(AFFINES["oblique"])
     networks = [Net(seed) for seed in range(3)]
-    found = Segmenter(networks, FLOAT32, SlidingWindow(ROI, 4, max_blend_bytes=30_000))(
-        volume, with_probabilities=True
-    )
+    found = Segmenter(networks, FLOAT32, SlidingWindow(ROI, 4))(volume, with_probabilities=True)
     mean = sum(probabilities_of(network, volume) for network in networks) / 3
     by_scipy = expected(mean, own, AFFINES["oblique"])
     np.testing.assert_allclose(found.probabilities, by_scipy, atol=1e-5)
@@ -120,7 +115,7 @@ def as_batch(*volumes):
 def test_labels_in_an_evaluator_are_the_segmenters():
     volumes = [grid_of(affine)[0] for affine in (AFFINES["oblique"], AFFINES["permuted"])]
     network = Net()
-    inferer = SlidingWindowLabels(FLOAT32, ROI, 4, max_blend_bytes=30_000)
+    inferer = SlidingWindowLabels(FLOAT32, ROI, 4)
     got = inferer(as_batch(*volumes), network)
     assert (got.shape, got.dtype) == ((2, 1, 13, 11, 12), torch.uint8)
     for labels, volume in zip(got, volumes, strict=True):

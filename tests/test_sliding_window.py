@@ -30,48 +30,28 @@ def network():
     return torch.nn.Conv3d(2, 5, 3, padding=1).double().requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "max_blend_bytes", [2**32, 200_000, 1], ids=["one lane", "lanes", "narrow"]
-)
 @pytest.mark.parametrize(("shape", "roi", "overlap"), CASES)
-def test_sliding_window_agrees_with_monai(network, shape, roi, overlap, max_blend_bytes):
+def test_sliding_window_agrees_with_monai(network, shape, roi, overlap):
     volume = torch.randn(2, 2, *shape, dtype=torch.float64)
     expected = sliding_window_inference(volume, roi, 3, network, overlap, "gaussian")
-    window = SlidingWindow(roi, 5, 3, overlap, max_blend_bytes=max_blend_bytes)
+    window = SlidingWindow(roi, 5, 3, overlap)
     got = window(volume, network)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got, expected, atol=2e-6)
     assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
-@pytest.mark.parametrize("shape", [(30, 41, 25), (9, 41, 25)])
-@pytest.mark.parametrize("max_blend_bytes", [2**32, 60_000])
-def test_blocks_tile_the_volume_in_order(network, shape, max_blend_bytes):
-    window = SlidingWindow((16, 16, 8), 5, 3, max_blend_bytes=max_blend_bytes)
-    seen = torch.zeros(shape)
-    before = None
-    lanes = set()
-    for block in window.blocks(torch.randn(2, *shape, dtype=torch.float64), [network]):
-        ends = zip(block.first, block.logits.shape[2:], strict=True)
-        seen[tuple(slice(a, a + n) for a, n in ends)] += 1
-        place = (block.first[block.across], block.first[block.along])
-        lanes.add(place[0])
-        assert before is None or place > before
-        before = place
-    assert (seen == 1).all()
-    assert (len(lanes) > 1) == (max_blend_bytes < 2**32)
-
-
-def test_padding_alone_makes_no_block(network, monkeypatch):
-    """A volume much narrower than the window, of which a few planes are handed on at once."""
-    monkeypatch.setattr("pipeline.prediction.sums.CHUNK_BYTES", 2000)
-    volume = torch.randn(1, 2, 3, 20, 8, dtype=torch.float64)
-    expected = sliding_window_inference(volume, (16, 16, 8), 3, network, 0.5, "gaussian")
-    got = SlidingWindow((16, 16, 8), 5)(volume, network)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-    window = SlidingWindow((16, 16, 8), 5)
-    for block in window.blocks(volume[0], [network]):
-        assert min(block.logits.shape) > 0
+@pytest.mark.parametrize("shape", [(30, 41, 25), (9, 41, 25), (3, 20, 8)])
+def test_slabs_follow_one_another_without_padding(network, shape, monkeypatch):
+    monkeypatch.setattr(sliding_window, "CHUNK_BYTES", 2000)  # a few planes at a time
+    volume = torch.randn(2, *shape, dtype=torch.float64)
+    slabs = list(SlidingWindow((16, 16, 8), 5, 3).slabs(volume, [network]))
+    (axis,) = {slab.axis for slab in slabs}
+    ends = [(slab.start, slab.start + slab.logits.shape[axis + 2]) for slab in slabs]
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ends))
+    joined = torch.cat([slab.logits[0] for slab in slabs], dim=axis + 1)
+    expected = sliding_window_inference(volume[None], (16, 16, 8), 3, network, 0.5, "gaussian")
+    np.testing.assert_allclose(joined, expected[0], atol=2e-6)
 
 
 def test_mirror_averages_over_all_mirror_images(network):
@@ -105,34 +85,42 @@ def test_result_of_a_metatensor_is_one_with_its_affine(network):
     assert got.shape == (1, 5, 9, 9, 9)
 
 
-def most_alive(monkeypatch, size, max_blend_bytes):
-    """Most elements of sums that were alive at once, over a volume `size` windows long."""
+def most_alive(monkeypatch, size):
+    """Most elements of sums that are alive at once, over a volume `size` windows long."""
     alive: weakref.WeakSet = weakref.WeakSet()
     most = []
 
-    class Watched(sliding_window.WeightedSums):
+    class Watched(sliding_window._SlabSums):
         def __init__(self, *args):
             super().__init__(*args)
             alive.add(self)
             most.append(sum(one.logits.numel() for one in alive))
 
-    monkeypatch.setattr(sliding_window, "WeightedSums", Watched)
-    window = SlidingWindow((8, 8, 8), 7, max_blend_bytes=max_blend_bytes)
-    for _ in window.blocks(
-        torch.zeros(1, 8 * size, 40, 16), [lambda w: w.expand(-1, 7, -1, -1, -1)]
-    ):
+    monkeypatch.setattr(sliding_window, "_SlabSums", Watched)
+    volume = torch.zeros(1, 8 * size, 40, 16)
+    for _ in SlidingWindow((8, 8, 8), 7).slabs(volume, [lambda w: w.expand(-1, 7, -1, -1, -1)]):
         pass
     return max(most)
 
 
 def test_memory_grows_with_a_slab_and_not_with_the_volume(monkeypatch):
     slab = 8 * 40 * 16 * 7
-    assert most_alive(monkeypatch, 10, 2**32) == most_alive(monkeypatch, 40, 2**32) <= slab
+    assert most_alive(monkeypatch, 10) == most_alive(monkeypatch, 40) <= slab
 
 
-def test_memory_keeps_within_what_it_may_take(monkeypatch):
-    slab = 8 * 40 * 16 * 7
-    assert most_alive(monkeypatch, 10, 4 * slab // 2) <= slab // 2
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_slab_that_is_too_large_is_blended_on_the_host(network):
+    volume = torch.randn(2, 30, 41, 25).cuda()
+    on_card = network.float().cuda()
+    sums = 4 * 5 * 16 * 30 * 25  # the longest axis is the second
+    found = {}
+    for limit in (sums, sums - 1):
+        window = SlidingWindow((16, 16, 8), 5, 3, max_blend_bytes=limit)
+        slabs = list(window.slabs(volume, [on_card]))
+        found[limit] = torch.cat([slab.logits[0].cpu() for slab in slabs], dim=slabs[0].axis + 1)
+        assert {slab.logits.device.type for slab in slabs} == {"cuda" if limit == sums else "cpu"}
+    np.testing.assert_allclose(found[sums], found[sums - 1], atol=1e-5)
 
 
 def test_windows_of_many_classes_or_voxels_are_fewer_at_once():

@@ -1,330 +1,397 @@
-"""Statistics of a case against numpy on whole volumes, and that they are stored rightly."""
+"""Estimates, intervals and verdicts, against SciPy, slow bootstraps and numbers by hand."""
 
-import json
-import logging
-import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import itertools
+import random
 
-import nibabel as nib
 import numpy as np
 import pytest
+from scipy import stats
 
-from pipeline.data import content, statistics
-from pipeline.data.nifti import VolumeError
-from pipeline.data.preflight import check_headers
-from pipeline.data.statistics import StatisticsStore
+from pipeline.evaluation.statistics import (
+    BETTER,
+    EQUIVALENT,
+    NO_DIFFERENCE,
+    TOO_FEW,
+    WORSE,
+    Arm,
+    bootstrap_interval,
+    compare,
+    correct_by_holm,
+    estimate_difference,
+    rank_scores,
+)
 
-SHAPE = (9, 8, 7)
+NAN = float("nan")
+CONFIDENT = {BETTER, WORSE}
+MIRRORED = {BETTER: WORSE, WORSE: BETTER, EQUIVALENT: EQUIVALENT}
+MIRRORED |= {NO_DIFFERENCE: NO_DIFFERENCE, TOO_FEW: TOO_FEW}
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(statistics, "PIECE", 101)
+def arm(values, best=None):
+    values = np.asarray(values, dtype=float)
+    values = values[..., None] if values.ndim == 2 else values
+    return Arm(values, np.zeros(values.shape, bool) if best is None else np.asarray(best))
 
 
-def save(path, voxels):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    nib.save(nib.Nifti1Image(voxels, np.diag([1, 1.5, 2, 1])), path)
-    return str(path)
+def judge(a, b, persons=None, **options):
+    """Comparison of two arms; persons are cases unless said otherwise."""
+    a, b = (side if isinstance(side, Arm) else arm(side) for side in (a, b))
+    names = persons or [f"case_{n:03d}" for n in range(a.values.shape[1])]
+    classes = [f"class_{k}" for k in range(a.values.shape[2])]
+    return compare(a, b, names, classes, **options)
 
 
-def make_voxels(seed=0, channels=()):
+def noisy(seed, num_cases=12, num_seeds=3, num_classes=2, gap=0.0):
+    """Scores of two arms, `(S, N, K)` each; A is better by `gap`."""
     rng = np.random.default_rng(seed)
-    image = np.zeros((*SHAPE, *channels), np.float32)
-    image[2:6, 1:7, 3:6] = rng.normal(100, 30, (4, 6, 3, *channels))
-    return image, rng.integers(0, 4, SHAPE).astype(np.uint8)
-
-
-def make_case(folder, image, label, case_id="a"):
-    return {
-        "case_id": case_id,
-        "image": save(folder / f"{case_id}.nii.gz", image),
-        "label": save(folder / f"{case_id}_label.nii.gz", label),
-    }
-
-
-def measure(case, ignore_value=None, measure_case=statistics.measure_case):
-    headers, issues = check_headers(case, None)
-    assert issues == []
-    return measure_case(case, headers, ignore_value)
-
-
-def measure_voxels(folder, image, label, ignore_value=None):
-    return measure(make_case(folder, image, label), ignore_value)
-
-
-def assert_channel(got, values, label, ignore_value=None):
-    """Statistics of a channel against numpy in float64."""
-    flat = values.astype(np.float64)
-    finite = np.isfinite(flat.astype(np.float32))
-    kept = flat[finite]
-    inside = flat[finite & (label > 0) & (label != ignore_value)]
-    assert got.num_non_finite == (~finite).sum()
-    assert (got.min, got.max) == (kept.min(), kept.max())
-    assert got.mean == pytest.approx(kept.mean(), rel=1e-12)
-    assert got.std == pytest.approx(kept.std(), rel=1e-6)
-    levels = (np.arange(200) + 0.5) / 200
-    np.testing.assert_allclose(got.foreground_quantiles, np.quantile(inside, levels))
-
-
-# ---- measuring
-
-
-@pytest.mark.parametrize("ignore_value", [None, 3, -1])
-def test_case_is_measured_as_numpy_does(tmp_path, ignore_value):
-    image, label = make_voxels()
-    got = measure_voxels(tmp_path, image, label, ignore_value)
-    values, counts = np.unique(label, return_counts=True)
-    assert got.label_counts == dict(zip(map(str, values), counts, strict=True))
-    assert (got.num_fractions, got.num_non_finite_labels, got.num_rounded) == (0, 0, 0)
-    assert got.box == [[2, 6], [1, 7], [3, 6]]
-    assert_channel(got.channels[0], image, label, ignore_value)
-    assert asdict(got) == json.loads(json.dumps(asdict(got)))
-
-
-@pytest.mark.parametrize("dtype", ["i2", ">i2", "f4", "f8"])
-def test_label_values_are_counted_in_any_type(tmp_path, dtype):
-    image, label = make_voxels()
-    stored = label.astype(dtype)
-    counts = measure_voxels(tmp_path, image, stored).label_counts
-    assert counts == measure_voxels(tmp_path, image, label).label_counts
-    stored[0, 0, :3] = -2
-    counts = measure_voxels(tmp_path, image, stored).label_counts
-    assert counts["-2"] == 3
-    assert sum(counts.values()) == label.size
-
-
-def test_negative_zero_is_background(tmp_path):
-    """As a negative slope makes it of 0."""
-    image, label = make_voxels()
-    stored = np.where(label == 0, -0.0, label).astype(np.float32)
-    got = measure_voxels(tmp_path, image, stored)
-    assert got.label_counts == measure_voxels(tmp_path, image, label).label_counts
-
-
-def test_label_is_measured_when_it_has_fractions_and_nan(tmp_path):
-    image, label = make_voxels()
-    stored = label.astype(np.float32)
-    stored[:2, 0, 0], stored[3, 3, 3], stored[4, 4, 4:6] = np.nan, np.inf, 0.5
-    stored[5, 5, 5] += 0.0005
-    got = measure_voxels(tmp_path, image, stored)
-    assert (got.num_fractions, got.num_non_finite_labels, got.num_rounded) == (2, 3, 1)
-    assert got.label_counts["0.5"] == 2
-
-
-def test_channels_are_measured_one_by_one_in_one_file_and_in_several(tmp_path):
-    image, label = make_voxels(channels=(3,))
-    image[..., 2] += 7  # not zero at the border
-    case = make_case(tmp_path, image, label)
-    files = [save(tmp_path / f"{n}.nii", image[..., n]) for n in range(3)]
-    one, several = measure(case), measure({**case, "image": files})
-    assert one == several
-    assert one.box == [[0, 9], [0, 8], [0, 7]]
-    for n in range(3):
-        assert_channel(one.channels[n], image[..., n], label)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
-def test_voxels_that_are_not_finite_as_float32_are_counted_and_left_out(tmp_path, value):
-    image, label = make_voxels()
-    image = image.astype(np.float64)
-    image[3, 3, 3:5] = value
-    got = measure_voxels(tmp_path, image, label).channels[0]
-    assert got.num_non_finite == 2
-    image[3, 3, 3:5] = np.nan
-    assert_channel(got, image, label)
-
-
-def test_image_without_a_finite_voxel_is_measured(tmp_path):
-    image, label = make_voxels()
-    got = measure_voxels(tmp_path, image * np.nan, label).channels[0]
-    assert (got.mean, got.std, got.min, got.max) == (None, None, None, None)
-    assert (got.num_non_finite, got.foreground_quantiles) == (label.size, [])
-
-
-def test_deviation_is_right_far_from_zero(tmp_path):
-    image = 1e9 + np.random.default_rng(0).normal(size=SHAPE)
-    label = make_voxels()[1]
-    assert_channel(measure_voxels(tmp_path, image, label).channels[0], image, label)
-
-
-def test_quantiles_are_those_of_every_nth_voxel_when_there_are_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "MAX_FOREGROUND_SAMPLES", 200)
-    image = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
-    channel = measure_voxels(tmp_path, image, np.ones(image.shape, np.uint8)).channels[0]
-    # every 64th of 8000, where 200 are the most
-    levels = (np.arange(200) + 0.5) / 200
-    expected = np.quantile(image.ravel(order="F")[::64].astype(float), levels)
-    np.testing.assert_allclose(channel.foreground_quantiles, expected)
-
-
-def test_distinct_values_are_listed_up_to_64(tmp_path):
-    label = make_voxels()[1]
-    for number in (64, 65):
-        values = np.resize(np.arange(number, dtype=np.float32), SHAPE)
-        got = measure_voxels(tmp_path, values, label).channels[0].distinct
-        assert got == (list(range(64)) if number == 64 else None)
-
-
-def test_digest_and_sketch_are_those_of_the_voxels_whatever_type_stores_them(tmp_path):
-    image, label = make_voxels()
-    image = image.astype(np.int16)
-    seen = [
-        measure_voxels(tmp_path, image.astype(dtype), label).channels[0]
-        for dtype in ("i2", "f8", "f4", ">i4")
+    case = 0.8 + 0.03 * rng.normal(size=(1, num_cases, num_classes))
+    shape = (num_seeds, num_cases, num_classes)
+    return [
+        case
+        + 0.004 * rng.normal(size=(num_seeds, 1, num_classes))
+        + 0.015 * rng.normal(size=shape)
+        + add
+        for add in (gap, 0.0)
     ]
-    assert {(one.digest, *one.sketch) for one in seen} == {(seen[0].digest, *seen[0].sketch)}
-    image[3, 3, 3] += 1
-    assert measure_voxels(tmp_path, image, label).channels[0].digest != seen[0].digest
 
 
-def test_sketch_holds_the_smallest_hashes_of_all_values_but_zero(tmp_path):
-    image = np.random.default_rng(0).integers(0, 900, SHAPE).astype(np.float32)
-    got = measure_voxels(tmp_path, image, make_voxels()[1]).channels[0].sketch
-
-    def mix(x):  # SplitMix64's finalizer in Python's integers
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-        return x ^ (x >> 31)
-
-    bits = np.unique(image[image != 0].astype(np.float64)).view(np.uint64).tolist()
-    assert got == sorted(map(mix, bits))[:256]
+# ---- arithmetic
 
 
-# ---- storing
+@pytest.mark.parametrize("num_seeds", [(3, 3), (2, 5)])
+def test_interval_is_that_of_welch_when_only_seeds_matter(num_seeds):
+    rng = np.random.default_rng(1)
+    runs = [0.8 + 0.01 * (n + 1) * rng.normal(size=n) for n in num_seeds]
+    case = 0.1 * rng.normal(size=9)
+    a, b = (of_arm[:, None] + case for of_arm in runs)
+    welch = stats.ttest_ind(*runs, equal_var=False)
+    for entry in judge(a, b, confidence=0.9)["classes"].values():
+        assert entry["difference"] == pytest.approx(runs[0].mean() - runs[1].mean())
+        assert entry["p_value"] == pytest.approx(welch.pvalue)
+        ends = welch.confidence_interval(0.9)
+        assert entry["interval"] == pytest.approx([ends.low, ends.high], abs=1e-9)
+    persons = [str(n) for n in range(9)]
+    assert estimate_difference(a, b, persons).freedom == pytest.approx(welch.df)
 
 
-class Stored:
-    """Measures cases with a store of their own each time, and notes which are really read."""
-
-    def __init__(self, cache_dir, monkeypatch):
-        self.cache_dir, self.read = cache_dir, []
-        original = statistics.measure_case
-
-        def measure_case(case, *arguments):
-            self.read.append(case["case_id"])
-            return original(case, *arguments)
-
-        monkeypatch.setattr(content, "SETTLED_S", -1)  # files are remembered however new they are
-        monkeypatch.setattr(statistics, "measure_case", measure_case)
-
-    def __call__(self, cases, ignore_value=None):
-        self.read.clear()
-        store = StatisticsStore(self.cache_dir)
-        found = [measure(case, ignore_value, store.measure_case) for case in cases]
-        store.hashes.save()
-        return found
-
-    @property
-    def files(self):
-        return sorted((self.cache_dir / "statistics").iterdir())
+def test_interval_is_that_of_a_paired_t_test_when_only_persons_matter():
+    rng = np.random.default_rng(2)
+    a, b = (np.tile(0.8 + 0.02 * rng.normal(size=25), (3, 1)) for _ in range(2))
+    paired = stats.ttest_rel(a[0], b[0])
+    ends = paired.confidence_interval()
+    entry = judge(a, b)["overall"]
+    # the bootstrap is drawn, and tells a standard error to 1 %
+    half = (ends.high - ends.low) / 2
+    assert entry["interval"] == pytest.approx([ends.low, ends.high], abs=0.04 * half)
+    assert entry["p_value"] == pytest.approx(paired.pvalue, rel=0.2)
+    assert estimate_difference(a, b, [str(n) for n in range(25)]).freedom == pytest.approx(24)
 
 
-@pytest.fixture
-def stored(tmp_path, monkeypatch):
-    return Stored(tmp_path / "cache", monkeypatch)
+def test_standard_error_of_seeds_is_that_of_all_resamples():
+    a, b = (scores[..., 0] for scores in noisy(3, num_seeds=4))
+    found = estimate_difference(a, b[:3], list("abcdefghijkl")).errors
+    for name, runs in (("seeds_a", a), ("seeds_b", b[:3])):
+        number = len(runs)
+        resamples = itertools.product(runs.mean(axis=1), repeat=number)
+        variance = np.var([np.mean(means) for means in resamples]) * number / (number - 1)
+        assert found[name] == pytest.approx(np.sqrt(variance))
 
 
-@pytest.fixture
-def cases(tmp_path):
-    return [make_case(tmp_path / "data", *make_voxels(n), f"c{n}") for n in range(3)]
+def test_standard_error_of_persons_is_that_of_a_slow_bootstrap():
+    persons = list("aaaabbcdddefgggggg")
+    a, b = (scores[..., 0] for scores in noisy(4, num_cases=len(persons)))
+    b = b + 0.05 * np.array([ord(name) % 3 for name in persons])  # persons differ in their gap
+    rng = random.Random(5)
+    people = sorted(set(persons))
+    resampled = []
+    for _ in range(6000):
+        drawn = [
+            case
+            for who in rng.choices(people, k=7)
+            for case, name in enumerate(persons)
+            if name == who
+        ]
+        resampled.append(sum(a[:, c].mean() - b[:, c].mean() for c in drawn) / len(drawn))
+    expected = np.std(resampled) * np.sqrt(7 / 6)
+    assert estimate_difference(a, b, persons).errors["persons"] == pytest.approx(expected, rel=0.05)
 
 
-def test_stored_statistics_are_those_that_were_measured(cases, stored):
-    expected = [measure(case) for case in cases]
-    assert (stored(cases), stored.read) == (expected, ["c0", "c1", "c2"])
-    assert (stored(cases), stored.read) == (expected, [])
-    assert [path.suffix for path in stored.files] == [".json"] * 3
-
-
-def test_files_are_read_once_for_statistics_and_hashes(cases, stored, monkeypatch):
-    stored(cases)
-    monkeypatch.setattr(content.hashlib, "file_digest", None)
-    assert len(content.contents_of(cases, stored.cache_dir)) == 3
-
-
-def test_case_is_measured_again_when_content_or_ignore_value_differs(cases, tmp_path, stored):
-    stored(cases)
-    save(tmp_path / "data" / "c1.nii.gz", make_voxels(9)[0])
-    assert (stored(cases)[1], stored.read) == (measure(cases[1]), ["c1"])
-    stored(cases, 2)
-    assert stored.read == ["c0", "c1", "c2"]
-
-
-def test_statistics_are_found_when_files_were_moved_or_touched(cases, tmp_path, stored):
-    before = stored(cases)
-    shutil.move(tmp_path / "data", tmp_path / "elsewhere")
-    moved = [
-        {key: value.replace("/data/", "/elsewhere/") for key, value in case.items()}
-        for case in cases
-    ]
-    os.utime(moved[0]["image"], (1, 1))
-    assert (stored(moved), stored.read) == (before, [])
+def test_smallest_difference_is_shown_with_a_probability_of_80_percent():
+    a, b = noisy(7, num_classes=1)
+    entry = judge(a, b)["overall"]
+    found = estimate_difference(a[..., 0], b[..., 0], [f"case_{n:03d}" for n in range(12)])
+    quantiles = stats.t.ppf(0.975, found.freedom) + stats.t.ppf(0.8, found.freedom)
+    assert entry["smallest_difference"] == pytest.approx(quantiles * found.total)
+    # where the true difference is as large, 80 % of estimates are beyond the end of the interval
+    beyond = stats.t.ppf(0.975, found.freedom) - entry["smallest_difference"] / found.total
+    assert stats.t.sf(beyond, found.freedom) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(
-    "change",
+    "p_values", [[0.01, 0.04, 0.03, 0.2], [0.02, 0.02], [0.5], [0.9, 0.001, 0.6], [0.04, 0.03]]
+)
+def test_holm_is_the_closure_of_bonferroni(p_values):
+    number = len(p_values)
+    subsets = [s for n in range(1, number + 1) for s in itertools.combinations(range(number), n)]
+    expected = [
+        min(1, max(len(s) * min(p_values[k] for k in s) for s in subsets if i in s))
+        for i in range(number)
+    ]
+    adjusted, levels = correct_by_holm(p_values, 0.05)
+    assert adjusted == pytest.approx(expected)
+    assert ((np.array(p_values) < levels) == (adjusted < 0.05)).all()
+
+
+def test_holm_does_not_count_what_is_not_tested():
+    adjusted, _ = correct_by_holm([0.03, NAN, 0.02], 0.05)
+    assert adjusted[[0, 2]] == pytest.approx([0.04, 0.04])
+    assert np.isnan(adjusted[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interval_of_a_class_excludes_0_just_where_the_verdict_says_so(seed):
+    a, b = noisy(seed, num_classes=5, num_cases=30, gap=0.012)
+    found = judge(a, b)["classes"].values()
+    for entry in found:
+        low, high = entry["interval"]
+        assert (low > 0 or high < 0) == (entry["verdict"] in CONFIDENT)
+        assert (entry["adjusted_p"] < 0.05) == (entry["verdict"] in CONFIDENT)
+    assert {entry["interval_confidence"] for entry in found} != {0.95}
+
+
+def test_mean_over_classes_is_taken_in_each_case():
+    a, b = noisy(8, num_classes=3)
+    for scores in (a, b):
+        scores[:, 2, 1] = NAN  # absent everywhere
+    found = judge(arm(a), arm(b))["overall"]
+    per_case = [
+        [np.mean([x for x in case if x == x]) for run in scores for case in run]
+        for scores in (a, b)
+    ]
+    assert found["scale"] == "difference"
+    assert found["difference"] == pytest.approx(np.mean(per_case[0]) - np.mean(per_case[1]))
+
+
+# ---- verdicts
+
+
+def test_verdict_names_the_better_arm_by_the_direction():
+    a, b = noisy(20, gap=0.05)
+    assert judge(a, b)["overall"]["verdict"] == BETTER
+    assert judge(b, a)["overall"]["verdict"] == WORSE
+    assert judge(a, b, higher_is_better=False)["overall"]["verdict"] == WORSE
+    assert judge(a, a)["overall"]["verdict"] == NO_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("seeds", "cases", "lacking"),
     [
-        lambda text: "",
-        lambda text: text[:-20],
-        lambda text: "[" * 100_000,
-        lambda text: "[]",
-        lambda text: '{"statistics": {"channels": []}, "sha256": "0"}',
-        lambda text: text.replace('"num_rounded": 0', '"num_rounded": 1'),
-        lambda text: "\0\xff",
+        ((1, 3), 12, "1 of at least 2 seeds of A"),
+        ((3, 1), 12, "1 of at least 2 seeds of B"),
+        ((3, 3), 4, "4 of at least 5 persons"),
+        ((3, 3), 1, "1 of at least 5 persons"),
     ],
 )
-def test_case_is_measured_again_when_its_statistics_are_not_as_written(cases, stored, change):
-    before = stored(cases)
-    text = stored.files[0].read_text()
-    assert change(text) != text
-    stored.files[0].write_text(change(text))
-    assert (stored(cases), len(stored.read)) == (before, 1)
-    assert stored.files[0].read_text() == text
+def test_verdict_is_too_few_without_an_interval(seeds, cases, lacking):
+    a, b = noisy(21, num_cases=cases, gap=0.1)
+    entry = judge(a[: seeds[0]], b[: seeds[1]])["overall"]
+    assert (entry["verdict"], entry["reason"]) == (TOO_FEW, lacking)
+    assert (entry["interval"], entry["p_value"]) == ([None, None], None)
+    assert entry["smallest_difference"] is None
+    assert entry["difference"] == pytest.approx(a[: seeds[0]].mean() - b[: seeds[1]].mean())
+    known = {name for name, error in entry["standard_errors"].items() if error is not None}
+    assert known == {"seeds_a", "seeds_b", "persons"} - (
+        {"seeds_a"} if seeds[0] == 1 else {"seeds_b"} if seeds[1] == 1 else set()
+    ) - ({"persons"} if cases == 1 else set())
 
 
-def test_case_is_measured_again_when_its_statistics_are_another_cases(cases, stored):
-    before = stored(cases)
-    shutil.copy(stored.files[0], stored.files[1])
-    assert (stored(cases), len(stored.read)) == (before, 1)
+def test_verdict_counts_persons_not_cases():
+    a, b = noisy(22, num_cases=12, gap=0.1)
+    persons = [f"person_{n // 3}" for n in range(12)]
+    assert judge(a, b)["overall"]["verdict"] == BETTER
+    assert judge(a, b, persons)["overall"]["verdict"] == TOO_FEW
 
 
-def test_statistics_are_measured_with_one_warning_when_nothing_can_be_stored(cases, stored, caplog):
-    stored.cache_dir.write_text("a file, where the folder should be")
-    with caplog.at_level(logging.WARNING):
-        assert stored(cases) == [measure(case) for case in cases]
-    (record,) = caplog.records
-    assert "expected to store statistics, got: " in record.message
+def test_margin_asks_whether_it_would_have_been_seen():
+    a, b = noisy(23)
+    smallest = judge(a, b)["overall"]["smallest_difference"]
+    assert judge(a, b, margin=1.01 * smallest)["overall"]["verdict"] == EQUIVALENT
+    entry = judge(a, b, margin=0.4 * smallest)["overall"]
+    assert entry["verdict"] == TOO_FEW
+    assert entry["interval"][0] is not None
+    a, b = noisy(23, gap=0.1)
+    assert judge(a, b, margin=1e-6)["overall"]["verdict"] == BETTER
 
 
-def test_nothing_is_stored_of_files_that_change_meanwhile(cases, tmp_path, stored, monkeypatch):
-    measure_case = statistics.measure_case
+def test_margin_becomes_what_a_shift_makes_of_ranks():
+    a, b = (scores[..., 0] for scores in noisy(24, num_cases=30))
+    b[0, 0] = NAN
+    entry = judge(a, b, margin=0.01)["overall"]
 
-    def measure_and_change(case, *arguments):
-        measured = measure_case(case, *arguments)
-        if case["case_id"] == "c1":
-            save(tmp_path / "data" / "c1.nii.gz", make_voxels(9)[0])
-        return measured
+    def chance(shift):
+        wins = [
+            1.0 if x + shift > y or y != y else 0.5 * (x + shift == y)
+            for x in a.flat
+            for y in b.flat
+        ]
+        return np.mean(wins)
 
-    monkeypatch.setattr(statistics, "measure_case", measure_and_change)
-    stored(cases)
-    monkeypatch.setattr(statistics, "measure_case", measure_case)
-    assert (stored(cases)[1], stored.read) == (measure(cases[1]), ["c1"])
-
-
-def test_statistics_of_one_content_are_stored_by_several_threads(cases, stored, caplog):
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: stored([cases[0]] * 9), range(4)))
-    assert not caplog.records
-    assert len(stored.files) == 1
+    assert entry["margin"] == pytest.approx((chance(0.01) - chance(-0.01)) / 2)
+    assert judge(a, b, margin=1e-4)["overall"]["verdict"] == TOO_FEW
+    assert judge(a, b, margin=0.2)["overall"]["verdict"] == EQUIVALENT
 
 
-def test_nothing_is_stored_of_what_cannot_be_read(cases, stored):
-    with open(cases[2]["image"], "rb+") as file:
-        file.truncate(os.path.getsize(cases[2]["image"]) - 8)
-    for _ in range(2):
-        with pytest.raises(VolumeError, match=r"file c2\.nii\.gz, got an end before that of its"):
-            stored(cases)
-        assert "c2" in stored.read
+@pytest.mark.parametrize("constant", [0.1, 0.7, 1 / 3, 123.4])
+def test_rounding_is_no_difference(constant):
+    a, b = np.full((3, 7), constant), np.full((10, 7), constant)
+    persons = [f"person_{n % 6}" for n in range(7)]
+    entry = judge(a, b, persons)["overall"]
+    assert (entry["verdict"], entry["interval"], entry["p_value"]) == (NO_DIFFERENCE, [0, 0], 1)
+
+
+def test_verdict_of_constant_scores():
+    same = np.full((3, 7), 0.7)
+    entry = judge(same, same)["overall"]
+    assert (entry["verdict"], entry["interval"], entry["p_value"]) == (NO_DIFFERENCE, [0, 0], 1)
+    assert entry["smallest_difference"] == 0
+    entry = judge(same + 0.1, same)["overall"]
+    assert (entry["verdict"], entry["p_value"]) == (BETTER, 0)
+    assert entry["interval"] == pytest.approx([0.1, 0.1])
+
+
+def test_swapping_the_arms_mirrors_everything():
+    for undefined in (False, True):
+        a, b = noisy(25, num_seeds=4, gap=0.012)
+        b = b[:3]
+        if undefined:
+            a[1, 2, 0] = b[0, 3, 0] = b[2, 5, 0] = NAN
+        there, back = judge(a, b, margin=0.01), judge(b, a, margin=0.01)
+        pairs = [(there["overall"], back["overall"])]
+        pairs += zip(there["classes"].values(), back["classes"].values(), strict=True)
+        for one, other in pairs:
+            assert one["verdict"] == MIRRORED[other["verdict"]]
+            assert one["interval"] == [-end for end in reversed(other["interval"])]
+            assert (one["mean_a"], one["estimate"]) == (other["mean_b"], -other["estimate"])
+            for name in ("p_value", "adjusted_p", "smallest_difference", "scale"):
+                assert one[name] == other[name]
+
+
+# ---- undefined scores
+
+
+def test_ranks_are_those_of_scipy_over_all_runs_and_cases():
+    placed = np.array([[[1.0], [2], [np.inf]], [[2.0], [-np.inf], [np.inf]]])
+    counted = np.array([[True], [True], [False]])
+    expected = stats.rankdata([1, 2, 2, -np.inf]) / 4
+    assert rank_scores(placed, counted)[:, :2, 0].ravel() == pytest.approx(expected)
+
+
+def test_undefined_scores_are_the_worst_in_the_chance_to_be_better():
+    a, b = (scores[..., 0] for scores in noisy(30, num_cases=8))
+    a[0, 1] = b[1, 1] = b[2, 4] = b[2, 5] = NAN
+    a[2, 3] = b[0, 0]  # a tie
+    for higher in (True, False):
+        entry = judge(a, b, higher_is_better=higher)["overall"]
+        placed = [
+            [(x if higher else -x) if x == x else -99.0 for x in scores.flat] for scores in (a, b)
+        ]
+        wins = [1.0 if x > y else 0.5 * (x == y) for x in placed[0] for y in placed[1]]
+        assert entry["scale"] == "rank"
+        assert entry["estimate"] == pytest.approx(np.mean(wins) - 0.5)
+        assert entry["num_undefined"] == {"a": 1, "b": 3}
+        assert entry["difference"] == pytest.approx(np.nanmean(a) - np.nanmean(b))
+
+
+def test_undefined_scores_decide_against_what_the_defined_ones_say():
+    a, b = (scores[..., 0] for scores in noisy(31, num_cases=20))
+    a += 0.02
+    a[:, :15] = NAN  # hardly ever found, and good where it is
+    entry = judge(a, b)["overall"]
+    assert entry["difference"] > 0
+    assert entry["verdict"] == WORSE
+
+
+def test_undefined_for_the_best_reason_ranks_best():
+    a, b = (scores[..., :1] for scores in noisy(32, num_cases=10))
+    a[:, :8] = NAN
+    b[:, :8] = 0
+    best = np.isnan(a)
+    assert judge(arm(a, best), arm(b))["overall"]["verdict"] == BETTER
+    assert judge(arm(a), arm(b))["overall"]["verdict"] == WORSE
+
+
+def test_cases_undefined_everywhere_are_counted_apart():
+    a, b = noisy(33, num_cases=20, gap=0.03)
+    without = judge(a[:, 3:], b[:, 3:])
+    a[:, :3, :] = b[:, :3, :] = NAN
+    found = judge(a, b)
+    entry = found["classes"]["class_0"]
+    assert (entry["num_apart"], entry["num_cases"], entry["scale"]) == (3, 17, "difference")
+    for name in ("interval", "difference", "verdict", "p_value"):
+        assert found["overall"][name] == without["overall"][name]
+
+
+def test_cases_undefined_everywhere_tell_something_if_not_alike():
+    a, b = (scores[..., :1] for scores in noisy(34, num_cases=20))
+    a[:, :10] = b[:, :10] = NAN
+    entry = judge(arm(a, np.isnan(a)), arm(b))["overall"]  # absent in A, spurious in B
+    assert (entry["num_apart"], entry["scale"], entry["verdict"]) == (0, "rank", BETTER)
+
+
+def test_class_without_any_score_is_too_few():
+    a, b = noisy(35)
+    a[..., 0] = b[..., 0] = NAN
+    found = judge(a, b)
+    entry = found["classes"]["class_0"]
+    assert (entry["verdict"], entry["mean_a"], entry["num_apart"]) == (TOO_FEW, None, 12)
+    assert found["classes"]["class_1"]["adjusted_p"] == found["classes"]["class_1"]["p_value"]
+    assert found["overall"]["difference"] == found["classes"]["class_1"]["difference"]
+
+
+# ---- equivalence
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_arms_are_equivalent_if_the_interval_is_strictly_within_the_margin(higher):
+    a, b = noisy(26, num_classes=1, num_cases=30)
+    low, high = judge(a, b)["overall"]["interval"]
+    edge = max(-low, high)
+    for factor in (1.001, 1, 0.99):
+        entry = judge(a, b, margin=factor * edge, higher_is_better=higher)["overall"]
+        assert (entry["verdict"] == EQUIVALENT) == (factor > 1)
+    shifted = judge(a + 0.9 * edge, b, margin=3 * edge)["overall"]  # a difference, but a small one
+    assert (shifted["verdict"], shifted["interval"][0] > 0) == (EQUIVALENT, True)
+
+
+def test_equivalence_of_a_class_is_not_corrected_for_the_number_of_classes():
+    a, b = noisy(27, num_classes=4, num_cases=30)
+    alone = judge(a[..., :1], b[..., :1])["classes"]["class_0"]["interval"]
+    together = judge(a, b, margin=1.001 * np.abs(alone).max())["classes"]["class_0"]
+    assert together["verdict"] == EQUIVALENT
+    assert np.abs(together["interval"]).max() > np.abs(alone).max()
+
+
+# ---- the interval of one run
+
+
+def test_bootstrap_interval_is_that_of_every_possible_resample():
+    values, persons = [0.3, -0.1, 0.6, NAN, 0.8, -0.7], ["a", "b", "c", "b", "d", "a"]
+    means = []
+    for drawn in itertools.product("abcd", repeat=4):
+        named = [*zip(values, persons, strict=True)]
+        scores = [v for who in drawn for v, person in named if person == who and v == v]
+        means.append(sum(scores) / len(scores))
+    found = bootstrap_interval(np.array(values), persons)
+    for end, share in zip(found, (0.025, 0.975), strict=True):
+        # the share of drawn resamples below a value is binomial
+        error = 4 * np.sqrt(share * (1 - share) / 2000)
+        below, above = np.quantile(means, [max(share - error, 0), min(share + error, 1)])
+        assert below <= end <= above
+
+
+def test_bootstrap_interval_takes_two_persons_with_scores():
+    assert bootstrap_interval(np.array([0.1, 0.2]), ["a", "a"]) is None
+    assert bootstrap_interval(np.array([0.1, NAN]), ["a", "b"]) is None
+    assert bootstrap_interval(np.array([0.1, 0.1, NAN]), ["a", "b", "c"]) == pytest.approx(
+        [0.1] * 2
+    )

@@ -368,10 +368,11 @@ def test_occupied_box_is_the_whole_when_the_image_is_zero_everywhere():
 @pytest.mark.parametrize("channels", [(), (2,)])
 def test_crop_keeps_every_voxel_at_its_place(tmp_path, affine, channels):
     case, image, label = make_bordered(tmp_path, affine, channels)
-    crop = preprocessing(SPACING, crop_empty_borders=True).transforms
+    process = preprocessing(SPACING, crop_empty_borders=True)
+    crop = process.regularize.transforms
     names = [type(one).__name__ for one in crop]
     assert names.index("CropEmptyBordersd") < names.index("Orientationd")
-    data = case
+    data = process.load(case)
     for one in crop:
         data = one(data)
         if isinstance(one, CropEmptyBordersd):

@@ -7,6 +7,8 @@ and NumpyReader unpickles. This module uses one reader that does none of these.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +72,15 @@ def _open(path: str | Path) -> Any:
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"expected a .nii or .nii.gz file, got {Path(path).name}. Convert it.")
     image: Any = nib.load(path)
+    if str(path).endswith(".gz"):
+        # to the end, where the checksum is: nibabel stops at the last voxel
+        try:
+            with gzip.open(path) as file:
+                image = type(image).from_bytes(file.read())
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"expected a readable NIfTI file {Path(path).name}, got {error}. Replace the file."
+            ) from None
     while image.ndim > 3 and image.shape[-1] == 1:  # no axis of space, and no channels
         image = image.slicer[..., 0]
     return image

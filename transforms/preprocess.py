@@ -28,7 +28,18 @@ from transforms.labels import WholeLabelsd
 from transforms.load import LoadVolumesd
 from transforms.normalize import Normalization, NormalizeChannelsd
 
-LOADING_STEPS = 2  # of `preprocessing`, after which a volume is `(C, H, W, D)` as in its file
+
+class Preprocessing(Compose):
+    """Two parts that are called one after the other, or by themselves.
+
+    Args:
+        load: Transforms after which `image` is `(C, H, W, D)` as in its file.
+        regularize: All that follow.
+    """
+
+    def __init__(self, load: Sequence[Callable], regularize: Sequence[Callable]) -> None:
+        self.load, self.regularize = Compose(load), Compose(regularize)
+        super().__init__([self.load, self.regularize])
 
 
 def preprocessing(
@@ -39,7 +50,7 @@ def preprocessing(
     keys: Sequence[str] = ("image", "label"),
     before: Sequence[Callable] = (),
     after: Sequence[Callable] = (),
-) -> Compose:
+) -> Preprocessing:
     """Load and make regular the volumes of one case.
 
     A case is a dictionary with paths under `image` (one, or a list with one per channel) and
@@ -66,10 +77,9 @@ def preprocessing(
     labels = [key for key in keys if key == "label"]
     modes = ["nearest" if key == "label" else "bilinear" for key in keys]
     crop = [CropEmptyBordersd(keys, **optional)] if crop_empty_borders else []
-    return Compose(
+    return Preprocessing(
+        [LoadVolumesd(keys, **optional), EnsureChannelFirstd(keys, **optional)],
         [
-            LoadVolumesd(keys, **optional),
-            EnsureChannelFirstd(keys, **optional),
             *(OnImageGridd(key, **optional) for key in labels),
             *(UserTransform(one, "transforms_before") for one in before),
             *crop,
@@ -80,7 +90,7 @@ def preprocessing(
             *(WholeLabelsd(key, **optional) for key in labels),
             *(UserTransform(one, "transforms_after") for one in after),
             *(WholeLabelsd(key, **optional) for key in labels),
-        ]
+        ],
     )
 
 

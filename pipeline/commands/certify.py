@@ -1,13 +1,12 @@
-"""A certificate that mixed precision costs no accuracy, for a dataset and a config of your own.
+"""Certify that mixed precision costs no accuracy, for a dataset and a config of your own.
 
-    python -m pipeline certify CONFIG.json [MORE.json ...] [--key value ...]
-        [--dtypes float32 tf32 float16 bfloat16] [--seeds 3] [--margin 0.005] [--jobs 1]
-        [--allow NAME]
+    python -m pipeline certify CONFIG.json [MORE.json ...] [options] [--key value ...]
 
 Trains the config with the same seeds, hence on the same batches, in each precision, and in float32
-with as many other seeds, as a control. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets
-a run directory for each, `certificate.json` and `certificate.md`. The same command goes on where it
-was interrupted; further dtypes and another margin cost only what is new.
+with as many other seeds, as a control. The scores of the validation cases are compared with the
+statistics of `python -m pipeline compare`. `output_dir` (`runs/<name of dataset_dir>_certificate`)
+gets a run directory for each training, `certificate.json` and `certificate.md`. The same command
+goes on where it was interrupted; further dtypes and another margin cost only what is new.
 
 Exit status: 0 if no class is worse, 1 if one is (a precision in which training stops is worse) or a
 run failed, 2 a mistake in input or config, 130 interrupted.
@@ -18,16 +17,69 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.trials import OWN_KEYS, PRECISIONS, Plan, RunFailed, train
+from pipeline.commands.command import CommandParser, number_in
 from pipeline.config import allowed, keys, validate
 from pipeline.config.compose import compose_located, parse_overrides
-from pipeline.errors import InputError, nearest
-from pipeline.run import open_run, split_words
+from pipeline.errors import STOPS, InputError, interrupted_status
+from pipeline.run import split_words
+
+PRECISIONS: dict[str, keys.Config] = {
+    "float32": {"amp": False, "tf32": False},
+    "tf32": {"amp": False, "tf32": True},
+    "float16": {"amp": True, "amp_dtype": "float16", "tf32": False},
+    "bfloat16": {"amp": True, "amp_dtype": "bfloat16", "tf32": False},
+}
+OWN_KEYS = ("amp", "amp_dtype", "tf32", "val_interval", "resume")
+CONTROL = "float32, other seeds"
+UNDECIDED = "not enough evidence"
+
+Run = tuple[str, int]  # precision and seed
+
+
+class RunFailed(Exception):  # noqa: N818 - the name says it
+    """A run did not come to its end; the message has its last lines."""
+
+
+@dataclass(frozen=True)
+class PrecisionSweep:
+    """Trainings of one config that differ in precision and seed.
+
+    Attributes:
+        dataset: Its name.
+        out: Folder of all runs and of the certificate.
+        command: The command that trains, without precision, seed and run directory.
+        dtypes: Precisions to compare with float32.
+        seeds: Seeds of the comparison.
+        control_seeds: As many others, for float32 alone.
+        margin: Difference of Dice that does not matter.
+    """
+
+    dataset: str
+    out: Path
+    command: list[str]
+    dtypes: list[str]
+    seeds: list[int]
+    control_seeds: list[int]
+    margin: float
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, the control last."""
+        pairs = [(dtype, seed) for seed in self.seeds for dtype in ("float32", *self.dtypes)]
+        return pairs + [("float32", seed) for seed in self.control_seeds]
+
+    def run_dir(self, run: Run) -> Path:
+        """Return the run directory of a run."""
+        return self.out / "{}_seed{}".format(*run)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -37,17 +89,11 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The command line after the command, by default this process's.
     """
     words = list(sys.argv[1:] if words is None else words)
-    if not words or "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0 if words else 2
     try:
-        plan = make_plan(words)
-        train(plan)
-        certificate = certify(
-            plan, shlex.join(["python", "-m", "pipeline.commands.certify", *words])
-        )
+        sweep, jobs = read_command(words)
+        stopped = train(sweep, jobs)
     except InputError as error:
-        print(error, file=sys.stderr)
+        error.tell()
         return 2
     except RunFailed as error:
         print(error, file=sys.stderr)
@@ -55,51 +101,42 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         return 130
-    from pipeline.evaluation.bootstrap import WORSE
-    from pipeline.evaluation.certificate import CONTROL, markdown
+    from pipeline.evaluation.statistics import WORSE
     from pipeline.files import write_json
 
-    write_json(plan.out / "certificate.json", certificate)
-    page = markdown(certificate)
-    (plan.out / "certificate.md").write_text(page)
-    print(f"\n{page}\n  {plan.out}/certificate.json\n  {plan.out}/certificate.md")
-    judged = {name: found for name, found in certificate["classes"].items() if name != CONTROL}
-    verdicts = [entry["verdict"] for found in judged.values() for entry in found.values()]
-    return 1 if WORSE in verdicts else 0
+    certificate = make_certificate(sweep, stopped)
+    certificate["command"] = shlex.join(["python", "-m", "pipeline", "certify", *words])
+    write_json(sweep.out / "certificate.json", certificate)
+    page = format_page(certificate)
+    (sweep.out / "certificate.md").write_text(page)
+    print(f"\n{page}\n  {sweep.out}/certificate.json\n  {sweep.out}/certificate.md")
+    entries = [of for name in sweep.dtypes for of in certificate["classes"][name].values()]
+    return 1 if WORSE in [entry["verdict"] for entry in entries] else 0
 
 
-def make_plan(words: list[str]) -> Plan:
-    """Read the command line, and refuse a folder that another config's certificate was begun in.
+def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
+    """Read the command line; also return the number of runs that train at the same time.
 
     Raises:
         InputError: For a mistake in options or config.
     """
+    parser = CommandParser("certify", __doc__)
+    add = parser.add_argument
+    add("--dtypes", nargs="+", choices=PRECISIONS, default=[*PRECISIONS])
+    add("--seeds", type=number_in(2, kind=int), default=3, help="in each precision (3)")
+    add("--margin", type=number_in(1e-6, 1), default=0.005, help="of Dice, that does not matter")
+    add("--jobs", type=number_in(1, kind=int), default=1, help="runs at the same time (1)")
     files, rest = split_words(words)
     allow, rest = allowed.split_allow(rest)
-    overrides = parse_overrides(_join_dtypes(rest))
-    dtypes = overrides.pop("dtypes", list(PRECISIONS))
-    seeds, jobs = overrides.pop("seeds", 3), overrides.pop("jobs", 1)
-    margin = overrides.pop("margin", 0.005)
-    dtypes = dtypes if isinstance(dtypes, list) else [dtypes]
+    given, rest = parser.parse_known_args(rest)
+    overrides = parse_overrides(rest)
     faults = [
-        f"--dtypes: expected some of {', '.join(PRECISIONS)}, got {name!r}. "
-        + nearest(str(name), PRECISIONS)
-        for name in dtypes
-        if name not in PRECISIONS
-    ]
-    faults += [
         f"--{key}: expected no value, since a certificate sets it itself. Leave it out."
         for key in OWN_KEYS
         if key in overrides
     ]
-    if type(seeds) is not int or seeds < 2:
-        faults.append(f"--seeds: expected at least 2, to see how seeds differ, got {seeds!r}.")
-    if type(jobs) is not int or jobs < 1:
-        faults.append(f"--jobs: expected at least 1, got {jobs!r}.")
-    if type(margin) not in (int, float) or not 0 < margin < 1:
-        faults.append(f"--margin: expected a difference of Dice between 0 and 1, got {margin!r}.")
     if not files:
-        faults.append("command line: expected a config file, got none. See --help.")
+        faults.append("command line: expected a config file first, got none. See --help.")
     if faults:
         raise InputError(*faults)
     composed = compose_located(files, overrides, allow)
@@ -107,36 +144,38 @@ def make_plan(words: list[str]) -> Plan:
     source = composed.source
     if source["fold"] == "all":
         raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")
-    name = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
-    out = Path(source["bundle_root"], source["output_dir"] or f"runs/{name}_certificate").resolve()
-    overrides.pop("output_dir", None)
+    dataset = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
+    out = source["output_dir"] or f"runs/{dataset}_certificate"
     epochs = source["train"]["trainer"]["max_epochs"]
-    overrides["val_interval"] = source["max_epochs"] if epochs == "@max_epochs" else epochs
-    dtypes = _possible(dict.fromkeys(dtypes), source["device"])
-    _check_folder(out, source)
-    first = source["seed"]
-    middle, end = first + seeds, first + 2 * seeds
-    return Plan(
-        files, overrides, out, dtypes, list(range(first, middle)), list(range(middle, end)),
-        margin, jobs, allow,
-    )  # fmt: skip
+    epochs = source["max_epochs"] if epochs == "@max_epochs" else epochs
+    overrides |= {"val_interval": epochs, "final_scores": True, "report": False, "resume": "auto"}
+    for key in ("seed", "output_dir"):  # each run has its own
+        overrides.pop(key, None)
+    command = [sys.executable, "-m", "pipeline.run", *files, *_options(overrides)]
+    command += [word for name in allow for word in ("--allow", name)]
+    first, middle, end = (source["seed"] + n * given.seeds for n in range(3))
+    sweep = PrecisionSweep(
+        dataset,
+        Path(source["bundle_root"], out).resolve(),
+        command,
+        _choose_dtypes(given.dtypes, source["device"]),
+        list(range(first, middle)),
+        list(range(middle, end)),
+        given.margin,
+    )
+    return sweep, given.jobs
 
 
-def _join_dtypes(words: list[str]) -> list[str]:
-    """`--dtypes a b` as one JSON value, as the other options are given."""
-    if "--dtypes" not in words:
-        return words
-    start = words.index("--dtypes") + 1
-    named, rest = split_words(words[start:])
-    return [*words[:start], json.dumps(named), *rest]
+def _options(values: keys.Config) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
 
 
-def _possible(dtypes: Sequence[str] | dict[str, None], device: str) -> list[str]:
-    """Precisions to compare with float32; TF32 is only on CUDA another one."""
+def _choose_dtypes(dtypes: Sequence[str], device: str) -> list[str]:
+    """Return precisions to compare with float32; TF32 exists on CUDA only."""
     from pipeline.precision import resolve_device
 
-    compared = [name for name in dtypes if name != "float32"]
-    if resolve_device(device).type != "cuda" and "tf32" in compared:
+    compared = [name for name in dict.fromkeys(dtypes) if name != "float32"]
+    if "tf32" in compared and resolve_device(device).type != "cuda":
         print("tf32 is left out: it exists on CUDA only.")
         compared.remove("tf32")
     if not compared:
@@ -144,87 +183,174 @@ def _possible(dtypes: Sequence[str] | dict[str, None], device: str) -> list[str]
     return compared
 
 
-def _check_folder(out: Path, source: keys.Config) -> None:
-    """A certificate is of one config: the first command's is kept and compared with."""
-    from pipeline.files import write_json
+def train(sweep: PrecisionSweep, jobs: int) -> dict[Run, str]:
+    """Train every run to its end; a finished run says so and ends at once.
 
-    stored = out / "config.json"
-    source = {key: value for key, value in source.items() if key != "output_dir"}
-    if not any(out.glob("*_seed*/checkpoints/*")):  # there is nothing yet to be true to
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(stored, source)
-        return
-    changed = keys.changes(json.loads(stored.read_text()), source)
-    named = changed[keys.IDENTITY] + changed[keys.CONTINUABLE]
-    if named:
-        raise InputError(
-            f"{out}: expected the config of the certificate there, got other values of "
-            f"{', '.join(named)}. Choose another output_dir, or leave them as they were."
-        )
+    Returns:
+        The reason for each run that stopped before damage. In float32, which all are compared with,
+        that is a failure.
+
+    Raises:
+        InputError: If a run refuses its input.
+        RunFailed: If a run failed.
+    """
+    children: list[subprocess.Popen] = []
+    stopping = threading.Event()
+
+    def train_one(run: Run) -> str | None:
+        values = {**PRECISIONS[run[0]], "seed": run[1], "output_dir": str(sweep.run_dir(run))}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        child = subprocess.Popen([*sweep.command, *_options(values)], text=True, **pipes)
+        children.append(child)
+        if stopping.is_set():
+            child.terminate()
+        output, errors = child.communicate()
+        return _check_end(run, child.returncode, output, errors)
+
+    stopped = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for run, reason in zip(sweep.runs, pool.map(train_one, sweep.runs), strict=True):
+                print("{} seed {}: {}".format(*run, reason or "trained"), flush=True)
+                if reason:
+                    stopped[run] = reason
+        except BaseException:  # runs that are terminated save, and go on with the next command
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+            raise
+    return stopped
 
 
-def certify(plan: Plan, command: str) -> dict[str, Any]:
-    """The certificate of runs that are all trained.
+def _check_end(run: Run, status: int, output: str, errors: str) -> str | None:
+    if status == 0:
+        return None
+    if status == 2:
+        raise InputError(errors.strip())
+    stop = output.find(STOPS)
+    if status == 1 and stop >= 0 and run[0] != "float32":
+        return output[output.rfind("\n", 0, stop) + 1 :].strip()
+    what = "was interrupted" if status == interrupted_status() else "failed"
+    tail = "\n".join((output + errors).splitlines()[-8:])
+    raise RunFailed(
+        f"{run[0]} seed {run[1]}: expected the run to end, it {what} (exit status {status}). The "
+        f"same command goes on.\n{tail}"
+    )
+
+
+def make_certificate(sweep: PrecisionSweep, stopped: Mapping[Run, str]) -> dict[str, Any]:
+    """Compare runs that are all trained; the result is plain values for JSON.
 
     Args:
-        plan: Of the runs.
-        command: The command line, for the record.
+        sweep: The runs.
+        stopped: As `train` returns it.
     """
-    from pipeline.data.splits import persons_of
-    from pipeline.evaluation.certificate import CONTROL, compare, stopped
-    from pipeline.evaluation.fixed_batch import measure
-    from pipeline.lifecycle.summary import device_name
-
-    lifecycle, trainer = open_run(
-        plan.files, plan.run_overrides("float32", plan.seeds[0]), plan.allow
-    )
-    pattern = lifecycle.data_module.split["group_pattern"]
-    persons = persons_of(lifecycle.cases.validation, pattern)
-
-    def scores(dtype: str, seeds: list[int]) -> list[dict[str, Any]] | None:
-        found = [plan.read(dtype, seed, "validation.json") for seed in seeds]
-        ended = all(plan.read(dtype, seed, "summary.json") for seed in seeds)
-        return [one["cases"] for one in found] if ended else None
-
-    names = ["float32", *plan.dtypes]
-    last = plan.run_dir("float32", plan.seeds[0]) / "models" / "last.pt"
-    reference = scores("float32", plan.seeds)
-    assert reference is not None
-    compared = {dtype: scores(dtype, plan.seeds) for dtype in plan.dtypes}
-    compared[CONTROL] = scores("float32", plan.control_seeds)
-    summary = plan.read("float32", plan.seeds[0], "summary.json")
-    runs: dict[str, dict[str, Any]] = {}
-    for dtype, seed in plan.runs():
-        runs.setdefault(dtype, {})[str(seed)] = _facts(plan, dtype, seed)
+    compared = {dtype: [(dtype, seed) for seed in sweep.seeds] for dtype in sweep.dtypes}
+    compared[CONTROL] = [("float32", seed) for seed in sweep.control_seeds]
+    classes = {
+        name: _compare(sweep, runs, not stopped.keys().isdisjoint(runs))
+        for name, runs in compared.items()
+    }
+    kept = ("effective", "last_mean_dice", "skipped_steps", "wall_time_s", "peak_memory_bytes")
+    records: dict[str, dict[str, Any]] = {}
+    for run in sweep.runs:
+        record: dict[str, Any] = {"stopped": stopped.get(run)}
+        if run not in stopped:
+            summary = json.loads((sweep.run_dir(run) / "summary.json").read_text())
+            record = {key: summary[key] for key in kept}
+        records.setdefault(run[0], {})[str(run[1])] = record
     return {
-        "dataset": lifecycle.cases.name,
-        "command": command,
-        "device_name": device_name(trainer.precision.device),
-        "versions": summary["versions"],
-        "steps": summary["steps"],
-        "margin": plan.margin,
-        "seeds": plan.seeds,
-        "control_seeds": plan.control_seeds,
-        "num_cases": len(persons),
-        "num_persons": len(set(persons.values())),
-        "classes": {
-            name: compare(variant, reference, persons, plan.margin)
-            if variant
-            else stopped(reference)
-            for name, variant in compared.items()
-        },
-        "fixed_batch": measure(trainer, {name: PRECISIONS[name] for name in names}, last),
-        "runs": runs,
+        "dataset": sweep.dataset,
+        **{key: summary[key] for key in ("device_name", "versions", "steps", "num_cases")},
+        "margin": sweep.margin,
+        "seeds": sweep.seeds,
+        "control_seeds": sweep.control_seeds,
+        "classes": classes,
+        "runs": records,
     }
 
 
-def _facts(plan: Plan, dtype: str, seed: int) -> dict[str, Any]:
-    """Of one run, for the record."""
-    summary = plan.read(dtype, seed, "summary.json")
-    if summary is None:
-        reason = plan.read(dtype, seed, "stopped.json")["reason"]
-        return {"skipped_steps": "stopped", "stopped": reason}
-    return {key: summary[key] for key in ("last_mean_dice", "skipped_steps", "wall_time_s")}
+def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> dict[str, Any]:
+    """Compare runs with those in float32, each class by itself."""
+    from pipeline.evaluation.comparison import read_arms
+    from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare
+
+    reference = [("float32", seed) for seed in sweep.seeds]
+    files = {
+        arm: [str(sweep.run_dir(run) / "scores/validation_last/metrics.csv") for run in of_arm]
+        for arm, of_arm in (("a", reference if is_stopped else runs), ("b", reference))
+    }
+    scores = read_arms(files, "dice")
+    found = {}
+    for k, name in enumerate(scores.class_names):
+        a, b = (Arm(arm.values[..., [k]], arm.best[..., [k]]) for arm in scores.arms)
+        entry = compare(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
+        high = entry["interval"][1]
+        if is_stopped:
+            entry |= {"verdict": WORSE, "difference": None, "interval": [None, None]}
+        elif high is not None and high < -entry["margin"]:
+            entry["verdict"] = WORSE
+        elif entry["verdict"] != EQUIVALENT or entry["mean_b"] < 10 * sweep.margin:
+            entry["verdict"] = UNDECIDED
+        found[name] = entry
+    return found
+
+
+PAGE = """\
+# Precision certificate: {dataset}
+
+{device_name}, torch {versions[torch]}, MONAI {versions[monai]}; {steps} steps per run, seeds \
+{seeds}, {num_cases[validation]} validation cases, last weights.
+
+    {command}
+
+Difference of Dice to float32 with the same seeds on the same batches, with a 95 % interval over \
+seeds and persons, as `python -m pipeline compare` computes it. Equivalent: the interval lies \
+within ±{margin:g}; worse: below -{margin:g}, or training stopped; a class with less than \
+{learnt:g} Dice in float32 is not called equivalent. The last rows compare float32 with itself, \
+seeds {control_seeds} with {seeds}: the noise that any comparison stands in.
+
+| precision | class | Dice in float32 | difference | 95 % interval | verdict |
+|---|---|---|---|---|---|
+{verdicts}
+
+| precision | seed | in force | training | peak memory | skipped steps |
+|---|---|---|---|---|---|
+{runs}
+"""
+
+
+def format_page(certificate: Mapping[str, Any]) -> str:
+    """Format the certificate as a Markdown page.
+
+    Args:
+        certificate: As `make_certificate` returns it, with the `command`.
+    """
+    from pipeline.evaluation.scores import format_number as form
+
+    verdicts, runs = [], []
+    for precision, classes in certificate["classes"].items():
+        for name, of in classes.items():
+            interval = " to ".join(form(end, "+.4f") for end in of["interval"])
+            if of["scale"] == "rank":
+                interval += " (of ranks, as scores are undefined)"
+            cells = form(of["mean_b"]), form(of["difference"], "+.4f"), interval, of["verdict"]
+            verdicts.append(f"| {' | '.join([precision, name, *cells])} |")
+    for precision, by_seed in certificate["runs"].items():
+        for seed, run in by_seed.items():
+            if "stopped" in run:
+                runs.append(f"| {precision} | {seed} | stopped: {run['stopped']} | | | |")
+                continue
+            effective, peak = run["effective"], run["peak_memory_bytes"]
+            runs.append(
+                f"| {precision} | {seed} | {effective['dtype']}{', tf32' * effective['tf32']} | "
+                f"{run['wall_time_s']:.0f} s | {form(peak and peak / 1e9, '.2f')} GB | "
+                f"{run['skipped_steps']} |"
+            )
+    lists = {key: ", ".join(map(str, certificate[key])) for key in ("seeds", "control_seeds")}
+    tables = {"verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
+    return PAGE.format(**{**certificate, **lists, **tables}, learnt=10 * certificate["margin"])
 
 
 if __name__ == "__main__":

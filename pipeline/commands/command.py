@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -30,6 +31,24 @@ class CommandParser(argparse.ArgumentParser):
         """Refuse the words that were typed."""
         usage = " ".join(self.format_usage().split())
         raise InputError(f"command line: {message}. {usage}")
+
+
+def number_in(
+    low: float, high: float = math.inf, kind: Callable[[str], float] = float
+) -> Callable[[str], float]:
+    """Return a type of options: a finite number from `low` to `high`, both included."""
+    limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
+
+    def parse(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected {limits}, got {word}")
+        return value
+
+    return parse
 
 
 def run_parsed(

@@ -1,14 +1,9 @@
-"""Scores of predictions against labels, per case and class.
+"""Score predictions against labels, per case and class.
 
-    python -m pipeline evaluate PRED_DIR LABEL_DIR [--output_dir DIR] [--dataset_dir DIR]
-        [--class_names JSON] [--tolerance_mm 1.0] [--group_pattern P] [--ignore_value N]
-        [--num_threads N] [--device cpu]
-
-Files are matched by name, `<case>.nii.gz` or `.nii`. `output_dir` (`<PRED_DIR>_scores`) gets
-`metrics.csv`, a row per case and class, and `summary.json`. Classes (`["background", "liver"]`) and
-the value to ignore are those given, else those of `dataset_dir`, else of a dataset.json in
-LABEL_DIR or its parent, else every value found is a class. Persons, by whom intervals are drawn,
-are told by `group_pattern`, else by `dataset_dir`.
+Files are matched by name, `<case>.nii.gz` or `.nii`. The output folder gets `metrics.csv`, a row
+per case and class, and `summary.json`. Classes and the value to ignore are those given, else those
+of --dataset_dir, else of a dataset.json in LABEL_DIR or its parent, else every value found is a
+class. Persons, over whom intervals are drawn, are told by --group_pattern, else by --dataset_dir.
 
 Exit status: 0 if every case was scored, 1 if one was refused (the others are scored), 2 a mistake
 on the command line.
@@ -16,31 +11,22 @@ on the command line.
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.command import run_command
-from pipeline.config.compose import parse_overrides
+from pipeline.commands.command import CommandParser, number_in, run_parsed
 from pipeline.data.cases import DatasetLayout
 from pipeline.data.layouts import read_dataset_json, read_layout
-from pipeline.data.pairs import MAX_VALUE, Pair, match, read_pair
+from pipeline.data.pairs import MAX_VALUE, match
 from pipeline.data.splits import persons_of
-from pipeline.errors import InputError, nearest
-from pipeline.evaluation.scores import Row, score_case, write_scores
+from pipeline.errors import InputError
+from pipeline.evaluation.scores import Row, format_number, format_table, score_files, write_scores
 from pipeline.precision import resolve_device
-from pipeline.progress_bar import ProgressBar
-from pipeline.run import split_words
-
-USAGE = "usage: python -m pipeline evaluate PRED_DIR LABEL_DIR [--key value ...]"
-NO_DEFAULT = (
-    "output_dir", "dataset_dir", "class_names", "group_pattern", "ignore_value", "num_threads",
-)  # fmt: skip
-DEFAULTS: dict[str, Any] = {**dict.fromkeys(NO_DEFAULT), "tolerance_mm": 1.0, "device": "cpu"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,125 +35,110 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    return run_command(__doc__, words, _main)
+    parser = CommandParser("evaluate", __doc__)
+    add = parser.add_argument
+    add("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predictions")
+    add("label_dir", metavar="LABEL_DIR", type=Path, help="folder of labels")
+    add("--output_dir", type=Path, help="(PRED_DIR_scores)")
+    add("--dataset_dir", help="dataset that says what classes there are")
+    add("--class_names", type=_parse_names, help='JSON, such as \'["background", "liver"]\'')
+    add("--tolerance_mm", type=number_in(0), default=1.0,
+        help="of the surface Dice (1.0)")  # fmt: skip
+    add("--group_pattern", help="tells persons by the case id, as in training")
+    add("--ignore_value", type=number_in(1, MAX_VALUE, int), help="label of voxels not to count")
+    add("--num_threads", type=number_in(1, kind=int), default=len(os.sched_getaffinity(0)),
+        help="cases scored at the same time (one for each core)")  # fmt: skip
+    add("--device", default="cpu", help="for surface distances (cpu)")
+    return run_parsed(parser, words, _main)
 
 
-def _main(words: list[str]) -> int:
-    pred_dir, label_dir, options = read_command(words)
+def _parse_names(word: str) -> list[str]:
     try:
-        output_dir, summary = evaluate(pred_dir, label_dir, options)
-    except OSError as error:
-        print(
-            f"--output_dir: expected a folder that can be written, got: {error}. Choose another.",
-            file=sys.stderr,
+        names = json.loads(word)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON list of names, background first, got {word}; quote it for the shell"
         )
-        return 2
-    print("\n".join(table(summary)))
+    return names
+
+
+def _main(given: argparse.Namespace) -> int:
+    output_dir = given.output_dir or Path(f"{given.pred_dir.resolve()}_scores")
+    try:
+        summary = evaluate(given, output_dir)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir: expected a folder that can be written, got: {error}. Choose another."
+        ) from None
+    print("\n".join(format_summary(summary)))
     print(f"Written: {output_dir / 'metrics.csv'}, {output_dir / 'summary.json'}", flush=True)
     for case_id, reason in summary["refused"].items():
         print(f"{case_id}: {reason}", file=sys.stderr)
     return 1 if summary["refused"] else 0
 
 
-def read_command(words: list[str]) -> tuple[Path, Path, dict[str, Any]]:
-    """The two folders, and the options with their defaults.
-
-    Raises:
-        InputError: One line per mistake.
-    """
-    folders, rest = split_words(words)
-    given = parse_overrides(rest)
-    options = DEFAULTS | {key: value for key, value in given.items() if value is not None}
-    if options["num_threads"] is None:
-        options["num_threads"] = len(os.sched_getaffinity(0))
-    names, tolerance = options["class_names"], options["tolerance_mm"]
-    ignored, threads = options["ignore_value"], options["num_threads"]
-    faults = [
-        f"--{key}: expected a known option, got '{key}'. {nearest(key, DEFAULTS)}"
-        for key in given
-        if key not in DEFAULTS
-    ]
-    if len(folders) != 2:
-        faults.append(f"command line: expected two folders first, got {len(folders)}. {USAGE}")
-    if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
-        faults.append(
-            f"--class_names: expected a JSON list of names, background first, got {names!r}. "
-            "Quote it for the shell."
-        )
-    if type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf:
-        faults.append(f"--tolerance_mm: expected 0 mm or more, got {tolerance!r}. Change it.")
-    if ignored is not None and (type(ignored) is not int or not 0 < ignored <= MAX_VALUE):
-        faults.append(f"--ignore_value: expected 1 to {MAX_VALUE}, got {ignored!r}. Change it.")
-    if type(threads) is not int or threads < 1:
-        faults.append(f"--num_threads: expected 1 or more, got {threads!r}. Change it.")
-    if faults:
-        raise InputError(*faults)
-    return Path(folders[0]), Path(folders[1]), options
-
-
-def evaluate(pred_dir: Path, label_dir: Path, options: Mapping[str, Any]) -> tuple[Path, Row]:
-    """Score all cases, and write what was found.
-
-    Args:
-        pred_dir: Of the predictions.
-        label_dir: Of the labels.
-        options: `DEFAULTS`, some of them changed, and `num_threads`.
+def evaluate(given: argparse.Namespace, output_dir: Path) -> Row:
+    """Score all cases, and write the scores.
 
     Returns:
-        The folder that was written to, and the summary; see `write_scores`.
+        The summary; see `write_scores`.
 
     Raises:
-        InputError: If nothing can be scored as asked, or the folder not be written.
+        InputError: If nothing can be scored as asked.
+        OSError: If the folder cannot be written.
     """
-    pairs, refused = match(pred_dir, label_dir)
-    known = _description(label_dir, options)
-    names, ignore_value = _classes(known, options)
-    persons = _persons(known, [pair[0] for pair in pairs], options["group_pattern"])
+    pairs, refused = match(given.pred_dir, given.label_dir)
+    known = _describe(given)
+    names, ignore_value = _choose_classes(known, given)
+    groups = {case["case_id"]: case["group"] for case in known.cases if "group" in case}
+    persons = persons_of(
+        [{"case_id": name, "group": groups.get(name, name)} for name, *_ in pairs],
+        given.group_pattern,
+    )
     how: dict[str, Any] = {
         "class_names": names or [str(value) for value in range(MAX_VALUE + 1)],
-        "tolerance_mm": float(options["tolerance_mm"]),
-        "ignore_value": ignore_value,
-        "device": resolve_device(str(options["device"])),
+        "tolerance_mm": given.tolerance_mm,
     }
-    default = f"{pred_dir.resolve()}_scores"
-    output_dir = Path(str(options["output_dir"] or default))
+    device = resolve_device(given.device)
     if (output_dir / "summary.json").exists() and not (output_dir / "metrics.csv").exists():
         raise InputError(  # such as a run's
             f"--output_dir: expected no summary.json but of scores, got another in {output_dir}. "
             "Choose another folder."
         )
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
-    rows, faults = _score(pairs, options["num_threads"], how)
+    rows, faults = score_files(
+        pairs, given.num_threads, ignore_value=ignore_value, device=device, **how
+    )
     if names is None:
         found = {row["class"] for row in rows if row["status"] != "absent"}
-        names = [name for name in how["class_names"] if name in found | {"0"}]
-    summary = write_scores(
-        output_dir,
-        [{**row, "person": persons[row["case_id"]]} for row in rows if row["class"] in names],
-        class_names=names,
-        tolerance_mm=how["tolerance_mm"],
-        refused=dict(sorted({**refused, **faults}.items())),
-    )
-    return output_dir, summary
+        how["class_names"] = [name for name in how["class_names"] if name in found | {"0"}]
+    rows = [
+        {**row, "person": persons[row["case_id"]]}
+        for row in rows
+        if row["class"] in how["class_names"]
+    ]
+    return write_scores(output_dir, rows, refused=dict(sorted((refused | faults).items())), **how)
 
 
-def _description(label_dir: Path, options: Mapping[str, Any]) -> DatasetLayout:
-    """What is known of the dataset; nothing, if no one says so."""
-    if options["dataset_dir"] is not None:
-        return read_layout(str(options["dataset_dir"]))
-    if options["class_names"] is None:
-        for folder in (label_dir, label_dir.resolve().parent):
+def _describe(given: argparse.Namespace) -> DatasetLayout:
+    """Return what is known of the dataset; nothing, if no one says so."""
+    if given.dataset_dir is not None:
+        return read_layout(given.dataset_dir)
+    if given.class_names is None:
+        for folder in (given.label_dir, given.label_dir.resolve().parent):
             if (folder / "dataset.json").is_file():
                 return read_dataset_json(folder)  # of which no image need be there
     return DatasetLayout(Path(), "", "")
 
 
-def _classes(
-    known: DatasetLayout, options: Mapping[str, Any]
+def _choose_classes(
+    known: DatasetLayout, given: argparse.Namespace
 ) -> tuple[list[str] | None, int | None]:
-    """Names of the classes, `None` if not known, and the value to ignore."""
-    names = known.class_names if options["class_names"] is None else options["class_names"]
-    ignored = options["ignore_value"] or known.ignore_value
+    """Return names of the classes, `None` if not known, and the value to ignore."""
+    names = given.class_names or known.class_names
+    ignored = given.ignore_value or known.ignore_value
     if names is not None and not 2 <= len(set(names)) == len(names) <= MAX_VALUE + 1:
         raise InputError(
             f"class_names: expected 2 to {MAX_VALUE + 1} different names, background first, got "
@@ -181,65 +152,27 @@ def _classes(
     return names, ignored
 
 
-def _persons(known: DatasetLayout, case_ids: Sequence[str], pattern: Any) -> dict[str, str]:
-    groups = {case["case_id"]: case["group"] for case in known.cases if "group" in case}
-    cases = [
-        {"case_id": case_id} | ({"group": groups[case_id]} if case_id in groups else {})
-        for case_id in case_ids
+def format_summary(summary: Row) -> list[str]:
+    """Return the summary for people, a line per class."""
+    head = ["", "mean Dice [95 %]", "median hd95 mm", "mean nsd", "missed", "spurious", "absent"]
+    rows = [head]
+    for name, of in [*summary["classes"].items(), ("all classes", summary["over_classes"])]:
+        ends = ", ".join(format_number(end, ".3f") for end in of["dice"]["interval"] or [None] * 2)
+        rows.append(
+            [
+                name,
+                f"{format_number(of['dice']['mean'], '.3f')} [{ends}]",
+                format_number(of["hd95_mm"]["median"], ".2f"),
+                format_number(of["nsd"]["mean"], ".3f"),
+                *(str(of["status"][kind]) if "status" in of else "" for kind in head[4:]),
+            ]
+        )
+    worst = [
+        f"{n['case_id']} {format_number(n['mean_dice'], '.3f')}" for n in summary["worst_cases"]
     ]
-    return persons_of(cases, None if pattern is None else str(pattern))
-
-
-def _score(
-    pairs: Sequence[Pair], num_threads: int, how: Mapping[str, Any]
-) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the cases, in their order, and the reason for each that is refused."""
-
-    def score(pair: Pair) -> list[Row] | InputError:
-        case_id, pred_path, label_path = pair
-        try:
-            pred, label, spacing_mm = read_pair(pred_path, label_path)
-            rows = score_case(pred, label, spacing_mm=spacing_mm, **how)
-        except InputError as error:
-            return error
-        return [{"case_id": case_id, **row} for row in rows]
-
-    rows: list[Row] = []
-    refused = {}
-    with ThreadPoolExecutor(num_threads) as pool:
-        bar = ProgressBar(pool.map(score, pairs), desc="Scoring", total=len(pairs))
-        for (case_id, *_), result in zip(pairs, bar, strict=True):
-            if isinstance(result, InputError):
-                refused[case_id] = str(result)
-            else:
-                rows += result
-    return rows, refused
-
-
-def table(summary: Row) -> list[str]:
-    """The summary for people.
-
-    Args:
-        summary: As `write_scores` returns it.
-    """
-    classes = summary["classes"]
-    width = max(map(len, ["all classes", *classes]))
-    columns = (("missed", 8), ("spurious", 10), ("absent", 8))
-    lines = [
+    return [
         f"{summary['num_cases']} cases of {summary['num_persons']} persons; surfaces agree within "
         f"{summary['tolerance_mm']:g} mm",
-        f"{'':<{width}}  {'mean Dice [95 %]':^20}  median hd95  mean nsd  missed  spurious  absent",
+        *format_table(rows),
+        f"Lowest mean Dice: {', '.join(worst) or 'none'}",
     ]
-    for name, of in [*classes.items(), ("all classes", summary["over_classes"])]:
-        ends = ", ".join(map(_shown, of["dice"]["interval"] or [None, None]))
-        lines.append(
-            f"{name:<{width}}  {_shown(of['dice']['mean'])} {f'[{ends}]':<14}  "
-            f"{_shown(of['hd95_mm']['median'], 2):>8} mm  {_shown(of['nsd']['mean']):>8}"
-            + "".join(f"{of['status'][kind]:>{n}}" for kind, n in columns if "status" in of)
-        )
-    worst = [f"{case['case_id']} {_shown(case['mean_dice'])}" for case in summary["worst_cases"]]
-    return [*lines, f"Lowest mean Dice: {', '.join(worst) or 'none'}"]
-
-
-def _shown(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,21 +1,18 @@
 """Predict with a run or a bundle.
 
-    python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]
-
 The same as `python -m pipeline.run configs/inference.json --run_dir RUN_DIR --input INPUT
---output_dir OUTPUT_DIR`. A case that cannot be predicted is named and left out, the others are
-predicted, and the exit status is 1; with `--strict` the first one ends the command.
+--output_dir OUTPUT_DIR`, followed by the options. A case that cannot be predicted is named and left
+out, the others are predicted, and the exit status is 1; with `--strict` the first one ends the
+command.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from pipeline import run
-from pipeline.commands.command import run_command
-from pipeline.errors import InputError
-
-USAGE = "usage: python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR"
+from pipeline.commands.command import CommandParser, run_parsed
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -24,16 +21,26 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: The command line after the command, by default this process's.
     """
-    return run_command(__doc__, words, _predict)
+    parser = CommandParser("predict", __doc__)
+    parser.usage = "python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]"
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="RUN_DIR INPUT OUTPUT_DIR",
+        help="run or bundle; NIfTI file, DICOM series, or folder; folder of labels",
+    )
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="--key value ...",
+                        help="keys of configs/inference.json")  # fmt: skip
 
+    def predict(given: argparse.Namespace) -> int:
+        if len(given.paths) != 3:
+            parser.error(
+                "expected a run, what to predict, and a folder for the labels, got "
+                f"{len(given.paths)} words"
+            )
+        keys = ("run_dir", "input", "output_dir")
+        words = [f"--{key}={path}" for key, path in zip(keys, given.paths, strict=True)]
+        config = run.LOGGING.with_name("inference.json")
+        return run.main([str(config), *words, *given.options])
 
-def _predict(words: list[str]) -> int:
-    paths, rest = run.split_words(words)
-    if len(paths) != 3:
-        raise InputError(
-            "command line: expected a run, what to predict, and a folder for the labels, got "
-            f"{len(paths)} words. {USAGE}"
-        )
-    named = zip(("run_dir", "input", "output_dir"), paths, strict=True)
-    config = run.LOGGING.with_name("inference.json")
-    return run.main([str(config), *(f"--{key}={path}" for key, path in named), *rest])
+    return run_parsed(parser, words, predict)

@@ -88,8 +88,8 @@ RESTRICTED: dict[str, dict[str, tuple[str, str]]] = {
     "TensorBoardStatsHandler": _LOG_DIR,
 }
 # Members that expressions may use, by class, and after a colon the class of their value.
-_LIFECYCLE = """cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights leave() lost
-    plan:Plan preprocessing_key run_dir:Path"""
+_LIFECYCLE = """cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights is_held leave()
+    lost plan:Plan preprocessing_key run_dir:Path"""
 _MEMBERS = {
     "Augment": "input_size",
     "Cases": "test train validation",

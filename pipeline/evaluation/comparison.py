@@ -1,201 +1,261 @@
-"""Whether one variant of training is better than another: verdicts, class by class and overall."""
+"""Scores of two arms of several runs each, read from a file per run, on the same cases.
+
+A file is our `metrics.csv`, nnU-Net's `summary.json`, or a CSV with the columns `case`, `class` and
+the metric, in any case. Without `class`, all rows are of one class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.evaluation.difference import (
-    MIN_PERSONS,
-    MIN_SEEDS,
-    Estimate,
-    difference,
-    holm,
-    relative_ranks,
+from pipeline.data.issues import some
+from pipeline.data.listing import case_name
+from pipeline.errors import InputError, nearest
+from pipeline.evaluation.statistics import Arm
+
+Key = tuple[str, str]  # case id, class
+Cells = dict[str, str]  # `case`, `class`, `person`, `status` and the metric
+
+UNDEFINED = {"", "none", "n/a", "na", "<na>", "null"}  # and numbers that are not finite
+ONE_CLASS = "all"  # in a file without a column of classes
+OVERLAP = re.compile(r"dice|dsc|iou|jaccard|nsd|f1|normali[sz]ed.?surface.?distance")
+SIGNED = re.compile(r"differ|diff\b|rvd")
+ERROR = re.compile(
+    r"loss|err|[mr]mse|mae\b|hd|hausdorff|distance|m?as+d\b|msd|mm\b|false|\bf[pn]r?\b"
 )
 
-BETTER = "better"
-WORSE = "worse"
-NO_DIFFERENCE = "no difference shown"
-TOO_FEW = "too few to tell"
 
-POWER = 0.8  # with which the smallest difference would be shown
+@dataclass
+class ScoreFile:
+    """Scores of one run, `nan` if undefined; those that stand for the best; and persons."""
+
+    path: str
+    values: dict[Key, float] = field(default_factory=dict)
+    best: set[Key] = field(default_factory=set)
+    persons: dict[str, set[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Scores of the runs of one arm.
+class Scores:
+    """Two arms on the same cases.
 
     Attributes:
-        values: `(S, N, K)` float64, of S runs, N cases and K classes; `nan` where undefined.
-        best: `(S, N, K)` bool: where it is undefined since it could not be better, as where a class
-            is in neither label nor prediction. Undefined elsewhere is worse than any score.
+        case_ids: `N`, sorted.
+        persons: `N`, of the person of each case.
+        class_names: `K`, sorted.
+        arms: Scores of A and B.
+        notes: Lines for the reader of the result.
     """
 
-    values: np.ndarray
-    best: np.ndarray
+    case_ids: list[str]
+    persons: list[str]
+    class_names: list[str]
+    arms: tuple[Arm, Arm]
+    notes: list[str]
 
 
-def compare(
-    a: Arm,
-    b: Arm,
-    persons: Sequence[str],
-    class_names: Sequence[str],
+def find_direction(metric: str) -> tuple[bool, bool]:
+    """Tell by a metric's name whether more is better, and whether its sign is to be ignored."""
+    name = re.sub("[^a-z0-9]+", " ", metric.lower())
+    if SIGNED.search(name):
+        return False, True
+    is_error = re.search("loss|err", name) or (ERROR.search(name) and not OVERLAP.search(name))
+    return not is_error, False
+
+
+def read_arms(
+    files: Mapping[str, Sequence[str]],
+    metric: str,
     *,
-    higher_is_better: bool = True,
-    confidence: float = 0.95,
-    margin: float | None = None,
-) -> dict[str, Any]:
-    """Compare two arms in every class, and in the mean over classes.
-
-    A case that is undefined alike in every run of both arms tells nothing of a class and is counted
-    apart. If other scores of a class are undefined, it is compared by ranks: of all scores of all
-    runs and cases, ties averaged, the undefined at their end. The estimate is then the mean rank in
-    A minus that in B, over the number of ranks: the chance that a score of A is better than one of
-    B, less one half. Resamples keep the ranks. The mean over classes is taken case by case, and is
-    of ranks as soon as one class is.
-
-    The overall verdict is one test and stands for itself; those on classes are corrected for their
-    number by Holm's method. Interval and smallest difference of a class are of the level that
-    Holm's method tested it at, so that 0 is outside the interval just where the verdict says so.
+    person_of: Callable[[str], str] | None = None,
+    common_cases: bool = False,
+) -> Scores:
+    """Read the files of both arms, and bring them onto the same cases.
 
     Args:
-        a: The one arm.
-        b: The other, of the same cases and classes.
-        persons: `N` names, of the person of each case.
-        class_names: `K` names.
-        higher_is_better: Which direction is good.
-        confidence: Between 0 and 1.
-        margin: Smallest difference that matters, above 0, in units of the score. With ranks, what
-            shifting one arm by as much makes of the estimate. What could have gone unnoticed
-            although it is larger is `TOO_FEW`.
+        files: Names of the files of `a` and of `b`, one per run.
+        metric: Name of the column, in any case.
+        person_of: Person of a case id; `None`: the column `person`, else each case is one.
+        common_cases: Leave out what is not in every file.
 
-    Returns:
-        `overall`, and `classes` by name, each with `verdict` (of A), `reason` (why too few, or
-        `None`); `mean_a`, `mean_b`, `difference` of the defined scores; `scale`, `difference` or
-        `rank`, and on that scale `estimate` (of ranks, above 0 if A is better), `interval`,
-        `interval_confidence`, `p_value`, `adjusted_p`, `smallest_difference` (shown with a
-        probability of 80 %), `standard_errors`; `num_cases` and `num_persons` that tell something,
-        `num_apart`, and `num_undefined` by arm. `None` where there is no number.
+    Raises:
+        InputError: One line per fault: a file that cannot be read or names a case twice, and files
+            that do not agree.
     """
-    sign = 1 if higher_is_better else -1
-    arms = [_in_order(arm) for arm in (a, b)]
-    values = np.concatenate([arm.values for arm in arms])
-    end = np.where(np.concatenate([arm.best for arm in arms]), np.inf, -np.inf)
-    placed = np.where(np.isnan(values), end, sign * values)
-
-    def judged(group: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-        """Verdicts that are corrected for one another, each on the mean over some classes."""
-        found = [
-            _look(values[..., k], placed[..., k], len(a.values), persons, margin) for k in group
-        ]
-        adjusted, levels = holm([estimate.p_value for estimate, _ in found], 1 - confidence)
-        return [
-            entry | {"adjusted_p": _plain(p)} | _verdict(estimate, level, entry, sign)
-            for (estimate, entry), p, level in zip(found, adjusted, levels, strict=True)
-        ]
-
-    every = range(len(class_names))
-    classes = dict(zip(class_names, judged([[k] for k in every]), strict=True))
-    return {"overall": judged([every])[0], "classes": classes}
-
-
-def _look(
-    values: np.ndarray, placed: np.ndarray, num_a: int, persons: Sequence[str], margin: float | None
-) -> tuple[Estimate, dict[str, Any]]:
-    """Difference of the mean over classes, and all of an entry that needs no level.
-
-    Args:
-        values: `(S, N, K)` of the runs of A, then of B.
-        placed: The same with better above worse, the undefined at ±inf.
-        num_a: Runs of A.
-        persons: `N` names.
-        margin: As in `compare`.
-    """
-    undefined = np.isinf(placed)
-    apart = undefined.all(axis=0) & (placed == placed[0]).all(axis=0)  # (N, K)
-    undefined &= ~apart
-    told = ~apart.all(axis=1)
-    people = [person for person, tells in zip(persons, told, strict=True) if tells]
-    shown = _mean(values, ~np.isnan(values), axis=-1)[:, told]
-    rank = bool(undefined.any())
-    if rank:
-        counted = np.broadcast_to(~apart, placed.shape)
-        by_shift = []
-        for shift in (0.0, margin or 0.0, -(margin or 0.0)):
-            shifted = np.concatenate([placed[:num_a] + shift, placed[num_a:]])
-            ranks = _mean(relative_ranks(shifted, ~apart), counted, axis=-1)[:, told]
-            by_shift.append(difference(ranks[:num_a], ranks[num_a:], people))
-        estimate = by_shift[0]
-        margin = margin and (by_shift[1].value - by_shift[2].value) / 2
-    else:
-        estimate = difference(shown[:num_a], shown[num_a:], people)
-    means = [float(_mean(arm, ~np.isnan(arm), axis=None)) for arm in (shown[:num_a], shown[num_a:])]
-    return estimate, {
-        "mean_a": _plain(means[0]),
-        "mean_b": _plain(means[1]),
-        "difference": _plain(means[0] - means[1] if rank else estimate.value),
-        "scale": "rank" if rank else "difference",
-        "estimate": _plain(estimate.value),
-        "p_value": _plain(estimate.p_value),
-        "standard_errors": {name: _plain(error) for name, error in estimate.errors.items()},
-        "margin": margin,
-        "num_seeds": {"a": num_a, "b": len(values) - num_a},
-        "num_cases": len(people),
-        "num_persons": len(set(people)),
-        "num_apart": int((~told).sum()),
-        "num_undefined": {"a": int(undefined[:num_a].sum()), "b": int(undefined[num_a:].sum())},
-    }
+    faults: list[str] = []
+    read: dict[str, list[ScoreFile]] = {arm: [] for arm in files}
+    for arm, paths in files.items():
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            faults.append(
+                f"--{arm}: expected each file once, got {twice[0]} again. Give one file per seed."
+            )
+        for path in paths:
+            try:
+                read[arm].append(_read_file(path, metric.lower()))
+            except InputError as error:
+                faults += error.faults
+    if faults:
+        raise InputError(*dict.fromkeys(faults))
+    every = [*read["a"], *read["b"]]
+    keys, notes = _find_common(every, common_cases)
+    case_ids, class_names = (sorted(set(part)) for part in zip(*keys, strict=True))
+    a, b = (_make_arm(of_arm, keys, case_ids, class_names) for of_arm in (read["a"], read["b"]))
+    persons = _find_persons(every, case_ids, person_of)
+    return Scores(case_ids, persons, class_names, (a, b), _find_copies(every) + notes)
 
 
-def _verdict(estimate: Estimate, level: float, entry: dict[str, Any], sign: int) -> dict[str, Any]:
-    """Verdict, interval and smallest difference, at the level of the test."""
-    reach = estimate.reach(level / 2)
-    smallest = reach + estimate.reach(1 - POWER)
-    favour = estimate.value * (1 if entry["scale"] == "rank" else sign)
-    reason = None
-    if np.isnan(reach):
-        verdict, reason = TOO_FEW, _lacking(entry)
-    elif estimate.p_value < level:
-        verdict = BETTER if favour > 0 else WORSE
-    elif entry["margin"] is not None and smallest > entry["margin"]:
-        verdict, reason = TOO_FEW, "a difference of the margin could have gone unnoticed"
-    else:
-        verdict = NO_DIFFERENCE
-    return {
-        "verdict": verdict,
-        "reason": reason,
-        "interval": [_plain(estimate.value - reach), _plain(estimate.value + reach)],
-        "interval_confidence": 1 - float(level),
-        "smallest_difference": _plain(smallest),
-    }
+def _read_file(path: str, metric: str) -> ScoreFile:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        read = _read_nnunet if text.lstrip().startswith("{") else _read_csv
+        lines = list(read(text))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: expected a CSV file or nnU-Net's summary.json, got: {error}. Check the path."
+        ) from None
+    if not lines:
+        raise InputError(f"{path}: expected a header and a row per case and class, got none.")
+    header = lines[0][1]
+    for name in ("case", metric):
+        if name not in header:
+            raise InputError(
+                f"{path}: expected a column '{name}', got none. {nearest(name, header)}"
+            )
+    found, wrong = ScoreFile(path), []
+    for place, cells in lines:
+        key = cells["case"], cells.get("class", ONE_CLASS)
+        score, status = _parse_score(cells[metric]), cells.get("status")
+        if "" in key:
+            wrong.append(f"a blank {place}")
+        elif key in found.values:
+            wrong.append(f"{_name(key)} again {place}")
+        elif score is None:
+            wrong.append(f"'{cells[metric]}' {place}")
+        else:
+            found.values[key] = score
+            # overlap is undefined only where neither label nor prediction has the class
+            is_best = status == "absent" if status else OVERLAP.search(metric)
+            if math.isnan(score) and is_best:
+                found.best.add(key)
+            if cells.get("person"):
+                found.persons.setdefault(cells["case"], set()).add(cells["person"])
+    if wrong:
+        raise InputError(
+            f"{path}: expected one number for each case and class, got {some(wrong)}. Correct it."
+        )
+    return found
 
 
-def _lacking(entry: dict[str, Any]) -> str:
-    """What there is too little of."""
-    counts = [(f"seeds of {arm.upper()}", n, MIN_SEEDS) for arm, n in entry["num_seeds"].items()]
-    counts.append(("persons", entry["num_persons"], MIN_PERSONS))
-    return ", ".join(f"{n} of at least {least} {what}" for what, n, least in counts if n < least)
+def _read_csv(text: str) -> Iterator[tuple[str, Cells]]:
+    """Yield place and cells of each line, by names of columns in lower case."""
+    first = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
+    names = [name.strip().lower() for name in next(reader, [])]
+    if "case" not in names:
+        names = ["case" if name == "case_id" else name for name in names]
+    for row in reader:
+        if len(row) not in (0, len(names)):
+            raise ValueError(f"{len(row)} instead of {len(names)} cells in line {reader.line_num}")
+        if row:
+            cells = dict(zip(names, map(str.strip, row), strict=True))
+            yield f"in line {reader.line_num}", cells
 
 
-def _in_order(arm: Arm) -> Arm:
-    """Runs in an order that their scores alone decide, so that rounding does not tell files."""
-    order = sorted(
-        range(len(arm.values)), key=lambda r: (arm.values[r].tobytes(), arm.best[r].tobytes())
+def _read_nnunet(text: str) -> Iterator[tuple[str, Cells]]:
+    for entry in json.loads(text)["metric_per_case"]:
+        case_id = case_name(Path(entry["prediction_file"]))
+        for label, metrics in entry["metrics"].items():
+            scores = {name.lower(): str(value) for name, value in metrics.items()}
+            yield f"of {case_id}", {"case": case_id, "class": label, **scores}
+
+
+def _parse_score(cell: str) -> float | None:
+    """Return the number, `nan` where it is undefined, `None` if it is no number."""
+    try:
+        value = math.nan if cell.lower() in UNDEFINED else float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else math.nan
+
+
+def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[list[Key], list[str]]:
+    """Return cases and classes that every file has, and a note on what was left out."""
+    every = {key for file in files for key in file.values}
+    common = sorted(key for key in every if all(key in file.values for file in files))
+    if len(common) == len(every):
+        return common, []
+    if leave_out and common:
+        left_out = sorted(map(_name, every - {*common}))
+        return common, [f"Left out, not in every file: {some(left_out)}."]
+    raise InputError(
+        *(
+            f"{file.path}: expected the cases and classes of the other files, got no "
+            f"{some(sorted(map(_name, missing)))}. Score them, or compare what is common: "
+            "--common_cases true"
+            for file in files
+            if (missing := every - {*file.values})
+        )
     )
-    return Arm(arm.values[order], arm.best[order])
 
 
-def _mean(values: np.ndarray, counted: np.ndarray, axis: int | None) -> np.ndarray:
-    """Mean of what is counted; `nan` where nothing is."""
-    number = counted.sum(axis=axis)
-    total = np.where(counted, values, 0).sum(axis=axis)
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+def _find_copies(files: Sequence[ScoreFile]) -> list[str]:
+    """Return notes on files that are unlikely to be of different runs."""
+    notes = []
+    seen: dict[str, str] = {}
+    for file in files:
+        scores = repr(sorted(file.values.items()))
+        if scores in seen:
+            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
+        seen.setdefault(scores, file.path)
+    return notes
 
 
-def _plain(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else float(value)
+def _find_persons(
+    files: Sequence[ScoreFile], case_ids: Sequence[str], person_of: Callable[[str], str] | None
+) -> list[str]:
+    """Return the person of each case; without any, the case itself."""
+    persons: list[str] = []
+    faults: list[str] = []
+    for case in case_ids:
+        found = sorted(set().union(*(file.persons.get(case, ()) for file in files)))
+        if person_of is not None:
+            try:
+                found = [person_of(case)]
+            except InputError as error:
+                faults += error.faults
+        elif len(found) > 1:
+            faults.append(f"{case}: expected one person, got {some(found)}. Correct it.")
+        persons.append(found[0] if found else case)
+    if faults:
+        raise InputError(*dict.fromkeys(faults))
+    return persons
+
+
+def _make_arm(
+    files: Sequence[ScoreFile],
+    keys: Collection[Key],
+    case_ids: Sequence[str],
+    class_names: Sequence[str],
+) -> Arm:
+    """Return scores as arrays; undefined where a case and class is none of `keys`."""
+    values = np.full((len(files), len(case_ids), len(class_names)), np.nan)
+    best = np.zeros(values.shape, dtype=bool)
+    row_of, place_of = ({name: n for n, name in enumerate(x)} for x in (case_ids, class_names))
+    for case, name in keys:
+        at = row_of[case], place_of[name]
+        values[:, *at] = [file.values[case, name] for file in files]
+        best[:, *at] = [(case, name) in file.best for file in files]
+    return Arm(values, best)
+
+
+def _name(key: Key) -> str:
+    return key[0] if key[1] == ONE_CLASS else f"{key[0]} ({key[1]})"

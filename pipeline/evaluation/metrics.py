@@ -1,4 +1,4 @@
-"""Overlap metrics of label maps, per case and class."""
+"""Overlap of label maps, per case and class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline import distributed
 def dice_per_class(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
 ) -> np.ndarray:
-    """Dice of every foreground class.
+    """Compute the Dice of every foreground class.
 
     Args:
         pred: `(H, W, D)` integer label map.
@@ -30,8 +30,6 @@ def dice_per_class(
 
     Raises:
         ValueError: If the shapes differ, or a value is not a class.
-
-    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
     """
     if pred.shape != label.shape:
         raise ValueError(f"pred: expected the label's shape {label.shape}, got {pred.shape}.")
@@ -47,11 +45,38 @@ def dice_per_class(
             )
     # rows are classes of the label, columns of the prediction
     counts = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
-    confusion = counts.reshape(num_classes, num_classes).cpu().numpy().astype(np.float64)
-    intersection = np.diag(confusion)
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        return (2 * intersection / total)[1:]
+    confusion = counts.reshape(num_classes, num_classes).cpu().numpy()
+    return compute_dice(np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))[1:]
+
+
+def compute_dice(both: np.ndarray, of_pred: np.ndarray, of_label: np.ndarray) -> np.ndarray:
+    """Compute the Dice from numbers of voxels; `nan` where there are none.
+
+    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
+    """
+    return divide(2 * both, of_pred + of_label)
+
+
+def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide element by element; `nan` where the whole is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(whole, part / whole, np.nan)
+
+
+def mean_of_defined(
+    values: np.ndarray, axis: int | None = None, defined: np.ndarray | None = None
+) -> Any:
+    """Return the mean of defined values along an axis; `nan` where there is none.
+
+    Args:
+        values: Any shape.
+        axis: `None`: the mean over all axes.
+        defined: Which values count, bool of the same shape; by default those that are not `nan`.
+    """
+    defined = ~np.isnan(values) if defined is None else defined
+    if axis is None:
+        return np.mean(values[defined]) if defined.any() else np.nan
+    return divide(np.where(defined, values, 0).sum(axis=axis), defined.sum(axis=axis))
 
 
 class MeanDice(Metric):
@@ -63,7 +88,7 @@ class MeanDice(Metric):
 
     After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
     `absent` (name to number of cases left out) and `cases` (case id to Dice per class). Where each
-    rank has a share of the cases, all ranks have what one would have for all.
+    rank has a share of the cases, all ranks have the result for all cases.
 
     Args:
         class_names: Names of all classes, background first.
@@ -91,11 +116,9 @@ class MeanDice(Metric):
             output: The decollated batch, for the case ids, and the decollated output.
         """
         for case, result in zip(*output, strict=True):
+            pred, label = (convert_to_tensor(result[key][0]) for key in ("pred", "label"))
             self.cases[case["case_id"]] = dice_per_class(
-                convert_to_tensor(result["pred"][0]),
-                convert_to_tensor(result["label"][0]),
-                len(self.class_names),
-                self.ignore_value,
+                pred, label, len(self.class_names), self.ignore_value
             )
 
     def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> None:
@@ -107,27 +130,26 @@ class MeanDice(Metric):
         dice_per_class(pred, label, len(self.class_names), self.ignore_value)
 
     def compute(self) -> float:
-        """Mean over cases of the mean over the classes present; `nan` if there is none."""
-        scored = [np.nanmean(dice) for dice in self.cases.values() if not np.isnan(dice).all()]
-        return float(np.mean(scored)) if scored else float("nan")
+        """Return the mean over cases of the mean over the classes present; `nan` without any."""
+        means = np.array([mean_of_defined(dice) for dice in self.cases.values()])
+        return float(mean_of_defined(means))
 
     def completed(self, engine: Engine, name: str) -> None:
         """Publish the metric and its details. All ranks have to call it."""
-        # once, and here, so that `compute` may be asked by one alone
+        # once, and here, so that one rank alone may call `compute`
         self.cases = dict(
             distributed.interleave(distributed.all_gather_object(list(self.cases.items())))
         )
         super().completed(engine, name)
-        table = np.array(list(self.cases.values())).reshape(-1, len(self.class_names) - 1)
-        absent = np.isnan(table)
+        names = self.class_names[1:]
+        table = np.array(list(self.cases.values())).reshape(-1, len(names))
+        absent = np.isnan(table).sum(axis=0)
         state: Any = engine.state
         state.metric_details[name] = {
             "classes": {
-                label: float(np.mean(column[~np.isnan(column)])) if present else float("nan")
-                for label, column, present in zip(
-                    self.class_names[1:], table.T, (~absent).any(axis=0), strict=True
-                )
+                label: float(mean_of_defined(column))
+                for label, column in zip(names, table.T, strict=True)
             },
-            "absent": dict(zip(self.class_names[1:], absent.sum(axis=0).tolist(), strict=True)),
+            "absent": dict(zip(names, absent.tolist(), strict=True)),
             "cases": {case: dice.tolist() for case, dice in self.cases.items()},
         }

@@ -1,8 +1,8 @@
 """Predicts a file or a folder with a trained run; `configs/inference.json` is the config.
 
 A case that cannot be predicted is named and left out, the others are predicted, and the exit status
-is 1; with `strict` the first one ends it. Started by torchrun, each process predicts a share, and
-ends with `strict` at the first one of its own.
+is 1. With `strict`, prediction stops at the first such case. Started by torchrun, each process
+predicts a share of the cases, and `strict` stops the process that has the case.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
@@ -28,24 +26,24 @@ from pipeline.config.compose import require_unaltered
 from pipeline.config.keys import Config
 from pipeline.data.cases import Case, paths_of
 from pipeline.data.issues import some
-from pipeline.data.nifti import require_whole
 from pipeline.data.preflight import check_headers
 from pipeline.errors import InputError, as_bool, innermost
 from pipeline.files import make_directory
 from pipeline.prediction.nifti_output import is_prediction, save_like
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
 from pipeline.progress_bar import ProgressBar
-from transforms.preprocess import LOADING_STEPS
+from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
 
-# what a volume that cannot be predicted raises, in reading, preprocessing and prediction
+# raised in reading, preprocessing and prediction for a volume that cannot be predicted
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
 KINDS = LABELS, PROBABILITIES = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
 
-Done = list[tuple[str, str | None]]  # case ids, and why those that were not predicted were not
+# case ids, and the reason for each that was not predicted
+Outcomes = list[tuple[str, str | None]]
 
 
 class Prediction:
@@ -53,12 +51,13 @@ class Prediction:
 
     Args:
         cases: Dictionaries with `case_id` and `image`, a path or one per channel.
-        preprocessing: As `transforms.preprocess.preprocessing` makes it.
+        preprocessing: As `transforms.preprocess.preprocessing` returns it.
         segmenter: Predicts.
         bundle_root: Folder that relative paths start from.
         output_dir: Gets `<case_id>.nii.gz` for each case.
-        in_channels: Of an image.
-        trained_on: As `training_range` makes it; `None`: nothing is compared.
+        in_channels: Channels of an image.
+        trained_on: The training images' spacing and intensities, from the run's inference config;
+            `None`: nothing is compared with them.
         probabilities: Whether to write `<case_id>_probabilities.nii.gz` too: float32
             `(H, W, D, num_classes)`.
         strict: Whether to stop at the first case that cannot be predicted.
@@ -67,7 +66,7 @@ class Prediction:
     def __init__(
         self,
         cases: Sequence[Case],
-        preprocessing: Compose,
+        preprocessing: Preprocessing,
         segmenter: Segmenter,
         bundle_root: str,
         output_dir: str,
@@ -99,29 +98,28 @@ class Prediction:
             error.tell()
             raise SystemExit(2) from None
         mine = distributed.shard(self.cases)
-        done: Done = []
+        done: Outcomes = []
         try:
             self._predict_each(mine, done)
         except BaseException:  # an interruption: the others are not waited for
-            self._tell(done, len(mine))
+            self._report(done, len(mine))
             raise
         done = distributed.interleave(distributed.all_gather_object(done))
-        self._tell(done, len(self.cases))
+        self._report(done, len(self.cases))
         distributed.destroy()
         if any(why is not None for _, why in done):
             raise SystemExit(1)
 
     def _require_same_cases(self) -> None:
-        """Refuse to divide cases that are others on other ranks."""
         case_ids = [case["case_id"] for case in self.cases]
         if case_ids != distributed.broadcast_object(case_ids):
             raise InputError(
                 "input: expected the cases of rank 0, got others. Give all ranks the same."
             )
 
-    def _predict_each(self, cases: Sequence[Case], done: Done) -> None:
-        """Predict cases; each is added to `done`, as far as it comes."""
-        # which puts a handler that tells everything in the place of the console's: not where quiet
+    def _predict_each(self, cases: Sequence[Case], done: Outcomes) -> None:
+        """Predict cases; each is added to `done`, so that an interruption knows how far it came."""
+        # the redirection replaces the console's handler, also one that was silenced
         is_main = distributed.is_main()
         with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
             for case in ProgressBar(cases, desc="Predicting", total=len(cases)):
@@ -129,29 +127,28 @@ class Prediction:
                     self._predict(case)
                     done.append((case["case_id"], None))
                 except FAULTS as error:
-                    done.append((case["case_id"], reason(error)))
-                    log.error("%s: %s", case["case_id"], reason(error))
+                    done.append((case["case_id"], describe_fault(error)))
+                    log.error("%s: %s", *done[-1])
                     log.debug("", exc_info=True)
                     if self.strict:
                         break
 
-    def _tell(self, done: Done, num_cases: int) -> None:
-        """How many were predicted, and why the others were not."""
+    def _report(self, done: Outcomes, num_cases: int) -> None:
         if not distributed.is_main():
             return
-        predicted = sum(why is None for _, why in done)
-        log.info("%d of %d cases predicted, in %s", predicted, num_cases, self.output_dir)
         faults = {case_id: why for case_id, why in done if why is not None}
+        predicted = len(done) - len(faults)
+        log.info("%d of %d cases predicted, in %s", predicted, num_cases, self.output_dir)
         if faults:
             print(f"Not predicted: {len(faults)} of {num_cases}", file=sys.stderr)
             for case_id, why in faults.items():
                 print(f"  {case_id}: {why}", file=sys.stderr)
 
     def _prepare_output(self) -> None:
-        """Make the output directory, and see that nothing else is in the way of the results.
+        """Make the output directory, and check that no other file would be overwritten.
 
         Raises:
-            InputError: If it cannot be written to, is where the images are, or has files of the
+            InputError: If it cannot be written to, holds the images, or holds files with the
                 results' names that are no predictions.
         """
         out = Path(os.path.realpath(self.output_dir))
@@ -179,47 +176,37 @@ class Prediction:
         return self.output_dir / f"{case['case_id']}{kind}.nii.gz"
 
     def _predict(self, case: Case) -> None:
-        if "fault" in case:  # of its files as they are named
+        if "fault" in case:  # two files have its name
             raise PredictionError(case["fault"])
         for issue in check_headers(case, self.in_channels)[1]:
             if not issue.warning:
                 raise PredictionError(issue.message)
             log.warning("%s", issue.line)
-        paths = paths_of(case)
-        with ThreadPoolExecutor(1) as pool:
-            # the checksum is at the end of a file, where nibabel does not look
-            checked = pool.submit(lambda: [*map(require_whole, paths)])
-            try:
-                found = self.segmenter(
-                    self._preprocessed(case), with_probabilities=self.probabilities
-                )
-            except Exception:
-                checked.result()  # of a broken file it knows what is broken
-                raise
-            checked.result()
-        save_like(found.labels, paths[0], self._target(case))
+        found = self.segmenter(self._preprocess(case), with_probabilities=self.probabilities)
+        source = paths_of(case)[0]
+        save_like(found.labels, source, self._target(case))
         if found.probabilities is not None:
             voxels = np.moveaxis(found.probabilities, 0, -1)
-            save_like(voxels, paths[0], self._target(case, PROBABILITIES))
+            save_like(voxels, source, self._target(case, PROBABILITIES))
 
-    def _preprocessed(self, case: Case) -> MetaTensor:
-        loaded = self.preprocessing(case, end=LOADING_STEPS)
+    def _preprocess(self, case: Case) -> MetaTensor:
+        loaded = self.preprocessing.load(case)
         image = loaded["image"]
         if wrong := int((~torch.isfinite(image)).sum()):
             raise PredictionError(
                 f"expected finite voxels, got {wrong} that are NaN or infinite. Replace them."
             )
-        for line in unlike_training(image, self.trained_on):
+        for line in find_differences_from_training(image, self.trained_on):
             log.warning("%s: %s", case["case_id"], line)
-        return self.preprocessing(loaded, start=LOADING_STEPS)["image"]
+        return self.preprocessing.regularize(loaded)["image"]
 
 
-def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
-    """In which ways an image is far from those that the network was trained on.
+def find_differences_from_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
+    """Yield a line for each way in which an image is far from those of training.
 
     Args:
         image: `(C, H, W, D)`, with the intensities of its file.
-        trained_on: As `training_range` makes it; `None`: nothing is known.
+        trained_on: As for `Prediction`.
     """
     if trained_on is None:
         return
@@ -229,8 +216,8 @@ def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[st
     low, high = np.array(trained_on["spacing_mm"])
     if (spacing < low / SPACING_FACTOR).any() or (spacing > high * SPACING_FACTOR).any():
         yield (
-            f"expected voxels of {_triple(low)} to {_triple(high)} mm (R, A, S), as in training, "
-            f"got {_triple(spacing)} mm. It is predicted all the same; look at the result."
+            f"expected voxels of {_join(low)} to {_join(high)} mm (R, A, S), as in training, "
+            f"got {_join(spacing)} mm. It is predicted all the same; look at the result."
         )
     for channel, facts in zip(image, trained_on["channels"], strict=False):
         std, mean = (float(one) for one in torch.std_mean(channel.as_tensor(), correction=0))
@@ -244,13 +231,13 @@ def unlike_training(image: MetaTensor, trained_on: Config | None) -> Iterator[st
             )
 
 
-def reason(error: BaseException) -> str:
-    """What the innermost exception says, in one line."""
+def describe_fault(error: BaseException) -> str:
+    """Return the message of the innermost exception, in one line."""
     if is_out_of_memory(error):
         return "expected a volume that fits into the device's memory, got more. Use device cpu."
     error = innermost(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _triple(values: np.ndarray) -> str:
+def _join(values: np.ndarray) -> str:
     return "x".join(f"{value:.3g}" for value in values)

@@ -17,7 +17,6 @@ from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.files import load
-from transforms.preprocess import LOADING_STEPS
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
 # what the members of an ensemble have in common: they see the same windows of the same volume
@@ -99,7 +98,7 @@ class Predictor:
             )
         meta = {"original_affine": affine, "spatial_shape": np.array(voxels.shape[1:])}
         loaded = {"image": MetaTensor(voxels, affine=torch.as_tensor(affine), meta=meta)}
-        found = self.segmenter(self.preprocessing(loaded, start=LOADING_STEPS)["image"])
+        found = self.segmenter(self.preprocessing.regularize(loaded)["image"])
         return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(affine))
 
 

@@ -13,20 +13,20 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 
 from pipeline.precision import Precision
-from pipeline.prediction.sliding_window import SUMS_BYTES, Block, Network, SlidingWindow
+from pipeline.prediction.sliding_window import BLEND_BYTES, Network, Slab, SlidingWindow
 from transforms.cleanup import Cleanup
-from transforms.file_grid import FileGrid
+from transforms.postprocess import FileGrid
 
 log = logging.getLogger(__name__)
 
 
 class PredictionError(ValueError):
-    """A volume that cannot be predicted; the message says what was expected and got."""
+    """A volume cannot be predicted; the message says what was expected and what was found."""
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was predicted for one image, on the grid of its file.
+    """The prediction for one image, on the grid of its file.
 
     Attributes:
         labels: `(H, W, D)` uint8.
@@ -42,15 +42,16 @@ class Segmentation:
 class Segmenter:
     """Predicts preprocessed images with one network, or the mean probabilities of several.
 
-    Logits are blended over windows, made probabilities, averaged over networks, interpolated
-    linearly to the file's voxels, and only then made labels, slab by slab. Where memory does not
-    suffice, it goes on with fewer windows at a time, and then with the sums in the host's memory.
+    Logits are blended over windows, turned into probabilities, averaged over networks, interpolated
+    linearly to the file's voxels, and only then made labels, slab by slab. When the device runs
+    out of memory, prediction goes on with fewer windows at a time, and then with the sums in the
+    host's memory.
 
     Args:
-        networks: On the precision's device, their weights loaded.
+        networks: On the precision's device, with their weights loaded.
         precision: Owns device and autocast.
         inferer: Cuts windows and blends them.
-        cleanup: What is done to label maps at the end.
+        cleanup: Applied to label maps at the end.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class Segmenter:
         cleanup: Cleanup | None = None,
     ) -> None:
         self.networks, self.precision = list(networks), precision
-        self.inferer = copy.copy(inferer)  # of which it may have to lower the demands
+        self.inferer = copy.copy(inferer)  # whose demands may have to be lowered
         self.cleanup = cleanup
 
     def __call__(self, image: MetaTensor, *, with_probabilities: bool = False) -> Segmentation:
         """Predict one image.
 
         Args:
-            image: `(C, H, W, D)` float32 as preprocessing leaves it.
+            image: `(C, H, W, D)` float32 as preprocessing returns it.
             with_probabilities: Whether to keep the probabilities of all classes, in the host's
                 memory: 4 bytes per voxel and class.
 
@@ -81,7 +82,7 @@ class Segmenter:
                 found = self._segment(image, with_probabilities)
                 break
             except RuntimeError as error:
-                if not is_out_of_memory(error) or not self._retreat():
+                if not is_out_of_memory(error) or not self._lower_demands():
                     raise
             torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
         if self.cleanup is None:
@@ -89,8 +90,8 @@ class Segmenter:
         cleaned = self.cleanup(found.labels, np.linalg.norm(found.affine[:3, :3], axis=0))
         return Segmentation(cleaned, found.probabilities, found.affine)
 
-    def _retreat(self) -> bool:
-        """Ask for less memory; whether there is a way."""
+    def _lower_demands(self) -> bool:
+        """Ask for less memory; return whether that was possible."""
         inferer = self.inferer
         if inferer.batch_size > 1:
             inferer.sw_batch_size = inferer.batch_size // 2
@@ -111,14 +112,14 @@ class Segmenter:
         labels: torch.Tensor | None = None
         probabilities: torch.Tensor | None = None
         finite: list[torch.Tensor] = []
-        blocks = self.inferer.blocks(volume, [self._in_precision(net) for net in self.networks])
-        for first, block in joined(_checked(blocks, finite)):
+        slabs = self.inferer.slabs(volume, [self._autocast(net) for net in self.networks])
+        for axis, start, block in _join_slabs(slabs, finite):
             if labels is None:
                 labels = torch.zeros(grid.shape, dtype=torch.uint8, device=block.device)
                 if with_probabilities:
                     probabilities = torch.zeros((len(block), *grid.shape))
                     probabilities[0] = 1  # where borders were cut off there is background
-            for piece in grid.pieces(block, first):
+            for piece in grid.pieces(block, axis, start):
                 piece.write(piece.values.argmax(dim=0).to(torch.uint8), labels)
                 if probabilities is not None:
                     piece.write(piece.values, probabilities)
@@ -134,7 +135,7 @@ class Segmenter:
             grid.affine,
         )
 
-    def _in_precision(self, network: torch.nn.Module) -> Network:
+    def _autocast(self, network: torch.nn.Module) -> Network:
         def predict(windows: torch.Tensor) -> torch.Tensor:
             with self.precision.autocast():
                 return network(windows)
@@ -143,16 +144,16 @@ class Segmenter:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device has no memory left: cuDNN and cuBLAS say so in words of their own."""
+    """Return whether the device ran out of memory; cuDNN and cuBLAS have messages of their own."""
     words = ("ALLOC_FAILED", "unable to find an engine", "out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 class SlidingWindowLabels(SlidingWindow):
-    """An evaluator's inferer that gives labels on the grids of the files instead of logits.
+    """An evaluator's inferer that returns labels on the grids of the files instead of logits.
 
-    What `Segmenter` does, in the same memory. Where logits are not finite there is background, with
-    a warning: training, which watches its own steps, goes on.
+    It does what `Segmenter` does, in the same memory. Where logits are not finite, the result is
+    background, with a warning: training goes on, since it watches its own steps.
 
     Args:
         precision: Owns device and autocast.
@@ -170,19 +171,19 @@ class SlidingWindowLabels(SlidingWindow):
         num_classes: int,
         sw_batch_size: int = 4,
         overlap: float = 0.5,
-        max_blend_bytes: int = SUMS_BYTES,
+        max_blend_bytes: int = BLEND_BYTES,
     ) -> None:
         super().__init__(
             roi_size, num_classes, sw_batch_size, overlap, max_blend_bytes=max_blend_bytes
         )
-        self._segmenter = Segmenter([], precision, self)  # which copies it
+        self._segmenter = Segmenter([], precision, self)  # which copies this inferer
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Labels of preprocessed images.
+        """Predict labels of preprocessed images.
 
         Args:
-            inputs: `(B, C, H, W, D)` MetaTensor whose metadata remember the files' grid.
-            network: Gives logits of windows.
+            inputs: `(B, C, H, W, D)` MetaTensor whose metadata hold the files' grid.
+            network: Returns logits of windows.
             args: Not used.
             kwargs: Not used.
 
@@ -202,44 +203,28 @@ class SlidingWindowLabels(SlidingWindow):
         return torch.as_tensor(labels)[None]
 
 
-def joined(blocks: Iterable[Block]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Mean probabilities, each block with the last planes of the blocks before it.
+def _join_slabs(
+    slabs: Iterable[Slab], finite: list[torch.Tensor]
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Turn logits into mean probabilities, each slab with the last plane of the one before.
 
-    Voxels of a file may lie between two blocks.
+    Voxels of a file may lie between two slabs.
 
     Args:
-        blocks: As `SlidingWindow.blocks` orders them.
+        slabs: As `SlidingWindow.slabs` yields them.
+        finite: Gets for each slab, on its device, whether all of it is finite.
 
     Yields:
-        First voxel, and `(C, h, w, d)` float32 probabilities.
+        Axis, first plane, and `(C, h, w, d)` float32 probabilities.
     """
-    behind: torch.Tensor | None = None  # last plane of the block before, in this lane
-    beside: torch.Tensor | None = None  # last plane of the whole lane before
-    border: list[torch.Tensor] = []  # of this lane, so far
-    for block in blocks:
-        along, across = block.along + 1, block.across + 1
-        first = list(block.first)
-        members = torch.softmax(block.logits, dim=1)
+    before: torch.Tensor | None = None
+    for slab in slabs:
+        finite.append(torch.isfinite(slab.logits.sum()))  # a value that is not finite spoils it
+        members = torch.softmax(slab.logits, dim=1)
         values = members[0] if len(members) == 1 else members.mean(dim=0)
-        if first[block.along] == 0:  # a lane begins
-            behind = None
-            beside = torch.cat(border, dim=along) if border else None
-            border = []
-        border.append(values.narrow(across, -1, 1).clone())  # of all planes that a lane has
-        if beside is not None:
-            near = beside.narrow(along, first[block.along], values.shape[along])
-            values = torch.cat([near, values], dim=across)
-            first[block.across] -= 1
-        last = values.narrow(along, -1, 1).clone()
-        if behind is not None:
-            values = torch.cat([behind, values], dim=along)
-            first[block.along] -= 1
-        behind = last
-        yield first, values
-
-
-def _checked(blocks: Iterable[Block], finite: list[torch.Tensor]) -> Iterator[Block]:
-    """The blocks; whether each is finite is added to `finite`, on its device."""
-    for block in blocks:
-        finite.append(torch.isfinite(block.logits.sum()))  # of what is not, the sum is not either
-        yield block
+        last = values.narrow(slab.axis + 1, -1, 1).clone()
+        if before is None:
+            yield slab.axis, slab.start, values
+        else:
+            yield slab.axis, slab.start - 1, torch.cat([before, values], dim=slab.axis + 1)
+        before = last

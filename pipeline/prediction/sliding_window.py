@@ -1,9 +1,9 @@
-"""Sliding-window prediction that never holds all classes of a whole volume.
+"""Sliding-window prediction that never holds the logits of all classes for a whole volume.
 
-Windows are visited plane by plane along one axis. What no later window reaches is blended, handed
-on and forgotten, so that memory grows with a slab of the volume and not with the volume. Where a
-slab of all classes is too large still, the volume is cut across into lanes; windows on the border
-of two lanes are then predicted twice.
+Windows are visited plane by plane along the axis with the most windows. Once no later window
+reaches a slab of the volume, the slab is blended, yielded and forgotten, so that memory grows with
+the cross-section of the volume and not with its length. Where a slab of all classes is larger than
+`max_blend_bytes`, it is blended in the host's memory.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from monai.inferers import SlidingWindowInferer
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
 from pipeline.errors import as_bool
-from pipeline.prediction.sums import Box, WeightedSums, slices_in
 
-SUMS_BYTES = 4 * 2**30  # that blending may hold
-BATCH_VOXELS = 2**22  # with more a card is hardly faster: 4 instead of 2 windows of 128^3 by 5 %
+BLEND_BYTES = 4 * 2**30  # for the sums of a slab
+CHUNK_BYTES = 2**28  # of blended planes that are yielded at once
+# A larger batch is hardly faster on a card: 4 instead of 2 windows of 128^3 by 5 %.
+BATCH_VOXELS = 2**22
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Block:
-    """Blended logits of a part of the volume.
+class Slab:
+    """Blended logits of consecutive planes of a volume.
 
     Attributes:
-        first: Voxel of the volume that it begins with.
-        logits: `(M, C, h, w, d)` float32, of each of M networks.
-        along: Axis that blocks of a lane follow one another on, from 0 on.
-        across: Axis that lanes follow one another on.
+        axis: Axis of the volume, 0 to 2, that slabs follow one another along, in rising order.
+        start: First plane.
+        logits: `(M, C, h, w, d)` float32, one entry for each of M networks.
     """
 
-    first: tuple[int, ...]
+    axis: int
+    start: int
     logits: torch.Tensor
-    along: int
-    across: int
 
 
 class SlidingWindow(SlidingWindowInferer):
-    """MONAI's SlidingWindowInferer with Gaussian weights, by slabs, with mirror averaging.
+    """MONAI's SlidingWindowInferer with Gaussian weights, slab by slab, with mirror averaging.
 
-    Windows, weights and padding are MONAI's; products and sums are float32 whatever the dtype of
+    Windows, weights and padding are MONAI's. Products and sums are float32 whatever the dtype of
     the network's output.
 
     Args:
         roi_size: Window in voxels.
         num_classes: Channels of the network's output.
-        sw_batch_size: Windows in a forward pass, at most; of many classes or voxels fewer.
-        overlap: Share of a window that the next one covers again, 0 to below 1.
+        sw_batch_size: Most windows in a forward pass; fewer where classes or voxels are many.
+        overlap: Fraction of a window that the next one covers again, 0 to below 1.
         mirror: Whether logits are averaged over all mirror images along `flip_axes`.
-        flip_axes: Of the volume, 0 to 2.
-        max_blend_bytes: Memory for the sums of one slab; lanes are as wide as it allows.
+        flip_axes: Axes of the volume, 0 to 2.
+        max_blend_bytes: Device memory for the sums of one slab. Larger slabs are blended in the
+            host's memory.
 
     Raises:
         ValueError: If an axis or the overlap is out of range.
@@ -72,17 +72,17 @@ class SlidingWindow(SlidingWindowInferer):
         overlap: float = 0.5,
         mirror: bool | str = False,
         flip_axes: Sequence[int] = (),
-        max_blend_bytes: int = SUMS_BYTES,
+        max_blend_bytes: int = BLEND_BYTES,
     ) -> None:
         if wrong := set(flip_axes) - {0, 1, 2}:
             raise ValueError(f"flip_axes: expected axes 0 to 2, got {sorted(wrong)}. Correct them.")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: expected 0 to below 1, got {overlap}. Correct it.")
         super().__init__(list(roi_size), sw_batch_size, overlap, "gaussian")
-        self.window, self.share = tuple(roi_size), overlap  # as MONAI keeps them they may be much
+        self.window, self.window_overlap = tuple(roi_size), overlap  # MONAI's allow other types
         self.num_classes, self.max_blend_bytes = num_classes, max_blend_bytes
         axes = sorted(flip_axes) if as_bool(mirror, "mirror") else []
-        # dimensions of (B, C, H, W, D)
+        # dimensions of (B, C, H, W, D), for each mirror image
         self.mirrors = [
             tuple(axis + 2 for axis in some)
             for count in range(len(axes) + 1)
@@ -90,11 +90,11 @@ class SlidingWindow(SlidingWindowInferer):
         ]
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Logits of whole volumes, for those who ask for all class channels.
+        """Predict the logits of whole volumes.
 
         Args:
             inputs: `(B, C, H, W, D)`.
-            network: Gives logits `(B, num_classes, *roi_size)` of windows.
+            network: Returns logits `(B, num_classes, *roi_size)` of windows.
             args: Passed on to the network.
             kwargs: Passed on to the network.
 
@@ -111,126 +111,155 @@ class SlidingWindow(SlidingWindowInferer):
             device=self.device or volumes.device,
         )
         for volume, logits in zip(volumes, whole, strict=True):
-            for block in self.blocks(volume, [predict]):
-                ends = zip(block.first, block.logits.shape[2:], strict=True)
-                logits[:, *(slice(a, a + n) for a, n in ends)] = block.logits[0]
+            for slab in self.slabs(volume, [predict]):
+                length = slab.logits.shape[slab.axis + 2]
+                logits.narrow(slab.axis + 1, slab.start, length).copy_(slab.logits[0])
         return convert_to_dst_type(whole, inputs, dtype=torch.float32)[0]
 
-    def blocks(self, volume: torch.Tensor, networks: Sequence[Network]) -> Iterator[Block]:
-        """Logits of one volume, block by block: lane by lane, and along a lane in rising order.
+    def slabs(self, volume: torch.Tensor, networks: Sequence[Network]) -> Iterator[Slab]:
+        """Predict the logits of one volume, slab by slab.
 
         Args:
             volume: `(C, H, W, D)` on the networks' device.
-            networks: As for `__call__`; all see the same windows.
+            networks: As for `__call__`; all are given the same windows.
         """
-        padded, inside = self._padded(volume)
+        padded, margins = self._pad(volume)
         sizes = padded.shape[1:]
         starts = [
-            window_starts(n, roi, self.share) for n, roi in zip(sizes, self.window, strict=True)
+            window_starts(n, roi, self.window_overlap)
+            for n, roi in zip(sizes, self.window, strict=True)
         ]
-        along, across, rest = sorted(range(3), key=lambda axis: -sizes[axis] / self.window[axis])
-        line = 4 * len(networks) * self.num_classes * self.window[along] * sizes[rest]
-        # sums are where the weights are; `device` is what MONAI calls that of the stitched output
+        axis = max(range(3), key=lambda a: sizes[a] / self.window[a])
         weights = compute_importance_map(
-            self.window, self.mode, device=self.device or volume.device
+            self.window, self.mode, device=self._blend_device(volume, sizes, axis, len(networks))
         )
-        for lane in _lanes(starts[across], sizes[across], self.max_blend_bytes // line):
-            touching = [
-                s for s in starts[across] if s < lane[1] and s + self.window[across] > lane[0]
-            ]
-            course = {**dict(enumerate(starts)), across: touching}
-            box = [(0, n) for n in sizes]
-            box[across] = lane
-            for slab, logits in self._lane(padded, networks, course, box, along, weights):
-                ends = [(max(a, p), min(b, q)) for (a, b), (p, q) in zip(slab, inside, strict=True)]
-                if any(a >= b for a, b in ends):  # nothing but what was padded
-                    continue
-                kept = slices_in(ends, [o for o, _ in slab])
-                first = tuple(a - p for (a, _), (p, _) in zip(ends, inside, strict=True))
-                yield Block(first, logits[:, :, *kept], along, across)
+        inside = [slice(m, m + n) for m, n in zip(margins, volume.shape[1:], strict=True)]
+        across = [slice(None) if a == axis else part for a, part in enumerate(inside)]
+        for start, blended in self._blend(padded, networks, starts, axis, weights):
+            stop = start + blended.shape[axis + 2]
+            first, last = max(start, inside[axis].start), min(stop, inside[axis].stop)
+            if first < last:  # else there is nothing but padding
+                kept = blended[:, :, *across].narrow(axis + 2, first - start, last - first)
+                yield Slab(axis, first - margins[axis], kept)
 
-    def _lane(
+    def _blend_device(
+        self, volume: torch.Tensor, sizes: Sequence[int], axis: int, num_networks: int
+    ) -> torch.device | str:
+        """Return the device of the sums; `self.device` is what MONAI calls it."""
+        if self.device is not None:
+            return self.device
+        plane = math.prod(sizes) // sizes[axis]
+        needed = 4 * num_networks * self.num_classes * self.window[axis] * plane
+        return volume.device if needed <= self.max_blend_bytes else "cpu"
+
+    def _blend(
         self,
         padded: torch.Tensor,
         networks: Sequence[Network],
-        course: dict[int, list[int]],
-        box: Box,
-        along: int,
+        starts: Sequence[Sequence[int]],
+        axis: int,
         weights: torch.Tensor,
-    ) -> Iterator[tuple[Box, torch.Tensor]]:
-        """Blended logits of a lane, handed on as soon as no window is left for them."""
-        starts, roi = course[along], self.window[along]
-        edges = sorted({*starts, *(start + roi for start in starts)})
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield first plane and logits of slabs as soon as no window is left for them."""
+        roi = self.window[axis]
+        edges = sorted({*starts[axis], *(start + roi for start in starts[axis])})
         waiting = list(itertools.pairwise(edges))
-        live: list[WeightedSums] = []
-        for start, following in zip(starts, [*starts[1:], edges[-1]], strict=True):
+        live: list[_SlabSums] = []
+        for start, following in itertools.pairwise([*starts[axis], edges[-1]]):
             while waiting and waiting[0][0] < start + roi:
-                slab = [*box]
-                slab[along] = waiting.pop(0)
-                live.append(WeightedSums(slab, len(networks), self.num_classes, weights))
-            corners = list(itertools.product(*({**course, along: [start]}[n] for n in range(3))))
+                shape = list(padded.shape[1:])
+                first, stop = waiting.pop(0)
+                shape[axis] = stop - first
+                live.append(_SlabSums(axis, first, shape, len(networks), self.num_classes, weights))
+            here = [[start] if a == axis else of_axis for a, of_axis in enumerate(starts)]
+            corners = list(itertools.product(*here))
             for n in range(0, len(corners), self.batch_size):
-                self._add(live, padded, corners[n : n + self.batch_size], networks)
-            while live and live[0].box[along][1] <= following:
-                yield from live.pop(0).blended(along)
+                self._predict_windows(live, padded, corners[n : n + self.batch_size], networks)
+            while live and live[0].stop <= following:
+                yield from live.pop(0).blend()
 
-    def _add(
+    def _predict_windows(
         self,
-        live: Sequence[WeightedSums],
+        live: Sequence[_SlabSums],
         padded: torch.Tensor,
         corners: Sequence[tuple[int, ...]],
         networks: Sequence[Network],
     ) -> None:
-        """Predict some windows and add them up."""
-        windows = torch.stack([_cut(padded, corner, self.window) for corner in corners])
+        cuts = [
+            tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
+            for corner in corners
+        ]
+        windows = torch.stack([padded[:, *cut] for cut in cuts])
         for number, network in enumerate(networks):
-            for corner, logits in zip(corners, self._mirrored(windows, network), strict=True):
+            for cut, logits in zip(cuts, self._predict_mirrored(windows, network), strict=True):
                 for sums in live:
-                    sums.add(number, corner, logits)
+                    sums.add(number, cut, logits)
 
-    def _padded(self, volume: torch.Tensor) -> tuple[torch.Tensor, Box]:
-        """The volume, of the size of a window at least, and where it lies in that."""
+    def _pad(self, volume: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Pad a volume to the size of a window at least; also return the margins before it."""
         missing = [max(r - n, 0) for r, n in zip(self.window, volume.shape[1:], strict=True)]
-        margins = [(n // 2, n - n // 2) for n in missing]
-        widths = [
-            width for pair in margins[::-1] for width in pair
-        ]  # torch pads the last axis first
-        inside = [(m, m + n) for (m, _), n in zip(margins, volume.shape[1:], strict=True)]
-        return torch.nn.functional.pad(volume, widths), inside
+        # torch pads the last axis first
+        widths = [width for n in missing[::-1] for width in (n // 2, n - n // 2)]
+        return torch.nn.functional.pad(volume, widths), [n // 2 for n in missing]
 
     @property
     def batch_size(self) -> int:
-        """Windows at once: their logits take no more than an eighth of what sums may."""
+        """Windows at once: their logits take at most an eighth of what sums may take."""
         voxels = math.prod(self.window)
         fitting = self.max_blend_bytes // 8 // (4 * self.num_classes * voxels)
         return max(1, min(self.sw_batch_size, fitting, BATCH_VOXELS // voxels))
 
-    def _mirrored(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
-        """Logits of windows `(B, C, *roi_size)`, averaged over the mirror images."""
+    def _predict_mirrored(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
+        """Return logits of windows `(B, C, *roi_size)`, averaged over the mirror images."""
         if self.mirrors == [()]:
             return network(windows)
         logits = [network(windows.flip(axes)).float().flip(axes) for axes in self.mirrors]
         return torch.stack(logits).mean(dim=0)
 
 
+class _SlabSums:
+    """Weighted sums of window logits in a slab of the padded volume, and sums of the weights."""
+
+    def __init__(
+        self,
+        axis: int,
+        start: int,
+        shape: Sequence[int],
+        num_networks: int,
+        num_classes: int,
+        weights: torch.Tensor,
+    ) -> None:
+        self.axis, self.start, self.stop = axis, start, start + shape[axis]
+        self.weights = weights
+        # classes last in memory, as networks in channels-last format return them
+        self.logits = weights.new_zeros((num_networks, *shape, num_classes)).movedim(-1, 1)
+        self.total = weights.new_zeros(tuple(shape))
+
+    def add(self, number: int, cut: tuple[slice, ...], logits: torch.Tensor) -> None:
+        """Add the part of a window, `cut` from the padded volume, that lies in this slab."""
+        first, last = max(self.start, cut[self.axis].start), min(self.stop, cut[self.axis].stop)
+        if first >= last:
+            return
+        here, there = list(cut), [slice(None)] * 3
+        here[self.axis] = slice(first - self.start, last - self.start)
+        there[self.axis] = slice(first - cut[self.axis].start, last - cut[self.axis].start)
+        part = logits[:, *there].to(self.weights.device)
+        self.logits[number][:, *here].addcmul_(part, self.weights[*there])
+        if number == 0:
+            self.total[*here] += self.weights[*there]
+
+    def blend(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield weighted means and their first plane, a few planes at a time, as new tensors."""
+        num_planes = self.stop - self.start
+        step = max(1, CHUNK_BYTES // (4 * self.logits.numel() // num_planes))
+        for first in range(0, num_planes, step):
+            count = min(step, num_planes - first)
+            logits = self.logits.narrow(self.axis + 2, first, count)
+            yield self.start + first, logits / self.total.narrow(self.axis, first, count)
+
+
 def window_starts(size: int, roi: int, overlap: float) -> list[int]:
-    """First voxels of the windows along an axis, as MONAI places them: the last ends with it."""
+    """Return the first voxels of the windows along an axis; as in MONAI, the last ends with it."""
     step = max(int(roi * (1 - overlap)), 1)
     count = math.ceil((size - roi) / step) + 1
     return [min(n * step, size - roi) for n in range(count)]
-
-
-def _lanes(starts: Sequence[int], size: int, widest: int) -> list[tuple[int, int]]:
-    """Ranges of an axis, as wide as they may be, that begin where windows do."""
-    lanes, begin = [], 0
-    while begin < size:
-        ends = [end for end in (*starts[1:], size) if begin < end <= begin + widest]
-        # no narrower than a step of the windows, however little memory there may be
-        end = max(ends, default=min(e for e in (*starts[1:], size) if e > begin))
-        lanes.append((begin, end))
-        begin = end
-    return lanes
-
-
-def _cut(padded: torch.Tensor, corner: Sequence[int], roi: Sequence[int]) -> torch.Tensor:
-    return padded[:, *(slice(a, a + n) for a, n in zip(corner, roi, strict=True))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -168,31 +167,6 @@ def test_full_disk_while_scoring_ends_the_run_to_be_continued(run, tmp_path, mon
         assert "No space left" in capsys.readouterr().out
         assert not (tmp_path / "r/summary.json").exists()
     assert run(tmp_path / "r", final_scores=True) == 0
-
-
-def test_volumes_do_not_pile_up_where_scoring_is_slow(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(final_scores, "MOST_THREADS", 1)
-    waiting, most = [], []
-    submit = final_scores.ThreadPoolExecutor.submit
-
-    def watched(self, work, *args):
-        if work.__name__ != "_score_case":
-            return submit(self, work, *args)
-        waiting.append(1)
-        most.append(len(waiting))
-
-        def slow():
-            time.sleep(0.05)
-            waiting.pop()
-            return work(*args)
-
-        return submit(self, slow)
-
-    monkeypatch.setattr(final_scores.ThreadPoolExecutor, "submit", watched)
-    dataset = make_dataset(tmp_path / "data", 12)
-    assert run(tmp_path / "r", dataset_dir=str(dataset), num_folds=2, final_scores=True) == 0
-    assert len(most) >= 6
-    assert max(most) <= 2
 
 
 def test_weights_that_are_the_same_are_scored_once(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Values on the preprocessed grid at the voxels of the file, against SciPy, whole and in blocks."""
+"""Values on the preprocessed grid at the voxels of the file, against SciPy, whole and in slabs."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from test_transforms import GRIDS, make_affine
 
-from transforms.file_grid import PLACE, FileGrid
+from transforms.postprocess import INDEX_VALUES, FileGrid
 
 FILE, SOURCE = (13, 11, 12), (17, 9, 14)
 SHEAR = np.array([[1, 0.3, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -38,13 +38,13 @@ def expected(volume, own, affine):
     )
 
 
-def written(grid, blocks):
+def written(grid, slabs):
     whole = torch.full((3, *FILE), torch.nan)
-    for first, block in blocks:
-        for piece in grid.pieces(block, first):
+    for slab in slabs:
+        for piece in grid.pieces(*slab):
             place = whole[(..., *piece.box)]
             mask = torch.ones_like(place[0], dtype=torch.bool) if piece.mask is None else piece.mask
-            assert place[:, mask].isnan().all(), "a voxel belongs to one block only"
+            assert place[:, mask].isnan().all(), "a voxel belongs to one slab only"
             piece.write(piece.values, whole)
     return whole.numpy()
 
@@ -59,38 +59,32 @@ def affine(request):
     return request.param
 
 
-def in_blocks(values, along, across, cuts, lanes):
-    """Parts of a volume that overlap in one plane, lane by lane."""
-    for (a, b), (c, d) in itertools.product(itertools.pairwise(lanes), itertools.pairwise(cuts)):
-        first, last = [0, 0, 0], list(SOURCE)
-        first[across], last[across] = max(a - 1, 0), b
-        first[along], last[along] = max(c - 1, 0), d
-        yield first, values[(slice(None), *map(slice, first, last))]
+def in_slabs(values, axis, cuts):
+    """Slabs of a volume that share a plane."""
+    for start, stop in itertools.pairwise(cuts):
+        first = max(start - 1, 0)
+        yield values.narrow(axis + 1, first, stop - first), axis, first
 
 
 def test_file_grid_agrees_with_scipy(affine):
     volume, own = grid_of(affine)
-    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    got = written(FileGrid(volume), [(volume.as_tensor(),)])
     np.testing.assert_allclose(got, expected(volume, own, affine), atol=2e-6)
 
 
-@pytest.mark.parametrize(("along", "across"), [(0, 1), (1, 2), (2, 0)])
-def test_file_grid_gives_the_same_bits_however_the_volume_is_cut(affine, along, across):
+@pytest.mark.parametrize("axis", range(3))
+def test_file_grid_gives_the_same_bits_however_the_volume_is_cut(affine, axis):
     volume, _ = grid_of(affine)
     values, grid = volume.as_tensor(), FileGrid(volume)
-    whole = written(grid, [((0, 0, 0), values)])
-    cuts = [0, 1, 4, 5, SOURCE[along]]
-    lanes = [0, 3, SOURCE[across]]
-    np.testing.assert_array_equal(
-        written(grid, in_blocks(values, along, across, cuts, lanes)), whole
-    )
+    slabs = in_slabs(values, axis, [0, 1, 4, 5, SOURCE[axis]])
+    np.testing.assert_array_equal(written(grid, slabs), written(grid, [(values,)]))
 
 
 def test_file_grid_gives_the_same_bits_in_small_chunks(affine, monkeypatch):
     volume, _ = grid_of(affine)
-    whole = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
-    monkeypatch.setattr("transforms.file_grid.CHUNK", 500)
-    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    whole = written(FileGrid(volume), [(volume.as_tensor(),)])
+    monkeypatch.setattr("transforms.postprocess.CHUNK", 500)
+    got = written(FileGrid(volume), [(volume.as_tensor(),)])
     np.testing.assert_array_equal(got, whole)
 
 
@@ -98,7 +92,7 @@ def test_file_grid_leaves_what_was_cut_off(affine):
     start, size = [2, 3, 1], [6, 5, 9]
     volume, own = grid_of(affine, (start, size))
     grid = FileGrid(volume)
-    got = written(grid, [((0, 0, 0), volume.as_tensor())])
+    got = written(grid, [(volume.as_tensor(),)])
     inside = (slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))
     np.testing.assert_allclose(got[inside], expected(volume, own, affine)[inside], atol=2e-6)
     got[inside] = np.nan
@@ -137,13 +131,12 @@ def test_file_grid_takes_axes_one_by_one_when_a_header_rounded_them(name, cut, s
     coupled = np.abs(np.linalg.inv(own) @ rounded)[:3, :3]
     assert (np.sort(coupled, axis=0)[:2] > 1e-9).any()
     volume.meta["original_affine"] = rounded
-    blocks = [((0, 0, 0), volume.as_tensor())]
-    if cut:
-        blocks = list(in_blocks(volume.as_tensor(), 0, 1, [0, 4, 5, SOURCE[0]], [0, 3, SOURCE[1]]))
+    cuts = [0, 4, 5, SOURCE[0]] if cut else [0, SOURCE[0]]
+    slabs = list(in_slabs(volume.as_tensor(), 0, cuts))
     grid = FileGrid(volume)
-    np.testing.assert_allclose(written(grid, blocks), expected(volume, own, rounded), atol=1e-5)
+    np.testing.assert_allclose(written(grid, slabs), expected(volume, own, rounded), atol=1e-5)
     assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
-    assert all(piece.mask is None for first, block in blocks for piece in grid.pieces(block, first))
+    assert all(piece.mask is None for slab in slabs for piece in grid.pieces(*slab))
 
 
 def test_file_grid_moves_no_place_by_more_than_a_thousandth_when_axes_are_coupled(sizes):
@@ -153,7 +146,7 @@ def test_file_grid_moves_no_place_by_more_than_a_thousandth_when_axes_are_couple
     coupled[0, 1], coupled[2, 0] = 0.9e-3 / FILE[1], -0.9e-3 / FILE[0]
     affine = own @ coupled
     volume.meta["original_affine"] = affine
-    got = written(FileGrid(volume), [((0, 0, 0), volume.as_tensor())])
+    got = written(FileGrid(volume), [(volume.as_tensor(),)])
     steepest = max(float(np.abs(np.diff(volume.numpy(), axis=n)).max()) for n in (1, 2, 3))
     assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
     error = np.abs(got - expected(volume, own, affine)).max()
@@ -163,9 +156,9 @@ def test_file_grid_moves_no_place_by_more_than_a_thousandth_when_axes_are_couple
 @pytest.mark.parametrize("lines", [0.5, 1, 2.9, 40])
 def test_file_grid_of_sheared_axes_holds_a_chunk_of_places(lines, sizes, monkeypatch):
     volume, _ = grid_of(AFFINES["sheared"])
-    monkeypatch.setattr("transforms.file_grid.CHUNK", int(lines * FILE[2] * (3 + PLACE)))
-    for first, block in in_blocks(volume.as_tensor(), 0, 1, [0, 4, 5, SOURCE[0]], [0, SOURCE[1]]):
-        for piece in FileGrid(volume).pieces(block, first):
+    monkeypatch.setattr("transforms.postprocess.CHUNK", int(lines * FILE[2] * (3 + INDEX_VALUES)))
+    for slab in in_slabs(volume.as_tensor(), 0, [0, 4, 5, SOURCE[0]]):
+        for piece in FileGrid(volume).pieces(*slab):
             assert piece.values[0].numel() <= max(lines, 1) * FILE[2]
     assert max(map(np.prod, sizes)) <= max(lines, 1) * FILE[2]
     assert max(map(np.prod, sizes)) > 0.4 * lines * FILE[2]
