@@ -20,7 +20,8 @@ from ignite.engine import Events
 from pipeline import files
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
 from pipeline.files import CheckpointStore, save
-from pipeline.lifecycle import run_directory as run_dir_module
+from pipeline.lifecycle import run_directory
+from pipeline.lifecycle.run_directory import RunLock
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     CheckpointHandler,
@@ -49,7 +50,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return value.hexdigest()
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     """Stands for a kill: nothing after it runs."""
 
 
@@ -74,9 +75,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch):
 
 
 def run_and_die(run, run_dir: Path, **changes) -> None:
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(KilledError):
         run(run_dir, **changes)
-    assert isinstance(error.value.__cause__, KilledError)
 
 
 # --- content
@@ -413,25 +413,19 @@ def test_trainer_interrupted_in_its_last_validation_comes_to_its_end(tmp_path):
 
 def test_run_looks_again_when_the_directory_is_its_own(run, tmp_path, monkeypatch, capsys):
     """Between its first look and the lock another run may have come to its end there."""
-    hold = run_dir_module.Hold
 
-    def late(run_dir: Path) -> run_dir_module.Hold:
-        monkeypatch.setattr(run_dir_module, "Hold", hold)
+    def late(run_dir: Path) -> RunLock:
+        monkeypatch.setattr(run_directory, "RunLock", RunLock)
         assert run(run_dir, seed=1) == 0
-        return hold(run_dir)
+        return RunLock(run_dir)
 
-    monkeypatch.setattr(run_dir_module, "Hold", late)
+    monkeypatch.setattr(run_directory, "RunLock", late)
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "r")
     assert ended.value.code == 2
     assert "got other values of seed" in capsys.readouterr().err
     assert json.loads((tmp_path / "r/configs/train.json").read_text())["seed"] == 1
-    assert run_is_free(tmp_path / "r")
-
-
-def run_is_free(run_dir: Path) -> bool:
-    run_dir_module.Hold(run_dir).close()
-    return True
+    RunLock(tmp_path / "r").close()  # it is free
 
 
 # --- what else may go wrong around a run

@@ -13,11 +13,11 @@ import pytest
 from conftest import REPOSITORY
 
 from pipeline.errors import InputError
-from pipeline.lifecycle import run_lock
-from pipeline.lifecycle.run_lock import RunLock
+from pipeline.lifecycle import run_directory
+from pipeline.lifecycle.run_directory import RunLock
 
 TRY = """
-import sys; from pathlib import Path; from pipeline.lifecycle.run_lock import RunLock
+import sys; from pathlib import Path; from pipeline.lifecycle.run_directory import RunLock
 RunLock(Path(sys.argv[1]))
 """
 
@@ -66,7 +66,7 @@ def test_heartbeat_goes_on_after_an_error(tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(os, "utime", utime)
-    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(run_directory, "HEARTBEAT_S", 0.02)
     holder = RunLock(tmp_path)
     before = (tmp_path / ".lock").stat().st_mtime_ns
     end = time.monotonic() + 20
@@ -79,8 +79,8 @@ def test_heartbeat_goes_on_after_an_error(tmp_path, monkeypatch):
 def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_path, monkeypatch):
     """Where the kernel's lock does not reach the other host."""
     (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 6}))
-    monkeypatch.setattr(run_lock, "WATCH_S", 0.1)
-    lock, locked = run_lock.fcntl.lockf, []
+    monkeypatch.setattr(run_directory, "WATCH_S", 0.1)
+    lock, locked = run_directory.fcntl.lockf, []
 
     def late(*args):
         lock(*args)
@@ -88,7 +88,7 @@ def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_pa
         if len(locked) == 2:  # the first was let go for the watch
             (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
 
-    monkeypatch.setattr(run_lock.fcntl, "lockf", late)
+    monkeypatch.setattr(run_directory.fcntl, "lockf", late)
     with pytest.raises(InputError, match="process 7 on elsewhere"):
         RunLock(tmp_path)
 
@@ -97,6 +97,6 @@ def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, mo
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="No locks available"):
         RunLock(tmp_path)

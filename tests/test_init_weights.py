@@ -17,7 +17,7 @@ from forked import monai_bundle
 
 from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
-from pipeline.training.pretrained import fitted, read_weights
+from pipeline.training.pretrained import PretrainedWeights
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 HEAD = ["head.weight", "head.bias"]
@@ -249,7 +249,7 @@ def test_file_that_holds_no_weights_is_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
     with pytest.raises(InputError, match=f"^init_weights: {message}") as refused:
-        read_weights(tmp_path / name)
+        PretrainedWeights(tmp_path, name).read()
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "executed").exists()
 
@@ -257,6 +257,13 @@ def test_file_that_holds_no_weights_is_told_in_one_line(
 @pytest.fixture
 def network() -> DenseUNet:
     return DenseUNet(base_channels=2, strides=[2], num_dense_layers=1, growth_rate=2, seed=0)
+
+
+def fit(folder: Path, network: torch.nn.Module, **kwargs: Any) -> PretrainedWeights:
+    pretrained = PretrainedWeights(folder, "w.pt", **kwargs)
+    pretrained.read()
+    pretrained.fit(network)
+    return pretrained
 
 
 def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
@@ -269,7 +276,7 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     state["encoders.0.norm2.weight"] = state["encoders.0.norm2.weight"].to_sparse()
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(InputError) as refused:
-        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=False)
+        fit(tmp_path, network)
     assert [fault.split(" in w.pt. ")[0] for fault in refused.value.faults] == [
         "init_weights: deepest.conv1.weight: expected float32 [4, 2, 3, 3, 3], got float32 [1, 2]",
         "init_weights: deepest.norm1.weight: expected float32 [4], got no such tensor",
@@ -288,16 +295,16 @@ def test_reinit_head_takes_no_notice_of_the_files_head(network, tmp_path):
     state["deep_heads.0.weight"] = torch.ones(1)
     del state["head.bias"]
     torch.save(state, tmp_path / "w.pt")
-    tensors, drawn_anew = fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
-    assert drawn_anew == HEAD
-    assert tensors.keys() == network.state_dict().keys() - {*HEAD}
+    weights = fit(tmp_path, network, reinit_head=True)
+    assert weights.record["drawn_anew"] == HEAD
+    assert weights.tensors.keys() == network.state_dict().keys() - {*HEAD}
 
 
 def test_reinit_head_of_a_network_without_one_is_refused(tmp_path):
     network = torch.nn.Conv3d(1, 1, 1)
     torch.save(network.state_dict(), tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"^reinit_head: expected a network with layers head\.\*"):
-        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
+        fit(tmp_path, network, reinit_head=True)
 
 
 def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
@@ -305,14 +312,3 @@ def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
     (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
     assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
     assert not (tmp_path / "r").exists()
-
-
-def test_run_that_began_before_there_was_this_key_goes_on(run, tmp_path):
-    assert run(tmp_path / "r", max_epochs=1) == 0
-    path = tmp_path / "r/configs/train.json"
-    source = json.loads(path.read_text())
-    for key in ("init_weights", "reinit_head"):
-        del source[key], source["lifecycle"][key]
-    del source["train"]["trainer"]["initial_weights"]
-    path.write_text(json.dumps(source))
-    assert run(tmp_path / "r", max_epochs=2) == 0

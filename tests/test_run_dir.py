@@ -22,7 +22,8 @@ def launch(monkeypatch):
 def begin(path, resume):
     """Take the directory as a run does, and leave it as one that was killed."""
     directory = RunDirectory(path, resume)
-    directory.take(lambda: None)
+    directory.require_usable()
+    directory.lock()
     (path / "run.json").write_text('{"fingerprint": ""}')
     (path / "models").mkdir(exist_ok=True)
     (path / "configs").mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.commands.trials import OWN_KEYS, PRECISIONS, Plan, RunFailed, train
 from pipeline.config import allowed, keys, validate
-from pipeline.config.compose import parse_overrides
+from pipeline.config.compose import compose_located, parse_overrides
 from pipeline.errors import InputError, nearest
 from pipeline.run import open_run, split_words
 
@@ -102,7 +102,9 @@ def make_plan(words: list[str]) -> Plan:
         faults.append("command line: expected a config file, got none. See --help.")
     if faults:
         raise InputError(*faults)
-    source = validate.check(files, overrides, allow, training=True)
+    composed = compose_located(files, overrides, allow)
+    validate.check(composed, allow, training=True)
+    source = composed.source
     if source["fold"] == "all":
         raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")
     name = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
@@ -173,9 +175,8 @@ def certify(plan: Plan, command: str) -> dict[str, Any]:
     from pipeline.evaluation.fixed_batch import measure
     from pipeline.lifecycle.summary import device_name
 
-    lifecycle, trainer = open_run(
-        plan.files, plan.run_overrides("float32", plan.seeds[0]), plan.allow
-    )
+    overrides = plan.run_overrides("float32", plan.seeds[0])
+    lifecycle, trainer = open_run(compose_located(plan.files, overrides, plan.allow))
     pattern = lifecycle.data_module.split["group_pattern"]
     persons = persons_of(lifecycle.cases.validation, pattern)
 

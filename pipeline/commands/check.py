@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.commands.command import run_command
 from pipeline.config import allowed, validate
-from pipeline.config.compose import parse_overrides
+from pipeline.config.compose import compose_located, parse_overrides
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError
 
@@ -45,8 +45,9 @@ def _main(words: list[str]) -> int:
         raise InputError(f"--json: expected a file in a folder that is there, got {file}.")
     config_file = str(overrides.pop("config", CONFIG))
     overrides["dataset_dir"] = str(Path(rest[0]).resolve())
-    source = validate.check([config_file], overrides, allow, training=True)
-    return check(source, wants_plan, None if file is None else Path(str(file)))
+    composed = compose_located([config_file], overrides, allow)
+    validate.check(composed, allow, training=True)
+    return check(composed.source, wants_plan, None if file is None else Path(str(file)))
 
 
 def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:

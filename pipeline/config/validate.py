@@ -8,11 +8,11 @@ from a place that something is wrong with.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from pipeline.config import allowed, keys, objects, references
 from pipeline.config.chart import Chart
-from pipeline.config.compose import Composed, compose_located, require_unaltered
+from pipeline.config.compose import Composed
 from pipeline.errors import InputError, nearest
 
 # ids that MONAI's commands know, beside those of `keys.KEYS`
@@ -23,42 +23,20 @@ KNOWN = {
 
 
 def check(
-    files: Sequence[str],
-    overrides: keys.Config,
-    allow: Collection[str] = (),
-    training: bool | None = None,
-) -> keys.Config:
-    """Compose a config and look for mistakes; the config, if there are none.
+    composed: Composed, allow: Collection[str] | None = (), *, training: bool | None = None
+) -> None:
+    """Look for mistakes in a config.
 
     Args:
-        files: Names of its files, merged in this order.
-        overrides: Values by key, over them.
-        allow: Names that `_target_` may hold beside the list.
+        composed: The config, and where its values come from.
+        allow: Names that `_target_` may hold beside the list; `None`: any, and expressions too.
         training: Whether it must have every key of `keys.KEYS`; by default if it has a
             `train` or `lifecycle`.
 
     Raises:
         InputError: A line for each mistake.
     """
-    composed = compose_located(files, overrides, allow)
-    faults = diagnose(composed, allow, training)
-    if faults:
-        raise InputError(*faults)
-    return composed.source
-
-
-def check_source(source: keys.Config) -> None:
-    """Look for mistakes in a training config that is being executed, whoever began that.
-
-    Neither the lines of its files nor what the user allowed are known here; the boundary of trust
-    was passed before, or never asked for (`python -m monai.bundle`).
-
-    Raises:
-        InputError: A line for each mistake.
-    """
-    require_unaltered()
-    faults = diagnose(Composed(source), None, training=True)
-    if faults:
+    if faults := diagnose(composed, allow, training):
         raise InputError(*faults)
 
 

@@ -70,6 +70,11 @@ class Cases:
         return os.path.normpath(os.path.join(start, place))
 
     @property
+    def all(self) -> list[Case]:
+        """Training, validation and test cases, in this order."""
+        return [*self.train, *self.validation, *self.test]
+
+    @property
     def num_channels(self) -> int | None:
         """Channels of an image; None where the layout does not declare them."""
         return None if self.channel_names is None else len(self.channel_names)

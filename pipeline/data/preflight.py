@@ -87,7 +87,7 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
             made of them, but only what it cannot be made of is a fault.
         cache_dir: Where facts of voxels are kept, by content, so that the next look is quick.
     """
-    every = [*cases.train, *cases.validation, *cases.test]
+    every = cases.all
 
     def of_headers(case: Case, headers: Facts) -> list[DatasetIssue]:
         return header_findings(case, headers, cases.num_channels)

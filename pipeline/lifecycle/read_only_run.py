@@ -1,4 +1,4 @@
-"""A finished run that is looked at: its best network is evaluated, and nothing in it changes.
+"""A finished run whose best network is evaluated, and in which nothing changes.
 
 `configs/evaluate.json` puts it in the place of the run's lifecycle.
 """
@@ -32,12 +32,12 @@ class ReadOnlyRun(Lifecycle):
             SystemExit: With status 2 and a line per fault if there is no run with a best network,
                 the config is another run's, or the data are not sound.
         """
-        if self._cases is not None:
+        if self.is_entered:
             return
         try:
             with distributed.sync_errors():
-                self._meet()
-                self.look(any_data=True)
+                self._set_up_ranks()
+                self.open_stored_run(any_data=True)
                 with distributed.sync_errors():
                     self._require_same_on_all_ranks()
                 if not (self.run_dir / "models" / "model.pt").is_file():
@@ -49,6 +49,5 @@ class ReadOnlyRun(Lifecycle):
         except InputError as error:
             error.tell()
             raise SystemExit(2) from None
-        cases = self.cases
         log.info("Evaluating %s", self.best_model)
-        log.info("on %d validation cases of %s", len(cases.validation), cases.name)
+        log.info("on %d validation cases of %s", len(self.cases.validation), self.cases.name)
