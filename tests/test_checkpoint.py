@@ -503,6 +503,6 @@ def test_run_directory_that_was_taken_gets_nothing_more(tmp_path):
     trainer.add_event_handler(
         Events.ITERATION_COMPLETED(once=2), lambda engine: holder.append("process 7 on elsewhere")
     )
-    with pytest.raises(TrainingStopped, match="those of process 7 on elsewhere"):
+    with pytest.raises(TrainingStopped, match="process 7 on elsewhere has taken it over"):
         trainer.run()
     assert newest(tmp_path)["progress"]["step"] == 2

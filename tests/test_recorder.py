@@ -29,9 +29,8 @@ from torch import nn
 from networks.dense_unet import DenseUNet
 from pipeline import files
 from pipeline.errors import TrainingStopped
-from pipeline.training import flight_recorder, replay
-from pipeline.training.flight_recorder import FlightRecorder
-from pipeline.training.replay import NonFiniteProbe, first_non_finite
+from pipeline.training import flight_recorder
+from pipeline.training.flight_recorder import FlightRecorder, NonFiniteProbe, first_non_finite
 
 HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
 KEYS = {
@@ -117,7 +116,7 @@ def test_finite_run_pays_nothing(run, tmp_path, monkeypatch):
 
     for owner, name in (
         (NonFiniteProbe, "__init__"),
-        (replay, "gradients"),
+        (flight_recorder, "gradients"),
         (nn.Module, "register_forward_hook"),
         (nn.Module, "register_forward_pre_hook"),
         (torch.Tensor, "register_hook"),

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.files import load
 from pipeline.precision import Precision
-from pipeline.training.replay import Batch, gradients
+from pipeline.training.flight_recorder import Batch, gradients
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 Weights = Mapping[str, torch.Tensor]

@@ -20,8 +20,8 @@ from pipeline import distributed
 from pipeline.drawing import outline_slice
 from pipeline.files import write_json
 from pipeline.training.evaluator import metric_at_end_of
+from pipeline.training.flight_recorder import underflow_fraction
 from pipeline.training.progress import EPOCH_END_PENDING
-from pipeline.training.replay import underflow_fraction
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)

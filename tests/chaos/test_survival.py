@@ -188,7 +188,7 @@ def test_run_whose_lock_was_deleted_stops_when_another_has_taken_its_place(
     first.go_on()
     process.join(60)
     assert process.exitcode == 1
-    assert "got it in those of an unknown process" in first.output
+    assert "an unknown process has taken it over" in first.output
     assert "Traceback" not in first.output
     check_is_whole(second, whole)
 
