@@ -90,6 +90,8 @@ def describe_failure(error: BaseException) -> str:
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-1:]]
     details = ", ".join([*places, *getattr(cause, "__notes__", [])])
     name = getattr(error, "config_id", "")
+    if (step := name.partition("#")[0]) in ("initialize", "run", "finalize"):
+        name = step
     return f"{f'{name}: ' if name else ''}{type(cause).__name__}: {said} ({details})"
 
 

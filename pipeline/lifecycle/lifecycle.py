@@ -117,6 +117,7 @@ class Lifecycle:
         )
         self.checkpoint: Path | None = None
         self.forecast: Forecast | None = None  # on CUDA, of the first rank
+        self._excepthook: Any = None
 
     @property
     def run_dir(self) -> Path:
@@ -405,6 +406,8 @@ class Lifecycle:
     def release(self) -> None:
         """Let go of the run directory, also where the run failed."""
         self.directory.release()
+        if sys.excepthook is self._excepthook:
+            sys.excepthook = sys.__excepthook__
 
     def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
         cases = self.cases
@@ -445,11 +448,15 @@ class Lifecycle:
             log.debug("", exc_info=True)
 
     def _shorten_failures(self) -> None:
-        """Let an exception that ends MONAI's own command be told in one line, as `pipeline.run`."""
+        """Print one line about an exception that ends MONAI's own command, as `pipeline.run`."""
+
+        def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if not isinstance(error, Exception):
+                return sys.__excepthook__(kind, error, trace)
+            sys.exit(print_failure(error, self.directory.log_file))
+
         if sys.excepthook is sys.__excepthook__:
-            sys.excepthook = lambda kind, error, _: sys.exit(
-                print_failure(error, self.directory.log_file)
-            )
+            sys.excepthook = self._excepthook = tell
 
     # --- what the run is made from
 

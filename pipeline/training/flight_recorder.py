@@ -34,6 +34,7 @@ from pipeline import distributed
 from pipeline.errors import STOPS, InputError
 from pipeline.files import load, save
 from pipeline.precision import StepStats
+from pipeline.training.progress import EPOCH_END_PENDING
 from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
@@ -140,9 +141,14 @@ class FlightRecorder:
                 path.replace(former)
 
     def name_step(self, trainer: MixedPrecisionTrainer, error: Exception) -> None:
-        """Add the step and the cases to an exception that ends training."""
+        """Add to an exception that ends training where it was raised."""
+        step = trainer.progress.step
         cases = [case for batch in trainer.group for case in batch.get("case_id", [])]
-        error.add_note(f"step {trainer.progress.step + 1}, cases {', '.join(cases) or 'unknown'}")
+        note = f"step {step + 1}, cases {', '.join(cases) or 'unknown'}"
+        if trainer.progress.phase == EPOCH_END_PENDING:
+            note = f"validation after step {step}"
+        if not hasattr(error, "__notes__"):  # ignite fires the event at each of its levels
+            error.add_note(note)
         raise error
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
