@@ -117,7 +117,10 @@ class CheckpointStore:
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
         self.directory, self.keep = directory, max(keep, 2)
-        self._manifest = directory / MANIFEST
+
+    @property
+    def _manifest(self) -> Path:
+        return self.directory / MANIFEST
 
     def save(self, content: Any, name: str) -> Path:
         """Write a checkpoint and acknowledge it, then remove the oldest.

@@ -37,11 +37,7 @@ LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a config; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Run a config; return the exit status. By default `words` are this process's command line."""
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
         with distributed.sync_errors():
@@ -126,11 +122,7 @@ def _paths(key: str, value: Any) -> list[str]:
 
 
 def make_parser(composed: Composed) -> Parser:
-    """Make the parser that evaluates a config, and hand the whole config to its lifecycle.
-
-    Args:
-        composed: The config, checked.
-    """
+    """Make the parser that evaluates a checked config, and hand that config to its lifecycle."""
     # a logging.conf beside the config could name files to write
     if LOGGING.is_file():
         logging.config.fileConfig(LOGGING, disable_existing_loggers=False)
@@ -160,11 +152,10 @@ def build(parser: Parser, name: str) -> Any:
 
 
 def run_workflow(composed: Composed, trains: bool = True) -> None:
-    """Initialize, run and finalize a config, as a MONAI bundle workflow does.
+    """Initialize, run and finalize a checked config, as a MONAI bundle workflow does.
 
     Args:
-        composed: The config, checked.
-        trains: Whether it has a lifecycle, or else predicts.
+        trains: Whether the config has a lifecycle; else it predicts.
 
     Raises:
         InputError: If an object of it refuses its arguments.
@@ -196,9 +187,6 @@ def run_workflow(composed: Composed, trains: bool = True) -> None:
 
 def open_run(composed: Composed) -> tuple[Any, Any]:
     """Return lifecycle and trainer of a run that is there, without handlers: nothing is written.
-
-    Args:
-        composed: The config of the run, checked.
 
     Raises:
         InputError: If the run is not there or is another one, or an object refuses its arguments.

@@ -90,7 +90,7 @@ class BreakingLoss(torch.nn.Module):
 
 
 class BreakingTransform:
-    """A transform that raises where the image has `voxels` of them along the first axis."""
+    """A transform that raises where the brightest voxel of the image is at least so bright."""
 
     def __init__(self, brightest: float) -> None:
         self.brightest = brightest
@@ -104,5 +104,5 @@ class BreakingTransform:
 class WrongNetwork(torch.nn.Conv3d):
     """A network with a class too many."""
 
-    def __init__(self, out_channels: int) -> None:
+    def __init__(self, out_channels: int, num_dense_layers: int, growth_rate: int) -> None:
         super().__init__(1, out_channels + 1, 1)

@@ -127,13 +127,9 @@ def compose_located(
 ) -> Composed:
     """Merge config files in order, then overrides, as MONAI's ConfigParser does.
 
-    Args:
-        files: Names of the files.
-        overrides: Value by key; see `Composed.override`.
-        allow: Names that `_target_` may hold beside the list.
-
     Raises:
-        InputError: If a file is missing or is not a JSON object, or a key has no place.
+        InputError: If a file is missing or is not a JSON object, or a key has no place; see
+            `Composed.override`.
     """
     merged = Composed({})
     parser = ConfigParser(merged.source)
@@ -167,10 +163,6 @@ def read_json(text: str, name: str) -> tuple[Any, dict[allowed.Path, int]]:
     """Return the content of a JSON text, and the line of each value by its path.
 
     The line of a value in an object is that of its key.
-
-    Args:
-        text: The file's.
-        name: Of the file, for messages.
 
     Raises:
         InputError: If it is not JSON, or an object has a key twice: one line for each.
@@ -292,12 +284,10 @@ def config_of_monai() -> Composed:
 
     Raises:
         RuntimeError: If no config is being resolved.
-        InputError: As `require_unaltered`.
     """
     resolver = _resolver_at_work()
     if resolver is None:
         raise RuntimeError("config: expected to be built from a config, got a direct call.")
-    require_unaltered()
     return Composed(deepcopy(resolver.items[""].get_config()))
 
 

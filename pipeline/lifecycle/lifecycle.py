@@ -20,7 +20,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, config_of_monai
+from pipeline.config.compose import Composed, config_of_monai, require_unaltered
 from pipeline.config.parser import Parser
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
@@ -166,18 +166,14 @@ class Lifecycle:
             return
         try:
             with distributed.sync_errors():
-                self._set_up_ranks()
-                self._check_config()
-                self.cases = self._load_cases()
-                with distributed.sync_errors():  # before the first one begins
-                    self._require_same_on_all_ranks()
-                    self._require_case_for_each_rank()
-                self.plan, self.checkpoint = distributed.run_on_main(self._begin)
-                if not distributed.is_main():
-                    if self.checkpoint is None:
-                        self.pretrained.read()
-                        self._fit_pretrained(self.plan)
-                    self.directory.follow()
+                if self.process_group is not None:
+                    self.process_group.enter()
+                elif distributed.size() > 1:
+                    raise InputError(
+                        f"process_group: expected one for {distributed.size()} ranks, got none. "
+                        "Add configs/multi_gpu.json to the config files."
+                    )
+                self._open()
         except InputError as error:
             self.release()
             error.tell()
@@ -185,6 +181,24 @@ class Lifecycle:
         if not self.is_checked:
             self._shorten_failures()
         self._log_start()
+
+    def _open(self) -> None:
+        """Take cases, plan and run directory, on all ranks."""
+        self._check_config()
+        self.cases = self._load_cases()
+        with distributed.sync_errors():  # before the first one begins
+            self._require_same_on_all_ranks()
+            if len(self.cases.train) < distributed.size():
+                raise InputError(
+                    f"training cases: expected {distributed.size()} or more, one for each rank, "
+                    f"got {len(self.cases.train)}. Start fewer ranks."
+                )
+        self.plan, self.checkpoint = distributed.run_on_main(self._begin)
+        if not distributed.is_main():
+            if self.checkpoint is None:
+                self.pretrained.read()
+                self._fit_pretrained(self.plan)
+            self.directory.follow()
 
     def open_stored_run(self, *, any_data: bool = False) -> None:
         """Take the plan of the run that is there and the data, and leave the run as it is.
@@ -206,18 +220,10 @@ class Lifecycle:
         self.plan = stored_plan(self.run_dir)
         require_same_classes(self.source, self.cases, self.plan)
 
-    def _set_up_ranks(self) -> None:
-        if self.process_group is not None:
-            self.process_group.enter()
-        elif distributed.size() > 1:
-            raise InputError(
-                f"process_group: expected one for {distributed.size()} ranks, got none. Add "
-                "configs/multi_gpu.json to the config files."
-            )
-
     def _check_config(self) -> None:
         """Look for mistakes in a config of MONAI's commands; what it may name is their business."""
         if not self.is_checked:
+            require_unaltered()
             validate.check(Composed(self.source), None, training=True)
 
     def _load_cases(self) -> Cases:
@@ -257,13 +263,6 @@ class Lifecycle:
             raise InputError(
                 f"ranks: expected the config and dataset of rank 0, got other values of "
                 f"{', '.join(differing)}. Start all ranks with the same."
-            )
-
-    def _require_case_for_each_rank(self) -> None:
-        if len(self.cases.train) < distributed.size():
-            raise InputError(
-                f"training cases: expected {distributed.size()} or more, one for each rank, got "
-                f"{len(self.cases.train)}. Start fewer ranks."
             )
 
     def _begin(self) -> tuple[Plan, Path | None]:
@@ -419,11 +418,7 @@ class Lifecycle:
             init_weights=self.pretrained.record,
             predicted_memory_bytes=self.forecast and self.forecast.as_dict(),
             process_group=self.process_group and self.process_group.describe(),
-            num_cases={
-                "train": len(cases.train),
-                "validation": len(cases.validation),
-                "test": len(cases.test),
-            },
+            num_cases={part: len(getattr(cases, part)) for part in ("train", "validation", "test")},
         )
         try:
             write_json(self.run_dir / "summary.json", summary)
@@ -453,7 +448,7 @@ class Lifecycle:
         def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             if not isinstance(error, Exception):
                 return sys.__excepthook__(kind, error, trace)
-            sys.exit(print_failure(error, self.directory.log_file))
+            sys.exit(print_failure(error, self.directory.log_file if self.is_held else None))
 
         if sys.excepthook is sys.__excepthook__:
             sys.excepthook = self._excepthook = tell

@@ -56,11 +56,8 @@ def write_configs(
     """Make the run directory a bundle.
 
     Args:
-        run_dir: Of the run.
-        source: Its config, `portable`.
-        cases: Of its dataset.
-        plan: For its dataset.
-        fingerprint: Of its training and validation cases.
+        source: The config of the run, `portable`.
+        fingerprint: Of the training and validation cases.
         record: What else `run.json` says: `init_weights` that the run began with, and `contents`
             of the files of its cases; see `contents_of`.
     """
@@ -121,13 +118,10 @@ def stored_record(run_dir: Path) -> dict[str, Any]:
 def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> list[str]:
     """Return ids of cases whose files changed since the run there last started.
 
-    Args:
-        run_dir: Of the run.
-        cases: The dataset as it is now.
-        contents: What its files hold now; see `contents_of`.
+    Where the dataset has other cases now, that is none: `changes_since` refuses them.
 
-    Returns:
-        None where the dataset has other cases, or the run is of a version without contents.
+    Args:
+        contents: What the files of the cases hold now; see `contents_of`.
     """
     known = stored_record(run_dir).get("contents")
     if not known or known.keys() != {case["case_id"] for case in cases.all}:
@@ -139,7 +133,6 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
     """Return keys of a run's config whose values changed, and may change.
 
     Args:
-        run_dir: Of the run.
         source: The config as it is now, `portable`.
         fingerprint: Of the dataset as it is now; `None`: it may be another.
 

@@ -56,32 +56,20 @@ class Stage(StrEnum):
 
 
 ADVICE: dict[str | None, str] = {
-    Stage.WEIGHTS: (
-        "The weights themselves are not finite: an earlier step with finite gradients was too "
-        "long. Lower learning_rate."
-    ),
-    Stage.INPUT: (
-        "The network's input is not finite: look at the voxels of these cases and at your own "
-        "transforms; mend them or leave the cases out, with another output_dir."
-    ),
-    Stage.FORWARD: (
-        "An activation left the range of {mode}: in an early module look at normalization and the "
-        "range of the images, in a later one lower learning_rate{other}."
-    ),
-    Stage.STATISTICS: (
-        "A layer's running statistics left the range of float32, though its output did not: look "
-        "at normalization and at the range of these cases' images."
-    ),
+    Stage.WEIGHTS: "The weights themselves are not finite: an earlier step with finite gradients "
+    "was too long. Lower learning_rate.",
+    Stage.INPUT: "The network's input is not finite: look at the voxels of these cases and at your "
+    "own transforms; mend them or leave the cases out, with another output_dir.",
+    Stage.FORWARD: "An activation left the range of {mode}: in an early module look at "
+    "normalization and the range of the images, in a later one lower learning_rate{other}.",
+    Stage.STATISTICS: "A layer's running statistics left the range of float32, though its output "
+    "did not: look at normalization and at the range of these cases' images.",
     Stage.LOSS: "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
     Stage.BACKWARD: "Only gradients left the range of {mode}: lower learning_rate{other}.",
-    Stage.NOT_REPLAYED: (
-        "The batch could not be run again, see the warning before. For lack of memory: lower "
-        "batch_size."
-    ),
-    None: (
-        "Run again, the step was finite: only the norm of its gradients overflowed (lower "
-        "learning_rate), or something outside network and loss spoilt them."
-    ),
+    Stage.NOT_REPLAYED: "The batch could not be run again, see the warning before. For lack of "
+    "memory: lower batch_size.",
+    None: "Run again, the step was finite: only the norm of its gradients overflowed (lower "
+    "learning_rate), or something outside network and loss spoilt them.",
 }
 
 
@@ -136,8 +124,7 @@ class FlightRecorder:
         for name in ("overflow.jsonl", "overflow") if distributed.is_main() else ():
             path, former = self.run_dir / name, self.run_dir / f"{name}.former"
             if trainer.progress.step == 0 and path.exists():
-                if former.is_dir():
-                    shutil.rmtree(former)
+                shutil.rmtree(former, ignore_errors=True)
                 path.replace(former)
 
     def name_step(self, trainer: MixedPrecisionTrainer, error: Exception) -> None:
@@ -183,8 +170,6 @@ class FlightRecorder:
             "grad_norm": _number(stats.grad_norm),
             **merge_ranks(found),
         }
-        if record["stage"] is None and (names := _non_finite_gradients(trainer)):
-            record |= {"stage": Stage.BACKWARD, "first_module": names[-1].rpartition(".")[0]}
         record["kept"] = self._keep(trainer, stats, record)
         with open(self.run_dir / "overflow.jsonl", "ab+") as file:
             if file.tell():
@@ -203,7 +188,7 @@ class FlightRecorder:
     def _keep(
         self, trainer: MixedPrecisionTrainer, stats: StepStats, record: dict[str, Any]
     ) -> str | None:
-        path = kept_path(self.run_dir, trainer.progress.step)
+        path = self.run_dir / "overflow" / f"step_{trainer.progress.step:09d}.pt"
         if len(list(path.parent.glob("step_*.pt"))) >= self.overflow_keep and not path.exists():
             return None
         path.parent.mkdir(exist_ok=True)
@@ -228,27 +213,19 @@ class FlightRecorder:
             trainer.stop(diagnosis(records, scale, progress.consecutive_skips))
 
 
-def kept_path(run_dir: Path, step: int) -> Path:
-    """Return where the weights of a skipped step are kept."""
-    return run_dir / "overflow" / f"step_{step:09d}.pt"
-
-
 def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dict[str, Any]:
     """Rebuild a kept step's batch from its sample numbers, and look for its fault again.
 
-    Args:
-        trainer: Of the same config; gets the kept weights.
-        run_dir: Of the run that skipped the step.
-        step: A skipped step whose weights were kept.
+    The trainer, of the same config, gets the kept weights.
 
     Returns:
-        `step`, the precisions of then and now, `loss_scale`, what `describe` says, and whether
-        stage and module are the `same_as_recorded`.
+        What `describe` says, the precisions of then and now, and whether stage and module are the
+        `same_as_recorded`.
 
     Raises:
         InputError: If the step's weights were not kept, or are another network's.
     """
-    path = kept_path(run_dir, step)
+    path = run_dir / "overflow" / f"step_{step:09d}.pt"
     if not path.is_file():
         steps = [int(p.stem.removeprefix("step_")) for p in sorted(path.parent.glob("step_*.pt"))]
         raise InputError(
@@ -306,19 +283,6 @@ def merge_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found[rank], **whole, "rank": rank if found[rank]["stage"] else None}
 
 
-def _non_finite_gradients(trainer: MixedPrecisionTrainer) -> list[str]:
-    """Names of the parameters whose gradients are not finite.
-
-    They tell where running a step again found nothing: a kernel did not repeat itself, or a handler
-    was at work.
-    """
-    return [
-        name
-        for name, p in trainer.network.named_parameters()
-        if p.grad is not None and not p.grad.isfinite().all()
-    ]
-
-
 def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
     """Explain why training stops: which cases, which module first, what to try.
 
@@ -373,8 +337,6 @@ def gradients(
     Each of several ranks computes those of its own share of the group's loss.
 
     Args:
-        trainer: Its network, loss and augmentation are used.
-        batches: The group's micro-batches.
         autocast: Makes the context of a forward pass.
         loss_scale: Factor on the loss before the backward pass, divided out afterwards.
         probe: Notes what is not finite on the way.
@@ -411,10 +373,7 @@ def first_non_finite(
 ) -> Finding:
     """Run a group once more, forward and backward, and find the first tensor that is not finite.
 
-    Args:
-        trainer: With the weights of the step in question.
-        batches: The group's micro-batches.
-        loss_scale: That the step was taken with.
+    The trainer has the weights and `loss_scale` is that of the step in question.
     """
     probe = NonFiniteProbe(trainer.network)
     gradients(trainer, batches, trainer.precision.autocast, loss_scale, probe)

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -85,12 +84,8 @@ def arrange(kind: str, number: int) -> None:
     """What is to happen, and when.
 
     `die N`: SIGKILL at the N-th call that writes durably, a write done by half. `die_saving N`:
-    likewise, counting only the calls of checkpoints and their manifest. `limit N`: no file may
-    have more than N bytes.
+    likewise, counting only the calls of checkpoints and their manifest.
     """
-    if kind == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
-        return
     left, saving = [number], set()
     opened = os.open
 
