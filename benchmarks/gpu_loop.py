@@ -41,9 +41,9 @@ from torch.utils.data import RandomSampler
 from benchmarks import machine
 from benchmarks.gpu_training import REAL
 from benchmarks.stock import torchs_own_layers
-from pipeline.config.compose import parse_overrides
+from pipeline.config.compose import compose_located, parse_overrides
 from pipeline.precision import Precision
-from pipeline.run import _content, _workflow
+from pipeline.run import build, make_parser
 from pipeline.training.graph import StepGraph
 from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -56,10 +56,10 @@ class Ours:
     """Rounds of the real trainer; each is an epoch, after which it is given another."""
 
     def __init__(self, overrides: dict[str, Any]) -> None:
-        self.workflow = _workflow(["configs/amp.json"], overrides, ())
-        self.workflow.initialize()
-        self.lifecycle = self.workflow.parser.get_parsed_content("lifecycle")
-        self.trainer: MixedPrecisionTrainer = _content(self.workflow, "train::trainer")
+        parser = make_parser(compose_located(["configs/amp.json"], overrides))
+        parser.evaluate("initialize")
+        self.lifecycle = build(parser, "lifecycle")
+        self.trainer: MixedPrecisionTrainer = build(parser, "train::trainer")
         self.trainer.add_event_handler(StepEvents.STEP_COMPLETED, lambda _: self.after_step())
         self.times: list[float] = []
         self.profiler: Any = None

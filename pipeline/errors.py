@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -67,13 +70,54 @@ def interrupted_status() -> int:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The exception that those around it were raised from, such as the config system's.
+    """Return the exception that those around it were raised from, such as the config system's.
 
-    What this project says itself is not looked behind.
+    Causes of an exception of this project itself are not looked for.
     """
     while error.__cause__ is not None and type(error).__module__.split(".")[0] not in OWN:
         error = error.__cause__
     return error
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return one line about an exception: the object or step, what was said, and where.
+
+    The object or step is the `config_id` that `pipeline.config.parser` notes at the exception.
+    Notes that were added to the exception follow in brackets.
+    """
+    cause = innermost(error)
+    said = " ".join(str(cause).split())[:500]
+    frames = traceback.extract_tb(cause.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-1:]]
+    details = ", ".join([*places, *getattr(cause, "__notes__", [])])
+    name = getattr(error, "config_id", "")
+    if (step := name.partition("#")[0]) in ("initialize", "run", "finalize"):
+        name = step
+    return f"{f'{name}: ' if name else ''}{type(cause).__name__}: {said} ({details})"
+
+
+def print_failure(error: BaseException, log_file: Path | None = None) -> int:
+    """Print one line about an exception, or a line per fault of an `InputError`.
+
+    Args:
+        error: As it was raised, with its causes.
+        log_file: Gets the traceback of what is no `InputError`; `None`: a temporary file.
+
+    Returns:
+        The exit status: 2 for an `InputError`, else 1.
+    """
+    cause = innermost(error)
+    if isinstance(cause, InputError):
+        cause.tell()
+        return 2
+    if log_file is None or not log_file.parent.is_dir():
+        handle, name = tempfile.mkstemp(prefix="traceback_", suffix=".txt")
+        os.close(handle)
+        log_file = Path(name)
+    with open(log_file, "a") as file:
+        traceback.print_exception(error, file=file)
+    print(f"{describe_failure(error)}. The traceback is in {log_file}.", file=sys.stderr)
+    return 1
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
-"""Files that are there after a crash: how bytes reach the disk, and which checkpoints count.
+"""Files that survive a crash, and the checkpoints that count.
 
-A write is *acknowledged* when its last call has returned. Until then a crash, of the process or of
-the machine, leaves the file as it was before; from then on it leaves the new one. A checkpoint is
-acknowledged by its line in `manifest.jsonl`, which is there before any checkpoint; the line is
-written, to the disk, after the checkpoint itself and before any older one is removed.
+A write is *acknowledged* when its call has returned. A crash before that, of the process or of the
+machine, leaves the file as it was; a crash after that leaves the new file. A checkpoint is
+acknowledged by its line in `manifest.jsonl`, which is written, to the disk, after the checkpoint
+itself and before any older one is removed. The manifest exists before any checkpoint does.
 """
 
 from __future__ import annotations
@@ -31,13 +31,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteError(OSError):
-    """A file that could not be written whole: what was there before still is, or all of the new.
-
-    Args:
-        path: The file.
-        num_bytes: Its size.
-        cause: What the system said.
-    """
+    """A file could not be written: it is as it was before, or has all of the new content."""
 
     def __init__(self, path: Path, num_bytes: int, cause: OSError) -> None:
         remedy = "Make room" if cause.errno in NO_ROOM else "See that it can be written"
@@ -60,11 +54,31 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     try:
         _write(temporary, content, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise WriteError(path, len(content), error) from error
+
+
+def _write(path: Path, content: bytes | memoryview, flags: int) -> None:
+    """Write all bytes, to the disk."""
+    file = os.open(path, flags, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync(directory: Path) -> None:
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def make_directory(path: Path) -> None:
@@ -72,29 +86,27 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_directory(path.parent)
+        _sync(path.parent)
 
 
 def save(content: Any, path: Path) -> None:
-    """`torch.save`, durably.
+    """Call `torch.save`, durably; raises as `write_durably`."""
+    write_durably(path, _serialize(content))
 
-    Raises:
-        WriteError: If the system refuses; the file is then as it was.
-    """
-    write_durably(path, _serialized(content))
+
+def _serialize(content: Any) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def load(file: Path | io.BytesIO, device: torch.device | str = "cpu") -> Any:
-    """Tensors and plain values, as `save` writes them; nothing in the file is executed."""
+    """Load tensors and plain values, as `save` writes them; nothing in the file is executed."""
     return torch.load(file, map_location=device, weights_only=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, durably.
-
-    Raises:
-        WriteError: If the system refuses; the file is then as it was.
-    """
+    """Write JSON, durably; raises as `write_durably`."""
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -130,8 +142,11 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        self.directory = directory
-        self.keep = max(keep, 2)
+        self.directory, self.keep = directory, max(keep, 2)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.directory / MANIFEST
 
     def save(self, content: Any, name: str) -> Path:
         """Write a checkpoint and acknowledge it, then remove the oldest.
@@ -143,14 +158,7 @@ class CheckpointStore:
         Raises:
             WriteError: If the system refuses; the older checkpoints are then untouched.
         """
-        data, path, manifest = _serialized(content), self.directory / name, self._manifest
-        try:
-            make_directory(self.directory)
-        except OSError as error:
-            raise WriteError(manifest, len(data), error) from error
-        if not manifest.exists():
-            write_durably(manifest, FIRST_LINE)
-        write_durably(path, data)
+        data, path = _serialize(content), self.directory / name
         entry = {
             "file": name,
             "step": content["progress"]["step"],
@@ -158,21 +166,33 @@ class CheckpointStore:
             "size": len(data),
         }
         try:
-            self._acknowledge(entry)
+            make_directory(self.directory)
+            if not self._manifest.exists():
+                write_durably(self._manifest, FIRST_LINE)
+            write_durably(path, data)
+            lines = self._manifest.read_bytes()
+            torn = bool(lines) and not lines.endswith(b"\n")  # by a crash in the middle of a line
+            line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
+            _write(self._manifest, line, os.O_WRONLY | os.O_APPEND)
+        except WriteError:
+            raise
         except OSError as error:
-            raise WriteError(manifest, len(data), error) from error
-        self._prune()
+            raise WriteError(self._manifest, len(data), error) from error
+        present = self._present()
+        latest = {entry["step"]: name for name, entry in present.items()}
+        for old in present.keys() - {*[*latest.values()][-self.keep :]}:
+            (self.directory / old).unlink(missing_ok=True)
         return path
 
     def acknowledged(self) -> list[Path]:
-        """Checkpoints that count and are there, oldest first."""
+        """Return the checkpoints that count and are there, oldest first."""
         return [self.directory / name for name in self._present()]
 
     def has_begun(self) -> bool:
-        """Whether there ever was a checkpoint that counts, be it lost since or not.
+        """Whether there ever was a checkpoint that counts, even if it was lost since.
 
-        A file beside a manifest of the first line alone, or of one that was cut off after it, was
-        not acknowledged. A manifest without that line is damaged: its lines may be lost.
+        A single file beside a manifest of the first line alone, or of one that was cut off after
+        it, was not acknowledged. A manifest without that line is damaged and may have lost lines.
         """
         if self._entries() or any(self.directory.glob("*.damaged")):
             return True
@@ -182,13 +202,9 @@ class CheckpointStore:
         return bool(files) and not (is_new and len(files) == 1)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose bytes are those that were acknowledged.
+        """Return the newest checkpoint whose bytes are those that were acknowledged, if any.
 
-        A damaged one is renamed to `<name>.damaged`, with a warning, and the one before it is
-        taken.
-
-        Returns:
-            Its file, or None if none is whole.
+        A damaged one is renamed to `<name>.damaged`, with a warning, and the one before is tried.
         """
         present, last = self._present(), next(reversed(self._entries()), None)
         if last is not None and last not in present:
@@ -212,64 +228,19 @@ class CheckpointStore:
             )  # fmt: skip
         return None
 
-    def _prune(self) -> None:
-        """Remove all but the latest checkpoint of each of the newest `keep` steps."""
-        entries = self._present()
-        latest = {entry["step"]: name for name, entry in entries.items()}
-        for name in entries.keys() - set(list(latest.values())[-self.keep :]):
-            (self.directory / name).unlink(missing_ok=True)
-
-    def _acknowledge(self, entry: dict[str, Any]) -> None:
-        lines = self._manifest.read_bytes()
-        torn = bool(lines) and not lines.endswith(b"\n")  # by a crash in the middle of a line
-        line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
-        _write(self._manifest, line, os.O_WRONLY | os.O_APPEND)
-
-    @property
-    def _manifest(self) -> Path:
-        return self.directory / MANIFEST
-
     def _present(self) -> dict[str, dict[str, Any]]:
         """The `_entries` whose files are there."""
         there = {path.name for path in self.directory.glob("*")}
         return {name: entry for name, entry in self._entries().items() if name in there}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        """Manifest lines by file name, in order."""
+        """Manifest lines by file name, in order; a line that a crash has torn does not count."""
         path = self._manifest
         entries: dict[str, dict[str, Any]] = {}
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
                 name, _, _ = entry["file"], entry["step"], entry["sha256"]
-            except (ValueError, TypeError, KeyError):
-                continue  # torn by a crash: not acknowledged
-            entries.pop(name, None)
-            entries[name] = entry
+                entries.pop(name, None)
+                entries[name] = entry
         return entries
-
-
-def _serialized(content: Any) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
-def _write(path: Path, content: bytes | memoryview, flags: int) -> None:
-    """All bytes, to the disk."""
-    file = os.open(path, flags, 0o666)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -2,29 +2,31 @@
 
 An inference config predicts, with the values of the run that `--run_dir RUN` names.
 
-Checks the config, then hands the same files and overrides to MONAI's bundle workflow, so that it
-does exactly what `python -m monai.bundle run` does. With `--replay_step N` it trains nothing, but
-looks again for what was not finite in a skipped step of the run that is there. `--allow NAME` lets
-`_target_` hold a name that is not on the list; see `pipeline.config.allowed`.
+Composes and checks the config, then evaluates its `initialize`, `run` and `finalize`, as
+`python -m monai.bundle run` does with the same files and overrides. With `--replay_step N` it
+trains nothing, but looks again for what was not finite in a skipped step of the run that is there.
+`--allow NAME` lets `_target_` hold a name that is not on the list; see `pipeline.config.allowed`.
 
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
+import logging.config
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
 from pipeline.config import allowed, keys, old_names, validate
-from pipeline.config.compose import compose, compose_located, parse_overrides
-from pipeline.config.parser import Parser
-from pipeline.errors import InputError, innermost
+from pipeline.config.compose import Composed, compose_located, parse_overrides
+from pipeline.config.parser import Parser, Resolver
+from pipeline.errors import InputError, describe_failure, innermost, print_failure
 
 USAGE = (
     "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
@@ -35,37 +37,33 @@ LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a config; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Run a config; return the exit status. By default `words` are this process's command line."""
     files, rest = split_words(list(sys.argv[1:] if words is None else words))
     try:
         with distributed.sync_errors():
             allow, rest = allowed.split_allow(rest)
             if "--help" in rest or "-h" in rest:
-                source = compose(files or ["configs/amp.json"], {}, allow)
-                print(help_text(source))
+                print(help_text(compose_located(files or ["configs/amp.json"], {}).source))
                 return 0
             if not files:
                 raise InputError(f"command line: expected a config file, got none. {USAGE}")
             overrides = parse_overrides(rest)
-            trains = is_training(files)
-            if not trains:
-                files, overrides = in_run(files, overrides)
-            replaying = trains and "replay_step" in overrides
-            step = overrides.pop("replay_step") if replaying else None
-            composed = compose_located(files, overrides, allow)
+            composed = compose_located(files, {})
+            trains = is_training(composed.source)
+            if not trains and "run_dir" in overrides:
+                files, overrides = insert_run(files, overrides)
+                composed = compose_located(files, {})
+                composed.source = old_names.translate(composed.source)
+            replays = trains and "replay_step" in overrides
+            step = overrides.pop("replay_step") if replays else None
+            composed.override(overrides)
             validate.check(composed, allow, training=trains)
-            if replaying and distributed.size() > 1:
+            if replays and distributed.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
-        if not trains:
-            predict(files, overrides, allow)
-        elif replaying:
-            print(json.dumps(replay(files, overrides, step, allow), indent=2))
+        if replays:
+            print(json.dumps(replay(composed, step), indent=2))
         else:
-            run_workflow(files, overrides, allow)
+            run_workflow(composed, trains)
     except InputError as error:
         error.tell()
         return 2
@@ -77,47 +75,20 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Config files, which come first, and the options after them."""
+    """Split a command line into the config files, which come first, and the options."""
     first_key = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
     return words[:first_key], words[first_key:]
 
 
-def run_workflow(files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()) -> None:
-    """Initialize, run and finalize the config as a MONAI bundle workflow.
-
-    Raises:
-        InputError: If the config says what configs may not say, or an object of it refuses its
-            arguments.
-    """
-    from pipeline.training.signals import interruptible_at_once
-
-    with interruptible_at_once():
-        workflow = _workflow(files, overrides, allow)
-        try:
-            with distributed.sync_errors():
-                workflow.initialize()
-                evaluates = "@validate::evaluator.run(" in str(workflow.parser.get("run"))
-                _content(workflow, "validate::evaluator" if evaluates else "train::trainer")
-            workflow.run()
-            workflow.finalize()
-        finally:
-            workflow.parser.get_parsed_content("lifecycle").release()
+def is_training(source: keys.Config) -> bool:
+    """Whether a config trains; else it predicts."""
+    return not {"train", "lifecycle"}.isdisjoint(source) or {"prediction", "evaluator"}.isdisjoint(
+        source
+    )
 
 
-def is_training(files: Sequence[str]) -> bool:
-    """Whether a config trains; else it predicts.
-
-    Raises:
-        InputError: If a file cannot be read.
-    """
-    source = compose_located(files, {}).source
-    return not {"train", "lifecycle"}.isdisjoint(source) or not {"prediction", "evaluator"} & {
-        *source
-    }
-
-
-def in_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], keys.Config]:
-    """An inference config with the values of the run that `--run_dir` names.
+def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], keys.Config]:
+    """Give an inference config the values of the run that `--run_dir` names.
 
     Args:
         files: An inference config, and files that are merged over it.
@@ -130,11 +101,9 @@ def in_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], key
     Raises:
         InputError: If there is no run.
     """
-    if "run_dir" not in overrides:
-        return [*files], overrides
     from pipeline.prediction.predictor import CONFIG, read_inference_config
 
-    paths = {key: _words(key, overrides[key]) for key in PATHS if key in overrides}
+    paths = {key: _paths(key, overrides[key]) for key in PATHS if key in overrides}
     first, *others = paths.pop("run_dir")
     read_inference_config(first)
     values = {key: value for key, value in overrides.items() if key not in PATHS}
@@ -145,7 +114,7 @@ def in_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], key
     return [files[0], own, *files[1:]], {**values, "bundle_root": os.path.abspath(first)}
 
 
-def _words(key: str, value: Any) -> list[str]:
+def _paths(key: str, value: Any) -> list[str]:
     """One path, or several where there may be."""
     several = value if isinstance(value, list) and key in ("run_dir", "ensemble") else [value]
     if not several or not all(isinstance(one, str) for one in several):
@@ -153,39 +122,85 @@ def _words(key: str, value: Any) -> list[str]:
     return several
 
 
-def predict(files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()) -> None:
-    """Run an inference config as a MONAI bundle workflow.
+def make_parser(composed: Composed) -> Parser:
+    """Make the parser that evaluates a checked config, and hand that config to its lifecycle."""
+    # a logging.conf beside the config could name files to write
+    if LOGGING.is_file():
+        logging.config.fileConfig(LOGGING, disable_existing_loggers=False)
+    parser = Parser(deepcopy(composed.source))
+    parser.resolve_macro_and_relative_ids()
+    if isinstance(parser.get("lifecycle"), dict):
+        parser["lifecycle#config"] = Composed(deepcopy(parser.get()), composed.places)
+    return parser
+
+
+def build(parser: Parser, name: str) -> Any:
+    """Make an object of a config.
 
     Raises:
-        InputError: If there is a mistake in the config, or an object of it refuses its arguments.
+        InputError: If it, or an object that it needs, refuses its arguments.
     """
-    with distributed.sync_errors():
-        workflow = _workflow(files, overrides, allow, "inference")
-        workflow.initialize()
-        _content(workflow, "prediction")
-    workflow.run()
-    workflow.finalize()
+    try:
+        return parser.get_parsed_content(name)
+    except Exception as error:
+        cause = innermost(error)
+        if isinstance(cause, InputError):
+            raise cause from None
+        if isinstance(cause, (ValueError, TypeError)):
+            said = " ".join(str(cause).split())
+            raise InputError(said if ": expected " in said else describe_failure(error)) from error
+        raise
 
 
-def open_run(
-    files: Sequence[str], overrides: keys.Config, allow: Collection[str] = ()
-) -> tuple[Any, Any]:
-    """Lifecycle and trainer of a run that is there, without handlers: nothing is written.
+def run_workflow(composed: Composed, trains: bool = True) -> None:
+    """Initialize, run and finalize a checked config, as a MONAI bundle workflow does.
+
+    Args:
+        trains: Whether the config has a lifecycle; else it predicts.
+
+    Raises:
+        InputError: If an object of it refuses its arguments.
+        SystemExit: With status 1 after a failure, which was printed in one line.
+    """
+    from pipeline.training.signals import interruptible_at_once
+
+    parser, lifecycle = make_parser(composed), None
+    with interruptible_at_once() if trains else contextlib.nullcontext():
+        try:
+            with distributed.sync_errors():
+                if trains:
+                    lifecycle = build(parser, "lifecycle")
+                parser.evaluate("initialize")
+                for step in composed.source.get("run", []):
+                    for name in Resolver.match_refs_pattern(step):
+                        build(parser, name)
+            parser.evaluate("run")
+            parser.evaluate("finalize")
+        except Exception as error:
+            if isinstance(cause := innermost(error), InputError):
+                raise cause from None
+            log_file = lifecycle.directory.log_file if lifecycle and lifecycle.is_held else None
+            raise SystemExit(print_failure(error, log_file)) from None
+        finally:
+            if lifecycle:
+                lifecycle.release()
+
+
+def open_run(composed: Composed) -> tuple[Any, Any]:
+    """Return lifecycle and trainer of a run that is there, without handlers: nothing is written.
 
     Raises:
         InputError: If the run is not there or is another one, or an object refuses its arguments.
     """
-    workflow = _workflow(files, {**overrides, "initialize": [], "train#handlers": []}, allow)
-    workflow.initialize()
-    lifecycle = workflow.parser.get_parsed_content("lifecycle")
-    lifecycle.look()
-    return lifecycle, _content(workflow, "train::trainer")
+    composed.override({"initialize": [], "train#handlers": []})
+    parser = make_parser(composed)
+    lifecycle = build(parser, "lifecycle")
+    lifecycle.open_stored_run()
+    return lifecycle, build(parser, "train::trainer")
 
 
-def replay(
-    files: Sequence[str], overrides: keys.Config, step: object, allow: Collection[str] = ()
-) -> dict[str, Any]:
-    """Replay a skipped step of the run that the config names; see `recorder.replay_kept`.
+def replay(composed: Composed, step: object) -> dict[str, Any]:
+    """Replay a skipped step of the run that the config names; see `replay_kept`.
 
     Raises:
         InputError: If there is no such run or step.
@@ -194,37 +209,8 @@ def replay(
         raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
     from pipeline.training.flight_recorder import replay_kept
 
-    lifecycle, trainer = open_run(files, overrides, allow)
+    lifecycle, trainer = open_run(composed)
     return replay_kept(trainer, lifecycle.run_dir, step)
-
-
-def _workflow(
-    files: Sequence[str], overrides: keys.Config, allow: Collection[str], kind: str = "train"
-) -> Any:
-    # imported here, so that a mistake on the command line is answered at once
-    from monai.bundle import ConfigWorkflow
-
-    # it warns of files in more than one folder, which is how an overlay of one's own is meant
-    logging.getLogger(ConfigWorkflow.__module__).setLevel(logging.ERROR)
-    # a logging.conf beside the config could name files to write, and modules there would come
-    # before Python's own: neither is data
-    logs = str(LOGGING) if LOGGING.is_file() else False
-    workflow = ConfigWorkflow(list(files), logging_file=logs, workflow_type=kind, **overrides)
-    workflow.config_root_path = Path()
-    workflow.parser = Parser(old_names.translate(workflow.parser.get()))  # of a stored run
-    allowed.check(workflow.parser.get(), allow)  # what MONAI has read, metadata.json included
-    return workflow
-
-
-def _content(workflow: Any, name: str) -> Any:
-    """An object of the config; what it or one that it needs refuses is a mistake of the user's."""
-    try:
-        return workflow.parser.get_parsed_content(name)
-    except (RuntimeError, ValueError) as error:
-        cause = innermost(error)
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise InputError(str(cause)) from error
 
 
 def help_text(source: keys.Config) -> str:

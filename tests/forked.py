@@ -7,7 +7,6 @@ import os
 import runpy
 import sys
 import tempfile
-import traceback
 import warnings
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -82,9 +81,12 @@ def _work(
         run(module, run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:  # as the interpreter ends by it
         status = 1
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as end:
+            status = end.code
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -73,3 +73,36 @@ class BreakWeights:
     def after_step(self, trainer) -> None:
         if trainer.progress.step == self.step:
             next(trainer.network.parameters()).view(-1)[0] = torch.nan
+
+
+class BreakingLoss(torch.nn.Module):
+    """A loss that raises at its call number `at`."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def forward(self, logits: Any, label: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("this loss is broken")
+        return logits.float().mean()
+
+
+class BreakingTransform:
+    """A transform that raises where the brightest voxel of the image is at least so bright."""
+
+    def __init__(self, brightest: float) -> None:
+        self.brightest = brightest
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        if data["image"].max() >= self.brightest:
+            raise ZeroDivisionError("this transform is broken")
+        return data
+
+
+class WrongNetwork(torch.nn.Conv3d):
+    """A network with a class too many."""
+
+    def __init__(self, out_channels: int, num_dense_layers: int, growth_rate: int) -> None:
+        super().__init__(1, out_channels + 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pipeline.config.compose import compose, compose_located, parse_overrides
 from pipeline.config.parser import Parser
 from pipeline.config.validate import check
 from pipeline.errors import InputError
-from pipeline.run import _workflow, main
+from pipeline.run import main, make_parser
 
 AMP = "configs/amp.json"
 
@@ -336,12 +337,13 @@ def test_override_is_no_argument_of_monais_workflow(key, capfd):
 # --- what MONAI reads beside the config
 
 
-def test_metadata_beside_the_config_is_judged_too(tmp_path, capfd, dataset):
+def test_metadata_beside_the_config_is_not_read(tmp_path, dataset, capfd):
     (tmp_path / "amp.json").write_text((REPOSITORY / AMP).read_text())
     (tmp_path / "metadata.json").write_text('{"version": "$import os"}')
-    words = ["--dataset_dir", str(dataset), "--output_dir", str(tmp_path / "r")]
-    assert main([str(tmp_path / "amp.json"), *words]) == 2
-    assert "_meta_#version: expected an expression on an id" in capfd.readouterr().err
+    words = ["--dataset_dir", str(dataset / "no"), "--output_dir", str(tmp_path / "r")]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "amp.json"), *words])
+    assert "dataset_dir: expected a folder with dataset.json" in capfd.readouterr().err
 
 
 def test_logging_conf_and_modules_beside_the_config_are_not_used(tmp_path, dataset, monkeypatch):
@@ -354,9 +356,9 @@ def test_logging_conf_and_modules_beside_the_config_are_not_used(tmp_path, datas
     written = tmp_path / "written.txt"
     logs = logs.replace("StreamHandler", "FileHandler").replace("sys.stdout", f"'{written}'")
     (folder / "logging.conf").write_text(logs)
-    workflow = _workflow([str(folder / "amp.json")], parse_overrides(["--seed", "1"]), ())
+    make_parser(compose_located([str(folder / "amp.json")], parse_overrides(["--seed", "1"])))
     assert not written.exists()
-    assert str(tmp_path) not in str(workflow.config_root_path.resolve())
+    assert str(tmp_path) not in " ".join(sys.path)
 
 
 def test_override_may_be_any_text_that_monai_leaves_alone():

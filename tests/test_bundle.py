@@ -1,11 +1,20 @@
-"""The configs as MONAI bundles: the other entry, the other file, and what tools look for."""
+"""Configs and run directories in the hands of MONAI's bundle tools: their own commands, offline.
+
+`cli` is `python -m monai.bundle ...` in this process; training, evaluation and prediction are
+started as a process in the run directory.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
 import json
+import os
+import runpy
+import shutil
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +22,265 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, finished_run, make_dataset, tiny_words, write_dataset_json
 from forked import monai_bundle
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser, create_workflow
 from monai.data import MetaTensor
 
 from pipeline.bundle.metadata import modality_of, run_metadata
-from pipeline.data.dataset import Cases, load_cases
+from pipeline.config.compose import config_of_monai
+from pipeline.data.dataset import Cases
 from pipeline.data.plan import Plan
+from pipeline.run import main
 
-AMP = json.loads((REPOSITORY / "configs/amp.json").read_text())
-INFERENCE = json.loads((REPOSITORY / "configs/inference.json").read_text())
-REQUIRED_METADATA = {
-    "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
-    "task", "description", "authors", "copyright", "network_data_format", "schema", "changelog",
-    "name",
-}  # fmt: skip
+SCHEMA = REPOSITORY / "pipeline/bundle/metadata_schema.json"
+EVALUATE = ["configs/train.json", "configs/evaluate.json"]
+AMP, INFERENCE, METADATA = (
+    json.loads((REPOSITORY / f"configs/{name}.json").read_text())
+    for name in ("amp", "inference", "metadata")
+)
+
+pytestmark = [
+    # MONAI says of every config that it executes what it says
+    pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning"),
+    # and of the schema, which is not downloaded here
+    pytest.mark.filterwarnings("ignore:No hash value provided:UserWarning"),
+]
 
 
-def as_words(values: dict) -> list[str]:
-    return [
-        word
-        for key, value in values.items()
-        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """What would fetch something fails."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("expected no connection, got one.")
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A dataset of one CT channel that names its licence."""
+    root = make_dataset(tmp_path_factory.mktemp("ct"))
+    case_ids = [f"tiny_{n:03d}" for n in range(1, 7)]
+    write_dataset_json(root, case_ids, modality={"0": "CT"}, licence="CC-BY-SA 4.0")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A finished tiny run, which no test changes."""
+    return finished_run(data, tmp_path_factory.mktemp("runs") / "r", final_scores=True)
+
+
+@pytest.fixture(scope="module")
+def before(finished) -> dict[str, bytes]:
+    """Every file of the finished run."""
+    return files_of(finished)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def cli(monkeypatch) -> Callable[..., None]:
+    def command(*words: str, cwd: Path) -> None:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["monai.bundle", *words])
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+
+    return command
+
+
+@pytest.fixture(params=["repository", "run"])
+def bundle(request) -> Path:
+    """Both that are bundles."""
+    return REPOSITORY if request.param == "repository" else request.getfixturevalue("finished")
+
+
+# --- verify_metadata
+
+
+def test_verify_metadata_accepts_the_metadata(bundle, cli):
+    cli(
+        "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", str(SCHEMA),
+        cwd=bundle,
+    )  # fmt: skip
+
+
+# --- verify_net_in_out
+
+
+NET = (
+    "verify_net_in_out", "network_def", "--meta_file", "configs/metadata.json", "--config_file",
+    "configs/inference.json", "--device", "cpu",
+)  # fmt: skip
+
+
+def test_verify_net_in_out_accepts_the_network(bundle, cli):
+    cli(*NET, cwd=bundle)
+
+
+# --- ckpt_export and load_bundle_config
+
+
+@pytest.fixture
+def exported(finished, cli, tmp_path) -> Path:
+    path = tmp_path / "model.ts"
+    cli(
+        "ckpt_export", "network_def", "--filepath", str(path), "--config_file",
+        "configs/inference.json", cwd=finished,
+    )  # fmt: skip
+    return path
+
+
+def test_ckpt_export_makes_a_torchscript_of_the_best_network(exported, finished):
+    source = json.loads((finished / "configs/inference.json").read_text())
+    network = ConfigParser(source).get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(finished / "models/model.pt", weights_only=True))
+    script = torch.jit.load(exported).eval()
+    image = torch.randn(1, 1, 16, 32, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(script(image), network(image), rtol=0, atol=1e-5)
+
+
+# --- check_properties
+
+
+def test_train_workflow_lacks_nothing(finished, tmp_path, monkeypatch, before):
+    monkeypatch.chdir(finished)
+    workflow = create_workflow(
+        config_file="configs/train.json", workflow_type="train", output_dir=str(tmp_path / "new")
+    )
+    try:
+        assert workflow.check_properties() == []
+        assert workflow.evaluator is not None
+    finally:
+        workflow.parser.get_parsed_content("lifecycle").release()
+    assert files_of(finished) == before
+
+
+def test_evaluate_workflow_lacks_nothing(finished, monkeypatch, before):
+    monkeypatch.chdir(finished)
+    workflow = create_workflow(config_file=EVALUATE, workflow_type="train")
+    workflow.initialize()  # clients do it twice
+    assert workflow.check_properties() == []
+    assert isinstance(workflow.parser["validate#handlers"], list)  # where clients look for loaders
+    workflow.evaluator.run()
+    assert 0 < workflow.evaluator.state.metrics["mean_dice"] < 1
+    assert files_of(finished) == before
+
+
+def test_inference_workflow_lacks_nothing(finished, monkeypatch, before):
+    monkeypatch.chdir(finished)
+    workflow = create_workflow(config_file="configs/inference.json", workflow_type="infer")
+    assert workflow.check_properties() == []
+    assert workflow.version == METADATA["version"]
+    assert workflow.channel_def == {"0": "background", "1": "dim", "2": "bright"}
+    assert files_of(finished) == before
+
+
+# --- run
+
+
+def test_monai_bundle_run_trains_beside_the_run(finished, before):
+    words = ("--config_file", "configs/train.json", "--report", "false")
+    assert monai_bundle(*words, cwd=finished).returncode == 0
+    again = finished.parent / "r_again"
+    assert files_of(finished) == before
+    weights = [
+        torch.load(folder / "models/last.pt", weights_only=True) for folder in (finished, again)
     ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/evaluate.json"):
+        assert (again / name).read_text()
+
+
+def test_monai_bundle_run_evaluates_and_changes_nothing(finished, before):
+    told = monai_bundle("--config_file", str(EVALUATE), cwd=finished).stdout
+    best = json.loads((finished / "summary.json").read_text())["best_mean_dice"]
+    assert f"mean_dice {best:.4f}" in told
+    assert files_of(finished) == before
+
+
+def test_monai_bundle_run_predicts(finished, data, before, tmp_path):
+    words = ("--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
+    assert monai_bundle(*words, cwd=finished).returncode == 0
+    images = sorted((data / "imagesTr").iterdir())
+    for path in images:
+        assert nib.load(tmp_path / "out" / path.name).shape == nib.load(path).shape
+    assert len(list((tmp_path / "out").iterdir())) == len(images)
+    # what was predicted of the validation cases to be scored is the same
+    for path in (finished / "scores/validation_best").glob("*.nii.gz"):
+        ours, theirs = (nib.load(p).get_fdata() for p in (path, tmp_path / "out" / path.name))
+        np.testing.assert_array_equal(ours, theirs)
+    assert files_of(finished) == before
+
+
+# --- evaluate.json by the other entry, and its bad input
+
+
+def test_pipeline_run_evaluates(finished, monkeypatch, capfd, before):
+    monkeypatch.chdir(finished)
+    assert main(EVALUATE) == 0
+    best = json.loads((finished / "summary.json").read_text())["best_mean_dice"]
+    assert f"mean_dice {best:.4f}" in capfd.readouterr().out
+    assert files_of(finished) == before
+
+
+def test_evaluation_takes_the_plan_of_the_run_to_other_data(
+    finished, tmp_path, monkeypatch, before, capfd
+):
+    other = make_dataset(tmp_path / "other", num_cases=9)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(finished)
+    words = ["--dataset_dir", str(other), "--cache_dir", str(tmp_path / "cache")]
+    assert main([*EVALUATE, *words]) == 0
+    assert "on 3 validation cases of tiny" in capfd.readouterr().out
+    assert files_of(finished) == before
+
+
+@pytest.fixture
+def a_copy(finished, tmp_path) -> Path:
+    copy = tmp_path / "runs" / "copy"
+    shutil.copytree(finished, copy)
+    source = json.loads((copy / "configs/train.json").read_text())
+    for key in ("dataset_dir", "cache_dir"):
+        source[key] = os.path.relpath(finished / source[key], copy)
+    (copy / "configs/train.json").write_text(json.dumps(source))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model.pt: expected the best network of the run, found none."),
+        (["--output_dir", "nowhere"], "output_dir: expected a run directory, found none"),
+        (["--base_channels", "4"], "got other values of base_channels"),
+    ],
+    ids=["no best network", "no run", "another network"],
+)
+def test_evaluation_is_refused_in_one_line(a_copy, monkeypatch, capfd, words, message):
+    if not words:
+        (a_copy / "models/model.pt").unlink()
+    monkeypatch.chdir(a_copy)
+    with pytest.raises(SystemExit) as stopped:
+        main([*EVALUATE, *words])
+    assert stopped.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not (a_copy / "nowhere").exists()
+
+
+# --- both entries do the same
 
 
 def test_monai_bundle_run_ends_with_the_same_weights(run, tmp_path, dataset):
     assert run(tmp_path / "ours") == 0
-    values = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "theirs"), **TINY}
-    done = monai_bundle("--config_file", "configs/amp.json", *as_words(values))
+    words = tiny_words(dataset, tmp_path / "theirs")
+    done = monai_bundle("--config_file", "configs/amp.json", *words)
     assert done.returncode == 0, done.stderr
     ours, theirs = (
         torch.load(tmp_path / who / "models/last.pt", weights_only=True)
@@ -75,100 +313,38 @@ def test_monai_bundle_run_says_a_mistake_in_one_line_and_status_2(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_train_workflow_has_all_properties(dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    values = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "r"), **TINY}
-    workflow = ConfigWorkflow("configs/amp.json", workflow_type="train", **values)
-    try:
-        workflow.initialize()
-        workflow.initialize()  # clients do it twice
-        assert workflow.check_properties() == []
-        assert workflow.max_epochs == 2
-        assert len(workflow.train_handlers) == len(AMP["train"]["handlers"])
-    finally:
-        workflow.parser.get_parsed_content("lifecycle").release()
+def test_monai_bundle_run_tells_a_failure_in_one_line(tmp_path, dataset):
+    """What fails in training, after the lifecycle was entered; the traceback is in the log."""
+    overlay = tmp_path / "mine.json"
+    overlay.write_text(json.dumps({"loss_function": {"_target_": "poison.BreakingLoss", "at": 3}}))
+    files = f"['configs/amp.json','{overlay}']"
+    done = monai_bundle("--config_file", files, *tiny_words(dataset, tmp_path / "r"))
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("RuntimeError: this loss is broken (poison.py:")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "r/log.txt").read_text()
 
 
-@pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory) -> Path:
-    """A finished tiny run, two epochs with one validation each."""
-    out = tmp_path_factory.mktemp("runs") / "r"
-    values = {"dataset_dir": str(dataset), "output_dir": str(out), **TINY}
-    done = monai_bundle("--config_file", "configs/amp.json", *as_words(values))
-    assert done.returncode == 0, done.stderr
-    return out
+class AsksForConfig:
+    """A component that MONAI's own parser builds."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.found = number, config_of_monai().source
 
 
-def test_run_directory_predicts_as_a_bundle(finished, dataset):
-    done = monai_bundle("--config_file", "configs/inference.json", cwd=finished)
-    assert done.returncode == 0, done.stderr
-    for path in sorted((dataset / "imagesTr").iterdir()):
-        image = nib.load(path)
-        pred = nib.load(finished / "predictions" / path.name)
-        assert pred.shape == image.shape
-        assert np.allclose(pred.affine, image.affine, atol=1e-4)
-        assert pred.get_data_dtype() == np.uint8
-        assert set(np.unique(pred.dataobj)) <= {0, 1, 2}
+def test_config_of_monai_is_the_merged_config_that_is_being_resolved(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "__name__", "test_bundle")
+    source = {"a": {"_target_": "test_bundle.AsksForConfig", "number": "@b"}, "b": 1}
+    parser = ConfigParser(source)
+    parser.update({"b": 2})
+    built = parser.get_parsed_content("a")
+    assert (built.number, built.found) == (2, {**source, "b": 2})
+    with pytest.raises(RuntimeError, match="expected to be built from a config"):
+        AsksForConfig(1)
 
 
-def test_inference_workflow_has_all_properties(finished, monkeypatch):
-    monkeypatch.chdir(finished)
-    workflow = ConfigWorkflow("configs/inference.json", workflow_type="inference")
-    workflow.initialize()
-    assert workflow.check_properties() == []
-
-
-def test_inference_config_of_a_run_states_the_runs_values(finished):
-    inference = json.loads((finished / "configs/inference.json").read_text())
-    assert inference["num_classes"] == 3
-    assert inference["in_channels"] == 1
-    assert inference["normalization"] == ["zscore"]
-    assert inference["roi_size"] == [16, 16, 8]
-    train = json.loads((finished / "configs/train.json").read_text())
-    for key in ("network_def", "preprocessing", "network"):
-        assert inference[key] == train[key], key
-
-
-def test_inference_loads_the_best_weights(finished, monkeypatch):
-    monkeypatch.chdir(finished)
-    parser = ConfigParser(ConfigParser.load_config_file("configs/inference.json"))
-    network = parser.get_parsed_content("network_def")
-    network.load_state_dict(torch.load("models/model.pt", weights_only=True))
-
-
-def test_ids_that_files_share_are_equal():
-    for key in ("network_def", "network", "preprocessing", "precision"):
-        assert AMP[key] == INFERENCE[key], key
-    for key in ("base_channels", "overlap", "seed"):
-        assert AMP[key] == INFERENCE[key], key
-
-
-@pytest.mark.parametrize("where", ["repository", "run"])
-def test_metadata_has_the_required_fields(where, finished):
-    root = REPOSITORY if where == "repository" else finished
-    metadata = json.loads((root / "configs/metadata.json").read_text())
-    assert metadata.keys() >= REQUIRED_METADATA
-    pred = metadata["network_data_format"]["outputs"]["pred"]
-    names = list(pred["channel_def"].values())
-    assert len(names) == pred["num_channels"]
-    if where == "run":
-        assert names == ["background", "dim", "bright"]
-    else:
-        assert pred["num_channels"] == INFERENCE["num_classes"]
-
-
-def test_metadata_names_the_pinned_versions():
-    metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
-    pins = dict(
-        line.split("==")
-        for line in (REPOSITORY / "requirements.txt").read_text().split()
-        if "==" in line
-    )
-    assert metadata["monai_version"] == pins["monai"]
-    assert metadata["pytorch_version"] == pins["torch"]
-    assert metadata["numpy_version"] == pins["numpy"]
-    for name, version in metadata["required_packages_version"].items():
-        assert pins[name] == version
+# --- what a run directory states
 
 
 # --- the metadata of a run is true for that run
@@ -190,12 +366,12 @@ def test_metadata_of_a_run_contradicts_nothing_there(finished):
     assert str(found.dtype) == f"torch.{pred['dtype']}"
     names = read["inference"]["class_names"]
     assert pred["channel_def"] == {str(n): name for n, name in enumerate(names)}
-    assert image["channel_def"] == {"0": "MRI"}  # as dataset.json has it
-    assert image["modality"] == "MR"
+    assert image["channel_def"] == {"0": "CT"}  # as dataset.json has it
+    assert image["modality"] == "CT"
     assert image["spatial_shape"] == pred["spatial_shape"] == read["inference"]["roi_size"]
-    assert image["value_range"] == []  # a z-score promises none
+    assert image["value_range"][0] < image["value_range"][1]
     assert metadata["task"] == "Segmentation of dim, bright"
-    assert metadata["data_license"] == "not stated by the dataset"
+    assert metadata["data_license"] == "CC-BY-SA 4.0"
     for key, package in (("monai", "monai"), ("pytorch", "torch"), ("numpy", "numpy")):
         stated = metadata[f"{key}_version"]
         assert importlib.metadata.version(package).partition("+")[0] == stated
@@ -254,55 +430,15 @@ def test_value_range_is_what_the_network_is_given(clips):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"normalization": "percentile_zscore"},
-        {"normalization": [CLIPS[0], "zscore"], "channels": ["CT", "MRI"]},
-        {"transforms_after": [{"_target_": "ScaleIntensityd", "keys": "image"}]},
-        {"preprocessing": {"_target_": "Compose", "transforms": []}},
-    ],
-    ids=["percentiles", "one channel of two", "transforms of the user", "another preprocessing"],
-)
-def test_value_range_is_empty_where_none_is_certain(changes):
-    assert image_of(**{"normalization": CLIPS[:1], **changes})["value_range"] == []
-
-
-@pytest.mark.parametrize(
     ("names", "modality"),
     [
-        (["CT"], "CT"), (["ct"], "CT"), (["MRI"], "MR"), (["T2", "ADC"], "MR"),
-        (["FLAIR", "T1w", "t1gd", "T2w"], "MR"), (["CT", "PET"], "CT, PT"), (["OCT"], "OCT"),
-        (["noNorm"], "n/a"), (None, "n/a"),
+        (["ct"], "CT"), (["T2", "ADC"], "MR"), (["CT", "PET"], "CT, PT"), (["noNorm"], "n/a"),
+        (None, "n/a"),
     ],
 )  # fmt: skip
 def test_modality_is_what_the_dataset_says(names, modality):
     assert modality_of(names) == modality
     assert image_of(channels=names)["modality"] == modality
-
-
-def test_channels_have_the_names_that_the_dataset_gives_them():
-    assert image_of(channels=["T2", "ADC"])["channel_def"] == {"0": "T2", "1": "ADC"}
-    assert image_of(channels=None)["channel_def"] == {"0": "image"}
-
-
-@pytest.mark.parametrize("spelling", ["licence", "license"])
-def test_metadata_names_licence_and_reference_of_the_dataset(dataset, tmp_path, spelling):
-    source = json.loads((dataset / "dataset.json").read_text())
-    for folder in ("imagesTr", "labelsTr"):
-        (tmp_path / folder).symlink_to(dataset / folder)
-    facts = {spelling: "CC-BY-SA 4.0", "reference": "A hospital, 2020", "description": "Livers"}
-    (tmp_path / "dataset.json").write_text(json.dumps({**source, **facts}))
-    found = load_cases(tmp_path, num_folds=3, data_roots=[dataset]).description
-    metadata = metadata_of(description=found)
-    assert metadata["data_license"] == "CC-BY-SA 4.0"
-    assert metadata["data_source"] == "A hospital, 2020"
-
-
-def test_metadata_names_the_network_that_there_is():
-    assert metadata_of()["name"] == "Dense U-Net, liver"
-    metadata = metadata_of(network_def={"_target_": "monai.networks.nets.SegResNet"})
-    assert metadata["name"] == "SegResNet, liver"
-    assert metadata["description"] == "A SegResNet, trained on liver to segment liver."
 
 
 def test_metadata_requires_every_package_that_the_code_imports():
@@ -324,9 +460,3 @@ def test_metadata_requires_every_package_that_the_code_imports():
     apart = {"pillow", "onnx", "onnxruntime", "onnxscript", "triton"}
     assert needed - apart - stated == set()
     assert stated - needed == {"fire"}  # of the command line
-
-
-def test_logging_config_is_one_that_monai_accepts():
-    from monai.bundle.workflows import _apply_logging_file
-
-    _apply_logging_file(str(REPOSITORY / "configs/logging.conf"))

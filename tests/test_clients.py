@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import finished_run
-from engines import batch, half, make_trainer
 from ignite.engine import Events
 from monai.bundle import ConfigItem, ConfigParser
 from monai.data import MetaTensor
@@ -37,10 +36,7 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, LoadImaged, MapTransform, SaveImaged
 
 from pipeline.bundle.package import export_run
-from pipeline.data.dataset import given_cases
-from pipeline.errors import InputError
 from pipeline.prediction.predictor import Predictor
-from pipeline.training.trainer import StepEvents
 
 pytestmark = [  # MONAI warns of every config that it is given
     pytest.mark.filterwarnings("ignore:executing the bundle config:UserWarning"),
@@ -169,21 +165,6 @@ def test_federated_client_trains_two_rounds(bundle, dataset, tmp_path):
     assert "run_name" not in json.loads((out / "configs/train.json").read_text())
 
 
-def test_loss_scale_survives_a_round(finished, dataset, tmp_path):
-    algo = federated(finished, dataset, tmp_path / "client")
-    algo.initialize()
-    state = copied(algo.trainer.network.state_dict())
-    algo.train(ExchangeObject(weights=state))
-    algo.trainer.scaler.update(512.0)
-    seen: list[float] = []
-    algo.trainer.add_event_handler(
-        StepEvents.STEP_COMPLETED, lambda trainer: seen.append(trainer.last_step.loss_scale)
-    )
-    algo.train(ExchangeObject(weights=state))
-    assert seen == [512.0, 512.0]
-    algo.finalize()
-
-
 def test_client_that_initializes_anew_begins_anew_when_resume_is_false(finished, dataset, tmp_path):
     """The checkpoints of the round before are there, and are not gone on from."""
     algo = federated(finished, dataset, tmp_path / "client")
@@ -197,44 +178,6 @@ def test_client_that_initializes_anew_begins_anew_when_resume_is_false(finished,
     algo.train(ExchangeObject(weights=begun))
     assert algo.trainer.progress.step == 2
     algo.finalize()
-
-
-def test_other_process_does_not_begin_in_a_clients_directory(finished, dataset, tmp_path, capfd):
-    algo = federated(finished, dataset, tmp_path / "client")
-    algo.initialize()
-    algo.train(ExchangeObject(weights=copied(algo.trainer.network.state_dict())))
-    algo.finalize()
-    with pytest.raises(SystemExit) as ended:
-        federated(finished, dataset, tmp_path / "client").initialize()
-    assert ended.value.code == 2
-    assert "expected an empty directory with resume=false" in capfd.readouterr().err
-
-
-def test_round_has_the_learning_rates_from_their_beginning():
-    trainer = make_trainer(half(), [batch(n) for n in range(3)], optimizer=torch.optim.AdamW)
-    log = Log(trainer)
-    ends = {Events.EPOCH_COMPLETED: lambda trainer: trainer.end_epoch()}
-    for event, handler in ends.items():
-        trainer.add_event_handler(event, handler)
-    trainer.run()
-    trainer.run()  # there is nothing left to do
-    assert len(log.rates) == 1
-    trainer.state.max_epochs += 2
-    trainer.run()
-    first, second = log.rates
-    assert first == second[:3]
-    assert len(set(first)) > 1
-    assert trainer.progress.step == 9
-
-
-def test_finished_run_never_trains_again():
-    trainer = make_trainer(half(), [batch(0)])
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda trainer: trainer.end_epoch())
-    trainer.run()
-    trainer.finish()
-    trainer.state.max_epochs += 1
-    trainer.run()
-    assert trainer.progress.step == 1
 
 
 # --- Deploy App SDK: MonaiBundleInferenceOperator
@@ -511,17 +454,6 @@ def test_label_trains_again_beside_what_there_is(finished, store):
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def test_what_label_trained_is_exported_without_its_paths(finished, store, tmp_path):
-    out = label_trains(finished, store, 4, learning_rate=0.0)
-    try:
-        export_run(out, tmp_path / "o", ["torchscript"])
-        texts = [p.read_text() for p in (tmp_path / "o").rglob("*") if p.suffix in (".json", ".md")]
-        for word in (str(tmp_path), str(finished.parent), "tiny_00", "store"):
-            assert not [text for text in texts if word in text], word
-    finally:
-        shutil.rmtree(out)
-
-
 def test_data_whose_classes_are_numbered_otherwise_are_refused(finished, dataset, tmp_path, capfd):
     other = tmp_path / "data"
     shutil.copytree(dataset, other)
@@ -549,27 +481,6 @@ def test_label_is_told_what_is_wrong_with_its_data(finished, store, capfd):
     assert lines[0].startswith("tiny_002: expected label file ")
     assert lines[1].startswith("tiny_006: expected label values ")
     assert not (finished.parent / "r_again").exists()
-
-
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ([], "train#dataset#data: expected cases, got none"),
-        ([{"image": "/a.nii"}], "train#dataset#data: expected cases with image and label"),
-        (["/a.nii"], "train#dataset#data: expected cases with image and label"),
-    ],
-)
-def test_given_cases_are_refused_in_one_line(train, message):
-    with pytest.raises(InputError, match=message) as refused:
-        given_cases(train, [])
-    assert len(refused.value.faults) == 1
-
-
-def test_given_cases_of_one_name_are_told(store):
-    with_ids = [{**case, "case_id": "same"} for case in store[:2]]
-    cases = given_cases([*with_ids, store[2]], store[3:])
-    assert [case["case_id"] for case in cases.train] == ["tiny_003"]
-    assert [finding.check for finding in cases.issues] == ["duplicate_id"]
 
 
 def test_client_takes_the_plan_of_the_bundle(finished, dataset, tmp_path, monkeypatch):

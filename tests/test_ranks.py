@@ -341,13 +341,13 @@ def test_rank_that_stops_ends_all(tmp_path, caplog):
             if distributed.is_main():
                 handler.lost = lambda: "process 1 on other"
             result = trained(train_handlers=[handler])
-        levels = [r.levelname for r in caplog.records if "in this process's hands" in r.message]
+        levels = [r.levelname for r in caplog.records if "to be held by this process" in r.message]
         return result | {"levels": levels}
 
     results = in_all(run)
     for result in results:
         assert result["progress"]["step"] == 3
-        assert "got it in those of process 1 on other" in result["diagnosis"]
+        assert "process 1 on other has taken it over" in result["diagnosis"]
         assert result["ended"] == TrainingStopped.__name__
     assert [result["levels"] for result in results] == [["ERROR"], ["INFO"]]
 

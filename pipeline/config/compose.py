@@ -1,10 +1,16 @@
-"""One config out of files and a command line, as MONAI's ConfigParser composes it."""
+"""One config out of files and a command line, as MONAI's ConfigParser composes it.
+
+`compose_located` also remembers on which line of which file each value stands. `Parser` evaluates
+the result, and `config_of_monai` finds the config where MONAI's own commands evaluate it.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Sequence
+import re
+from bisect import bisect
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +19,13 @@ from typing import Any
 from monai.bundle import ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
 
-from pipeline.config import allowed, locations, old_names
+from pipeline.config import allowed, old_names
 from pipeline.config.keys import KEYS, MARKS, Config, read_word
 from pipeline.config.keys import Path as Keys
 from pipeline.config.parser import Resolver
 from pipeline.errors import InputError, nearest
+
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')  # of JSON
 
 
 @dataclass
@@ -33,21 +41,42 @@ class Composed:
     places: dict[Keys, str] = field(default_factory=dict)
 
     def place(self, path: Keys) -> str:
-        """Where the value at a path comes from, or else what contains it."""
+        """Return where the value at a path comes from, or else what contains it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "")
 
     def tell(self, path: Keys, fault: str) -> str:
-        """One line: place, id path, and what is expected there."""
+        """Return one line: the place, the id path, and what is expected there."""
         place, name = self.place(path), "#".join(path)
-        told = [place] if place == f"--{name}" else [place, name]
-        return ": ".join([*filter(None, told), fault])
+        parts = [place] if place == f"--{name}" else [place, name]
+        return ": ".join([*filter(None, parts), fault])
 
     def put(self, path: Keys, places: dict[Keys, str]) -> None:
-        """Forget the places at and below a path, and note others there instead."""
+        """Replace the places at and below a path."""
         kept = {at: place for at, place in self.places.items() if at[: len(path)] != path}
         self.places = kept | {path + at: place for at, place in places.items()}
+
+    def override(self, values: Config) -> None:
+        """Put the values of a command line in the place of those of the files.
+
+        Args:
+            values: Value by key; `a#b` names a part.
+
+        Raises:
+            InputError: One line for each key that has no place in the config.
+        """
+        parser = ConfigParser(self.source)
+        paths = {key: tuple(ReferenceResolver.split_id(key)) for key in values}
+        faults = []
+        for key, path in paths.items():
+            if fault := _place_fault(self.source, path):
+                faults.append(f"--{key}: {fault}")
+                continue
+            parser[key] = values[key]
+            self.put(path, {(): f"--{key}"})
+        if faults:
+            raise InputError(*faults)
 
 
 def parse_overrides(words: Sequence[str]) -> Config:
@@ -80,7 +109,7 @@ def parse_overrides(words: Sequence[str]) -> Config:
 
 
 def compose(files: Sequence[str], overrides: Config, allow: Collection[str] = ()) -> Config:
-    """The merged config alone; see `compose_located`.
+    """Return the merged config alone; see `compose_located`.
 
     Raises:
         InputError: As there, and if the config says what configs may not say.
@@ -97,38 +126,23 @@ def compose_located(
 ) -> Composed:
     """Merge config files in order, then overrides, as MONAI's ConfigParser does.
 
-    Args:
-        files: Names of the files.
-        overrides: Value by key.
-        allow: Names that `_target_` may hold beside the list.
-
     Raises:
-        InputError: If a file is missing or is not a JSON object, or a key has no place.
+        InputError: If a file is missing or is not a JSON object, or a key has no place; see
+            `Composed.override`.
     """
     merged = Composed({})
     parser = ConfigParser(merged.source)
-    contents = [(file, *_read(file)) for file in files]
-    for file, content, lines in contents:
+    for file, (content, lines) in [(file, _read(file)) for file in files]:
         merged.places.setdefault((), f"{file}:1")
         for key, value in content.items():
             places = {at[1:]: f"{file}:{n}" for at, n in lines.items() if at[:1] == (key,)}
             _merge(merged, parser, key, value, places)
-    faults = []
-    for key, value in overrides.items():
-        path = tuple(ReferenceResolver.split_id(key))
-        fault = _place_fault(merged.source, path)
-        if fault:
-            faults.append(f"--{key}: {fault}")
-            continue
-        parser[key] = value
-        merged.put(path, {(): f"--{key}"})
-    if faults:
-        raise InputError(*faults)
+    merged.override(overrides)
     return merged
 
 
 def _read(file: str) -> tuple[Config, dict[Keys, int]]:
-    """Content and lines of one file."""
+    """Return the content of a file and the line of each value."""
     if not Path(file).is_file():
         known = [str(path) for path in Path(file).parent.glob("*.json")]
         hint = nearest(file, known) if known else "Check the path."
@@ -136,7 +150,7 @@ def _read(file: str) -> tuple[Config, dict[Keys, int]]:
     if Path(file).suffix.lower() != ".json":  # MONAI goes by the name
         raise InputError(f"{file}: expected a file named *.json. Rename it.")
     try:
-        content, lines = locations.read_json(Path(file).read_text(), file)
+        content, lines = read_json(Path(file).read_text(), file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
@@ -145,6 +159,63 @@ def _read(file: str) -> tuple[Config, dict[Keys, int]]:
         content = old_names.translate(content)
         lines = {tuple(old_names.TOP_LEVEL.get(key, key) for key in at): lines[at] for at in lines}
     return content, lines
+
+
+def read_json(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
+    """Return the content of a JSON text, and the line of each value by its path.
+
+    The line of a value in an object is that of its key.
+
+    Raises:
+        InputError: If it is not JSON, or an object has a key twice: one line for each.
+    """
+    try:
+        content = json.loads(text)
+        found = [*_lines(text)]
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} in column {error.colno}"
+        raise InputError(
+            f"{name}:{error.lineno}: expected JSON, got: {reason}. Mend the file."
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise InputError(f"{name}: expected JSON, got: {error}. Mend the file.") from None
+    lines: dict[Keys, int] = {(): 1}
+    faults = []
+    for path, line in found:
+        if path in lines:
+            faults.append(
+                f"{name}:{line}: {'#'.join(path)}: expected a key once in an object, got it "
+                f"on line {lines[path]} too. Remove one."
+            )
+        lines[path] = line
+    if faults:
+        raise InputError(*faults)
+    return content, lines
+
+
+def _lines(text: str) -> Iterator[tuple[Keys, int]]:
+    """Yield the path and line of each value of a text that is known to be JSON."""
+    starts = [match.start() for match in re.finditer("\n", text)]
+    tokens = ((match[0], bisect(starts, match.start()) + 1) for match in TOKEN.finditer(text))
+
+    def read(token: str, path: Keys) -> Iterator[tuple[Keys, int]]:
+        if token not in ("{", "["):
+            return
+        number = 0
+        for inner, line in tokens:
+            if inner in ("}", "]"):
+                return
+            if inner == ",":
+                continue
+            below = (*path, json.loads(inner) if token == "{" else str(number))
+            number += 1
+            yield below, line
+            if token == "{":
+                next(tokens)  # the colon
+                inner, _ = next(tokens)
+            yield from read(inner, below)
+
+    yield from read(next(tokens)[0], ())
 
 
 def _merge(
@@ -203,24 +274,22 @@ def _keys(node: Any) -> list[str]:
     return list(node) if isinstance(node, dict) else []
 
 
-def source_being_resolved() -> Config:
-    """The config that a component is being built from, merged with its overrides, unevaluated.
+def config_of_monai() -> Composed:
+    """Return the config from which MONAI's own commands and clients are building an object.
 
-    MONAI hands a component its arguments only, and a reference to everything would be circular.
-    The resolver that builds the component is on the call stack, whichever entry (`pipeline.run`,
-    `monai.bundle run`, a federated client) made it; its root item is the source.
+    `pipeline.run` does not need this: it hands the config over.
 
     Raises:
         RuntimeError: If no config is being resolved.
     """
     resolver = _resolver_at_work()
     if resolver is None:
-        raise RuntimeError("lifecycle: expected to be built from a config, got a direct call.")
-    return deepcopy(resolver.items[""].get_config())
+        raise RuntimeError("config: expected to be built from a config, got a direct call.")
+    return Composed(deepcopy(resolver.items[""].get_config()))
 
 
 def require_unaltered() -> None:
-    """Refuse what MONAI's own parser has altered, `::` for `#`, and nothing else would refuse.
+    """Refuse paths and patterns in which MONAI's own parser put `::` in the place of `#`.
 
     Raises:
         InputError: A line for each.
@@ -240,11 +309,12 @@ def require_unaltered() -> None:
 
 
 def _resolver_at_work() -> ReferenceResolver | None:
-    """The resolver that the innermost object is being built by, or an expression evaluated."""
+    """Return the resolver that is building an object or evaluating an expression, if any.
+
+    MONAI hands a component its arguments only, and a reference to the whole config would be
+    circular. But the resolver is on the call stack, and its root item is the merged config.
+    """
     frame = inspect.currentframe()
-    while frame is not None:
-        resolver = frame.f_locals.get("self")
-        if isinstance(resolver, ReferenceResolver):
-            return resolver
+    while frame and not isinstance(frame.f_locals.get("self"), ReferenceResolver):
         frame = frame.f_back
-    return None
+    return frame.f_locals["self"] if frame else None

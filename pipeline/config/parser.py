@@ -17,8 +17,17 @@ class Resolver(ReferenceResolver):
 
     @classmethod
     def update_refs_pattern(cls, value: str, refs: dict) -> Any:
-        """What a string stands for; text stands for itself."""
+        """Return what a string stands for; text stands for itself."""
         return super().update_refs_pattern(value, refs) if value.startswith(MARKS) else value
+
+    def _resolve_one_item(self, id: str, *args: Any, **kwargs: Any) -> Any:
+        """Note at an exception, as `config_id`, which item of the config raised it."""
+        try:
+            return super()._resolve_one_item(id, *args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "config_id"):
+                error.config_id = id.replace("::", "#")  # type: ignore[attr-defined]
+            raise
 
 
 class Parser(ConfigParser):
@@ -34,5 +43,11 @@ class Parser(ConfigParser):
 
     @classmethod
     def resolve_relative_ids(cls, id: str, value: str) -> str:
-        """A string with absolute ids; text has none."""
+        """Return a string with absolute ids; text has none."""
         return super().resolve_relative_ids(id, value) if value.startswith(MARKS) else value
+
+    def evaluate(self, name: str) -> None:
+        """Evaluate an expression or each one of a list, as MONAI's ConfigWorkflow does."""
+        steps = self.get(name) or []
+        for n in range(len(steps)) if isinstance(steps, list) else [None]:
+            self.get_parsed_content(name if n is None else f"{name}::{n}")

@@ -1,4 +1,8 @@
-"""What others put into the config of a bundle: lists of files, a name for the run, other data."""
+"""Config changes made by MONAI clients (MONAI Label, federated learning).
+
+Such a client continues with the network of a bundle, on data of its own: it names the run with
+`run_name`, or lists its cases in the config in the place of a dataset folder.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +16,30 @@ from pipeline.errors import InputError
 
 
 def given_data(source: Config) -> tuple[list[Case], list[Case]] | None:
-    """Training and validation cases that a config lists itself; `None` where it does not.
-
-    Args:
-        source: The config, unevaluated.
-    """
-    train, validation = (_listed(source.get(part)) for part in ("train", "validate"))
+    """Return the training and validation cases that an unevaluated config lists, if it does."""
+    train, validation = (_listed_cases(source.get(part)) for part in ("train", "validate"))
     return None if train is None else (train, validation or [])
 
 
-def _listed(part: Any) -> list[Case] | None:
-    """The cases that a part's dataset lists itself; it may be a reference."""
+def _listed_cases(part: Any) -> list[Case] | None:
+    """The cases that a part's dataset lists itself; the dataset may be a reference."""
     dataset = part.get("dataset") if isinstance(part, dict) else None
     data = dataset.get("data") if isinstance(dataset, dict) else None
     return data if isinstance(data, list) else None
 
 
 def is_clients(source: Config) -> bool:
-    """Whether a client goes on with the network of a bundle, on data of its own.
-
-    Args:
-        source: The config, unevaluated.
-    """
+    """Whether a client made this unevaluated config."""
     return given_data(source) is not None or not source.keys().isdisjoint(CLIENT_KEYS)
 
 
 def require_same_classes(source: Config, cases: Cases, plan: Plan) -> None:
-    """Refuse data whose label values mean something else than in a plan.
+    """Refuse data whose label values have another meaning than in a plan.
 
     Args:
         source: The config, unevaluated.
-        cases: Of the data.
-        plan: Of the network, made for other data.
+        cases: The data.
+        plan: Made for other data, with the network of the bundle.
 
     Raises:
         InputError: If the dataset declares other classes, and the config none, or other channels.

@@ -1,14 +1,17 @@
-"""A run from lock to last word, the same whichever command drives the config.
+"""Controls one training run: lock, preflight, plan, resume, scores, report, summary.
 
-The config enters it from `initialize` and leaves it from `finalize`. In between, other objects
-of the config ask it for the run directory and the cases.
+Every entry point uses it: `pipeline.run`, `monai.bundle run` and MONAI's clients. The config calls
+`enter` in `initialize` and `leave` in `finalize`; in between, other objects of the config take the
+run directory, the cases and the plan from it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, require_unaltered, source_being_resolved
+from pipeline.config.compose import Composed, config_of_monai, require_unaltered
 from pipeline.config.old_names import require_todays_names
 from pipeline.config.parser import Parser
 from pipeline.data.cache import preprocessing_key
@@ -28,27 +31,27 @@ from pipeline.data.issues import some
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
 from pipeline.distributed import DistributedSettings
-from pipeline.errors import InputError, TrainingStopped, as_bool
+from pipeline.errors import InputError, TrainingStopped, as_bool, innermost, print_failure
 from pipeline.files import write_json
 from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
-from pipeline.lifecycle.run_directory import RunDirectory, told_to_user
-from pipeline.lifecycle.start import Start
+from pipeline.lifecycle.run_directory import RunDirectory, explain_os_errors
 from pipeline.lifecycle.stored_configs import (
     changed_cases,
     changes_since,
     portable,
     stored_plan,
+    stored_record,
     write_configs,
     write_docs,
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize
 from pipeline.precision import resolve_device
+from pipeline.training.pretrained import PretrainedWeights
 from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")  # of the cases
 # that hosts may have in places of their own; the run directory is compared as a path
 PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
 
@@ -62,22 +65,27 @@ class Lifecycle:
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        data_module: Looks at the dataset.
+        data_module: Reads the dataset.
         report: Whether to write `report/index.html` at the end.
-        init_weights: File of the weights that a new run begins with; see `Start`.
-        reinit_head: Whether its head is drawn anew all the same.
-        accept_changed_data: Whether a run goes on where files of its cases were changed.
-        process_group: Of several ranks. The first one has the run directory and writes what is of
-            the run; each of the others writes a log there, and predictions that are scored.
+        init_weights: File of the weights that a new run begins with; see `PretrainedWeights`.
+        reinit_head: Whether the head of the network is random even so.
+        accept_changed_data: Whether a run continues although files of its cases were changed.
+        process_group: Settings for several ranks. The first rank holds the run directory and writes
+            into it; each of the others writes a log there, and predictions that are scored.
+        config: The whole config, checked, as `pipeline.run` hands it over; where MONAI's own
+            commands build this object, it is found by `config_of_monai`.
 
     Attributes:
-        directory: The run's.
+        directory: The run directory.
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
-        cases: The dataset's `Cases`; there after `enter`.
-        plan: The dataset's `Plan`; there after `enter`.
-        checkpoint: File that the run continues from, or None; there after `enter`.
-        start: The weights that a new run begins with, after `enter`.
+        cases: The dataset's cases, after `enter`.
+        plan: The dataset's plan, after `enter`.
+        checkpoint: File that the run continues from, or None, after `enter`.
+        pretrained: The weights that a new run begins with, after `enter`.
     """
+
+    cases: Cases
+    plan: Plan
 
     def __init__(
         self,
@@ -91,23 +99,25 @@ class Lifecycle:
         reinit_head: bool | str = False,
         process_group: DistributedSettings | None = None,
         accept_changed_data: bool | str = False,
+        config: Composed | None = None,
     ) -> None:
-        self.source = source_being_resolved()
+        self.is_checked = config is not None
+        self.source = (config or config_of_monai()).source
         self.bundle_root = Path(bundle_root).resolve()
-        self.dataset_dir = data_module.dataset_dir
-        name = self.dataset_dir.name
-        run_dir = (self.bundle_root / (output_dir or f"runs/{name}")).resolve()
-        self.cache_dir = data_module.cache_dir
-        asked = {"true": True, "false": False}.get(str(resume).lower(), "auto")
-        self.directory = RunDirectory(run_dir, asked)
+        self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
+        run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()
+        self.directory = RunDirectory(
+            run_dir, {"true": True, "false": False}.get(str(resume).lower(), "auto")
+        )
         self.max_epochs = max_epochs
         self.data_module, self.process_group = data_module, process_group
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
-        self.start = Start(self.source, self.bundle_root, init_weights, reinit_head)
+        self.pretrained = PretrainedWeights(
+            self.bundle_root, init_weights, as_bool(reinit_head, "reinit_head")
+        )
         self.checkpoint: Path | None = None
-        self._cases: Cases | None = None
-        self._plan: Plan | None = None
+        self._excepthook: Any = None
 
     @property
     def run_dir(self) -> Path:
@@ -115,81 +125,134 @@ class Lifecycle:
         return self.directory.path
 
     @property
-    def cases(self) -> Cases:
-        """The dataset's cases, read by `enter`."""
-        if self._cases is None:
-            raise RuntimeError("lifecycle: expected enter() before cases, got it after.")
-        return self._cases
+    def is_entered(self) -> bool:
+        """Whether the cases and the plan are known."""
+        return hasattr(self, "cases")
 
     @property
-    def plan(self) -> Plan:
-        """The dataset's plan, made by `enter`."""
-        if self._plan is None:
-            raise RuntimeError("lifecycle: expected enter() before plan, got it after.")
-        return self._plan
+    def is_held(self) -> bool:
+        """Whether this process is in the run, between `enter` and `leave`."""
+        return self.directory.is_held
 
     @property
     def initial_weights(self) -> dict[str, torch.Tensor] | None:
-        """What a new run begins with beside the network's own weights; there after `enter`."""
-        return self.start.tensors
+        """Weights that a new run begins with instead of the network's own, after `enter`."""
+        return self.pretrained.tensors
 
     @property
     def preprocessing_key(self) -> dict[str, Any]:
         """What preprocessing does in this run, for the keys of the cache."""
         return preprocessing_key(self.source, self.plan)
 
+    @property
+    def lost(self) -> Callable[[], str | None]:
+        """Function that tells who took the directory from this process; see `RunLock.lost`."""
+        return self.directory.lost
+
+    # --- the beginning
+
     def enter(self) -> None:
         """Check config and data, then take the run directory.
 
         Nothing is written into an existing run before everything has been found right. A second
         call does nothing; a second object of the same process, as clients make by initializing
-        twice, goes on with the directory it already holds.
+        twice, continues with the directory that the first one holds.
 
         Raises:
             SystemExit: With status 2 and a line per fault for a user's mistake, with status 0
                 if the run is finished.
         """
-        if self._cases is not None:
+        if self.is_entered:
             return
         try:
             with distributed.sync_errors():
-                self._meet()
-                require_unaltered()
-                validate.check(Composed(self.source), None, training=True)
-                self._cases = self._load()
-                with distributed.sync_errors():  # before the first one begins
-                    self._require_same_on_all_ranks()
-                    self._require_case_for_each_rank()
-                self._plan, self.checkpoint = distributed.run_on_main(self._begin)
-                if not distributed.is_main():
-                    self._follow()
+                if self.process_group is not None:
+                    self.process_group.enter()
+                elif distributed.size() > 1:
+                    raise InputError(
+                        f"process_group: expected one for {distributed.size()} ranks, got none. "
+                        "Add configs/multi_gpu.json to the config files."
+                    )
+                self._open()
         except InputError as error:
             self.release()
             error.tell()
             raise SystemExit(2) from None
+        if not self.is_checked:
+            self._shorten_failures()
         self._log_start()
 
-    def _meet(self) -> None:
-        """Set up what several ranks need.
+    def _open(self) -> None:
+        """Take cases, plan and run directory, on all ranks."""
+        self._check_config()
+        self.cases = self._load_cases()
+        with distributed.sync_errors():  # before the first one begins
+            self._require_same_on_all_ranks()
+            if len(self.cases.train) < distributed.size():
+                raise InputError(
+                    f"training cases: expected {distributed.size()} or more, one for each rank, "
+                    f"got {len(self.cases.train)}. Start fewer ranks."
+                )
+        self.plan, self.checkpoint = distributed.run_on_main(self._begin)
+        if not distributed.is_main():
+            if self.checkpoint is None:
+                self.pretrained.read()
+                self._fit_pretrained(self.plan)
+            self.directory.follow()
+
+    def open_stored_run(self, *, any_data: bool = False) -> None:
+        """Take the plan of the run that is there and the data, and leave the run as it is.
+
+        Args:
+            any_data: Whether the data may be other than the run was trained on.
 
         Raises:
-            InputError: If the config is not made for them.
+            InputError: If there is no run, or the config is another run's.
         """
-        if self.process_group is not None:
-            self.process_group.enter()
-        elif distributed.size() > 1:
+        self._check_config()
+        if not (self.run_dir / "configs" / "train.json").is_file():
             raise InputError(
-                f"process_group: expected one for {distributed.size()} ranks, got none. Add "
-                "configs/multi_gpu.json to the config files."
+                f"output_dir: expected a run directory, found none in {self.run_dir}. "
+                "Name that of the run you mean."
             )
+        self.cases = self._load_cases()
+        changes_since(self.run_dir, self._portable, None if any_data else self.cases.fingerprint)
+        self.plan = stored_plan(self.run_dir)
+        require_same_classes(self.source, self.cases, self.plan)
+
+    def _check_config(self) -> None:
+        """Look for mistakes in a config of MONAI's commands; what it may name is their business."""
+        if not self.is_checked:
+            require_unaltered()
+            validate.check(Composed(self.source), None, training=True)
+
+    def _load_cases(self) -> Cases:
+        """Read the dataset, or take the cases that a client has put in its place."""
+        given = given_data(self.source)
+        plan = None
+        if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
+            # its network has to be that of the bundle, whatever the data are like
+            plan = stored_plan(self.bundle_root)
+            self.data_module.use_plan(plan)
+        cases = self.data_module.load(given)
+        if plan is not None:
+            require_same_classes(self.source, cases, plan)
+        if given is not None:
+            self.dataset_dir = cases.root
+            # a client that lists its cases means a new training, beside a finished one
+            first, resume, number = self.run_dir, self.directory.resume, 2
+            while resume == "auto" and (self.run_dir / "summary.json").is_file():
+                self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), resume)
+                number += 1
+        return cases
 
     def _require_same_on_all_ranks(self) -> None:
         mine = self.run_dir, self.source, self.cases.fingerprint
         run_dir, source, fingerprint = distributed.broadcast_object(mine)
         differing = [
             key
-            for keys in keys.changes(source, self.source).values()
-            for key in keys
+            for keys_of_kind in keys.changes(source, self.source).values()
+            for key in keys_of_kind
             if key.partition("#")[0] not in PLACES
         ]
         if self.run_dir != run_dir:
@@ -202,168 +265,66 @@ class Lifecycle:
                 f"{', '.join(differing)}. Start all ranks with the same."
             )
 
-    def _require_case_for_each_rank(self) -> None:
-        if len(self.cases.train) < distributed.size():
-            raise InputError(
-                f"training cases: expected {distributed.size()} or more, one for each rank, got "
-                f"{len(self.cases.train)}. Start fewer ranks."
-            )
-
     def _begin(self) -> tuple[Plan, Path | None]:
-        """Take the run directory, for all ranks; the plan, and what the run continues from."""
-        with told_to_user():
-            # voxels are read when the directory is right and ours, or before one is made
+        """Take the run directory, for all ranks; return the plan and what the run continues from.
+
+        Voxels are read when an existing directory is right and held, or before a new one is made.
+        """
+        with explain_os_errors():
             if self.run_dir.exists():
-                self.directory.take(self._require_same_run)
-            begun = self.directory.begun()
-            self.start.read(self.run_dir if begun else None)
+                self._take_directory()
+            continues = self.directory.continues()
+            if not continues:
+                self.pretrained.read()
             found = self.data_module.run_preflight(self.cases)
             found.require_sound()
-            # of a run that began: another card must not change it
-            plan = stored_plan(self.run_dir) if begun else self._make_plan(found)
+            # the plan of a run that has begun stays: another card must not change it
+            plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
             if plan.batch_size < distributed.size():
                 raise InputError(
                     f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
-                    f"got {plan.batch_size}. Start fewer ranks{'' if begun else ', or raise it'}."
+                    f"got {plan.batch_size}. Start fewer ranks"
+                    f"{'' if continues else ', or raise it'}."
                 )
-            self.start.fit(plan)
-            self.directory.take(self._require_same_run)
+            if not continues:
+                self._fit_pretrained(plan)
+            self._take_directory()
             for line in (*found.notes, *(issue.line for issue in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
-            if begun and (changed := self._changed_cases()):
-                log.warning("Continuing with changed files of %s", some(changed))
-            checkpoint = self.directory.checkpoint() if begun else None
-            facts = found.fingerprint, self.start.record, self._contents
-            write_configs(self.run_dir, self._portable_source(), self.cases, plan, *facts)
+            checkpoint = None
+            if continues:
+                checkpoint = self.directory.checkpoint()
+                self.pretrained.record = stored_record(self.run_dir).get("init_weights")
+                if changed := changed_cases(self.run_dir, self.cases, self._contents):
+                    log.warning("Continuing with changed files of %s", some(changed))
+            write_configs(
+                self.run_dir,
+                self._portable,
+                self.cases,
+                plan,
+                found.fingerprint,
+                init_weights=self.pretrained.record,
+                contents=self._contents,
+            )
         return plan, checkpoint
 
-    def _make_plan(self, found: Preflight) -> Plan:
-        """Decide the plan; where the batch size is left to it, by what fits on the card as well."""
-        plan = self.data_module.plan(found)
-        device = resolve_device(self.data_module.device)
-        if self.source.get("batch_size") != AUTO or device.type != "cuda":
-            return plan
-        names = ("network", "loss_function", "optimizer", "precision")
-        with torch.random.fork_rng():
-            parser = Parser({**self.source, "plan": plan})
-            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
-
-    def _follow(self) -> None:
-        """What the other ranks do when the first one has begun."""
-        if self.checkpoint is None:
-            self.start.read()
-            self.start.fit(self.plan)
-        self.directory.follow(distributed.rank())
-
-    def look(self, *, any_data: bool = False) -> None:
-        """Read the data of the run that is there, and leave the run as it is.
-
-        Args:
-            any_data: Whether they may be others than it was trained on.
-
-        Raises:
-            InputError: If there is no run, or the config is another run's.
-        """
-        require_unaltered()
-        validate.check(Composed(self.source), None, training=True)
-        stored = self.run_dir / "configs" / "train.json"
-        if not stored.is_file():
-            raise InputError(
-                f"output_dir: expected a run directory, found none in {self.run_dir}. "
-                "Name that of the run you mean."
-            )
-        self._cases = self._load()
-        known = None if any_data else self.cases.fingerprint
-        changes_since(self.run_dir, self._portable_source(), known)
-        self._plan = stored_plan(self.run_dir)
-        require_same_classes(self.source, self.cases, self._plan)
-
-    def _load(self) -> Cases:
-        """Read the dataset, or take the cases that a client has put in its place."""
-        given = given_data(self.source)
-        adopted = None
-        if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
-            # its network is to be that of the bundle, whatever the data are like
-            adopted = stored_plan(self.bundle_root)
-            self.data_module.use_plan(adopted)
-        cases = self.data_module.load(given)
-        if adopted is not None:
-            require_same_classes(self.source, cases, adopted)
-        if given is not None:
-            self.dataset_dir = cases.root
-            self._step_aside()
-        return cases
-
-    def _step_aside(self) -> None:
-        """Train beside what there is: a client that lists its cases means a new training."""
-        first, resume, number = self.run_dir, self.directory.resume, 2
-        while resume == "auto" and (self.run_dir / "summary.json").is_file():
-            self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), resume)
-            number += 1
-
-    def leave(self, trainer: MixedPrecisionTrainer) -> None:
-        """Write `summary.json`, release the lock and say where everything is."""
+    def _take_directory(self) -> None:
         if not self.is_held:
-            return
-        trainer.finish()
-        if distributed.is_main():
-            self._write_end(trainer)
-        self.release()
-        distributed.destroy()
-
-    def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
-        summary = summarize(
-            trainer,
-            self.run_dir,
-            dataset_hash=self.cases.fingerprint,
-            config_hash=keys.identity_hash(self._portable_source()),
-            init_weights=self.start.record,
-            process_group=self.process_group and self.process_group.describe(),
-            num_cases={part: len(getattr(self.cases, part)) for part in PARTS},
-        )
-        try:
-            write_json(self.run_dir / "summary.json", summary)
-        except OSError as error:
-            log.error("%s", error)
-            raise TrainingStopped(str(error)) from error
-        (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
-        self._tell("docs", write_docs)
-        if self.report:
-            from pipeline.reporting.report import write_report  # it takes a second to import
-
-            self._tell("report", write_report)
-        self.directory.forget_launch()
-        log_whereabouts(self.run_dir, summary)
-
-    def _tell(self, what: str, write: Callable[[Path], object]) -> None:
-        """A run that something cannot be told of is trained all the same."""
-        try:
-            write(self.run_dir)
-        except Exception as error:
-            log.warning("%s: expected to write it, got: %s", what, error)
-            log.debug("", exc_info=True)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process is in the run, between `enter` and `leave`."""
-        return self.directory.is_held
-
-    def lost(self) -> str | None:
-        """Who has the run directory now, if it was taken from this process; see `Hold.lost`."""
-        return self.directory.lost()
-
-    def release(self) -> None:
-        """Let go of the run directory; for a run that fails as well."""
-        self.directory.release()
+            self._require_same_run()
+            self.directory.lock()
+            self._require_same_run()  # another process may have come and gone in between
 
     def _require_same_run(self) -> None:
-        """Refuse another run than the one that has begun; end where that one is finished."""
+        """Refuse a directory that another run has begun in; end where this one is finished."""
+        self.directory.require_usable()
+        if not self.directory.has_begun():
+            return
         require_todays_names(self.run_dir)
-        source, changed = self._portable_source(), self._changed_cases()
+        changed = changed_cases(self.run_dir, self.cases, self._contents)
         known = None if changed else self.cases.fingerprint
-        for key in changes_since(self.run_dir, source, known):
+        for key in changes_since(self.run_dir, self._portable, known):
             log.info("Continuing with a changed %s", key)
-        self._stop_if_finished(changed)
+        self._end_if_finished(changed)
         if changed and not self.accept_changed_data:
             raise InputError(
                 f"dataset_dir: expected the data that the run in {self.run_dir} began with, got "
@@ -373,18 +334,7 @@ class Lifecycle:
         if changed:
             require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
 
-    @cached_property
-    def _contents(self) -> dict[str, str]:
-        """What the files of all cases hold."""
-        cases = self.cases
-        return contents_of([*cases.train, *cases.validation, *cases.test], self.cache_dir)
-
-    def _changed_cases(self) -> list[str]:
-        cases = self.cases
-        ids = [case["case_id"] for case in (*cases.train, *cases.validation, *cases.test)]
-        return changed_cases(self.run_dir, ids, self._contents)
-
-    def _stop_if_finished(self, changed: list[str]) -> None:
+    def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
         if summary and summary["progress"]["epoch"] >= self.max_epochs:
@@ -398,9 +348,27 @@ class Lifecycle:
             log_whereabouts(self.run_dir, summary)
             raise SystemExit(0)
 
-    def _portable_source(self) -> keys.Config:
-        """The source as a bundle in the run directory states it: paths relative to that root."""
-        return portable(self.source, self.bundle_root, self.dataset_dir, self.run_dir)
+    def _fit_pretrained(self, plan: Plan) -> None:
+        """Compare the weights that the run begins with, if any, to the network of this plan."""
+        if not self.pretrained.is_read:
+            return
+        try:
+            parser = Parser(deepcopy({**self.source, "plan": plan}))
+            network = parser.get_parsed_content("network_def")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(str(innermost(error))) from error
+        self.pretrained.fit(network)
+
+    def _make_plan(self, found: Preflight) -> Plan:
+        """Decide the plan; a batch size that is `auto` is also limited by a trial on the card."""
+        plan = self.data_module.plan(found)
+        device = resolve_device(self.data_module.device)
+        if self.source.get("batch_size") != AUTO or device.type != "cuda":
+            return plan
+        names = ("network", "loss_function", "optimizer", "precision")
+        with torch.random.fork_rng():
+            parser = Parser(deepcopy({**self.source, "plan": plan}))
+            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
 
     def _log_start(self) -> None:
         cases = self.cases
@@ -415,7 +383,80 @@ class Lifecycle:
         if distributed.size() > 1:
             log.info(
                 "Rank %d of %d; batches are divided among them",
-                distributed.rank(),
-                distributed.size(),
-            )
-        self.start.tell()
+                distributed.rank(), distributed.size(),
+            )  # fmt: skip
+        self.pretrained.log()
+
+    # --- the end
+
+    def leave(self, trainer: MixedPrecisionTrainer) -> None:
+        """Write `summary.json`, release the lock and say where everything is."""
+        if not self.is_held:
+            return
+        trainer.finish()
+        if distributed.is_main():
+            self._write_end(trainer)
+        self.release()
+        distributed.destroy()
+
+    def release(self) -> None:
+        """Let go of the run directory, also where the run failed."""
+        self.directory.release()
+        if sys.excepthook is self._excepthook:
+            sys.excepthook = sys.__excepthook__
+
+    def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
+        cases = self.cases
+        summary = summarize(
+            trainer,
+            self.run_dir,
+            dataset_hash=cases.fingerprint,
+            config_hash=keys.identity_hash(self._portable),
+            init_weights=self.pretrained.record,
+            process_group=self.process_group and self.process_group.describe(),
+            num_cases={part: len(getattr(cases, part)) for part in ("train", "validation", "test")},
+        )
+        try:
+            write_json(self.run_dir / "summary.json", summary)
+        except OSError as error:
+            log.error("%s", error)
+            raise TrainingStopped(str(error)) from error
+        (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
+        self._try_to_write("docs", write_docs)
+        if self.report:
+            from pipeline.reporting.report import write_report  # it takes a second to import
+
+            self._try_to_write("report", write_report)
+        self.directory.forget_launch()
+        log_whereabouts(self.run_dir, summary)
+
+    def _try_to_write(self, what: str, write: Callable[[Path], object]) -> None:
+        """Write something whose failure must not fail the run."""
+        try:
+            write(self.run_dir)
+        except Exception as error:
+            log.warning("%s: expected to write it, got: %s", what, error)
+            log.debug("", exc_info=True)
+
+    def _shorten_failures(self) -> None:
+        """Print one line about an exception that ends MONAI's own command, as `pipeline.run`."""
+
+        def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if not isinstance(error, Exception):
+                return sys.__excepthook__(kind, error, trace)
+            sys.exit(print_failure(error, self.directory.log_file if self.is_held else None))
+
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = self._excepthook = tell
+
+    # --- what the run is made from
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """Content hashes of the files of all cases."""
+        return contents_of(self.cases.all, self.cache_dir)
+
+    @property
+    def _portable(self) -> keys.Config:
+        """The config as a bundle in the run directory states it: paths relative to that root."""
+        return portable(self.source, self.bundle_root, self.dataset_dir, self.run_dir)

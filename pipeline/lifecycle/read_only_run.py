@@ -1,4 +1,4 @@
-"""A finished run that is looked at: its best network is evaluated, and nothing in it changes.
+"""A finished run whose best network is evaluated, and in which nothing changes.
 
 `configs/evaluate.json` puts it in the place of the run's lifecycle.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from pipeline import distributed
 from pipeline.errors import InputError
@@ -25,30 +26,18 @@ class ReadOnlyRun(Lifecycle):
         """File of the best weights."""
         return str(self.run_dir / "models" / "model.pt")
 
-    def enter(self) -> None:
-        """Take the run's plan, and the data that the config names: its own, or others.
+    def _open(self) -> None:
+        """Take the run's plan, and the data that the config names: its own, or others."""
+        self.open_stored_run(any_data=True)
+        with distributed.sync_errors():
+            self._require_same_on_all_ranks()
+        if not Path(self.best_model).is_file():
+            raise InputError(
+                f"{self.best_model}: expected the best network of the run, found none. "
+                "Name a run that has one, or finish this one."
+            )
+        self.data_module.run_preflight(self.cases).require_sound()
 
-        Raises:
-            SystemExit: With status 2 and a line per fault if there is no run with a best network,
-                the config is another run's, or the data are not sound.
-        """
-        if self._cases is not None:
-            return
-        try:
-            with distributed.sync_errors():
-                self._meet()
-                self.look(any_data=True)
-                with distributed.sync_errors():
-                    self._require_same_on_all_ranks()
-                if not (self.run_dir / "models" / "model.pt").is_file():
-                    raise InputError(
-                        f"{self.best_model}: expected the best network of the run, found none. "
-                        "Name a run that has one, or finish this one."
-                    )
-                self.data_module.run_preflight(self.cases).require_sound()
-        except InputError as error:
-            error.tell()
-            raise SystemExit(2) from None
-        cases = self.cases
+    def _log_start(self) -> None:
         log.info("Evaluating %s", self.best_model)
-        log.info("on %d validation cases of %s", len(cases.validation), cases.name)
+        log.info("on %d validation cases of %s", len(self.cases.validation), self.cases.name)

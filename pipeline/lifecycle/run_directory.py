@@ -1,31 +1,43 @@
-"""The directory of a run in the hands of a process, from being taken to being released.
+"""The directory of a run: who may write into it, and its log.
 
-Of several ranks the first one takes it, and the others follow it.
+One process at a time holds a run directory by the lock on its file `.lock`. Of several ranks the
+first one holds it, and the others only write a log there.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import errno
+import fcntl
 import json
+import logging
+import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import distributed
 from pipeline.errors import InputError
 from pipeline.files import CheckpointStore, make_directory
-from pipeline.lifecycle.run_lock import RunLock, RunLog
 
+log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+HEARTBEAT_S = 10.0
+WATCH_S = 35.0  # without a heartbeat for this long, a holder on another host is taken for dead
 # what a run may leave that dies before its run.json is written; `configs` is then empty
 BEGINNING = {".launch", ".lock", "log.txt", "run.json.tmp", "configs"}
 FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
 
-_HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
-
 
 class RunDirectory:
-    """A run directory, which may not be there yet.
+    """A run directory, which may not exist yet.
 
     Args:
         path: Absolute.
@@ -44,72 +56,103 @@ class RunDirectory:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process has it, or follows the one that does."""
+        """Whether this process holds it, or logs into it as another rank."""
         return self.path in _HELD
 
+    @property
+    def log_file(self) -> Path:
+        """The file that this process logs into, while it holds the directory."""
+        rank = distributed.rank()
+        return self.path / (f"log_rank_{rank}.txt" if rank else "log.txt")
+
+    def lock(self) -> None:
+        """Take the directory for this process, and log into its `log.txt`.
+
+        Raises:
+            InputError: If another process holds it. Nothing has been written then.
+            OSError: If the directory cannot be written; see `explain_os_errors`.
+        """
+        make_directory(self.path)
+        _HELD[self.path] = RunLock(self.path)
+        for folder in FOLDERS:
+            for path in (self.path / folder).glob("*.tmp"):
+                path.unlink()  # of a write that was cut off
+        if (launch := distributed.launch_id()) is not None:
+            self._launch.write_text(launch)
+
+    def follow(self) -> None:
+        """Log into the directory, as a rank other than the first."""
+        if not self.is_held:
+            with explain_os_errors():
+                _HELD[self.path] = RunLog(self.log_file)
+
     def lost(self) -> str | None:
-        """Who has it now, if it was taken from this process; see `RunLock.lost`."""
-        hold = _HELD.get(self.path)
-        return hold.lost() if isinstance(hold, RunLock) else None
+        """Return who holds it now, if it was taken from this process; see `RunLock.lost`."""
+        held = _HELD.get(self.path)
+        return held.lost() if isinstance(held, RunLock) else None
 
     def release(self) -> None:
-        """Let go of it, where it is held."""
+        """Let go of the directory, where it is held."""
         if self.is_held:
             _HELD.pop(self.path).close()
 
-    def take(self, require_same_run: Callable[[], object]) -> None:
-        """Lock it, for a run that may start or continue there; a second call does nothing.
-
-        Args:
-            require_same_run: Refuses a run that has begun there and is another one.
-
-        Raises:
-            InputError: If the run can neither start nor continue there.
-            OSError: If the directory cannot be written; see `told_to_user`.
-        """
-        if self.is_held:
-            return
-        self._require_right(require_same_run)
-        make_directory(self.path)
-        hold = RunLock(self.path)
-        try:
-            self._require_right(require_same_run)  # another may have come and gone in between
-            for folder in FOLDERS:
-                for path in (self.path / folder).glob("*.tmp"):
-                    path.unlink()  # of a write that was cut off
-            if (launch := distributed.launch_id()) is not None:
-                self._launch.write_text(launch)
-        except BaseException:
-            hold.close()
-            raise
-        _HELD[self.path] = hold
-
     def forget_launch(self) -> None:
-        """What comes after the end of a run is another launch, whatever its name."""
+        """Make whatever starts after the end of this run another launch."""
         self._launch.unlink(missing_ok=True)
 
     def _is_of_this_launch(self) -> bool:
         launch = distributed.launch_id()
         return launch is not None and self._launch.is_file() and self._launch.read_text() == launch
 
-    def follow(self, rank: int) -> None:
-        """Log into it, as a rank that has not taken it."""
-        if self.is_held:
-            return
-        with told_to_user():
-            _HELD[self.path] = RunLog(self.path / f"log_rank_{rank}.txt")
+    def require_usable(self) -> None:
+        """Refuse a directory in which a run can neither start nor continue.
 
-    def begun(self) -> bool:
-        """Whether there is a run to continue; what one left that is not to be continued goes."""
+        Raises:
+            InputError: If there is something that is no run, or `resume` does not allow it.
+        """
+        present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
+        occupied |= "configs" in present and any((self.path / "configs").iterdir())
+        if occupied and self.resume is False:
+            raise InputError(
+                f"output_dir: expected an empty directory with resume=false, got {self.path}. "
+                "Choose another output_dir."
+            )
+        if occupied and not self._is_run():
+            raise InputError(
+                f"output_dir: expected an empty directory or one with the run.json of a run, got "
+                f"{self.path} with other files and no run.json. If this is a run, restore it; "
+                "otherwise choose another output_dir."
+            )
+        if self.resume is True and not self.has_begun():
+            raise InputError(
+                f"resume: expected a run with a checkpoint in {self.path}, found none. "
+                "Use resume=auto to start one."
+            )
+
+    def _is_run(self) -> bool:
+        """Whether there is the file that runs have and other bundles do not."""
+        try:
+            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def has_begun(self) -> bool:
+        """Whether there ever was a checkpoint, even if it was lost since."""
+        made = ("summary.json", "models/model.pt", "models/last.pt")
+        return self.store.has_begun() or any((self.path / name).exists() for name in made)
+
+    def continues(self) -> bool:
+        """Whether there is a run to continue; remove what one left that is not to be continued."""
         # a client that initializes anew with resume=false begins anew as well
-        begun = self.resume is not False and self._has_begun()
-        if not begun and self.is_held:
+        continues = self.resume is not False and self.has_begun()
+        if not continues and self.is_held:
             for folder in ("checkpoints", "models"):
                 shutil.rmtree(self.path / folder, ignore_errors=True)
-        return begun
+        return continues
 
     def checkpoint(self) -> Path:
-        """File that a run which has begun here continues from.
+        """Return the file that a run which has begun here continues from.
 
         Raises:
             InputError: If none is whole. What there is stays.
@@ -125,44 +168,166 @@ class RunDirectory:
             " --output_dir OTHER."
         )
 
-    def _is_run(self) -> bool:
-        """Whether there is the file that runs have, and no other bundle."""
+
+class RunLog:
+    """Appends all that is logged to a file, until `close`.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handler = logging.FileHandler(path)
+        self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(self._handler)
+
+    def close(self) -> None:
+        """Log no more."""
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+
+
+class RunLock:
+    """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
+
+    The kernel's lock on `.lock` tells at once whether a process of this host holds the directory,
+    and ends with that process. Some file systems do not pass such locks on to other hosts.
+    Therefore `.lock` also names the holder, which renews the file's modification time as a
+    heartbeat, and a holder on another host is refused or, without a heartbeat, replaced. Only
+    changes of the time are compared: the clocks of the hosts need not agree.
+
+    Args:
+        run_dir: An existing directory.
+
+    Raises:
+        InputError: If another process holds it; nothing has been written then.
+        OSError: If the directory cannot be written.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / ".lock"
+        watched = None  # a holder on another host, after it was watched without a heartbeat
+        while not self._take(watched):
+            watched = self._watch()
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self.log = RunLog(run_dir / "log.txt")
+        atexit.register(self.close)  # a process that ends leaves no name behind
+
+    def close(self) -> None:
+        """Release the lock and close the log; a second call does nothing."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        atexit.unregister(self.close)
+        self.log.close()
+        with contextlib.suppress(OSError):  # where nothing can be written any more
+            self.file.truncate(0)
+        self.file.close()
+
+    def lost(self) -> str | None:
+        """Return who holds the directory now, if `.lock` is no longer that of this process.
+
+        After it was deleted by hand, another process locks another file. Of two hosts that start
+        at the same moment, the later one overwrites it.
+        """
         try:
-            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
-        except (OSError, ValueError, TypeError):
-            return False
+            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
+                return _name(self.path.read_text())
+            content = self._read()
+        except FileNotFoundError:
+            return "nobody (.lock was deleted)"
+        except OSError:
+            return None  # a file system that does not answer says nothing
+        return None if content == self.content else _name(content)
 
-    def _has_begun(self) -> bool:
-        """Whether there ever was a checkpoint, be it lost since or not."""
-        made = ("summary.json", "models/model.pt", "models/last.pt")
-        return self.store.has_begun() or any((self.path / name).exists() for name in made)
+    def _take(self, watched: str | None) -> bool:
+        """Lock the file and write this process's name, unless a holder has to be watched first."""
+        # Opened without truncation: what it says is the holder's until the lock is taken. Never
+        # opened again after that: closing any descriptor of a file drops the process's locks on it.
+        self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
+        with contextlib.ExitStack() as on_refusal:
+            on_refusal.callback(self.file.close)
+            former = self._lock()
+            is_here = _holder(former).get("host", socket.gethostname()) == socket.gethostname()
+            if not is_here and watched is None:
+                return False
+            if not is_here and former != watched:
+                self._refuse(former)  # another one came in between
+            if former:
+                log.info("The run's former process, %s, is gone; replacing it", _name(former))
+            names = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+            self.content = json.dumps(names)
+            self.file.truncate(0)
+            self.file.write(self.content)
+            self.file.flush()
+            on_refusal.pop_all()
+        return True
 
-    def _require_right(self, require_same_run: Callable[[], object]) -> None:
-        present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-        occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
-        occupied |= "configs" in present and any((self.path / "configs").iterdir())
-        if occupied and self.resume is False:
-            raise InputError(
-                f"output_dir: expected an empty directory with resume=false, got {self.path}. "
-                "Choose another output_dir."
-            )
-        if occupied and not self._is_run():
-            raise InputError(
-                f"output_dir: expected an empty directory or one with the run.json of a run, got "
-                f"{self.path} with other files and no run.json. If this is a run, restore it; "
-                "otherwise choose another output_dir."
-            )
-        if self.resume is True and not self._has_begun():
-            raise InputError(
-                f"resume: expected a run with a checkpoint in {self.path}, found none. "
-                "Use resume=auto to start one."
-            )
-        if self._has_begun():  # before, there is nothing to be true to
-            require_same_run()
+    def _lock(self) -> str:
+        """Take the kernel's lock; return what the former holder wrote."""
+        try:
+            # a record lock, unlike flock, is not inherited by loader workers that outlive us
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise  # such as a file system without locks
+            self._refuse(self._read())
+        return self._read()
+
+    def _watch(self) -> str:
+        """Return the name of a holder on another host that had no heartbeat for `WATCH_S`."""
+        first, end = self._pulse(), time.monotonic() + WATCH_S
+        log.info("Watching for a heartbeat of %s, %.0f s at most", _name(first[1]), WATCH_S)
+        while time.monotonic() < end:
+            time.sleep(WATCH_S / 35)
+            if self._pulse() != first:
+                self._refuse(first[1])
+        return first[1]
+
+    def _pulse(self) -> tuple[int, str]:
+        try:
+            with open(self.path) as file:  # anew, since network file systems cache attributes
+                return os.fstat(file.fileno()).st_mtime_ns, file.read()
+        except FileNotFoundError:
+            return 0, ""
+
+    def _read(self) -> str:
+        self.file.seek(0)
+        return self.file.read()
+
+    def _refuse(self, holder: str) -> None:
+        raise InputError(
+            f"output_dir: expected no other run in {self.path.parent}, got one by "
+            f"{_name(holder)}. Wait for it or choose another output_dir."
+        )
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError, ValueError):  # the next one may reach the disk
+                os.utime(self.file.fileno())
+
+
+_HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
+
+
+def _holder(content: str) -> dict[str, str | int]:
+    """What `.lock` says: host, pid and token."""
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _name(content: str) -> str:
+    holder = _holder(content)
+    if not holder:
+        return "an unknown process"
+    return f"process {holder.get('pid')} on {holder.get('host')}"
 
 
 @contextlib.contextmanager
-def told_to_user() -> Iterator[None]:
+def explain_os_errors() -> Iterator[None]:
     """Inside, what the system refuses in the run directory becomes one line."""
     try:
         yield

@@ -1,11 +1,11 @@
-"""What a run directory says about its run: configs, plan and data, to go on from and to share."""
+"""The configs, plan and data that a run directory states, to continue the run and to share it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,19 @@ PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 def portable(
     source: keys.Config, bundle_root: Path, dataset_dir: Path, run_dir: Path
 ) -> keys.Config:
-    """The source as a bundle in the run directory states it: paths relative to that root."""
+    """Return a config as a bundle in the run directory states it: paths relative to that root."""
 
-    def moved(path: Any) -> Any:
+    def relative(path: Any) -> Any:
         if isinstance(path, list):
-            return [moved(one) for one in path]
+            return [relative(one) for one in path]
         return path and os.path.relpath(bundle_root / path, run_dir)
 
     return {
         **{k: value for k, value in source.items() if k not in ("_meta_", *keys.CLIENT_KEYS)},
-        **{key: moved(source[key]) for key in PATHS},
+        **{key: relative(source[key]) for key in PATHS},
         "bundle_root": ".",
         "dataset_dir": os.path.relpath(dataset_dir, run_dir),
-        # without what monai.bundle makes another name of
+        # without `#`, which monai.bundle replaces
         "output_dir": f"../{run_dir.name}_again".replace("#", ""),
         **({"accept_changed_data": False} if "accept_changed_data" in source else {}),
     }
@@ -49,24 +49,19 @@ def write_configs(
     cases: Cases,
     plan: Plan,
     fingerprint: DatasetFingerprint | None,
-    start: dict[str, Any] | None = None,
-    contents: Mapping[str, str] | None = None,
+    **record: Any,
 ) -> None:
     """Make the run directory a bundle.
 
     Args:
-        run_dir: Of the run.
-        source: Its config, `portable`.
-        cases: Of its dataset.
-        plan: For its dataset.
-        fingerprint: Of its training and validation cases.
-        start: Which weights it began with, where they were a file's.
-        contents: What the files of its cases hold; see `contents_of`.
+        source: The config of the run, `portable`.
+        fingerprint: Of the training and validation cases.
+        record: What else `run.json` says: `init_weights` that the run began with, and `contents`
+            of the files of its cases; see `contents_of`.
     """
     target = run_dir / "configs"
     make_directory(target)
-    record = {"fingerprint": cases.fingerprint, "init_weights": start, "contents": contents}
-    write_json(run_dir / "run.json", record)
+    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint, **record})
     write_json(run_dir / "plan.json", plan.as_dict())
     write_json(target / "train.json", source)
     shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
@@ -82,7 +77,7 @@ def write_configs(
 
 
 def write_docs(run_dir: Path) -> None:
-    """What people read of a run that ended: its model card and the licence of the code.
+    """Write what people read of a run that ended: its model card and the licence of the code.
 
     Raises:
         OSError: If something of it cannot be read or written.
@@ -95,7 +90,7 @@ def write_docs(run_dir: Path) -> None:
 
 
 def stored_plan(run_dir: Path) -> Plan:
-    """The plan that the run there was begun with.
+    """Read the plan that the run there was begun with.
 
     Raises:
         InputError: If it is not there or is none.
@@ -110,35 +105,34 @@ def stored_plan(run_dir: Path) -> Plan:
         ) from error
 
 
-def changed_cases(
-    run_dir: Path, case_ids: Collection[str], contents: Mapping[str, str]
-) -> list[str]:
-    """Cases whose files hold something else than when the run there last started.
+def stored_record(run_dir: Path) -> dict[str, Any]:
+    """Read `run.json` of the run there; nothing where it cannot be read."""
+    try:
+        return dict(json.loads((run_dir / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}  # `changes_since` refuses such a run
+
+
+def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> list[str]:
+    """Return ids of cases whose files changed since the run there last started.
+
+    Where the dataset has other cases now, that is none: `changes_since` refuses them.
 
     Args:
-        run_dir: Of the run.
-        case_ids: Of the dataset of now.
-        contents: Of the dataset of now; see `contents_of`.
-
-    Returns:
-        Their ids; none where the cases are others, or the run is of a version without contents.
+        contents: What the files of the cases hold now; see `contents_of`.
     """
-    try:
-        known = json.loads((run_dir / "run.json").read_text())["contents"]
-    except (OSError, ValueError, KeyError):
-        return []  # `changes_since` says so
-    if not known or known.keys() != {*case_ids}:
+    known = stored_record(run_dir).get("contents")
+    if not known or known.keys() != {case["case_id"] for case in cases.all}:
         return []
     return [case_id for case_id in contents if contents[case_id] != known[case_id]]
 
 
 def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -> list[str]:
-    """Values of a run's config that are others now, and may be.
+    """Return keys of a run's config whose values changed, and may change.
 
     Args:
-        run_dir: Of the run.
-        source: The config of now, `portable`.
-        fingerprint: Of the dataset of now; `None`: it may be another.
+        source: The config as it is now, `portable`.
+        fingerprint: Of the dataset as it is now; `None`: it may be another.
 
     Raises:
         InputError: If it would be another run, or what there was cannot be read.
@@ -156,7 +150,12 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
     if old_names.translate(stored) != stored:  # of an earlier version, with objects of its own
         plain = [key for key, spec in keys.KEYS.items() if "object" not in spec.types]
         former, source = ({k: one[k] for k in plain if k in one} for one in (former, source))
-    changed = keys.changes(_decided(former, planned), _decided(source, planned))
+    # what was `auto` is what it was decided to be, and has not changed where it is given now
+    decided = [
+        {key: planned.get(key, value) if value == AUTO else value for key, value in one.items()}
+        for one in (former, source)
+    ]
+    changed = keys.changes(*decided)
     if known != fingerprint:
         changed[keys.IDENTITY].append("dataset_dir (other cases)")
     if changed[keys.IDENTITY]:
@@ -166,8 +165,3 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
             "Choose another output_dir, or leave them as they were."
         )
     return changed[keys.CONTINUABLE]
-
-
-def _decided(source: keys.Config, planned: Mapping[str, Any]) -> keys.Config:
-    """What is `auto` is what it was decided to be, and no other where it is given now."""
-    return {k: planned.get(k, v) if v == AUTO else v for k, v in source.items()}

@@ -1,4 +1,4 @@
-"""What a run says when it ends: `summary.json`, and where everything is."""
+"""The end of a run: `summary.json`, and the log lines that say where everything is."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -> dict[str, Any]:
-    """What came of a run, with which precision, versions and device; plain values for JSON.
+    """Return the result of a run, its precision, versions and device as plain values for JSON.
 
     Args:
-        trainer: Of the run, at its end.
-        run_dir: Of the run; its scores are taken from there.
         made_from: What the run was made from: names and hashes.
     """
     progress, device = trainer.progress, trainer.precision.device
@@ -57,7 +55,7 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
 
 
 def final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Mean Dice and its interval, for each split and weights that were scored."""
+    """Read mean Dice and its interval, for each split and weights that were scored."""
     found = {}
     for path in sorted((run_dir / "scores").glob("*/summary.json")):
         summary = json.loads(path.read_text())
@@ -66,7 +64,7 @@ def final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Say how good the run became and, as one would type it here, where its results are."""
+    """Log how good the run became and, as one would type it here, where its results are."""
     here, python = _shown(run_dir), _shown(Path(sys.executable))
     if summary["best_epoch"] is not None and (run_dir / "models" / "model.pt").exists():
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
@@ -88,7 +86,7 @@ def _shown(path: Path) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
+    """Return the name of the card or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

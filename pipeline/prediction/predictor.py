@@ -12,11 +12,11 @@ import torch
 from monai.data import MetaTensor
 
 from pipeline.config import allowed, keys, old_names
-from pipeline.config.compose import source_being_resolved
 from pipeline.config.keys import Config
 from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.files import load
+from pipeline.precision import Precision
 
 CONFIG = Path("configs", "inference.json")  # of a run directory
 # what the members of an ensemble have in common: they see the same windows of the same volume
@@ -24,8 +24,6 @@ COMMON = (
     "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
     "roi_size", "in_channels", "num_classes", "class_names",
 )  # fmt: skip
-# the first run's, for all
-PRECISION = ("device", "amp", "amp_dtype", "tf32", "cudnn_benchmark", "memory_format")
 
 
 class Predictor:
@@ -124,6 +122,7 @@ def load_networks(
     network: torch.nn.Module,
     weights: str,
     ensemble: Sequence[str],
+    precision: Precision | None = None,
 ) -> list[torch.nn.Module]:
     """The network of a run with its weights, and those of other runs beside it.
 
@@ -132,6 +131,8 @@ def load_networks(
         network: On its device.
         weights: State dict of the network; a relative path is one in each run directory.
         ensemble: Other run directories.
+        precision: Places their networks; `None`, as in configs of older runs: on the device of
+            `network`.
 
     Raises:
         InputError: If there are no weights, or they are another network's, or a run's plan differs.
@@ -139,7 +140,7 @@ def load_networks(
     root = Path(bundle_root).resolve()
     load_weights(network, root / weights)
     networks = [network]
-    own = source_being_resolved()
+    own = read_inference_config(root) if ensemble else {}
     for other in ensemble:
         source = read_inference_config(root / other)
         if differing := [key for key in COMMON if source.get(key) != own[key]]:
@@ -150,8 +151,9 @@ def load_networks(
         allowed.check(
             source, [value for path, value in keys.walk(own) if path[-1:] == ("_target_",)]
         )
-        parser = Parser({**source, **{key: own[key] for key in PRECISION if key in own}})
-        networks.append(parser.get_parsed_content("network"))
+        member = Parser(source).get_parsed_content("network_def")
+        device = next(network.parameters()).device
+        networks.append(precision.place(member) if precision else member.to(device))
         name = source["weights"] if Path(weights).is_absolute() else weights
         load_weights(networks[-1], root / other / name)
     return networks

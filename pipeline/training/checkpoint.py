@@ -1,4 +1,4 @@
-"""Checkpoints by event handlers: what is saved, when, how it reaches the disk, how it returns.
+"""Checkpoints: what is saved, when, and how a trainer is restored from one.
 
 A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors and plain values.
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Acknowledged checkpoints in `directory`, oldest first."""
+    """Return the acknowledged checkpoints in `directory`, oldest first."""
     return CheckpointStore(directory).acknowledged()
 
 
@@ -66,9 +66,9 @@ class CheckpointHandler:
     """Saves and restores a trainer, and keeps the best network.
 
     Attached last, it saves every `every` steps, when a run is interrupted, and twice at the end of
-    an epoch: when the last step is taken (so that a validation lost to a kill is caught up) and
-    when the epoch's end is done. What is not finite, or does not fit on the disk, is not written:
-    training stops, and the files from before stay. Of several ranks all restore, the first saves.
+    an epoch: after the last step, so that a validation lost to a kill is repeated, and after the
+    validation. What is not finite, or does not fit on the disk, is not written: training stops, and
+    the files from before stay. Of several ranks all restore, and the first one saves.
 
     Args:
         run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where
@@ -77,7 +77,7 @@ class CheckpointHandler:
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
         checkpoint: File to continue from.
-        lost: Tells who has taken the run directory from this process, `None` if nobody has.
+        lost: Returns who has taken the run directory from this process, `None` if nobody has.
     """
 
     def __init__(
@@ -126,16 +126,14 @@ class CheckpointHandler:
             )
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
-        """Save where it is due: by count, at an epoch's last step, or before an interruption."""
+        """Save by count, at an epoch's last step, and before an interruption."""
         progress = trainer.progress
         pending = progress.phase == EPOCH_END_PENDING
-        due = pending or progress.step % self.every == 0 or trainer.interrupted
-        if due and trainer.diagnosis is None:  # to go on from a stop would be to go past it
-            self._save_checkpoint(
-                trainer, f"step_{progress.step:09d}{'_pending' if pending else ''}.pt"
-            )
-        if due:
-            trainer.agree()
+        if not (pending or progress.step % self.every == 0 or trainer.interrupted):
+            return
+        if trainer.diagnosis is None:  # a run that stops is not continued behind the stop
+            self._save_checkpoint(trainer, "_pending" if pending else "")
+        trainer.agree()
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Keep the network if validation found it the best, and save the epoch as complete."""
@@ -145,10 +143,9 @@ class CheckpointHandler:
         if metric is not None and trainer.progress.record_metric(metric):
             self._save_model(trainer, "model.pt")
         if _is_through(trainer):
-            # before the checkpoint, after which nothing is left to be done
-            self._save_last(trainer)
+            self._save_last(trainer)  # before the checkpoint after which nothing is left to do
         trainer.end_epoch()
-        self._save_checkpoint(trainer, f"step_{trainer.progress.step:09d}.pt")
+        self._save_checkpoint(trainer)
         trainer.agree()
 
     def _save_last(self, trainer: MixedPrecisionTrainer) -> None:
@@ -160,7 +157,8 @@ class CheckpointHandler:
         weights = trainer.network.state_dict()
         self._write(trainer, weights, name, lambda: save(weights, self.models / name))
 
-    def _save_checkpoint(self, trainer: MixedPrecisionTrainer, name: str) -> None:
+    def _save_checkpoint(self, trainer: MixedPrecisionTrainer, suffix: str = "") -> None:
+        name = f"step_{trainer.progress.step:09d}{suffix}.pt"
         trainer.progress.wall_time_s = trainer.elapsed_s
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -181,29 +179,27 @@ class CheckpointHandler:
         name: str,
         write: Callable[[], object],
     ) -> None:
-        """Call `write`, or stop training where `content` is not finite or does not fit."""
+        """Call `write`, or stop training where `content` is not finite or cannot be written."""
         if not distributed.is_main():
             return
         if holder := self.lost():
             trainer.stop(
-                f"output_dir: expected {self.models.parent} in this process's hands, got it in "
-                f"those of {holder}. The run ends; nothing was written. The same command goes on "
-                "from the newest checkpoint."
+                f"output_dir: expected {self.models.parent} to be held by this process, got: "
+                f"{holder} has taken it over. The run ends; nothing was written. The same command "
+                "goes on from the newest checkpoint."
             )
-            return
-        names = non_finite(content)
-        if names:
+        elif names := non_finite(content):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
                 f"{name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
                 "nothing was written, the files from before stay. Lower learning_rate, or "
                 "look at the range of the images."
             )
-            return
-        try:
-            write()
-        except WriteError as error:
-            trainer.stop(f"{error} The run ends; the files from before stay as they were.")
+        else:
+            try:
+                write()
+            except WriteError as error:
+                trainer.stop(f"{error} The run ends; the files from before stay as they were.")
 
 
 def _is_through(trainer: MixedPrecisionTrainer) -> bool:
@@ -220,16 +216,13 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     elif trainer.scaler:
         log.warning(
             "The checkpoint has no scaler state (trained in %s): the loss scale starts at %g",
-            mode,
-            trainer.scaler.get_scale(),
-        )
+            mode, trainer.scaler.get_scale(),
+        )  # fmt: skip
     elif scaler:
         log.warning(
             "The checkpoint's scaler state is not used: training goes on in %s without loss "
-            "scaling (it was %s)",
-            trainer.precision.mode,
-            mode,
-        )
+            "scaling (it was %s)", trainer.precision.mode, mode,
+        )  # fmt: skip
     trainer.restore(checkpoint["progress"])
 
 
@@ -239,7 +232,7 @@ MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 
 
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Moments and position of the schedule; rates and weight decay become those of the config."""
+    """Restore moments and schedule; rates and weight decay become those of the config."""
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     arguments = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"}
@@ -265,7 +258,7 @@ def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any
 
 
 def configured_rate(optimizer: Optimizer) -> float:
-    """The learning rate that the optimizer was made with, whatever a scheduler made of it."""
+    """Return the learning rate that the optimizer was made with, before any schedule."""
     return float(optimizer.defaults["lr"])
 
 
@@ -280,7 +273,7 @@ def _scale_rates(groups: list[dict[str, Any]], scheduler: Any, factor: float) ->
 
 
 def non_finite(content: Any, name: str = "") -> list[str]:
-    """Where in nested dictionaries and lists a float or tensor holds a NaN or an infinity.
+    """Name the floats and tensors in nested dictionaries and lists that are not finite.
 
     Args:
         content: Tensors and plain values.

@@ -1,63 +1,96 @@
 """The flight recorder: what was wrong with each skipped step, and when to stop.
 
 `overflow.jsonl` in the run directory gets one line per skipped step; it is only ever appended to,
-so a step that is taken again after a resume stands there again. For the first few of them
+so a step that is taken again after a resume has another line. For the first few of them
 `overflow/step_<step>.pt` keeps the weights, so that the step can be replayed later.
+
+The trainer's forward pass is a function of batch and weights. So a step that failed is repeated
+under observation, and one that succeeds costs nothing. Repeating it leaves buffers and gradients of
+the trainer as they were.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Events
+from torch import nn
 
 from pipeline import distributed
 from pipeline.errors import STOPS, InputError
 from pipeline.files import load, save
 from pipeline.precision import StepStats
-from pipeline.training.replay import Finding, Stage, first_non_finite
+from pipeline.training.progress import EPOCH_END_PENDING
+from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
+Batch = dict[str, Any]
+
+
+class Stage(StrEnum):
+    """Where in a step a tensor is met, in the order of time."""
+
+    WEIGHTS = "weights"
+    INPUT = "input"
+    FORWARD = "forward"
+    STATISTICS = "statistics"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    NOT_REPLAYED = "not replayed"
+
+
 ADVICE: dict[str | None, str] = {
-    Stage.WEIGHTS: (
-        "The weights themselves are not finite: an earlier step with finite gradients was too "
-        "long. Lower learning_rate."
-    ),
-    Stage.INPUT: (
-        "The network's input is not finite: look at the voxels of these cases and at your own "
-        "transforms; mend them or leave the cases out, with another output_dir."
-    ),
-    Stage.FORWARD: (
-        "An activation left the range of {mode}: in an early module look at normalization and the "
-        "range of the images, in a later one lower learning_rate{other}."
-    ),
-    Stage.STATISTICS: (
-        "A layer's running statistics left the range of float32, though its output did not: look "
-        "at normalization and at the range of these cases' images."
-    ),
+    Stage.WEIGHTS: "The weights themselves are not finite: an earlier step with finite gradients "
+    "was too long. Lower learning_rate.",
+    Stage.INPUT: "The network's input is not finite: look at the voxels of these cases and at your "
+    "own transforms; mend them or leave the cases out, with another output_dir.",
+    Stage.FORWARD: "An activation left the range of {mode}: in an early module look at "
+    "normalization and the range of the images, in a later one lower learning_rate{other}.",
+    Stage.STATISTICS: "A layer's running statistics left the range of float32, though its output "
+    "did not: look at normalization and at the range of these cases' images.",
     Stage.LOSS: "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
     Stage.BACKWARD: "Only gradients left the range of {mode}: lower learning_rate{other}.",
-    Stage.NOT_REPLAYED: (
-        "The batch could not be run again, see the warning before. For lack of memory: lower "
-        "batch_size."
-    ),
-    None: (
-        "Run again, the step was finite: only the norm of its gradients overflowed (lower "
-        "learning_rate), or something outside network and loss spoilt them."
-    ),
+    Stage.NOT_REPLAYED: "The batch could not be run again, see the warning before. For lack of "
+    "memory: lower batch_size.",
+    None: "Run again, the step was finite: only the norm of its gradients overflowed (lower "
+    "learning_rate), or something outside network and loss spoilt them.",
 }
-OTHER = ", or train with amp_dtype=bfloat16 or amp=false, which reach to 3e38 (float16: 65504)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where numbers stopped being finite when a group of micro-batches was run again.
+
+    Attributes:
+        stage: `not replayed` if that failed; `None` if everything was finite.
+        module: Name of the first module whose output (in `backward`: the gradient of whose output
+            or weights; in `weights` and `statistics`: a weight or buffer of which) was not finite;
+            `image` for the input, `loss_function` for the loss.
+        case_ids: Cases of the micro-batch whose part of that tensor was not finite.
+        max_abs_activation: Name of each module without children to its output's largest finite
+            |activation|, `None` where there was none.
+    """
+
+    stage: Stage | None = None
+    module: str | None = None
+    case_ids: list[str] = field(default_factory=list)
+    max_abs_activation: dict[str, float | None] = field(default_factory=dict)
 
 
 class FlightRecorder:
@@ -84,15 +117,26 @@ class FlightRecorder:
         """Listen to steps of `trainer`."""
         trainer.add_event_handler(Events.STARTED, self.set_aside)
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, self.name_step)
 
     def set_aside(self, trainer: MixedPrecisionTrainer) -> None:
-        """What a run left that had no checkpoint yet is not this run's."""
+        """Rename the records of a run that had no checkpoint yet and begins anew."""
         for name in ("overflow.jsonl", "overflow") if distributed.is_main() else ():
             path, former = self.run_dir / name, self.run_dir / f"{name}.former"
             if trainer.progress.step == 0 and path.exists():
-                if former.is_dir():
-                    shutil.rmtree(former)
+                shutil.rmtree(former, ignore_errors=True)
                 path.replace(former)
+
+    def name_step(self, trainer: MixedPrecisionTrainer, error: Exception) -> None:
+        """Add to an exception that ends training where it was raised."""
+        step = trainer.progress.step
+        cases = [case for batch in trainer.group for case in batch.get("case_id", [])]
+        note = f"step {step + 1}, cases {', '.join(cases) or 'unknown'}"
+        if trainer.progress.phase == EPOCH_END_PENDING:
+            note = f"validation after step {step}"
+        if not hasattr(error, "__notes__"):  # ignite fires the event at each of its levels
+            error.add_note(note)
+        raise error
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Record the step if it was skipped, and stop if it was one too many."""
@@ -100,16 +144,21 @@ class FlightRecorder:
         assert stats is not None
         if stats.applied:
             return
-        finding = self._find(trainer, stats.loss_scale)
+        try:
+            finding = first_non_finite(trainer, trainer.group, stats.loss_scale)
+        except Exception as error:  # of any kind: the step is skipped, training may go on
+            log.warning("The skipped step could not be run again: %s", error)
+            finding = Finding(Stage.NOT_REPLAYED)
         found = distributed.all_gather_object(describe(finding, trainer.group))
         if distributed.is_main():
-            self._record(trainer, stats, found)
+            record = self._record(trainer, stats, found)
+            self._stop_if_hopeless(trainer, record)
         trainer.agree()
 
     def _record(
         self, trainer: MixedPrecisionTrainer, stats: StepStats, found: list[dict[str, Any]]
-    ) -> None:
-        """Write down the step, tell of it, and stop training if it was one too many."""
+    ) -> dict[str, Any]:
+        """Write a line about the step, and its weights if there is room for them."""
         progress = trainer.progress
         record = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,11 +168,9 @@ class FlightRecorder:
             "loss_scale": stats.loss_scale,
             "loss": _number(stats.loss),
             "grad_norm": _number(stats.grad_norm),
-            **of_all_ranks(found),
+            **merge_ranks(found),
         }
-        if record["stage"] is None:
-            record |= _gradients_tell(trainer)
-        record["kept"] = self._keep(trainer, record)
+        record["kept"] = self._keep(trainer, stats, record)
         with open(self.run_dir / "overflow.jsonl", "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -136,30 +183,18 @@ class FlightRecorder:
             ", ".join(record["non_finite_cases"]) or "none", record["loss_scale"],
             "" if distributed.size() == 1 or record["rank"] is None else f", rank {record['rank']}",
         )  # fmt: skip
-        self._recent.append(record)
-        scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
-        length = trainer.state.max_epochs * trainer.steps_per_epoch
-        in_vain = progress.skipped_steps == length  # the weights are still those of the start
-        if progress.consecutive_skips >= self.max_consecutive_skips or scale < 1 or in_vain:
-            records = list(self._recent)[-progress.consecutive_skips :]
-            trainer.stop(diagnosis(records, scale, progress.consecutive_skips))
+        return record
 
-    def _find(self, trainer: MixedPrecisionTrainer, loss_scale: float) -> Finding:
-        try:
-            return first_non_finite(trainer, trainer.group, loss_scale)
-        except Exception as error:  # of any kind: the step is skipped, training may go on
-            log.warning("The skipped step could not be run again: %s", error)
-            return Finding(Stage.NOT_REPLAYED)
-
-    def _keep(self, trainer: MixedPrecisionTrainer, record: dict[str, Any]) -> str | None:
-        path = kept_path(self.run_dir, trainer.progress.step)
+    def _keep(
+        self, trainer: MixedPrecisionTrainer, stats: StepStats, record: dict[str, Any]
+    ) -> str | None:
+        path = self.run_dir / "overflow" / f"step_{trainer.progress.step:09d}.pt"
         if len(list(path.parent.glob("step_*.pt"))) >= self.overflow_keep and not path.exists():
             return None
         path.parent.mkdir(exist_ok=True)
-        assert trainer.last_step is not None
         content = {
-            "first_sample": trainer.progress.samples - round(trainer.last_step.sums[0]),
-            "loss_scale": trainer.last_step.loss_scale,
+            "first_sample": trainer.progress.samples - round(stats.sums[0]),
+            "loss_scale": stats.loss_scale,
             "precision": trainer.precision.mode,
             "network": trainer.network.state_dict(),
             "found": [record["stage"] and str(record["stage"].value), record["first_module"]],
@@ -167,28 +202,30 @@ class FlightRecorder:
         save(content, path)
         return str(path.relative_to(self.run_dir))
 
-
-def kept_path(run_dir: Path, step: int) -> Path:
-    """Where the weights of a skipped step are kept."""
-    return run_dir / "overflow" / f"step_{step:09d}.pt"
+    def _stop_if_hopeless(self, trainer: MixedPrecisionTrainer, record: dict[str, Any]) -> None:
+        self._recent.append(record)
+        progress = trainer.progress
+        scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
+        length = trainer.state.max_epochs * trainer.steps_per_epoch
+        in_vain = progress.skipped_steps == length  # the weights are still those of the start
+        if progress.consecutive_skips >= self.max_consecutive_skips or scale < 1 or in_vain:
+            records = list(self._recent)[-progress.consecutive_skips :]
+            trainer.stop(diagnosis(records, scale, progress.consecutive_skips))
 
 
 def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dict[str, Any]:
     """Rebuild a kept step's batch from its sample numbers, and look for its fault again.
 
-    Args:
-        trainer: Of the same config; gets the kept weights.
-        run_dir: Of the run that skipped the step.
-        step: A skipped step whose weights were kept.
+    The trainer, of the same config, gets the kept weights.
 
     Returns:
-        `step`, the precisions of then and now, `loss_scale`, what `describe` says, and whether
-        stage and module are the `same_as_recorded`.
+        What `describe` says, the precisions of then and now, and whether stage and module are the
+        `same_as_recorded`.
 
     Raises:
         InputError: If the step's weights were not kept, or are another network's.
     """
-    path = kept_path(run_dir, step)
+    path = run_dir / "overflow" / f"step_{step:09d}.pt"
     if not path.is_file():
         steps = [int(p.stem.removeprefix("step_")) for p in sorted(path.parent.glob("step_*.pt"))]
         raise InputError(
@@ -220,7 +257,7 @@ def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dic
 
 
 def describe(finding: Finding, group: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A finding and the batch it was made in, as plain values."""
+    """Return a finding and the batch it was made in, as plain values."""
     return {
         "samples": [n for b in group if "number" in b for n in b["number"].tolist()],
         "case_ids": [case for batch in group for case in batch.get("case_id", [])],
@@ -232,11 +269,11 @@ def describe(finding: Finding, group: Iterable[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def of_all_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `describe` says on each rank as one description of the step.
+def merge_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge what `describe` returns on each rank into one description of the step.
 
-    Stage, module and activations are of the `rank` whose finding is the earliest in a step; where
-    nothing was found that is `None`.
+    Stage, module and activations are of the `rank` whose finding is the earliest in a step; `rank`
+    is `None` where nothing was found.
     """
     stages = list(Stage)
     order = [stages.index(one["stage"]) if one["stage"] else len(stages) for one in found]
@@ -246,23 +283,8 @@ def of_all_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found[rank], **whole, "rank": rank if found[rank]["stage"] else None}
 
 
-def _gradients_tell(trainer: MixedPrecisionTrainer) -> dict[str, Any]:
-    """Stage and module by the step's own gradients, where running it again found nothing.
-
-    A kernel does not repeat itself then, or a handler was at work.
-    """
-    bad = [
-        name
-        for name, p in trainer.network.named_parameters()
-        if p.grad is not None and not p.grad.isfinite().all()
-    ]
-    if not bad:
-        return {}
-    return {"stage": Stage.BACKWARD, "first_module": bad[-1].rpartition(".")[0]}
-
-
 def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
-    """Why training stops: which cases, which module first, what to try.
+    """Explain why training stops: which cases, which module first, what to try.
 
     Args:
         records: Of the latest skipped steps, at least one.
@@ -278,7 +300,8 @@ def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
     where = ", ".join(f"{m or 'nowhere'} ({s or 'finite'}, {n}x)" for (s, m), n in found.items())
     low = f" and a loss scale of {scale:g}" if scale < 1 else ""
     weights = "the weights are those of the last applied step" if applied else "no step was applied"
-    advice = ADVICE[stage].format(mode=mode, other=OTHER if mode == "float16" else "")
+    other = ", or train with amp_dtype=bfloat16 or amp=false, which reach to 3e38 (float16: 65504)"
+    advice = ADVICE[stage].format(mode=mode, other=other if mode == "float16" else "")
     if stage == Stage.BACKWARD and mode == "float16" and scale > 1 and not applied:
         advice = (
             "The loss scale is still too high for this loss: begin with --precision#init_scale "
@@ -298,5 +321,162 @@ def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no NaN and no infinity: they become words."""
+    """A value for JSON, which has no NaN and no infinity."""
     return value if math.isfinite(value) else str(value)
+
+
+def gradients(
+    trainer: MixedPrecisionTrainer,
+    batches: Sequence[Batch],
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    loss_scale: float = 1.0,
+    probe: NonFiniteProbe | None = None,
+) -> list[torch.Tensor]:
+    """Compute gradients of an accumulation group's mean loss; those in the parameters stay.
+
+    Each of several ranks computes those of its own share of the group's loss.
+
+    Args:
+        autocast: Makes the context of a forward pass.
+        loss_scale: Factor on the loss before the backward pass, divided out afterwards.
+        probe: Notes what is not finite on the way.
+
+    Returns:
+        One float32 tensor per trained parameter of the network, zero where it takes no part.
+    """
+    parameters = trained_parameters(trainer.network)
+    total = [torch.zeros_like(p) for p in parameters]
+    network, parts_of_loss = trainer.network, len(batches) * distributed.size()
+    with buffers_kept(network), distributed.local_only(network), probe or contextlib.nullcontext():
+        for batch in batches:
+            if probe:
+                probe.batch = batch
+            loss = trainer.forward(batch, autocast(), {})
+            if probe:
+                probe.see(Stage.LOSS, "loss_function", loss.detach())
+            scaled = loss * (loss_scale / parts_of_loss)
+            parts = torch.autograd.grad(scaled, parameters, allow_unused=True)
+            for whole, part in zip(total, parts, strict=True):
+                if part is not None:
+                    whole += part
+    torch._foreach_div_(total, loss_scale)
+    return total
+
+
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def first_non_finite(
+    trainer: MixedPrecisionTrainer, batches: Sequence[Batch], loss_scale: float
+) -> Finding:
+    """Run a group once more, forward and backward, and find the first tensor that is not finite.
+
+    The trainer has the weights and `loss_scale` is that of the step in question.
+    """
+    probe = NonFiniteProbe(trainer.network)
+    gradients(trainer, batches, trainer.precision.autocast, loss_scale, probe)
+    return probe.finding()
+
+
+def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
+    """Return the share of gradient elements that are zero now, but not in float32.
+
+    Call it between backward pass and optimizer step. TF32 follows the run's setting.
+    """
+    exact = gradients(trainer, trainer.group, contextlib.nullcontext)
+    lowered = [parameter.grad for parameter in trained_parameters(trainer.network)]
+    if distributed.size() > 1:  # those are the sums of all ranks
+        scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
+        lowered = list(gradients(trainer, trainer.group, trainer.precision.autocast, scale))
+    lost, elements = torch.zeros((), device=trainer.state.device), 0
+    for gradient, reference in zip(lowered, exact, strict=True):
+        if gradient is not None:
+            lost += ((gradient == 0) & (reference != 0)).sum()
+            elements += reference.numel()
+    return lost.item() / max(elements, 1)
+
+
+class NonFiniteProbe:
+    """Hooks on a network that note, in order of time, which tensors are not finite.
+
+    The notes stay on the device until `finding` is called.
+
+    Args:
+        network: Is observed inside a `with` block; its own name is `network`.
+
+    Attributes:
+        batch: The micro-batch that is being run.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.batch: Batch = {}
+        self._notes: list[tuple[Stage, str, Batch, torch.Tensor]] = []
+        self._largest: dict[str, torch.Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> NonFiniteProbe:
+        self._handles.append(self.network.register_forward_pre_hook(self._input))
+        for name, module in self.network.named_modules():
+            look = partial(self._output, name or "network")
+            self._handles.append(module.register_forward_hook(look))
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
+                look = partial(self.see, Stage.BACKWARD, name or "network")
+                self._handles.append(parameter.register_hook(look))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _input(self, network: nn.Module, args: tuple) -> None:
+        for name, module in network.named_modules():
+            for parameter in module.parameters(recurse=False):
+                self.see(Stage.WEIGHTS, name or "network", parameter.detach())
+        for image in _floating(args):
+            self.see(Stage.INPUT, "image", image, by_sample=True)
+
+    def _output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        for tensor in _floating(output if isinstance(output, list | tuple) else [output]):
+            self._activation(name, module, tensor)
+        for buffer in _floating(module.buffers(recurse=False)):
+            self.see(Stage.STATISTICS, name, buffer)
+
+    def _activation(self, name: str, module: nn.Module, output: torch.Tensor) -> None:
+        activation = output.detach()
+        self.see(Stage.FORWARD, name, activation, by_sample=True)
+        if next(module.children(), None) is None:  # others repeat their last child
+            largest = activation.abs().where(activation.isfinite(), -1).amax().float()
+            before = self._largest.get(name, largest)
+            self._largest[name] = torch.maximum(before, largest)
+        if output.requires_grad:  # before a ReLU in place, whose own tensor it then is
+            output.register_hook(partial(self.see, Stage.BACKWARD, name, by_sample=True))
+
+    def see(
+        self, stage: Stage, name: str, tensor: torch.Tensor, *, by_sample: bool = False
+    ) -> None:
+        """Note which samples of `tensor` are not finite; all of them if it has no batch axis."""
+        bad, samples = ~tensor.isfinite(), len(self.batch["seed"])
+        by_sample = by_sample and tensor.dim() > 0 and len(tensor) == samples
+        flags = bad.reshape(samples, -1).any(1) if by_sample else bad.any().expand(samples)
+        self._notes.append((stage, name, self.batch, flags))
+
+    def finding(self) -> Finding:
+        """The first note of something not finite. Waits for the device."""
+        values = {name: value.item() for name, value in self._largest.items()}
+        largest = {name: value if value >= 0 else None for name, value in values.items()}
+        for stage, name, batch, flags in self._notes:
+            if flags.any():
+                cases = zip(batch.get("case_id", []), flags.tolist(), strict=False)
+                return Finding(stage, name, [case for case, bad in cases if bad], largest)
+        return Finding(max_abs_activation=largest)
+
+
+def _floating(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The floating-point tensors among `values` that have an element."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]

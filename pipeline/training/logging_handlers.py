@@ -1,4 +1,4 @@
-"""Event handlers that tell people how training goes: TensorBoard and the console."""
+"""Event handlers that show how training goes: TensorBoard, `validation.json` and the console."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline import distributed
 from pipeline.drawing import outline_slice
 from pipeline.files import write_json
 from pipeline.training.evaluator import metric_at_end_of
+from pipeline.training.flight_recorder import underflow_fraction
 from pipeline.training.progress import EPOCH_END_PENDING
-from pipeline.training.replay import underflow_fraction
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TensorBoardHandler:
         self.log_every = log_every
         self.underflow_every = underflow_every
         self._writer: SummaryWriter | None = None
-        self._present: set[str] = set()
+        self._present: set[str] = set()  # tags that have a point at the current step
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to steps and epochs of `trainer`, and to the first case of each validation."""
@@ -79,18 +79,18 @@ class TensorBoardHandler:
 
     @property
     def writer(self) -> SummaryWriter:
-        """Opened late: where it starts is known only when the trainer has been restored."""
+        """The event file, opened when the trainer has been restored and its first step is known."""
         if self._writer is None:
-            # points after this step were written by a session whose steps were lost
             progress = self.trainer.progress
             if progress.phase == EPOCH_END_PENDING:
                 self._present = self._tags_at(progress.step)
+            # points after this step were written by a session whose steps were lost
             self._writer = SummaryWriter(str(self.directory), purge_step=progress.step + 1)
         return self._writer
 
     def _tags_at(self, step: int) -> set[str]:
         """Tags that have a point at `step`: a validation lost to a kill may have left some."""
-        logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells of every file
+        logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it logs every file
         events = EventAccumulator(str(self.directory), {"scalars": 0, "images": 0})
         events.Reload()
         tags = [(tag, events.Scalars) for tag in events.Tags()["scalars"]]
@@ -141,19 +141,19 @@ class TensorBoardHandler:
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Write the validation's metrics, if there was one at the end of this epoch."""
-        state, step = self.validator.state, trainer.progress.step
+        state, writer = self.validator.state, self.writer
         metric = metric_at_end_of(trainer.progress.epoch, self.validator)
         if metric is not None:
             classes = state.metric_details[state.key_metric_name]["classes"]
             points = {"val/mean_dice": metric} | {f"val/dice_{n}": v for n, v in classes.items()}
             for tag, value in points.items():
                 if tag not in self._present:
-                    self.writer.add_scalar(tag, value, step)
-        self.writer.flush()
+                    writer.add_scalar(tag, value, trainer.progress.step)
+        writer.flush()
         self._present = set()
 
     def close(self, trainer: MixedPrecisionTrainer) -> None:
-        """Close the event file; training on opens another."""
+        """Close the event file; further training opens another."""
         self.writer.close()
         self._writer = None
 
@@ -196,7 +196,7 @@ class ScoreHandler:
 
 
 class ConsoleHandler:
-    """A progress bar on a terminal, one plain line per epoch elsewhere.
+    """Shows a progress bar on a terminal, and prints one line per epoch.
 
     Args:
         validator: Its key metric is shown.
@@ -230,9 +230,9 @@ class ConsoleHandler:
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Print one line about the epoch that ended."""
-        progress = trainer.progress
+        progress, max_epochs = trainer.progress, trainer.state.max_epochs
         metric = metric_at_end_of(progress.epoch, self.validator)
-        parts = [f"epoch {progress.epoch}/{trainer.state.max_epochs}", f"step {progress.step}"]
+        parts = [f"epoch {progress.epoch}/{max_epochs}", f"step {progress.step}"]
         if self._losses:
             parts.append(f"loss {np.mean(self._losses):.4f}")
         if metric is not None:
@@ -240,14 +240,14 @@ class ConsoleHandler:
         if progress.skipped_steps:
             parts.append(f"skipped steps {progress.skipped_steps}")
         seconds = trainer.elapsed_s
-        remaining = seconds / progress.epoch * (trainer.state.max_epochs - progress.epoch)
+        remaining = seconds / progress.epoch * (max_epochs - progress.epoch)
         parts.append(f"{seconds:.0f} s, about {remaining:.0f} s left")
         self._losses.clear()
         with tqdm.external_write_mode():
             log.info(", ".join(parts))
 
     def close(self, trainer: MixedPrecisionTrainer) -> None:
-        """Leave the terminal tidy."""
+        """Close the bar, so that what follows begins on a line of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

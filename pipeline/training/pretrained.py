@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,109 @@ from pipeline.errors import InputError
 from pipeline.files import load
 from pipeline.training.checkpoint import non_finite
 
+log = logging.getLogger(__name__)
+
 HEAD = ("head.", "deep_heads.")  # what the names of the last layers begin with
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """Tensors of a file, as they are there.
+class PretrainedWeights:
+    """The weights that a new run begins with; a run that continues has its own.
+
+    Args:
+        root: Folder that a relative path starts from.
+        path: A bundle's `model.pt`, a `.safetensors` file or a checkpoint of this project; `None`
+            for the network's own random weights.
+        reinit_head: Whether the head (`head.*`, `deep_heads.*`) stays random even so.
 
     Attributes:
-        name: Of the file.
-        sha256: Of its bytes.
-        tensors: By name.
+        tensors: Weights of the layers that begin as in the file, after `fit`.
+        record: SHA-256 of the file and what of it is used, after `fit`.
     """
 
-    name: str
-    sha256: str
-    tensors: Mapping[str, torch.Tensor]
+    def __init__(self, root: Path, path: str | None, reinit_head: bool = False) -> None:
+        self.path = None if path is None else root / path
+        self.reinit_head = reinit_head
+        self.tensors: dict[str, torch.Tensor] | None = None
+        self.record: dict[str, Any] | None = None
+        self._file: tuple[str, Mapping[str, torch.Tensor]] | None = None  # SHA-256 and content
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there are weights of a file to be compared with the network."""
+        return self._file is not None
+
+    def read(self) -> None:
+        """Read the file, if one is named. Nothing in it is executed.
+
+        Raises:
+            InputError: If it cannot be read or holds no weights, or none is named and `reinit_head`
+                is asked for.
+        """
+        if self.path is not None:
+            self._file = _read_weights(self.path)
+        elif self.reinit_head:
+            raise InputError("reinit_head: expected init_weights beside it, got null. Name a file.")
+
+    def fit(self, network: torch.nn.Module) -> None:
+        """Compare the file with a network, which must have its layers, no more and no fewer.
+
+        Raises:
+            InputError: A line for each tensor that is missing, left over, of another shape or
+                dtype, or not finite.
+        """
+        assert self.path is not None
+        assert self._file is not None
+        (sha256, given), own, file = self._file, network.state_dict(), self.path.name
+        head = [name for name in own if name.startswith(HEAD)] if self.reinit_head else []
+        if self.reinit_head and not head:
+            raise InputError(
+                "reinit_head: expected a network with layers head.* or deep_heads.*, "
+                f"got a {type(network).__name__} without. Use reinit_head=false."
+            )
+        if self.reinit_head:
+            given = {name: value for name, value in given.items() if not name.startswith(HEAD)}
+        shapes = {name: _describe(value) for name, value in own.items() if name not in head}
+        found = {name: _describe(value) for name, value in given.items()}
+        faults = [
+            f"init_weights: {name}: expected {shapes.get(name, 'no such tensor')}, got "
+            f"{found.get(name, 'no such tensor')} in {file}. "
+            + (
+                "Use reinit_head=true to draw the head anew."
+                if name.startswith(HEAD)
+                else "Name weights of this network, or set network_def to theirs."
+            )
+            for name in sorted({*shapes, *found})
+            if shapes.get(name) != found.get(name)
+        ]
+        faults += [
+            f"init_weights: {name}: expected finite values, got NaN or infinity in {file}. "
+            "Name other weights."
+            for name in given
+            if shapes.get(name) == found[name] and non_finite(given[name], name)
+        ]
+        if faults:
+            raise InputError(*faults)
+        self.tensors, self._file = dict(given), None
+        self.record = {"sha256": sha256, "num_tensors": len(given), "drawn_anew": head}
+
+    def log(self) -> None:
+        """Say in the log what the network begins with."""
+        if self.tensors is not None and self.record is not None and self.path is not None:
+            log.info(
+                "Weights of %d tensors from %s (SHA-256 %s); drawn anew: %s",
+                self.record["num_tensors"],
+                self.path.name,
+                self.record["sha256"],
+                ", ".join(self.record["drawn_anew"]) or "none",
+            )
 
 
-def read_weights(path: Path) -> WeightsFile:
-    """Read a bundle's `model.pt`, a `.safetensors` file or a checkpoint of this project.
-
-    Nothing in the file is executed.
-
-    Raises:
-        InputError: If it cannot be read or holds something else.
-    """
+def _read_weights(path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
+    """Return the SHA-256 of a file and its tensors by name."""
     try:
         data = path.read_bytes()
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load(data)
-        else:
-            content = load(io.BytesIO(data))
+        is_safe = path.suffix == ".safetensors"
+        content: Any = safetensors.torch.load(data) if is_safe else load(io.BytesIO(data))
     except Exception as error:  # torch, pickle and safetensors raise many kinds
         reason = " ".join(str(error).split())
         raise InputError(
@@ -56,74 +127,20 @@ def read_weights(path: Path) -> WeightsFile:
         ) from None
     if isinstance(content, dict) and {"schema_version", "network"} <= content.keys():
         content = content["network"]
-    plain = isinstance(content, dict) and all(
+    is_state_dict = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     )
-    if not plain or not content:
+    if not is_state_dict or not content:
         held = ", ".join(map(str, [*content][:5])) if isinstance(content, dict) else ""
         raise InputError(
             f"init_weights: expected tensors by name in {path}, got a {type(content).__name__}"
             f"{f' of {held}' if held else ''}. Name a state dict, or save that part of it alone."
         )
-    return WeightsFile(path.name, hashlib.sha256(data).hexdigest(), content)
+    return hashlib.sha256(data).hexdigest(), content
 
 
-def fitted(
-    file: WeightsFile, network: torch.nn.Module, *, reinit_head: bool
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights of a file that a network takes over.
-
-    Args:
-        file: With the network's layers, no more and no fewer.
-        network: That is to begin with them.
-        reinit_head: Whether its head (`head.*`, `deep_heads.*`) stays as it is, whatever the file
-            has there.
-
-    Returns:
-        The file's tensors that the network takes over, and the names of its own that stay.
-
-    Raises:
-        InputError: A line for each tensor that is missing, left over, of another shape or dtype, or
-            not finite.
-    """
-    own, given = network.state_dict(), dict(file.tensors)
-    head = [name for name in own if name.startswith(HEAD)] if reinit_head else []
-    if reinit_head and not head:
-        raise InputError(
-            f"reinit_head: expected a network with layers {' or '.join(f'{h}*' for h in HEAD)}, "
-            f"got a {type(network).__name__} without. Use reinit_head=false."
-        )
-    if reinit_head:
-        given = {name: value for name, value in given.items() if not name.startswith(HEAD)}
-    wanted = {name: value for name, value in own.items() if name not in head}
-    faults = [
-        f"init_weights: {name}: expected {expected}, got {got} in {file.name}. {_remedy(name)}"
-        for name in sorted({*wanted, *given})
-        for expected, got in [(_described(wanted.get(name)), _described(given.get(name)))]
-        if expected != got
-    ]
-    faults += [
-        f"init_weights: {name}: expected finite values, got NaN or infinity in {file.name}. "
-        "Name other weights."
-        for name in given
-        if name in wanted and _described(given[name]) == _described(wanted[name])
-        if non_finite(given[name], name)
-    ]
-    if faults:
-        raise InputError(*faults)
-    return given, head
-
-
-def _described(value: torch.Tensor | None) -> str:
-    """All that two tensors must have in common for one to become the other."""
-    if value is None:
-        return "no such tensor"
+def _describe(value: torch.Tensor) -> str:
+    """Everything that two tensors must have in common for one to replace the other."""
     kind = str(value.dtype).removeprefix("torch.")
     dense = value.layout == torch.strided and not value.is_meta
     return f"{kind} {list(value.shape)}{'' if dense else ' that is not dense'}"
-
-
-def _remedy(name: str) -> str:
-    if name.startswith(HEAD):
-        return "Use reinit_head=true to draw the head anew."
-    return "Name weights of this network, or set network_def to theirs."

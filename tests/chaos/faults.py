@@ -7,9 +7,9 @@ import signal
 import time
 from typing import Any
 
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 
-from pipeline.data.sampling import PatchDataset, PatchLoader
+from pipeline.data.sampling import PatchDataset
 
 SAMPLE, BATCH = 5, 2
 
@@ -32,16 +32,3 @@ class HangingDataset(PatchDataset):
 
 class HangingAheadDataset(HangingDataset):
     at = SAMPLE + BATCH  # is fetched while the step of SAMPLE is taken, which then does not end
-
-
-def die_in_collate(samples: list[dict[str, Any]]) -> Any:
-    """As a worker does for which shared memory is too small: after its samples."""
-    if get_worker_info() and any(sample["number"] == SAMPLE for sample in samples):
-        os.kill(os.getpid(), signal.SIGBUS)
-    return default_collate(samples)
-
-
-class DyingLoader(PatchLoader):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.collate_fn = die_in_collate

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from pipeline.files import CheckpointStore
-from pipeline.lifecycle import run_lock
+from pipeline.lifecycle import run_directory
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -55,7 +54,7 @@ def train(words: list[str], folder: Path, fault: str | None, environment: dict[s
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.path[:0] = [str(Path(__file__).parent)]  # for the classes in faults.py
-    run_lock.HEARTBEAT_S, run_lock.WATCH_S = 0.2, 1.5
+    run_directory.HEARTBEAT_S, run_directory.WATCH_S = 0.2, 1.5
     kind, _, number = (fault or "").partition(" ")
     pause = (int(number), folder / "go") if kind == "pause" else None
     log_steps(open(folder / "steps.txt", "a", buffering=1), pause)  # noqa: SIM115 - until the end
@@ -86,12 +85,8 @@ def arrange(kind: str, number: int) -> None:
     """What is to happen, and when.
 
     `die N`: SIGKILL at the N-th call that writes durably, a write done by half. `die_saving N`:
-    likewise, counting only the calls of checkpoints and their manifest. `limit N`: no file may
-    have more than N bytes.
+    likewise, counting only the calls of checkpoints and their manifest.
     """
-    if kind == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
-        return
     left, saving = [number], set()
     opened = os.open
 

@@ -9,19 +9,15 @@ import errno
 import json
 import os
 import random
-import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from conftest import further
-from engines import curve, read, snapshot
+from engines import curve, read
 from harness import EVERY, SETTINGS, Run, kill_until_done, wait_for
-
-from pipeline.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
@@ -59,7 +55,7 @@ def test_killed_run_ends_as_the_one_that_was_not(dataset, tmp_path, whole):
     check_is_whole(run, whole)
 
 
-@pytest.mark.parametrize("call", [*map(further, (1, 3, 5, 9, 17, 20, 21, 23, 25, 27)), 28])
+@pytest.mark.parametrize("call", [*map(further, (1, 5, 17, 20, 23, 25)), 28])
 def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call):
     """Inside its first directories and files, the manifest, the first checkpoint and its line."""
     run = Run(tmp_path, dataset)
@@ -68,44 +64,7 @@ def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call
     check_is_whole(run, whole)
 
 
-@pytest.mark.chaos
-def test_run_killed_before_its_summary_does_not_train_again(dataset, tmp_path, whole):
-    run = Run(tmp_path, dataset)
-    assert run.finish() == 0
-    (run.dir / "summary.json").unlink()
-    steps = (tmp_path / "steps.txt").read_text()
-    assert run.finish() == 0
-    assert (tmp_path / "steps.txt").read_text() == steps
-    check_is_whole(run, whole)
-
-
 # --- damage
-
-
-@pytest.mark.chaos
-def test_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on(dataset, tmp_path, whole):
-    run = Run(tmp_path, dataset)
-    process = run.start_and_pause(2 * EVERY + 1)
-    process.kill()
-    process.join()
-    newest = run.store.acknowledged()[-1]
-    newest.write_bytes(newest.read_bytes()[:-1])
-    assert run.finish() == 0
-    assert f"{newest.name} IS DAMAGED" in run.output
-    assert newest.with_name(newest.name + ".damaged").exists()
-    check_is_whole(run, whole)
-
-
-@pytest.mark.chaos
-def test_run_without_a_whole_checkpoint_stops(dataset, tmp_path):
-    run = Run(tmp_path, dataset)
-    assert run.finish() == 0
-    (run.dir / "summary.json").unlink()
-    for path in run.store.acknowledged():
-        path.write_bytes(b"")
-    for _ in range(2):  # an automatic restart must not take it for a beginning
-        assert run.finish() == 2
-    assert "expected a whole checkpoint that manifest.jsonl lists, found none" in run.output
 
 
 # --- signals
@@ -159,21 +118,6 @@ def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
 
 
 @pytest.mark.chaos
-def test_second_run_exits_at_once_and_names_the_first(dataset, tmp_path, whole):
-    first = Run(tmp_path, dataset)
-    process = first.start_and_pause(EVERY + 1)
-    before = snapshot(first.dir)
-    second = Run(tmp_path / "second", dataset, output_dir=str(first.dir))
-    assert second.finish() == 2
-    assert f"got one by process {process.pid} on {socket.gethostname()}" in second.output
-    assert snapshot(first.dir) == before  # not even a line in the log
-    first.go_on()
-    process.join(60)
-    assert process.exitcode == 0
-    check_is_whole(first, whole)
-
-
-@pytest.mark.chaos
 def test_run_whose_lock_was_deleted_stops_when_another_has_taken_its_place(
     dataset, tmp_path, whole
 ):
@@ -187,7 +131,7 @@ def test_run_whose_lock_was_deleted_stops_when_another_has_taken_its_place(
     first.go_on()
     process.join(60)
     assert process.exitcode == 1
-    assert "got it in those of an unknown process" in first.output
+    assert "an unknown process has taken it over" in first.output
     assert "Traceback" not in first.output
     check_is_whole(second, whole)
 
@@ -216,7 +160,7 @@ def test_heartbeat_of_another_host_is_respected(dataset, tmp_path):
     assert "elsewhere" in lock.read_text()
 
 
-@pytest.mark.parametrize("age_s", [further(0), further(10**6), -(10**6)])
+@pytest.mark.parametrize("age_s", [further(10**6), -(10**6)])
 def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
     dataset, tmp_path, whole, age_s
 ):
@@ -233,16 +177,11 @@ def test_holder_on_another_host_without_heartbeat_is_taken_for_dead(
 
 
 @pytest.mark.parametrize(
-    ("part", "kind", "message"),
-    [
-        ("dataset", "DyingDataset", "worker"),
-        further("dataset", "HangingDataset", "timed out"),
-        further("dataloader", "DyingLoader", "worker"),
-    ],
+    ("kind", "message"), [("DyingDataset", "worker"), further("HangingDataset", "timed out")]
 )
-def test_worker_that_fails_ends_the_run_in_one_line(dataset, tmp_path, part, kind, message):
+def test_worker_that_fails_ends_the_run_in_one_line(dataset, tmp_path, kind, message):
     overlay = tmp_path / "faults.json"
-    overlay.write_text(json.dumps({f"train#{part}#_target_": f"faults.{kind}"}))
+    overlay.write_text(json.dumps({"train#dataset#_target_": f"faults.{kind}"}))
     run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2, allow=f"faults.{kind}")
     run.words.insert(1, str(overlay))
     assert run.finish() == 1
@@ -252,24 +191,6 @@ def test_worker_that_fails_ends_the_run_in_one_line(dataset, tmp_path, part, kin
 
 
 # --- disks
-
-
-@pytest.mark.chaos
-def test_file_size_limit_leaves_the_older_checkpoint_and_says_what_is_needed(
-    dataset, tmp_path, whole
-):
-    run = Run(tmp_path, dataset)
-    process = run.start_and_pause(EVERY + 1)
-    process.kill()
-    process.join()
-    size, step = run.store.acknowledged()[-1].stat().st_size, run.acknowledged_step()
-    assert run.finish(f"limit {size // 2}") == 1
-    assert run.acknowledged_step() == step
-    told = re.search(r"pt: expected to write (\d+) bytes, got: File too large", run.output)
-    assert int(told[1]) == pytest.approx(size, abs=4096)
-    assert "Traceback" not in run.output
-    assert run.finish() == 0
-    check_is_whole(run, whole)
 
 
 @pytest.fixture
@@ -323,7 +244,3 @@ def test_read_only_directory_is_told_at_the_start(dataset, tmp_path, small_disk)
     assert "expected a directory that can be written" in run.output
     assert os.strerror(errno.EROFS) in run.output
     assert "Traceback" not in run.output
-
-
-def test_checkpoints_hold_tensors_and_plain_values_only(whole):
-    assert load_checkpoint(whole.store.newest())["schema_version"] == 1  # weights_only=True

@@ -1,4 +1,4 @@
-"""The flight recorder: what it says of a skipped step, and that it changes nothing."""
+"""The flight recorder: what it says of a skipped step, that it changes nothing, and replays."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ import contextlib
 import errno
 import json
 import math
+from copy import deepcopy
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import further
 from engines import (
     batch,
     batch_norm_network,
+    curve,
     differing,
     half,
     in_mode,
     make_trainer,
+    make_validator,
     overflows,
     read,
+    snapshot,
     state_of,
     steps_of,
 )
+from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from networks.dense_unet import DenseUNet
 from pipeline import files
 from pipeline.errors import TrainingStopped
-from pipeline.training import flight_recorder, replay
-from pipeline.training.flight_recorder import FlightRecorder
-from pipeline.training.replay import NonFiniteProbe, first_non_finite
+from pipeline.training import flight_recorder
+from pipeline.training.checkpoint import checkpoints, load_checkpoint
+from pipeline.training.flight_recorder import FlightRecorder, NonFiniteProbe, first_non_finite
+from pipeline.training.logging_handlers import TensorBoardHandler
+from pipeline.training.loss import SegmentationLoss
 
 HALF = {"amp_dtype": "float16", "precision#init_scale": 1024.0}
 KEYS = {
@@ -101,7 +110,7 @@ def test_overflow_names_the_case_of_the_poisoned_micro_batch(poisoned, samples, 
     assert line["non_finite_cases"] == [samples[number]["case_id"]]
 
 
-@pytest.mark.parametrize("keep", [0, 1, 3])
+@pytest.mark.parametrize("keep", [0, 3])
 def test_overflow_keep_limits_the_kept_files(poisoned, tmp_path, keep):
     changes = {"amp": False, "overflow_keep": keep, "max_epochs": 3}
     assert poisoned(tmp_path / "r", range(8), **changes) == 0  # four steps of six
@@ -117,7 +126,7 @@ def test_finite_run_pays_nothing(run, tmp_path, monkeypatch):
 
     for owner, name in (
         (NonFiniteProbe, "__init__"),
-        (replay, "gradients"),
+        (flight_recorder, "gradients"),
         (nn.Module, "register_forward_hook"),
         (nn.Module, "register_forward_pre_hook"),
         (torch.Tensor, "register_hook"),
@@ -136,8 +145,7 @@ def dense_unet() -> nn.Module:
                      seed=0)  # fmt: skip
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (1,)], ids=["second of two", "only"])
-@pytest.mark.parametrize("mode", ["float32", "float16"])
+@pytest.mark.parametrize(("mode", "seeds"), [("float32", (1,)), ("float16", (0, 1))])
 @pytest.mark.parametrize("make", [batch_norm_network, dense_unet])
 def test_overflow_has_each_modules_largest_finite_activation(tmp_path, mode, make, seeds):
     """Compared with hooks of our own; batch norm leaves nothing finite of a poisoned batch."""
@@ -215,119 +223,9 @@ def test_overflow_of_gradients_alone_names_a_module(tmp_path):
     assert line["non_finite_cases"] == ["case_0_0", "case_0_1"]
 
 
-def test_overflow_of_one_samples_gradient_names_its_case(tmp_path):
-    def uneven(logits, label):
-        return logits[0].float().mean() + 1e9 * logits[1].float().mean()
-
-    precision = half(init_scale=1024.0)
-    (line,), _ = record(tmp_path, precision, batch_norm_network(), [batch(0)], loss_function=uneven)
-    assert (line["stage"], line["first_module"]) == ("backward", "4")
-    assert line["non_finite_cases"] == ["case_0_1"]
-
-
-def test_overflow_of_a_weights_gradient_alone_names_its_module(tmp_path):
-    """Inputs of 200 to the last layer: only the sum over all voxels leaves float16."""
-    network = nn.Sequential(nn.Conv3d(1, 4, 1), nn.Conv3d(4, 2, 1))
-    with torch.no_grad():
-        network[0].bias.fill_(200.0)
-    (line,), _ = record(tmp_path, half(init_scale=2.0**16), network, [batch(0)])
-    assert (line["stage"], line["first_module"]) == ("backward", "1")
-
-
-class OwnParameter(nn.Module):
-    """Has a child, and beside it a parameter whose gradient alone is not finite."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(1, 2, 1)
-        self.gain = nn.Parameter(torch.ones(1, 2, 1, 1, 1))
-        self.gain.register_hook(lambda grad: grad * math.inf)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv(image) * self.gain
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scaled = OwnParameter()
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.scaled(image)
-
-
-def test_overflow_of_a_parameter_beside_child_modules_is_found(tmp_path):
-    (line,), _ = record(tmp_path, in_mode("float32"), Block(), [batch(0)])
-    assert (line["stage"], line["first_module"]) == ("backward", "scaled")
-
-
-class Mask(nn.Module):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return image > 0
-
-
-class Gain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.gain * 1
-
-
-class Product(nn.Module):
-    """A convolution times what `other` makes of the image."""
-
-    def __init__(self, other: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.other = nn.Conv3d(1, 2, 1), other
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv(image) * self.other(image)
-
-
-class Pair(nn.Module):
-    """Returns several tensors, one of which has no element, one of which is not finite."""
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return image[:, :0], image * 0, image * 3e38 * 10
-
-
-class Last(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pair, self.conv = Pair(), nn.Conv3d(1, 2, 1)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.pair(image)[-1])
-
-
-def test_overflow_in_one_of_several_outputs_names_their_module(tmp_path):
-    (line,), _ = record(tmp_path, in_mode("float32"), Last(), [batch(0)])
-    assert (line["stage"], line["first_module"]) == ("forward", "pair")
-
-
-def frozen() -> nn.Module:
-    network = batch_norm_network()
-    network[0].requires_grad_(False)
-    return network
-
-
-@pytest.mark.parametrize(
-    "make",
-    [frozen, lambda: Product(Mask()), lambda: Product(Gain())],
-    ids=["frozen layer", "boolean output", "output without axes"],
-)
-def test_recorder_does_not_end_the_run_of_an_unusual_network(tmp_path, make):
-    (line,), trainer = record(tmp_path, in_mode("float32"), make())
-    assert (line["stage"], line["first_module"]) == ("input", "image")
-    assert trainer.progress.step == 3
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_recorder_goes_on_when_a_step_cannot_be_run_again(tmp_path, monkeypatch, caplog, error):
+def test_recorder_goes_on_when_a_step_cannot_be_run_again(tmp_path, monkeypatch, caplog):
     def no_room(*_):
-        raise error("no room")
+        raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(flight_recorder, "first_non_finite", no_room)
     (line,), trainer = record(tmp_path, in_mode("float32"))
@@ -347,30 +245,6 @@ def test_full_disk_while_weights_are_kept_stops_training_with_one_line(tmp_path,
     trainer = make_trainer(in_mode("float32"), batches, train_handlers=[FlightRecorder(tmp_path)])
     with pytest.raises(TrainingStopped, match=r"step_000000002.pt: expected to write \d+ bytes"):
         trainer.run()
-
-
-def test_run_that_applies_no_step_at_all_stops(tmp_path):
-    batches = [batch(n, value=math.inf) for n in range(3)]
-    lines, trainer = record(tmp_path, in_mode("float32"), None, batches)
-    assert len(lines) == 3
-    assert "got 3 skipped steps in a row. Training stops; no step was" in trainer.diagnosis
-
-
-def test_gradient_that_something_else_spoilt_names_its_module(tmp_path):
-    class Spoil:
-        def attach(self, trainer):
-            trainer.add_event_handler(
-                IterationEvents.BACKWARD_COMPLETED,
-                lambda engine: engine.network[0].weight.grad.fill_(math.inf),
-            )
-
-    batches = [batch(0)]
-    handlers = [Spoil(), FlightRecorder(tmp_path)]
-    trainer = make_trainer(in_mode("float32"), batches, train_handlers=handlers)
-    with pytest.raises(TrainingStopped):
-        trainer.run()
-    (line,) = overflows(tmp_path)
-    assert (line["stage"], line["first_module"]) == ("backward", "0")
 
 
 def test_record_follows_a_line_that_a_crash_has_torn(tmp_path):
@@ -396,18 +270,12 @@ def test_record_of_a_run_that_starts_anew_is_set_aside(poisoned, tmp_path):
     assert (run_dir / "overflow.former" / "step_000000001.pt").is_file()
 
 
-def test_recorder_makes_no_folder_when_it_keeps_nothing(poisoned, tmp_path):
-    assert poisoned(tmp_path / "r", [1], overflow_keep=0, amp=False) == 0
-    (line,) = overflows(tmp_path / "r")
-    assert line["kept"] is None
-    assert not (tmp_path / "r/overflow").exists()
-
-
 # --- what it leaves alone
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("mode", "accumulation"), [("float16", 1), ("float16", 2), ("bfloat16", 1)]
+)
 def test_recorder_does_not_change_the_training(tmp_path, mode, accumulation):
     def train(folder=None):
         batches = [batch(n) for n in range(8)]
@@ -445,3 +313,165 @@ def test_replay_leaves_gradients_buffers_weights_and_hooks(mode):
     assert first_non_finite(trainer, [batch(5, value=math.inf)], 1.0).stage == "input"
     assert differing(before, everything()) == []
     assert not any(everything()["hooks"])
+
+
+POISON = {"numbers": [5], "value": 1e6}  # step 3; finite in float32 only
+SAME = ("samples", "case_ids", "origins", "stage", "first_module", "non_finite_cases",
+        "max_abs_activation", "loss_scale", "step")  # fmt: skip
+
+
+def paths(folder: Path) -> dict[str, int]:
+    """Everything in a folder, and when it changed."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def printed(capfd) -> dict:
+    """What the command printed since the last look: JSON and nothing else."""
+    return json.loads(capfd.readouterr().out)
+
+
+# --- --replay_step
+
+
+@pytest.mark.parametrize("group", [{}, {"batch_size": 1, "accumulation_steps": 2}], ids=str)
+def test_replay_step_finds_the_same_and_writes_nothing(poisoned, tmp_path, capfd, group):
+    changes = {**POISON, **HALF, **group}
+    assert poisoned(tmp_path / "r", **changes) == 0
+    (line,) = overflows(tmp_path / "r")
+    before = snapshot(tmp_path / "r"), paths(tmp_path / "r")
+    capfd.readouterr()
+    assert poisoned(tmp_path / "r", **changes, replay_step=3) == 0
+    again = printed(capfd)
+    assert (line["stage"], line["first_module"]) == ("forward", "encoders.0.conv1")
+    assert {key: again[key] for key in SAME} == {key: line[key] for key in SAME}
+    assert (again["recorded_in"], again["replayed_in"]) == ("float16", "float16")
+    assert (snapshot(tmp_path / "r"), paths(tmp_path / "r")) == before
+
+
+def test_replay_step_can_be_done_in_another_precision(poisoned, samples, tmp_path, capfd):
+    assert poisoned(tmp_path / "r", **POISON, **HALF) == 0
+    capfd.readouterr()
+    assert poisoned(tmp_path / "r", **POISON, **{**HALF, "amp": False}, replay_step=3) == 0
+    again = printed(capfd)
+    assert (again["recorded_in"], again["replayed_in"]) == ("float16", "float32")
+    assert (again["stage"], again["first_module"], again["loss_scale"]) == (None, None, 1)
+    assert again["case_ids"] == [samples[n]["case_id"] for n in (4, 5)]
+
+
+WRONG_STEPS = {
+    4: "replay_step: expected a skipped step whose weights were kept (3), got 4.",
+    "three": "--replay_step: expected the number of a skipped step, got 'three'.",
+    None: "--replay_step: expected the number of a skipped step, got None.",
+    True: "--replay_step: expected the number of a skipped step, got True.",
+}
+
+
+def test_replay_step_of_a_wrong_number_is_one_line(poisoned, tmp_path, capfd):
+    assert poisoned(tmp_path / "r", **POISON, **HALF) == 0
+    before = snapshot(tmp_path / "r")
+    for step, message in WRONG_STEPS.items():
+        capfd.readouterr()
+        assert poisoned(tmp_path / "r", **POISON, **HALF, replay_step=step) == 2, step
+        error = capfd.readouterr().err
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+    assert snapshot(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overflow_keep": 0}, "weights were kept (there is none), got 3."),
+        ({"seed": 1}, "got other values of seed"),
+        ({"output_dir": "elsewhere"}, "output_dir: expected a run directory, found none in"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_replay_step_of_another_run_is_one_line(poisoned, tmp_path, capfd, changes, message):
+    keep = {"overflow_keep": changes.get("overflow_keep", 5)}
+    assert poisoned(tmp_path / "r", **POISON, **HALF, **keep) == 0
+    before = snapshot(tmp_path / "r")
+    capfd.readouterr()
+    moved = {k: str(tmp_path / v) if v == "elsewhere" else v for k, v in changes.items()}
+    place = Path(moved.pop("output_dir", tmp_path / "r"))
+    assert poisoned(place, **POISON, **HALF, **moved, replay_step=3) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert snapshot(tmp_path / "r") == before
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# --- the curves
+
+
+def test_tensorboard_has_the_largest_logit_of_each_step(tmp_path):
+    seen = []
+    trainer = make_trainer(
+        in_mode("float32"), [batch(n) for n in range(4)], accumulation=2,
+        train_handlers=[TensorBoardHandler(tmp_path, make_validator(), log_every=1)],
+    )  # fmt: skip
+    trainer.add_event_handler(
+        IterationEvents.FORWARD_COMPLETED,
+        lambda engine: seen.append(engine.state.output["pred"].detach().abs().max().item()),
+    )
+    trainer.run()
+    points = curve(read(tmp_path), "AMP/max_abs_logit")
+    assert points == [(n + 1, max(seen[2 * n : 2 * n + 2])) for n in range(2)]
+
+
+def gradients_of(network: nn.Module, group: list[dict], dtype, scale: float) -> list[torch.Tensor]:
+    """Scaled gradients of a group's mean loss, on a copy of the network."""
+    network = deepcopy(network).train()
+    network.zero_grad()
+    for micro_batch in group:
+        torch.manual_seed(int(micro_batch["seed"][0]))
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            loss = SegmentationLoss()(network(micro_batch["image"]), micro_batch["label"])
+        (loss * scale / len(group)).backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_tensorboard_has_the_share_of_gradients_that_underflow(tmp_path, accumulation):
+    """With a loss scale so small that float16 loses many of them."""
+    scale = 2.0**-13
+    batches = [batch(n) for n in range(3 * accumulation)]
+    handler = TensorBoardHandler(tmp_path, make_validator(), underflow_every=1)
+    trainer = make_trainer(
+        half(init_scale=scale), batches, accumulation=accumulation,
+        network=batch_norm_network(), train_handlers=[handler],
+    )  # fmt: skip
+    expected = []
+
+    def measure(engine):
+        if (engine.state.iteration - 1) % accumulation:
+            return
+        step = len(expected)
+        group = batches[step * accumulation : (step + 1) * accumulation]
+        low = gradients_of(trainer.network, group, torch.float16, scale)
+        full = gradients_of(trainer.network, group, torch.float32, 1.0)
+        lost = sum(((a == 0) & (b != 0)).sum().item() for a, b in zip(low, full, strict=True))
+        expected.append(lost / sum(grad.numel() for grad in full))
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, measure)
+    trainer.run()
+    points = curve(read(tmp_path), "AMP/underflow_fraction")
+    assert [step for step, _ in points] == [1, 2, 3]
+    assert [value for _, value in points] == pytest.approx(expected, rel=1e-6)
+    assert all(0.02 < value < 0.98 for value in expected)
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("changes", [HALF, further({"amp": False})], ids=["float16", "float32"])
+def test_measuring_underflow_does_not_change_the_training(run, tmp_path, changes):
+    changes = {**changes, "network_def#norm": "batch", "network_def#dropout": 0.3}
+    saved = []
+    for every in (0, 1):
+        out = tmp_path / f"every_{every}"
+        group = {"batch_size": 1, "accumulation_steps": 2}
+        assert run(out, underflow_every=every, **changes, **group) == 0
+        saved.append(load_checkpoint(checkpoints(out / "checkpoints")[-1]))
+        saved[-1]["progress"].pop("wall_time_s")
+    assert steps_of(read(tmp_path / "every_1"), "AMP/underflow_fraction") == [1, 2, 3, 4]
+    assert differing(*saved) == []

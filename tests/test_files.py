@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -208,7 +207,7 @@ def check_state(folder: Path, state: dict[str, bytes], acknowledged: int) -> Non
 # --- damage
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "bit"])
 def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, caplog, damage):
     store = CheckpointStore(tmp_path)
     for step in (1, 2):
@@ -216,7 +215,7 @@ def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
     newest = tmp_path / "step_2.pt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
-    newest.write_bytes({"truncated": data[:-100], "bit": data, "empty": b""}[damage])
+    newest.write_bytes({"truncated": data[:-100], "bit": data}[damage])
     assert store.newest().name == "step_1.pt"
     assert not newest.exists()
     assert (tmp_path / "step_2.pt.damaged").exists()
@@ -247,31 +246,7 @@ def test_run_stops_again_and_again_when_no_checkpoint_is_whole(tmp_path, pattern
         assert CheckpointStore(tmp_path).newest() is None
 
 
-def test_newest_that_was_deleted_is_missed(tmp_path, caplog):
-    store = CheckpointStore(tmp_path)
-    for step in (1, 2):
-        store.save(content(step), f"step_{step}.pt")
-    (tmp_path / "step_2.pt").unlink()
-    assert store.newest().name == "step_1.pt"
-    assert "step_2.pt IS MISSING" in caplog.text
-
-
-def test_newest_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path)
-    for step in (1, 2):
-        store.save(content(step), f"step_{step}.pt")
-    digest = hashlib.file_digest
-
-    def broken(file, name):
-        if file.name.endswith("step_2.pt"):
-            raise OSError(errno.EIO, "bad disk")
-        return digest(file, name)
-
-    monkeypatch.setattr(hashlib, "file_digest", broken)
-    assert store.newest().name == "step_1.pt"
-
-
-@pytest.mark.parametrize("line", ["{}", "[1]", "7", '{"file": "step_1.pt"}', '{"file": "st'])
+@pytest.mark.parametrize("line", ["[1]", '{"file": "step_1.pt"}', '{"file": "st'])
 def test_line_of_the_manifest_that_is_none_does_not_count(tmp_path, line):
     store = CheckpointStore(tmp_path)
     store.save(content(1), "step_1.pt")
@@ -317,13 +292,3 @@ def test_refused_write_leaves_what_was_there_and_says_size_and_path(tmp_path, mo
             store.save(content(2), "step_2.pt")
     assert not list(tmp_path.glob("*.tmp"))
     assert store.newest().name == "step_1.pt"
-
-
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save({"a": torch.ones(1)}, path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
-        with pytest.raises(WriteError, match="bad disk"):
-            save({"a": torch.zeros(1)}, path)
-    assert torch.load(path, weights_only=True)["a"].item() == 1

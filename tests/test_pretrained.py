@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import REPOSITORY, TINY, finished_run, make_dataset, run_tiny, write_dataset_json
-from forked import monai_bundle
+from conftest import finished_run, make_dataset, run_tiny, write_dataset_json
 
 from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
-from pipeline.training.pretrained import fitted, read_weights
+from pipeline.training.pretrained import PretrainedWeights
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 HEAD = ["head.weight", "head.bias"]
@@ -95,38 +94,6 @@ def test_run_begins_with_the_weights_of_the_file(kind, run, former, first_weight
     assert log.index(record["sha256"]) < log.index("Precision in force")
 
 
-def test_run_without_a_file_says_none(former):
-    assert json.loads((former / "summary.json").read_text())["init_weights"] is None
-
-
-def test_relative_path_starts_from_bundle_root(run, former, first_weights, tmp_path):
-    path = os.path.relpath(former / "models/model.pt", REPOSITORY)
-    assert run(tmp_path / "r", init_weights=path, max_epochs=1) == 0
-    stored = json.loads((tmp_path / "r/configs/train.json").read_text())["init_weights"]
-    assert (tmp_path / "r" / stored).resolve() == (former / "models/model.pt").resolve()
-
-
-def test_monai_bundle_begins_with_them_too(run, former, dataset, tmp_path):
-    path = str(former / "models/model.pt")
-    start = {"init_weights": path, "reinit_head": True, "max_epochs": 1}
-    assert run(tmp_path / "ours", **start) == 0
-    values = {**TINY, **start, "dataset_dir": str(dataset), "output_dir": str(tmp_path / "theirs")}
-    words = [
-        word
-        for key, value in values.items()
-        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
-    done = monai_bundle("--config_file", "configs/amp.json", *words)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (weights(tmp_path / who / "models/last.pt") for who in ("ours", "theirs"))
-    assert differing(ours, theirs) == []
-    summaries = [
-        json.loads((tmp_path / w / "summary.json").read_text()) for w in ("ours", "theirs")
-    ]
-    assert summaries[0]["init_weights"] == summaries[1]["init_weights"]
-    assert summaries[0]["init_weights"]["drawn_anew"] == HEAD
-
-
 @pytest.fixture(scope="module")
 def four_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that declares one class more."""
@@ -152,25 +119,6 @@ def test_other_number_of_classes_keeps_all_but_the_head(
     assert record["drawn_anew"] == HEAD
     assert record["num_tensors"] == len(body)
     assert "drawn anew: head.weight, head.bias" in (tmp_path / "r/log.txt").read_text()
-
-
-def test_other_number_of_classes_is_refused_without_reinit_head(
-    four_classes, former, tmp_path, at_the_root, capfd
-):
-    path = str(former / "models/model.pt")
-    assert refused(capfd, run_tiny, four_classes, tmp_path / "r", init_weights=path) == [
-        "init_weights: head.bias: expected float32 [4], got float32 [3] in model.pt. Use "
-        "reinit_head=true to draw the head anew.",
-        "init_weights: head.weight: expected float32 [4, 2, 1, 1, 1], got float32 [3, 2, 1, 1, 1] "
-        "in model.pt. Use reinit_head=true to draw the head anew.",
-    ]
-    assert not (tmp_path / "r").exists()
-
-
-def test_reinit_head_draws_a_head_that_would_fit_anew(run, former, first_weights, tmp_path):
-    path = former / "models/model.pt"
-    assert run(tmp_path / "r", init_weights=str(path), reinit_head=True, max_epochs=1) == 0
-    assert differing(first_weights[0], weights(path)) == ["head.weight", "head.bias"]
 
 
 def test_run_that_continues_ignores_the_file(run, former, first_weights, tmp_path):
@@ -223,14 +171,6 @@ def write_nested(path: Path) -> None:
     torch.save({"model": {"w": torch.ones(1)}, "optimizer": {}}, path)
 
 
-def write_list(path: Path) -> None:
-    torch.save([torch.ones(1)], path)
-
-
-def write_nothing(path: Path) -> None:
-    torch.save({}, path)
-
-
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -239,8 +179,6 @@ def write_nothing(path: Path) -> None:
         ("w.pt", write_text, "expected a state dict or a checkpoint in "),
         ("w.safetensors", write_text, "expected a state dict or a checkpoint in .*header"),
         ("w.pt", write_nested, "expected tensors by name in .*got a dict of model, optimizer"),
-        ("w.pt", write_list, "expected tensors by name in .*got a list"),
-        ("w.pt", write_nothing, "expected tensors by name in .*got a dict"),
     ],
 )
 def test_file_that_holds_no_weights_is_told_in_one_line(
@@ -249,7 +187,7 @@ def test_file_that_holds_no_weights_is_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
     with pytest.raises(InputError, match=f"^init_weights: {message}") as refused:
-        read_weights(tmp_path / name)
+        PretrainedWeights(tmp_path, name).read()
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "executed").exists()
 
@@ -257,6 +195,13 @@ def test_file_that_holds_no_weights_is_told_in_one_line(
 @pytest.fixture
 def network() -> DenseUNet:
     return DenseUNet(base_channels=2, strides=[2], num_dense_layers=1, growth_rate=2, seed=0)
+
+
+def fit(folder: Path, network: torch.nn.Module, **kwargs: Any) -> PretrainedWeights:
+    pretrained = PretrainedWeights(folder, "w.pt", **kwargs)
+    pretrained.read()
+    pretrained.fit(network)
+    return pretrained
 
 
 def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
@@ -269,7 +214,7 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     state["encoders.0.norm2.weight"] = state["encoders.0.norm2.weight"].to_sparse()
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(InputError) as refused:
-        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=False)
+        fit(tmp_path, network)
     assert [fault.split(" in w.pt. ")[0] for fault in refused.value.faults] == [
         "init_weights: deepest.conv1.weight: expected float32 [4, 2, 3, 3, 3], got float32 [1, 2]",
         "init_weights: deepest.norm1.weight: expected float32 [4], got no such tensor",
@@ -282,22 +227,11 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     ]
 
 
-def test_reinit_head_takes_no_notice_of_the_files_head(network, tmp_path):
-    state = network.state_dict()
-    state["head.weight"] = torch.full((9,), torch.nan)
-    state["deep_heads.0.weight"] = torch.ones(1)
-    del state["head.bias"]
-    torch.save(state, tmp_path / "w.pt")
-    tensors, drawn_anew = fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
-    assert drawn_anew == HEAD
-    assert tensors.keys() == network.state_dict().keys() - {*HEAD}
-
-
 def test_reinit_head_of_a_network_without_one_is_refused(tmp_path):
     network = torch.nn.Conv3d(1, 1, 1)
     torch.save(network.state_dict(), tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"^reinit_head: expected a network with layers head\.\*"):
-        fitted(read_weights(tmp_path / "w.pt"), network, reinit_head=True)
+        fit(tmp_path, network, reinit_head=True)
 
 
 def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
@@ -305,14 +239,3 @@ def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
     (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
     assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
     assert not (tmp_path / "r").exists()
-
-
-def test_run_that_began_before_there_was_this_key_goes_on(run, tmp_path):
-    assert run(tmp_path / "r", max_epochs=1) == 0
-    path = tmp_path / "r/configs/train.json"
-    source = json.loads(path.read_text())
-    for key in ("init_weights", "reinit_head"):
-        del source[key], source["lifecycle"][key]
-    del source["train"]["trainer"]["initial_weights"]
-    path.write_text(json.dumps(source))
-    assert run(tmp_path / "r", max_epochs=2) == 0

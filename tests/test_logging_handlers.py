@@ -61,18 +61,6 @@ def test_tensorboard_shows_training_and_validation_of_a_run(run, tmp_path):
     assert picture_of(images[0]).shape == (4 * 18, 4 * 20, 3)
 
 
-def test_tensorboard_goes_on_where_a_continued_run_does(run, tmp_path):
-    assert run(tmp_path / "run", max_epochs=1) == 0
-    set_aside(tmp_path / "run")
-    assert run(tmp_path / "run", max_epochs=3) == 0
-    events = read(tmp_path / "run")
-    for tag in TRAINING_TAGS:
-        assert steps_of(events, tag) == [1, 2, 3, 4, 5, 6], tag
-    for tag in VALIDATION_TAGS:
-        assert steps_of(events, tag) == [2, 4, 6], tag
-    assert [image.step for image in events.Images("val/first_case")] == [2, 4, 6]
-
-
 def set_aside(run_dir):
     """Give the event file a name that sorts before those written within the same second."""
     for number, path in enumerate(sorted((run_dir / "tensorboard").glob("events*"))):
@@ -114,14 +102,6 @@ def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path, start)
     assert curve(read(tmp_path), "train/loss") == [(n, n) for n in range(1, 9)]
 
 
-def test_tensorboard_hides_lost_steps_before_the_first_new_point(tmp_path):
-    skipped = StepStats(applied=False, loss=-1.0, grad_norm=math.inf, loss_scale=1, max_abs_logit=3)
-    record(tmp_path, 7, log_every=4, results={6: skipped})
-    set_aside(tmp_path)
-    record(tmp_path, 4, start=4, log_every=4)  # step 6 is not skipped this time
-    assert curve(read(tmp_path), "train/loss") == [(4, 4), (8, 8)]
-
-
 def test_tensorboard_keeps_the_epochs_last_step_when_its_validation_is_made_up_for(tmp_path):
     record(tmp_path, 4)
     set_aside(tmp_path)
@@ -131,23 +111,6 @@ def test_tensorboard_keeps_the_epochs_last_step_when_its_validation_is_made_up_f
     events = read(tmp_path)
     assert curve(events, "train/loss") == [(n, n) for n in range(1, 5)]
     assert curve(events, "val/mean_dice") == [(4, 0.5)]
-
-
-def test_tensorboard_closes_its_file_when_training_is_complete(tmp_path):
-    handler = TensorBoardHandler(tmp_path, make_validator(), log_every=1)
-    trainer = StubTrainer([handler])
-    writer = handler.writer
-    trainer.run([0] * 4, max_epochs=1)
-    assert writer.all_writers is None  # closed
-    trainer.run([0] * 4, max_epochs=2)  # and goes on in another file
-    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
-
-
-def test_tensorboard_writes_no_score_when_the_epoch_was_not_validated(tmp_path):
-    handler = TensorBoardHandler(tmp_path, make_validator(dice=0.5, epoch=1), log_every=1)
-    StubTrainer([handler]).run([0] * 4, max_epochs=2)
-    assert curve(read(tmp_path), "val/mean_dice") == [(4, 0.5)]
-    assert curve(read(tmp_path), "val/dice_dim") == [(4, 0.5)]
 
 
 # ---- scores of every case
@@ -188,12 +151,6 @@ def test_validation_json_has_null_when_a_class_is_absent(tmp_path):
             "tiny_002": {"dim": None, "bright": None},
         },
     }
-
-
-def test_validation_json_stays_when_the_epoch_was_not_validated(tmp_path):
-    handler = ScoreHandler(tmp_path, make_validator(dice=0.5, epoch=1, cases={"a": [0.5, 1.0]}))
-    StubTrainer([handler]).run([0] * 4, max_epochs=2)
-    assert strict_json((tmp_path / "validation.json").read_text())["epoch"] == 1
 
 
 # ---- pictures
@@ -240,32 +197,6 @@ def test_outline_slice_draws_label_green_and_prediction_red():
     assert (rest == rest[:, :1]).all()  # grey
 
 
-def test_outline_slice_is_yellow_when_label_and_prediction_agree():
-    label = cube((8, 8, 3), (2, 6), (2, 6), (1, 2))
-    picture = outline_slice(np.zeros((8, 8, 3)), label, label)
-    letters = (255, 255, 255)
-    assert set(map(tuple, picture.reshape(-1, 3))) == {(0, 0, 0), YELLOW, letters}
-
-
-def test_outline_slice_draws_borders_between_classes():
-    label = cube((8, 8, 1), (1, 7), (1, 7), (0, 1))
-    label[4:7, 1:7] = 2
-    picture = outline_slice(np.zeros((8, 8, 1)), label, np.zeros_like(label))
-    assert where(picture, GREEN)[16, 15:17].all()
-
-
-def test_outline_slice_shows_the_slice_with_most_foreground():
-    shape = (9, 7, 6)
-    # 16 voxels whose values sum to more than those of the 20
-    label = cube(shape, (0, 4), (1, 5), (1, 2), value=2) | cube(shape, (4, 8), (1, 6), (4, 5))
-    image = np.broadcast_to(np.arange(6.0), shape).copy()
-    image[:4, :, 4] = 10  # the left half of slice 4 alone is uneven
-    picture = outline_slice(image, label, np.zeros_like(label))
-    np.testing.assert_array_equal(where(picture, GREEN), border(drawn(label, 4)))
-    assert picture[0, -1].tolist() == [255] * 3
-    assert picture[0, 0].tolist() == [0] * 3
-
-
 def test_outline_slice_draws_anterior_up_and_left_on_the_right():
     image = np.zeros((10, 12, 1))
     image[:3, :, 0] += 1  # the patient's left
@@ -273,13 +204,6 @@ def test_outline_slice_draws_anterior_up_and_left_on_the_right():
     picture = outline_slice(image, np.zeros((10, 12, 1), np.uint8), np.zeros((10, 12, 1), np.uint8))
     grey = picture[..., 0].astype(int)
     assert grey[0, -1] > grey[0, 0] > grey[-1, -1] > grey[-1, 0] == 0
-
-
-def test_outline_slice_does_not_let_one_bright_voxel_darken_the_rest():
-    image = np.random.default_rng(0).uniform(0, 1, (30, 30, 1))
-    image[3, 3, 0] = 1e6
-    empty = np.zeros((30, 30, 1), np.uint8)
-    assert 100 < outline_slice(image, empty, empty).mean() < 155
 
 
 def test_tensorboard_picture_is_axial_and_upright_whatever_the_files_orientation(tmp_path):
@@ -328,13 +252,6 @@ def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(caplog, cap
     assert "\r" not in capfd.readouterr().err
 
 
-def test_console_shows_no_loss_when_only_validation_is_made_up_for(caplog):
-    caplog.set_level(logging.INFO)
-    trainer = StubTrainer([ConsoleHandler(make_validator(dice=0.5, epoch=1))], step=4)
-    trainer.fire_event(Events.EPOCH_COMPLETED)
-    assert messages(caplog) == ["epoch 1/2, step 4, mean Dice 0.5000, 20 s, about 20 s left"]
-
-
 @pytest.mark.parametrize("start", [0, 4])
 def test_console_shows_a_bar_on_a_terminal(capsys, monkeypatch, start):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -356,13 +273,3 @@ def test_console_shows_a_bar_on_a_terminal(capsys, monkeypatch, start):
     assert "\r" in shown
     assert "8/8" in shown
     assert "loss=8.000" in shown
-
-
-def test_console_prints_plain_lines_in_a_run(run, tmp_path, capfd):
-    assert run(tmp_path / "run") == 0
-    shown = capfd.readouterr()
-    lines = [line for line in shown.out.splitlines() if line.startswith("epoch")]
-    assert [line.split(",")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert f"mean Dice {summary['last_mean_dice']:.4f}" in lines[-1]
-    assert "\r" not in shown.out + shown.err
