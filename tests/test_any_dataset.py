@@ -255,16 +255,6 @@ def test_run_logs_warnings_and_goes_on(train, tmp_path):
     assert "case_005: expected foreground in the label, got background alone." in log
 
 
-def test_run_tells_all_faults_before_there_is_a_directory(train, tmp_path, capfd):
-    dataset = any_datasets.folders(tmp_path / "data")
-    (dataset / "images/case_001.nii.gz").write_bytes(b"")
-    any_datasets.save(dataset / "labels/case_002.nii.gz", np.full(any_datasets.SIZE, 0.5))
-    assert train(dataset) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert sorted(line.split(":")[0] for line in lines) == ["case_001", "case_002"]
-    assert not (tmp_path / "r").exists()
-
-
 def test_run_reads_voxels_for_preflight_once(train, tmp_path, monkeypatch):
     from pipeline.data import statistics
 

@@ -157,7 +157,6 @@ def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
 
 # ---- what is not
 
-NAN = float("nan")
 CHANGES = {
     "checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], {}, "CRC check failed"),
     "length": (lambda b: b[:-1] + bytes([b[-1] ^ 1]), {}, "length"),
@@ -167,38 +166,26 @@ CHANGES = {
     "no gzip": (gzip.decompress, {}, "Not a gzipped file"),
     "empty": (lambda b: b"", {}, "no NIfTI header"),
     "text": (lambda b: gzip.compress(b"words " * 200), {}, "no NIfTI header"),
-    "voxels cut off": (
-        lambda b: gzip.compress(gzip.decompress(b)[:-2]),
-        {},
-        "an end before the last voxel",
-    ),
-    "more than the file can hold": (
-        bytes,
-        {"dim": [3, 999, 999, 999, 1, 1, 1, 1]},
-        "in a file that can hold",
-    ),
-    "more voxels than anyone has": (
-        bytes,
-        {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
-        "claims 999700029999 voxels",
-    ),
+    "voxels cut off": (lambda b: gzip.compress(gzip.decompress(b)[:-2]), {},
+                       "an end before the last voxel"),
+    "more than the file can hold": (bytes, {"dim": [3, 999, 999, 999, 1, 1, 1, 1]},
+                                    "in a file that can hold"),
+    "more voxels than anyone has": (bytes, {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
+                                    "claims 999700029999 voxels"),
     "axis of no voxel": (bytes, {"dim": [3, 7, 0, 5, 1, 1, 1, 1]}, "a shape of (7, 0, 5)"),
     "axis below 0": (bytes, {"dim": [3, -7, 6, 5, 1, 1, 1, 1]}, "a shape of (-7, 6, 5)"),
     "no axis": (bytes, {"dim": [0] * 8}, "a shape of"),
     "huge offset": (bytes, {"vox_offset": 2.0**30}, "voxels from byte 1073741824 on"),
     "offset of infinity": (bytes, {"vox_offset": np.inf}, "infinity"),
-    "offset of NaN": (bytes, {"vox_offset": NAN}, "NaN"),
+    "offset of NaN": (bytes, {"vox_offset": np.nan}, "NaN"),
     "offset within the header": (bytes, {"vox_offset": 0}, "voxels from byte 0 on"),
     "voxels of bits": (bytes, {"datatype": 1}, "data code 1"),
     "complex voxels": (bytes, {"datatype": 32}, "voxels of type complex64"),
     "colours": (bytes, {"datatype": 128}, "voxels of type"),
-    "slope without intercept": (bytes, {"scl_slope": 2, "scl_inter": NAN}, "intercept"),
-    "quaternion that is none": (
-        bytes,
-        {"sform_code": 0, "qform_code": 1, "quatern_b": 1, "quatern_c": 1},
-        "w2",
-    ),
-}
+    "slope without intercept": (bytes, {"scl_slope": 2, "scl_inter": np.nan}, "intercept"),
+    "quaternion that is none": (bytes, {"sform_code": 0, "qform_code": 1, "quatern_b": 1,
+                                        "quatern_c": 1}, "w2"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "header", "message"), CHANGES.values(), ids=CHANGES)

@@ -141,34 +141,40 @@ def read_dataset_json(root: Path) -> DatasetLayout:
         raise InputError(*faults)
     class_names, ignore_value = _read_labels(source["labels"], path, may_ignore=is_nnunet)
     channel_names = [name for _, name in _sort_by_value(source[channels])]
-    listed: Listed
-    if not is_nnunet:
-        entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
-        listed = _read_entries(entries, path), []
-    elif "dataset" in source:
-        entries = {
-            f"dataset['{case_id}']": {**entry, "case_id": case_id, "image": entry.get("images")}
-            if isinstance(entry, Mapping)
-            else entry
-            for case_id, entry in source["dataset"].items()
-        }
-        listed = _read_entries(entries, path), []
-    else:
-        ending = source.get("file_ending", ".nii.gz")
-        expected = "file_ending .nii.gz or .nii"
-        require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
-        listed = _pair_folders(root, *FOLDERS[1], ending, len(channel_names))
+    cases, issues = _list_cases(root, source, is_nnunet, len(channel_names))
     return DatasetLayout(
         kind="nnunet" if is_nnunet else "msd",
         name=str(source.get("name", root.resolve().name)),
         class_names=class_names,
         channel_names=channel_names,
         ignore_value=ignore_value,
-        cases=listed[0],
-        issues=listed[1],
+        cases=cases,
+        issues=issues,
         description={fact: str(source[key]) for key, fact in FACTS.items() if source.get(key)},
         labels=dict(source["labels"]),
     )
+
+
+def _list_cases(
+    root: Path, source: Mapping[str, Any], is_nnunet: bool, num_channels: int
+) -> Listed:
+    path = root / "dataset.json"
+    if is_nnunet and "dataset" not in source:
+        ending = source.get("file_ending", ".nii.gz")
+        expected = "file_ending .nii.gz or .nii"
+        require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
+        return _pair_folders(root, *FOLDERS[1], ending, num_channels)
+    if is_nnunet:
+        entries = {
+            f"dataset['{case_id}']": {**entry, "case_id": case_id, "image": entry.get("images")}
+            if isinstance(entry, Mapping)
+            else entry
+            for case_id, entry in source["dataset"].items()
+        }
+    else:
+        entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
+    _check_entries(entries, path, required=("image", "label"))
+    return [_make_case(entry) for entry in entries.values()], []
 
 
 def _read_labels(
@@ -313,11 +319,6 @@ def _check_entries(entries: Mapping[str, Any], where: Path, required: Collection
     ]
     if faults:
         raise InputError(*faults)
-
-
-def _read_entries(entries: Mapping[str, Any], where: Path) -> list[Case]:
-    _check_entries(entries, where, required=("image", "label"))
-    return [_make_case(entry) for entry in entries.values()]
 
 
 def _read_table(path: Path) -> DatasetLayout:
