@@ -111,7 +111,9 @@ class _Checker:
         needed = [key for key, spec in known.items() if training and not spec.is_optional]
         used = {target[0] for found in self.references.values() for target, _ in found}
         missing = used.union(needed) - source.keys()
-        for key in source.keys() - known.keys() - {"_meta_", *keys.CLIENT_KEYS}:
+        for key in source:
+            if key in (*known, "_meta_", *keys.CLIENT_KEYS):
+                continue
             if new := old_names.renamed(key):
                 self.note((key,), f"{key} was renamed to {new}", (new,))
             elif training or key not in used:
@@ -147,6 +149,8 @@ class _Checker:
     def target(self, node: dict[str, Any]) -> Any:
         """The class or function of an object; `None` if there is none, or it is not allowed."""
         name = node["_target_"]
+        if not isinstance(name, str) or name.startswith(MARKS):
+            return None
         is_allowed = self.allow is None or allowed.is_allowed(name, self.allow)
         return allowed.find(name) if is_allowed else None
 
