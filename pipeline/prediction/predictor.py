@@ -149,7 +149,7 @@ def load_networks(
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
         allowed.check(
-            source, [value for path, value in keys.walk(own) if path[-1:] == ("_target_",)]
+            source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
         )
         parser = Parser({**source, **{key: own[key] for key in PRECISION if key in own}})
         networks.append(parser.get_parsed_content("network"))
