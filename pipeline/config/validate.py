@@ -98,6 +98,12 @@ class _Checker:
         return any(path[:n] in self.broken for n in range(len(path) + 1))
 
     def check_names(self) -> None:
+        for path, node in self.nodes.items():
+            keys_ = node if isinstance(node, dict) else {}
+            owner = str(keys_.get("_target_", path[-1] if path else "")).rpartition(".")[2]
+            for key in keys_:
+                if new := old_names.renamed(key, owner):
+                    self.note((*path, key), f"{key} was renamed to {new}", (*path, new))
         source, allow = self.composed.source, self.allow
         for path, fault in () if allow is None else allowed.find_faults(source, allow):
             is_special = path[-1:] and path[-1].startswith("_")
@@ -114,9 +120,7 @@ class _Checker:
         for key in source:
             if key in (*known, "_meta_", *keys.CLIENT_KEYS):
                 continue
-            if new := old_names.renamed(key):
-                self.note((key,), f"{key} was renamed to {new}", (new,))
-            elif training or key not in used:
+            if (training or key not in used) and not self.is_broken((key,)):
                 near = _closest(key, missing)
                 fault = f"expected a known key, got '{key}'. {nearest(key, near or known)}"
                 self.note((key,), fault, *((one,) for one in near))
@@ -168,8 +172,6 @@ class _Checker:
         for key in unknown:
             near = _closest(key, missing) or _closest(key, hints)
             fault = f"expected an argument of {name}, got '{key}'. {nearest(key, near or hints)}"
-            if new := old_names.renamed(key, name):
-                near, fault = [new], f"{key} was renamed to {new}"
             self.note((*path, key), fault, *((*path, one) for one in near if one not in given))
         if missing := [key for key in missing if not self.is_broken((*path, key))]:
             fault = f"expected {', '.join(missing)} for {name}, got none. Add it."
