@@ -72,10 +72,7 @@ BARE = {name.rpartition(".")[2]: name for name in DOTTED if name.startswith("mon
 NAMES = {*DOTTED, *BARE}
 
 # Arguments of listed classes that are left out or match a pattern, and why.
-_COMPILE = {
-    "compile": ("", "the compiler runs programs"),
-    "compile_kwargs": ("", "the compiler runs programs"),
-}
+_COMPILE = dict.fromkeys(("compile", "compile_kwargs"), ("", "the compiler runs programs"))
 _LOG_DIR = {"log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent")}
 _FILE = (r".*\.pt", "Python might execute a file that is not named *.pt")
 _FORMAT = (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects")
