@@ -127,7 +127,7 @@ class _Checker:
         for key in needed:
             if key in missing and not self.is_broken((key,)):
                 self.note((key,), f"expected a value ({known[key].meaning}), got none. Add it.")
-        for key, fault in keys.find_faults(source, known):
+        for key, fault in keys.find_key_faults(source, known):
             self.note((key,), fault)
 
     def check_objects(self) -> None:
