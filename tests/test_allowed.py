@@ -209,6 +209,7 @@ def test_allow_takes_names_only(name):
         {"optimizer#_disabled_": "$@x"}, {"optimizer#_requires_": "$import os"},
         {"optimizer#_requires_": ["$__import__('os')"]}, {"optimizer#__path": "os.system"},
         {"validate#postprocessing": {"_target_": "SaveImaged", "keys": "p", "writer": "os.system"}},
+        {"train#trainer#compile": True}, {"train#trainer#compile_kwargs": {"mode": "x"}},
     ],
 )  # fmt: skip
 def test_special_keys_are_no_way_in(tmp_path, capfd, changes):

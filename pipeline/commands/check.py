@@ -49,13 +49,13 @@ def main(words: Sequence[str] | None = None) -> int:
             )
         composed = compose_located([options.config], overrides, allow)
         validate.check(composed, allow, training=True)
-        return check(composed.source, options.plan, options.json)
+        return check_dataset(composed.source, options.plan, options.json)
     except InputError as error:
         error.tell()
         return 2
 
 
-def check(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
+def check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
     """Check the dataset of a config, and print what was found; returns the exit status.
 
     Args:

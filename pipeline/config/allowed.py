@@ -73,14 +73,14 @@ BARE = {name.rpartition(".")[2]: name for name in DOTTED if name.startswith("mon
 NAMES = {*DOTTED, *BARE}
 
 # Arguments of listed classes that are left out or match a pattern, and why.
-_COMPILE = {"compile": ("", "it compiles"), "compile_kwargs": ("", "the compiler runs programs")}
+_COMPILE = dict.fromkeys(("compile", "compile_kwargs"), ("", "the compiler runs programs"))
 _LOG_DIR = {"log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent")}
 _FILE = (r".*\.pt", "Python might execute a file that is not named *.pt")
 _FORMAT = (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects")
 RESTRICTED: dict[str, dict[str, tuple[str, str]]] = {
     "CheckpointSaver": {"final_filename": _FILE, "key_metric_filename": _FILE},
     "MixedPrecisionEvaluator": _COMPILE,
-    "MixedPrecisionTrainer": {"compile_kwargs": _COMPILE["compile_kwargs"]},
+    "MixedPrecisionTrainer": _COMPILE,
     "SaveImaged": {"writer": ("", "it names any class by dotted path")},
     "StatsHandler": {"key_var_format": _FORMAT},
     "SupervisedEvaluator": _COMPILE,

@@ -220,14 +220,14 @@ def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
     Raises:
         InputError: One line for each value of another type.
     """
-    if found := [f"{key}: {fault}" for key, fault in find_faults(source, keys)]:
+    if found := [f"{key}: {fault}" for key, fault in find_key_faults(source, keys)]:
         raise InputError(*found)
 
 
-def find_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[tuple[str, str]]:
+def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[tuple[str, str]]:
     """Yield each top-level key whose value is not what a table says, and what is expected."""
-    for key in keys.keys() & source.keys():
-        spec, value = keys[key], source[key]
+    for key, spec in keys.items():
+        value = source.get(key, "@")  # nothing is expected of a key that is not there
         if isinstance(value, str) and value[:1] in ("$", "@"):
             continue
         if spec.types == "bool" and value in ("true", "false"):

@@ -98,6 +98,12 @@ class _Checker:
         return any(path[:n] in self.broken for n in range(len(path) + 1))
 
     def check_names(self) -> None:
+        for path, node in self.nodes.items():
+            keys_ = node if isinstance(node, dict) else {}
+            owner = str(keys_.get("_target_", path[-1] if path else "")).rpartition(".")[2]
+            for key in keys_:
+                if new := old_names.renamed(key, owner):
+                    self.note((*path, key), f"{key} was renamed to {new}", (*path, new))
         source, allow = self.composed.source, self.allow
         for path, fault in () if allow is None else allowed.find_faults(source, allow):
             is_special = path[-1:] and path[-1].startswith("_")
@@ -111,17 +117,17 @@ class _Checker:
         needed = [key for key, spec in known.items() if training and not spec.is_optional]
         used = {target[0] for found in self.references.values() for target, _ in found}
         missing = used.union(needed) - source.keys()
-        for key in source.keys() - known.keys() - {"_meta_", *keys.CLIENT_KEYS}:
-            if new := old_names.renamed(key):
-                self.note((key,), f"{key} was renamed to {new}", (new,))
-            elif training or key not in used:
+        for key in source:
+            if key in (*known, "_meta_", *keys.CLIENT_KEYS):
+                continue
+            if (training or key not in used) and not self.is_broken((key,)):
                 near = _closest(key, missing)
                 fault = f"expected a known key, got '{key}'. {nearest(key, near or known)}"
                 self.note((key,), fault, *((one,) for one in near))
         for key in needed:
             if key in missing and not self.is_broken((key,)):
                 self.note((key,), f"expected a value ({known[key].meaning}), got none. Add it.")
-        for key, fault in keys.find_faults(source, known):
+        for key, fault in keys.find_key_faults(source, known):
             self.note((key,), fault)
 
     def check_objects(self) -> None:
@@ -147,6 +153,8 @@ class _Checker:
     def target(self, node: dict[str, Any]) -> Any:
         """The class or function of an object; `None` if there is none, or it is not allowed."""
         name = node["_target_"]
+        if not isinstance(name, str) or name.startswith(MARKS):
+            return None
         is_allowed = self.allow is None or allowed.is_allowed(name, self.allow)
         return allowed.find(name) if is_allowed else None
 
@@ -164,8 +172,6 @@ class _Checker:
         for key in unknown:
             near = _closest(key, missing) or _closest(key, hints)
             fault = f"expected an argument of {name}, got '{key}'. {nearest(key, near or hints)}"
-            if new := old_names.renamed(key, name):
-                near, fault = [new], f"{key} was renamed to {new}"
             self.note((*path, key), fault, *((*path, one) for one in near if one not in given))
         if missing := [key for key in missing if not self.is_broken((*path, key))]:
             fault = f"expected {', '.join(missing)} for {name}, got none. Add it."

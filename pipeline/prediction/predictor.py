@@ -149,7 +149,7 @@ def load_networks(
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
         allowed.check(
-            source, [value for path, value in keys.walk(own) if path[-1:] == ("_target_",)]
+            source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
         )
         member = Parser(source).get_parsed_content("network_def")
         device = next(network.parameters()).device
