@@ -33,14 +33,15 @@ def outline_slice(image: np.ndarray, label: np.ndarray, pred: np.ndarray) -> np.
         for letter, columns in zip(SIDES.values(), (slice(2, 10), slice(-10, -2)), strict=True):
             pixels = np.array([[*row] for row in letter.split()]) == "1"
             rgb[2:12, columns][np.kron(pixels, np.ones((2, 2), bool))] = 255
-    green, red = (_outline(labels) for labels in outlines)
+    green, red = (outline(labels) for labels in outlines)
     rgb[green | red] = 0
     rgb[green, 1] = 255
     rgb[red, 0] = 255
     return rgb.astype(np.uint8)
 
 
-def _outline(labels: np.ndarray) -> np.ndarray:
-    """Voxels whose neighbourhood holds another label and that are foreground themselves."""
-    inner = ndimage.minimum_filter(labels, size=3) == ndimage.maximum_filter(labels, size=3)
+def outline(labels: np.ndarray, width: int = 1) -> np.ndarray:
+    """Mask of the foreground pixels within `width` pixels of another label, of the same shape."""
+    size = 2 * width + 1
+    inner = ndimage.minimum_filter(labels, size) == ndimage.maximum_filter(labels, size)
     return (labels > 0) & ~inner

@@ -15,6 +15,8 @@ import io
 import json
 import logging
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,24 @@ def load(file: Path | io.BytesIO, device: torch.device | str = "cpu") -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, durably; raises as `write_durably`."""
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a file to write, which takes the place of `path` at the end if all went well.
+
+    It is not forced to the disk: for results that can be made again.
+
+    Raises:
+        OSError: If the system refuses; the old file is then unchanged.
+    """
+    # ends as the other, since nibabel compresses by the ending
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class CheckpointStore:
