@@ -127,7 +127,7 @@ class Lifecycle:
     @property
     def is_entered(self) -> bool:
         """Whether the cases and the plan are known."""
-        return hasattr(self, "cases")
+        return hasattr(self, "plan")
 
     @property
     def is_held(self) -> bool:
@@ -446,7 +446,7 @@ class Lifecycle:
                 return sys.__excepthook__(kind, error, trace)
             sys.exit(print_failure(error, self.directory.log_file if self.is_held else None))
 
-        if sys.excepthook is sys.__excepthook__:
+        if getattr(sys.excepthook, "__module__", None) in ("sys", __name__):  # nobody else's
             sys.excepthook = self._excepthook = tell
 
     # --- what the run is made from
