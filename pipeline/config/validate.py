@@ -341,7 +341,7 @@ def find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
             return deeper[0]
     elif origin is Literal:
         fits = is_object or value in inner or value is Any
-    elif value is not Any and inspect.isclass(plain):
+    elif Any not in (value, plain) and inspect.isclass(plain):
         elements: dict[str, Any] = value if isinstance(value, dict) and len(inner) == 2 else {}
         if isinstance(value, list) and (len(inner) == 1 or inner[1:] == (...,)):
             elements, inner = {str(n): one for n, one in enumerate(value)}, (None, inner[0])
