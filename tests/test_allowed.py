@@ -195,6 +195,7 @@ def test_allow_admits_a_class_or_a_package_for_this_command(tmp_path, words, nam
 def test_allowed_package_is_what_is_defined_in_it():
     assert allowed.is_allowed("poison.PoisonedAugment", ["poison"])
     assert not allowed.is_allowed("poison.torch.load", ["poison"])
+    assert not allowed.is_allowed("poison.torch", ["poison"])
     assert not allowed.is_allowed("poisons.BreakWeights", ["poison"])
 
 
