@@ -85,7 +85,9 @@ USES: dict[str, tuple[str, Any]] = {
     "monai.networks.nets.DynUNet": (NETWORK, {
         **SIZES, "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}),
     "monai.networks.nets.SegResNet": (NETWORK, SIZES),
-    "monai.networks.nets.UNet": (NETWORK, {**SIZES, "channels": [8, 16], "strides": [2]}),
+    "monai.networks.nets.UNet": (NETWORK, {
+        **SIZES, "channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 1,
+        "norm": ["INSTANCE", {"affine": True}], "act": "LEAKYRELU"}),
     "monai.transforms.CenterSpatialCropd": (AFTER, [{"keys": ["image"], "roi_size": [8, 8, 8]}]),
     "monai.transforms.Compose": (AFTER, [{"transforms": []}]),
     "monai.transforms.DataStatsd": (AFTER, [{"keys": "image"}]),
@@ -101,7 +103,9 @@ USES: dict[str, tuple[str, Any]] = {
         "validate::postprocessing", {"keys": "pred", "output_dir": "x"}),
     "monai.transforms.ScaleIntensityd": (AFTER, [{"keys": "image", "minv": 0, "maxv": 1.0}]),
     "torch.optim.AdamW": ("optimizer", {"params": "$@network.parameters()", "lr": 1e-3}),
-    "torch.optim.SGD": ("optimizer", {"params": "$@network.parameters()", "momentum": 0.99}),
+    "torch.optim.SGD": ("optimizer", {
+        "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
+        "nesterov": True}),
     "torch.optim.lr_scheduler.StepLR": (
         "lr_scheduler", {"optimizer": "@optimizer", "step_size": 9}),
     "torch.utils.data.DataLoader": ("validate::dataloader", {"dataset": DATA, "batch_size": 1}),
@@ -192,6 +196,7 @@ def test_allow_admits_a_class_or_a_package_for_this_command(tmp_path, words, nam
 def test_allowed_package_is_what_is_defined_in_it():
     assert allowed.is_allowed("poison.PoisonedAugment", ["poison"])
     assert not allowed.is_allowed("poison.torch.load", ["poison"])
+    assert not allowed.is_allowed("poison.torch", ["poison"])
     assert not allowed.is_allowed("poisons.BreakWeights", ["poison"])
 
 

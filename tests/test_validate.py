@@ -184,28 +184,10 @@ def test_check_pinpoints_mutations_of_every_key(monkeypatch, every):
 
 # --- configs in which nothing is wrong
 
-UNET = {
-    "_target_": "UNet", "spatial_dims": 3, "in_channels": "@in_channels",
-    "out_channels": "@num_classes", "channels": [8, 16, 32], "strides": [2, 2],
-    "num_res_units": 1, "norm": ["INSTANCE", {"affine": True}], "act": "LEAKYRELU",
-}  # fmt: skip
+# classes of the list are in overlays of tests/test_allowed.py
 LEGAL = {
     "nothing": {},
-    "unet": {"network_def": UNET},
-    "dynunet": {
-        "network_def": {
-            "_target_": "monai.networks.nets.DynUNet", "spatial_dims": 3,
-            "in_channels": "@in_channels", "out_channels": "@num_classes",
-            "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2],
-        }
-    },
     "part of an object": {"network_def#dropout": 0.25, "train::trainer::grad_clip": 3},
-    "sgd": {
-        "optimizer": {
-            "_target_": "torch.optim.SGD", "params": "$@network.parameters()",
-            "lr": "@learning_rate", "momentum": 0.99, "nesterov": True,
-        }
-    },
     "names that are ids too": {
         "validate#key_metric": {"cases": {"_target_": "MeanDice"}},
         "validate#handlers": [
@@ -213,18 +195,6 @@ LEGAL = {
             {"_target_": "LrScheduleHandler", "lr_scheduler": "@lr_scheduler"},
             {"_target_": "ConfusionMatrix", "metric_name": ["sensitivity", "precision"]},
         ],
-    },
-    "step scheduler": {
-        "lr_scheduler": {
-            "_target_": "torch.optim.lr_scheduler.StepLR", "optimizer": "@optimizer",
-            "step_size": 10,
-        }
-    },
-    "loss of monai": {
-        "loss_function": {
-            "_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True,
-            "lambda_ce": 2,
-        }
     },
     "further handlers": {
         "+train#handlers": [
@@ -260,12 +230,6 @@ LEGAL = {
     "relative ids": {"train#sampler#batch_size": "@###batch_size", "train#inferer2": "@#inferer"},
     "values as monai.bundle passes them": {"amp": "false", "network_def#deep_supervision": "true"},
     "augmentation off": {"augmentation": {"spatial": {"flip": {"prob": 0}}, "intensity": {}}},
-    "inner inferer": {
-        "validate#inferer": {
-            "_target_": "SliceInferer", "roi_size": [48, 48], "spatial_dim": 2,
-            "sw_batch_size": "@sw_batch_size",
-        }
-    },
     "a file's own remark": {"_meta_": {"version": "1", "note": "any text, 100 %"}},
     "no groups": {"group_pattern": "^([^_]+)_\\d+$"},
 }  # fmt: skip

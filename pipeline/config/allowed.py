@@ -129,7 +129,8 @@ def is_allowed(name: str, allow: Collection[str] = ()) -> bool:
     packages = tuple(f"{package}." for package in allow if name.startswith(f"{package}."))
     target = find(name) if packages else None
     # what a package has imported from elsewhere is not its own
-    return bool(packages) and (target is None or f"{target.__module__}.".startswith(packages))
+    module = f"{getattr(target, '__module__', '')}."
+    return bool(packages) and (target is None or module.startswith(packages))
 
 
 @cache
