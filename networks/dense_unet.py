@@ -1,6 +1,6 @@
 """A 3D U-Net with a dense bottleneck: the whole network.
 
-This file defines what is computed; `fused_layers` and `cpu_layers` compute some of it faster than
+This file defines what is computed; `fused_layers` computes some of it faster than
 torch does, with the same results.
 
 Terms: a *level* is one resolution; the *skip* of a level is its encoder output, handed to its
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import fused_layers
-from networks.cpu_layers import InstanceNorm, upsample
+from networks.fused_layers import InstanceNorm, upsample
 
 NORMS = {"batch": nn.BatchNorm3d, "instance": InstanceNorm}
 COUNTS = ("in_channels", "out_channels", "base_channels", "num_dense_layers", "growth_rate")

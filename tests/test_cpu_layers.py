@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.cpu_layers import InstanceNorm, upsample
 from networks.dense_unet import DenseUNet
+from networks.fused_layers import InstanceNorm, upsample
 from pipeline.training.allocator import keep_freed_memory
 
 LAST = torch.channels_last_3d

@@ -11,8 +11,7 @@ from monai.transforms import LoadImaged, SaveImage
 from pydicom.uid import JPEG2000, RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
-from transforms.dicom import DicomError, dicom_files, read_series
-from transforms.load import LoadVolumesd
+from transforms.load import DicomError, LoadVolumesd, dicom_files, read_series
 from transforms.postprocess import ToOriginalGridd
 from transforms.preprocess import preprocessing
 

@@ -7,10 +7,14 @@ from monai.transforms import Lambdad
 from scipy import ndimage
 
 from pipeline.data.cache import CachedDataset, VolumeCache
-from transforms.borders import CropEmptyBordersd, occupied_box
 from transforms.normalize import NormalizeChannelsd
 from transforms.postprocess import ToOriginalGridd, to_original_grid
-from transforms.preprocess import ValidationPreprocessing, preprocessing
+from transforms.preprocess import (
+    CropEmptyBordersd,
+    ValidationPreprocessing,
+    occupied_box,
+    preprocessing,
+)
 
 # ---- grids: voxel sizes in mm, then axis order and signs, then a turn in degrees
 

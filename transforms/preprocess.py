@@ -7,26 +7,121 @@ numbers that stand in the config and travel with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
+    MapTransform,
     Orientationd,
     Spacingd,
+    SpatialCrop,
     Transform,
 )
 from monai.transforms.traits import RandomizableTrait
+from monai.utils import convert_to_dst_type, convert_to_numpy
 
-from transforms.borders import CropEmptyBordersd
 from transforms.grid import TOLERANCE_MM, OnImageGridd, compare, on_grid
-from transforms.labels import WholeLabelsd
 from transforms.load import LoadVolumesd
 from transforms.normalize import Normalization, NormalizeChannelsd
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # scaling of stored values may move labels off whole numbers
+MAX_VALUE = 255  # label maps are kept in a byte
+
+
+def round_labels(voxels: np.ndarray) -> np.ndarray:
+    """Round values within `TOLERANCE` of a whole number.
+
+    Returns:
+        An array of the same shape and dtype; other values, NaN among them, stay as they are.
+    """
+    if voxels.dtype.kind != "f":
+        return voxels
+    whole = np.rint(voxels) + 0  # of -0 and 0 one value
+    with np.errstate(invalid="ignore"):  # of an infinite value
+        return np.where(np.abs(voxels - whole) <= TOLERANCE, whole, voxels)
+
+
+class WholeLabelsd(MapTransform):
+    """Converts label maps to uint8, and refuses values that a byte cannot hold.
+
+    Values within `TOLERANCE` of a whole number are rounded; the log names the first such file of
+    each folder.
+
+    Raises:
+        ValueError: If a value is not a whole number from 0 to 255.
+    """
+
+    reported: ClassVar[set[str]] = set()  # folders, in this process
+
+    def __call__(self, data: dict) -> dict:
+        """Convert the label maps of one case."""
+        return {**data, **{key: self._whole(data[key], key) for key in self.key_iterator(data)}}
+
+    def _whole(self, volume: MetaTensor, key: str) -> MetaTensor:
+        given = convert_to_numpy(volume)
+        voxels = round_labels(given)
+        is_label = (voxels == np.rint(voxels)) & (voxels >= 0) & (voxels <= MAX_VALUE)
+        if not is_label.all():  # NaN among them
+            raise ValueError(
+                f"{key}: expected whole numbers from 0 to {MAX_VALUE}, got "
+                f"{voxels[~is_label][0]:g} and the like in {np.sum(~is_label)} voxels. Correct the "
+                "label or exclude the case."
+            )
+        meta = getattr(volume, "meta", {})
+        folder, _, name = str(meta.get("filename_or_obj", key)).rpartition("/")
+        if folder not in self.reported and (off := float(np.abs(voxels - given).max(initial=0))):
+            self.reported.add(folder)
+            log.warning("%s: label values up to %.1g off whole numbers are rounded", name, off)
+        return convert_to_dst_type(voxels, volume, dtype=torch.uint8)[0]
+
+
+class CropEmptyBordersd(MapTransform):
+    """Crops to the smallest box that holds all voxels that are not zero in every image channel.
+
+    The box, `crop_start` and `crop_size` in voxels of the file, is written into the image's
+    metadata, so that `transforms.postprocess` can put a prediction back to its place. An image
+    that is zero everywhere stays as it is. Runs before the grid is changed.
+
+    Args:
+        keys: Volumes `(C, H, W, D)` on the image's grid that are cropped with it.
+        allow_missing_keys: Whether one may be absent.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: dict) -> dict:
+        """Crop the volumes of one case."""
+        start, end = occupied_box(data["image"])
+        crop = SpatialCrop(roi_start=start, roi_end=end)
+        cropped = {**data, **{key: crop(data[key]) for key in self.key_iterator(data)}}
+        meta = cropped["image"].meta
+        meta["crop_start"] = start
+        meta["crop_size"] = [b - a for a, b in zip(start, end, strict=True)]
+        return cropped
+
+
+def occupied_box(image: torch.Tensor) -> tuple[list[int], list[int]]:
+    """First voxel, and last + 1, of `(C, H, W, D)` along each axis that holds something."""
+    occupied = (image != 0).any(dim=0)
+    start, end = [], []
+    for axis in range(3):
+        others: Sequence[int] = [other for other in range(3) if other != axis]
+        places = torch.nonzero(torch.as_tensor(occupied.any(dim=others[1]).any(dim=others[0])))
+        whole = not len(places)
+        start.append(0 if whole else int(places[0]))
+        end.append(occupied.shape[axis] if whole else int(places[-1]) + 1)
+    return start, end
 
 
 class Preprocessing(Compose):

@@ -60,7 +60,7 @@ ABANDONED_S = 3600  # after which a temporary file has no writer any more
 TOUCH_S = 600  # between two notes that an entry is in use
 MAX_THREADS = 8  # each holds a case in memory
 ATTEMPTS = 3  # to make an entry that other runs keep removing
-# what the way back to the file's grid needs; crop_* come from transforms.borders
+# what the way back to the file's grid needs; crop_* come from transforms.preprocess
 GEOMETRY = ("affine", "original_affine", "spatial_shape", "space", "crop_start", "crop_size")
 
 # of a config: the run's directory and its split say nothing about preprocessing

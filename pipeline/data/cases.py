@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.data.issues import DatasetIssue, require
 from pipeline.errors import InputError
-from transforms.dicom import dicom_files
+from transforms.load import dicom_files
 
 Case = dict[str, Any]
 

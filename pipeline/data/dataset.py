@@ -15,7 +15,7 @@ from pipeline.data.issues import require
 from pipeline.data.layouts import read_layout
 from pipeline.data.splits import GroupPattern, Split, split_by_file, split_by_hash
 from pipeline.errors import InputError, nearest
-from transforms.dicom import dicom_files
+from transforms.load import dicom_files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.data.cases import ENDINGS, Case, case_name, list_volumes, split_channel
 from pipeline.data.issues import require
 from pipeline.errors import InputError
-from transforms.dicom import dicom_files
+from transforms.load import dicom_files
 
 Volumes = dict[str, dict[str, list[Path]]]  # by case and channel number (empty: not a channel)
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-from transforms.dicom import DicomError, read_geometry, read_series
+from transforms.load import DicomError, read_geometry, read_series
 
 MAX_VOXELS = 2**31  # 16 times 512 x 512 x 512
 OFFSET_BYTES = (348, 2**24)  # of the first voxel; nibabel reads voxels from within the header too

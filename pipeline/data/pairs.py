@@ -11,7 +11,7 @@ from pipeline.data.cases import ENDINGS, case_name
 from pipeline.data.nifti import Header, VolumeError, read_header, read_voxels
 from pipeline.errors import InputError
 from transforms.grid import TOLERANCE_MM, align
-from transforms.labels import MAX_VALUE, round_labels
+from transforms.preprocess import MAX_VALUE, round_labels
 
 Pair = tuple[str, Path, Path]  # case id, prediction, label
 

@@ -30,8 +30,8 @@ from pipeline.data.statistics import (
     measure_case,
 )
 from pipeline.errors import InputError
-from transforms.dicom import DicomError
 from transforms.grid import TOLERANCE_MM, align, compare
+from transforms.load import DicomError
 
 SIDES = ("train", "validation", "test")
 UNPLANNED = ("unreadable", "missing", "shape", "spacing", "singular")  # with these there is no plan

@@ -22,7 +22,7 @@ from pipeline.data.cases import Case, files_of
 from pipeline.data.content import HASHES, ContentHashes, sha256_of
 from pipeline.data.nifti import Header, read_voxels
 from pipeline.files import replace_file
-from transforms.labels import round_labels
+from transforms.preprocess import round_labels
 
 VERSION = 4  # of CaseStatistics; statistics that another version stored are measured again
 NUM_QUANTILES = 200  # of a case's foreground intensities

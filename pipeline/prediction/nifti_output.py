@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from pipeline.files import replace_file
-from transforms.dicom import read_geometry
+from transforms.load import read_geometry
 
 # fields of a NIfTI header that say where voxels are, beside `pixdim`
 GRID_FIELDS = [
