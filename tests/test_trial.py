@@ -215,7 +215,7 @@ def test_batch_that_does_not_fit_is_refused_or_lowered(dataset, tmp_path, monkey
     try:
         assert run_tiny(dataset, tmp_path / "r", **large, batch_size=8) == 2
         assert "batch_size: expected a training step that fits into" in capfd.readouterr().err
-        auto = {**large, "batch_size": "auto", "memory_budget_bytes": 20e9}
+        auto = {**large, "batch_size": "auto", "memory_budget_bytes": 20 * 10**9}
         assert run_tiny(dataset, tmp_path / "a", **auto) == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
