@@ -113,7 +113,7 @@ def test_memory_grows_with_a_slab_and_not_with_the_volume(monkeypatch):
 def test_slab_that_is_too_large_is_blended_on_the_host(network):
     volume = torch.randn(2, 30, 41, 25).cuda()
     on_card = network.float().cuda()
-    sums = 4 * 5 * 8 * 30 * 41  # slabs are cut along the axis of the smallest ones
+    sums = 4 * 5 * 8 * 30 * 41  # along the third axis there are the most windows
     found = {}
     for limit in (sums, sums - 1):
         window = SlidingWindow((16, 16, 8), 5, 3, max_blend_bytes=limit)
