@@ -30,8 +30,12 @@ def make_old(node: Any, key: str = "") -> Any:
     if not isinstance(node, dict):
         return node
     arguments = old_names.ARGUMENTS.get(str(node.get("_target_", key)).rpartition(".")[2], {})
-    names = {new: old for old, new in arguments.items() if new}
-    return {names.get(key, key): make_old(value, key) for key, value in node.items()}
+    names = {new: old for old, new in arguments.items() if isinstance(new, str)}
+    several = {old: new for old, new in arguments.items() if isinstance(new, dict)}
+    gone = {key for new in several.values() for key in new}
+    kept = {key: value for key, value in node.items() if key not in gone}
+    old = {names.get(key, key): make_old(value, key) for key, value in kept.items()}
+    return old | {key: f"@{key}" for key in several}
 
 
 @pytest.fixture(scope="module")

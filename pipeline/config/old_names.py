@@ -30,7 +30,11 @@ TARGETS = {  # of modules, or of single classes
     "pipeline.training.recorder": "pipeline.training.flight_recorder",
     "pipeline.visit.Visit": "pipeline.lifecycle.read_only_run.ReadOnlyRun",
 }
-ARGUMENTS: dict[str, dict[str, str | None]] = {  # by class or key of today; `None`: dropped
+SCORING = {"run_dir": "$@lifecycle.run_dir", "is_held": "$@lifecycle.is_held", "cases": "@cases",
+           "class_names": "$@plan.class_names", "ignore_value": "$@plan.ignore_value",
+           "group_pattern": "@group_pattern", "preprocessing": "@preprocessing"}  # fmt: skip
+# by class or key of today; `None`: dropped, a dict: arguments that replace it
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "": {**TOP_LEVEL},
     "DataModule": {"check": "preflight", "amp": None, "amp_dtype": None, "windows": None},
     "Lifecycle": {"init_head": "reinit_head", "intake": "data_module"},
@@ -38,6 +42,7 @@ ARGUMENTS: dict[str, dict[str, str | None]] = {  # by class or key of today; `No
     "PatchLoader": {"resident": "cache_on_device"},
     "ReadOnlyRun": {"init_head": "reinit_head", "intake": "data_module"},
     "Precision": {"layout": "memory_format"},
+    "Scoring": {"lifecycle": SCORING},
     "SlidingWindow": {"sums_bytes": "max_blend_bytes"},
     "VolumeCache": {"recipe": "preprocessing_key"},
     "split": {"test_share": "test_fraction"},
@@ -63,12 +68,16 @@ def translate(node: Any, key: str = "") -> Any:
     node = {name: translate(value, name) for name, value in node.items()}
     names = ARGUMENTS.get(str(node.get("_target_", key)).rpartition(".")[2], {})
     kept = {name: value for name, value in node.items() if name not in names}
-    return {new: node[old] for old, new in names.items() if old in node and new} | kept
+    present = {old: new for old, new in names.items() if old in node}
+    for several in (new for new in present.values() if isinstance(new, dict)):
+        kept |= several
+    return {new: node[old] for old, new in present.items() if isinstance(new, str)} | kept
 
 
 def renamed(name: str, owner: str = "") -> str | None:
     """Today's name of a top-level key, or of an argument of a class, if it was renamed."""
-    return ARGUMENTS.get(owner, {}).get(name)
+    new = ARGUMENTS.get(owner, {}).get(name)
+    return new if isinstance(new, str) else None
 
 
 def require_todays_names(run_dir: Path) -> None:
