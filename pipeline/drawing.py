@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image, ImageDraw
 from scipy import ndimage
-
-# of the patient, as they stand in the picture; pixels of a letter by rows
-SIDES = {"R": "1110 1001 1110 1010 1001", "L": "1000 1000 1000 1000 1111"}
 
 
 def outline_slice(image: np.ndarray, label: np.ndarray, pred: np.ndarray) -> np.ndarray:
@@ -28,16 +26,16 @@ def outline_slice(image: np.ndarray, label: np.ndarray, pred: np.ndarray) -> np.
     )
     low, high = np.percentile(plane, [1, 99])
     grey = np.clip((plane - low) / max(float(high - low), 1e-6), 0, 1) * 255
-    rgb = np.repeat(grey[..., None], 3, axis=2)
-    if min(rgb.shape[:2]) >= 24:
-        for letter, columns in zip(SIDES.values(), (slice(2, 10), slice(-10, -2)), strict=True):
-            pixels = np.array([[*row] for row in letter.split()]) == "1"
-            rgb[2:12, columns][np.kron(pixels, np.ones((2, 2), bool))] = 255
+    picture = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if min(picture.size) >= 24:
+        for letter, x, anchor in (("R", 2, "la"), ("L", picture.width - 2, "ra")):
+            ImageDraw.Draw(picture).text((x, 0), letter, "white", anchor=anchor, font_size=14)
+    rgb = np.array(picture)
     green, red = map(outline, labels)
     rgb[green | red] = 0
     rgb[green, 1] = 255
     rgb[red, 0] = 255
-    return rgb.astype(np.uint8)
+    return rgb
 
 
 def outline(labels: np.ndarray, width: int = 1) -> np.ndarray:

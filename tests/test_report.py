@@ -15,9 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import REPOSITORY, run_tiny
+from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.commands.report import main
-from pipeline.errors import InputError
 from pipeline.evaluation.scores import score_case, write_scores
 from pipeline.reporting.report import choose_cases, write_report
 from pipeline.reporting.run_files import read_run
@@ -118,7 +118,7 @@ def test_report_holds_every_part(html):
     assert len(html) < 1_000_000
 
 
-def test_report_has_no_script_and_asks_for_nothing(html):
+def test_report_has_no_script_and_names_no_other_place(html, finished_run, dataset):
     tags = Tags(html)
     policy = next(m for m in tags.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src")
@@ -126,12 +126,8 @@ def test_report_has_no_script_and_asks_for_nothing(html):
     for _, attributes in tags.found:
         for key in ("src", "href", "xlink:href", "srcset", "action"):
             assert re.match(r"data:|#", attributes.get(key) or "#")
-
-
-def test_report_names_no_other_place_of_the_machine(html, finished_run, dataset):
-    assert str(dataset) not in html
-    assert str(REPOSITORY) not in html
-    assert str(Path.home()) not in html.replace(str(finished_run), "")
+    for place in (dataset, REPOSITORY, Path.home()):
+        assert str(place) not in html.replace(str(finished_run), "")
 
 
 def test_report_tells_how_to_make_the_run_again(html, finished_run, a_copy):
@@ -178,39 +174,26 @@ def test_report_says_what_is_missing(tmp_path):
         assert sentence in text
 
 
-def test_report_says_that_data_have_moved(a_copy):
+def test_report_says_what_has_no_picture_and_no_curve(a_copy):
     file = a_copy / "scores" / "validation_best" / "cases.json"
     file.write_text(file.read_text().replace("imagesTr", "elsewhere"))
-    tags = Tags(html_of(a_copy))
-    assert tags.text.count("No picture: image, label or prediction of this case is not") == 3
-    assert tags.of("img") == []
-    assert "tiny_004" in tags.text  # the table stays
-
-
-def test_report_says_that_float32_has_no_loss_scale(a_copy):
     shutil.rmtree(a_copy / "tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
     with SummaryWriter(str(a_copy / "tensorboard")) as writer:
         writer.add_scalar("train/loss", 1.0, 1)
         writer.add_scalar("AMP/loss_scale", 1.0, 1)
     tags = Tags(html_of(a_copy))
+    assert tags.text.count("No picture: image, label or prediction of this case is not") == 3
+    assert "tiny_004" in tags.text  # the table stays
     assert "There is no curve of the loss scale" in tags.text
     assert "There was no validation" in tags.text
-    assert len(tags.of("svg")) == 2 + 2
+    assert (len(tags.of("img")), len(tags.of("svg"))) == (0, 2 + 2)
 
 
-def test_report_stays_as_it_was_when_it_cannot_be_written(a_copy, monkeypatch, capsys):
-    before = (a_copy / "report" / "index.html").read_text()
-
-    def refuse(*_):
-        raise OSError("no room")
-
-    monkeypatch.setattr(os, "replace", refuse)
+def test_command_says_that_the_report_could_not_be_written(a_copy, capsys):
+    shutil.rmtree(a_copy / "report")
+    (a_copy / "report").write_text("a file")
     assert main([str(a_copy)]) == 1
-    assert "no room" in capsys.readouterr().err
-    assert [path.name for path in (a_copy / "report").iterdir()] == ["index.html"]
-    assert (a_copy / "report" / "index.html").read_text() == before
+    assert "expected a writable directory" in capsys.readouterr().err
 
 
 def test_command_says_where_the_report_is(finished_run, capsys):
@@ -220,57 +203,35 @@ def test_command_says_where_the_report_is(finished_run, capsys):
     assert (finished_run / "report" / "index.html").as_uri() in out
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ([], "command line: the following arguments are required: RUN. usage:"),
-        (["a", "b"], "command line: unrecognized arguments: b. usage:"),
-        (["no/such/run"], "no/such/run: expected a run directory, got one without"),
-    ],
-)
-def test_command_refuses_what_is_no_run(words, told, capsys):
-    assert main(words) == 2
-    assert told in capsys.readouterr().err
+def test_command_refuses_what_is_no_run(capsys):
+    assert main(["no/such/run"]) == 2
+    assert "no/such/run: expected a run directory, got one without" in capsys.readouterr().err
 
 
-def test_run_without_a_config_is_no_run(tmp_path):
-    with pytest.raises(InputError, match=r"configs/train\.json. Name the output_dir of a run"):
-        read_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("ranked", "expected"),
-    [
-        ("", {}),
-        ("a", {"a": "Worst"}),
-        ("ab", {"a": "Worst", "b": "Best"}),
-        ("abc", {"a": "Worst", "b": "Median", "c": "Best"}),
-        ("abcdef", {"a": "Worst", "c": "Median", "f": "Best"}),
-    ],
-)
-def test_chosen_cases_are_the_worst_the_median_and_the_best(ranked, expected):
-    assert choose_cases(list(ranked)) == expected
+def test_chosen_cases_are_the_worst_the_median_and_the_best():
+    assert choose_cases([]) == {}
+    assert choose_cases(["a"]) == {"a": "Worst"}
+    assert choose_cases(["a", "b"]) == {"a": "Worst", "b": "Best"}
+    assert choose_cases([*"abcdef"]) == {"a": "Worst", "c": "Median", "f": "Best"}
 
 
 def test_table_begins_with_the_worst_case_and_names_what_is_not_scored(html):
-    table = html[html.index('<table class="cases">') :]
+    table = html[html.index('<div class="scores">') :].partition("</table>")[0]
     rows = {
-        re.search(r'<th scope="row">(.*?)</th>', row)[1]: re.findall(r">([^<>]*)</td>", row)
-        for row in re.findall(r"<tr>.*?</tr>", table[: table.index("</table>")], re.DOTALL)[2:]
+        row.partition("<")[0]: re.findall(r">([^<>]*)</td>", row)
+        for row in table.split('<th scope="row">')[1:]
     }
-    cases = [name for name in rows if name != "Mean"]
-    means = [float(rows[name][0]) for name in cases]
+    means = [float(cells[0]) for name, cells in rows.items() if name != "Mean"]
     assert means == sorted(means)
     assert len(means) == 6
-    assert re.search(r"missed</span> 0\.000</td>", table)
-    assert re.search(r"absent</span> </td>", table)
+    assert "missed 0.000" in rows["tiny_004"]
+    assert "absent " in rows["tiny_005"]
     assert float(rows["Mean"][0]) == pytest.approx(np.mean(means), abs=1e-3)
 
 
 def test_scores_are_ranked_by_the_mean_of_what_is_defined(finished_run):
     scores = read_run(finished_run).scores["validation", "best"]
     means, rows = scores.means("dice"), scores.rows
-    assert scores.ranked()[-1] == "tiny_001"  # the exact prediction
     assert means["tiny_004"] == pytest.approx(rows["tiny_004"]["dim"]["dice"] / 2)  # one missed
     assert means["tiny_005"] == pytest.approx(rows["tiny_005"]["dim"]["dice"])  # one absent
     assert sorted(means, key=means.__getitem__) == scores.ranked()
@@ -280,8 +241,8 @@ def test_scores_are_ranked_by_the_mean_of_what_is_defined(finished_run):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """Headless Chromium that logs what it complains of."""
+def opened(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Iterator:
+    """Headless Chromium with the run's report; it logs what it complains of."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium and chromedriver are not installed here")
     from selenium import webdriver
@@ -289,23 +250,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    switches = (
-        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync "
-        "disable-background-networking disable-component-update"
-    )
+    switches = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking"
     for switch in [*switches.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    driver.get((finished_run / "report" / "index.html").as_uri())
     yield driver
     driver.quit()
-
-
-@pytest.fixture
-def opened(browser, finished_run):
-    """The browser with the run's report."""
-    browser.get((finished_run / "report" / "index.html").as_uri())
-    return browser
 
 
 def test_page_shows_every_figure_and_complains_of_nothing(opened):
@@ -313,16 +265,11 @@ def test_page_shows_every_figure_and_complains_of_nothing(opened):
     for width in (1280, 400):
         opened.set_window_size(width, 900)
         sizes = opened.execute_script(
-            """
-            return [...document.querySelectorAll("figure > :is(svg, img)")].map(figure => {
-              const box = figure.getBoundingClientRect();
-              return [box.width, box.height, figure.naturalWidth ?? 1];
-            });
-            """
+            "return [...document.querySelectorAll('figure > :is(svg, img)')].map(figure => "
+            "[figure.clientWidth, figure.clientHeight, 100 * (figure.naturalWidth ?? 1)])"
         )
         assert len(sizes) == 6 + 9
-        assert np.min(sizes) > 0
-        assert np.min(np.array(sizes)[:, :2]) > 50
+        assert np.min(sizes) > 50
         assert opened.execute_script(
             "return document.documentElement.scrollWidth <= window.innerWidth"
         )
@@ -330,8 +277,8 @@ def test_page_shows_every_figure_and_complains_of_nothing(opened):
 
 def test_table_shows_the_measure_that_is_asked_for(opened):
     def shown() -> set[str]:
-        cells = opened.find_elements("css selector", ".cases thead tr:first-child th")
-        return {cell.text for cell in cells if cell.is_displayed()} - {""}
+        cells = opened.find_elements("css selector", ".scores thead th")
+        return {cell.text.split()[0] for cell in cells if cell.is_displayed()} - {"Case", "Mean"}
 
     assert shown() == {"Dice"}
     opened.find_element("css selector", "input[value=nsd]").click()

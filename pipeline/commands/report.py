@@ -1,8 +1,7 @@
-"""Write the report of a run, `report/index.html` in its directory.
+"""Write the report of a run, `report/index.html` in its directory: one file that opens offline.
 
-The page shows curves, scores of all cases, pictures of three of them, precision, plan, skipped
-steps, and the command that makes the run again. It is one file, which a browser opens without a
-network.
+It shows curves, scores of all cases, pictures of three of them, precision, plan, skipped steps, and
+the command that makes the run again.
 
 Exit status: 0 written, 1 it could not be written, 2 a mistake on the command line.
 """
@@ -17,11 +16,7 @@ from pipeline.commands.command import CommandParser, run_parsed
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        words: Command line after the command; `None` means that of this process.
-    """
+    """Run the command with `words` or this process's own, and return its exit status."""
     parser = CommandParser("report", __doc__)
     parser.add_argument("run_dir", metavar="RUN", help="run directory")
     return run_parsed(parser, words, _run)

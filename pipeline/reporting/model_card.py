@@ -6,6 +6,7 @@ case, no path and no command line.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,7 @@ from jinja2 import Environment, PackageLoader
 
 NORMALIZATION_TEXTS = {
     "zscore": "mean 0 and deviation 1 in each volume",
-    "percentile_zscore": "clipped to the 0.5th and 99.5th percentile, then mean 0 and deviation 1 "
-    "in each volume",
+    "percentile_zscore": "clipped to percentiles 0.5 and 99.5, mean 0, deviation 1 in each volume",
 }
 
 
@@ -30,29 +30,20 @@ def render_model_card(run_dir: Path, package: str = "") -> str:
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If a file is no JSON object.
+        ValueError: If a file is no JSON.
     """
-    metadata = _read(run_dir / "configs" / "metadata.json")
     summary = run_dir / "summary.json"
-    data_format = metadata["network_data_format"]
-    environment = Environment(
-        loader=PackageLoader("pipeline.reporting"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # it is Markdown; `plain` escapes what a dataset says
+    environment = Environment(  # without autoescape: the filter `plain` escapes what a dataset says
+        loader=PackageLoader("pipeline.reporting"), trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "interval": _format_interval,
-        "normalization": _format_normalizations,
+        "normalization": _format_normalization,
         "plain": _escape,
         "range": _format_range,
         "sizes": lambda values: " x ".join(f"{value:.4g}" for value in values),
     }
     return environment.get_template("model_card.md").render(
-        metadata=metadata,
-        image=data_format["inputs"]["image"],
-        pred=data_format["outputs"]["pred"],
+        metadata=_read(run_dir / "configs" / "metadata.json"),
         inference=_read(run_dir / "configs" / "inference.json"),
         summary=_read(summary) if summary.is_file() else {},
         scores=_read_scores(run_dir / "scores"),
@@ -61,43 +52,25 @@ def render_model_card(run_dir: Path, package: str = "") -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-    return content
+    return json.loads(path.read_text())
 
 
 def _read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """Summaries by split, of the best weights or, without these, of the last."""
     found: dict[str, dict[str, Any]] = {}
-    for split in ("test", "validation"):
-        for weights in ("best", "last"):
-            path = folder / f"{split}_{weights}" / "summary.json"
-            if split not in found and path.is_file():
-                found[split] = {**_read(path), "split": split, "weights": weights}
+    for split, weights in itertools.product(("test", "validation"), ("last", "best")):
+        if (path := folder / f"{split}_{weights}" / "summary.json").is_file():
+            found[split] = {**_read(path), "weights": weights}
     return found
 
 
-def _format_normalizations(given: Any) -> str:
-    channels = given if isinstance(given, list) else [given]
-    return "; ".join(dict.fromkeys(map(_format_normalization, channels)))
-
-
-def _format_normalization(one: Any) -> str:
-    if not isinstance(one, Mapping):
-        return NORMALIZATION_TEXTS.get(one, str(one))
-    clip = _format_range(one["clip"])
-    return f"clipped to {clip}, minus {one['mean']:.4g}, over {one['std']:.4g}"
-
-
-def _format_interval(figure: Mapping[str, Any], decimals: int) -> str:
-    if figure["mean"] is None:
-        return "undefined"
-    shown = f"{figure['mean']:.{decimals}f}"
-    if figure["interval"] is None:
-        return shown
-    low, high = figure["interval"]
-    return f"{shown} ({low:.{decimals}f} to {high:.{decimals}f})"
+def _format_normalization(given: Any) -> str:
+    if isinstance(given, list):
+        return "; ".join(dict.fromkeys(map(_format_normalization, given)))
+    if not isinstance(given, Mapping):
+        return NORMALIZATION_TEXTS.get(given, str(given))
+    clip = _format_range(given["clip"])
+    return f"clipped to {clip}, minus {given['mean']:.4g}, over {given['std']:.4g}"
 
 
 def _format_range(ends: Sequence[float]) -> str:

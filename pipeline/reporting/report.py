@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 
+from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.files import write_durably
 from pipeline.reporting import case_images, figures
-from pipeline.reporting.run_files import SPLITS, Run, SplitScores, mean_of, read_run
+from pipeline.reporting.run_files import Run, SplitScores, read_run
 
-# measure: name with unit, decimals
-SHOWN_MEASURES = {"dice": ("Dice", 3), "hd95_mm": ("HD95, mm", 1), "nsd": ("NSD", 3)}
+# measure: name with unit, format
+SHOWN_MEASURES = {"dice": ("Dice", ".3f"), "hd95_mm": ("HD95, mm", ".1f"), "nsd": ("NSD", ".3f")}
 NONE = "\N{EN DASH}"  # in place of an unknown value
 
 
@@ -42,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
         OSError: If the page cannot be written; an earlier page is unchanged then.
     """
     run = read_run(run_dir)
-    page = _environment().get_template("report.html").render(run=run, SPLITS=SPLITS)
+    page = _environment().get_template("report.html").render(run=run)
     path = run.directory / "report" / "index.html"
     path.parent.mkdir(exist_ok=True)
     write_durably(path, page.encode())
@@ -50,111 +50,102 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def render_section(run: Run, name: str) -> str:
-    """Return the HTML of one section, for notebooks.
-
-    Args:
-        run: Run to show.
-        name: Macro of `templates/sections.html`: `overview` (of scores), `precision`, `skipped`, …
-    """
+    """Return the HTML of a macro of `templates/sections.html` (`overview`, …), for notebooks."""
     sections: Any = _environment().get_template("sections.html").module
     return str(getattr(sections, name)(run))
 
 
+def choose_cases(ranked: list[str]) -> dict[str, str]:
+    """Name the worst, the median and the best of ranked cases, as many as there are."""
+    places = {(len(ranked) - 1) // 2: "Median", len(ranked) - 1: "Best", 0: "Worst"}
+    return {ranked[place]: places[place] for place in sorted(places) if ranked}
+
+
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pipeline.reporting"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = PackageLoader("pipeline.reporting")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "basename": lambda path: Path(str(path)).name,
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))) if seconds else NONE,
-        "json": _round,
-        "mean": lambda values: mean_of(np.array([*values])),
-        "number": lambda value, form: (
-            format(value, form) if isinstance(value, int | float) else NONE
-        ),
-        "score": _format_score,
+        "mean": lambda values: mean_of_defined(np.array([*values])),
+        "number": _format_number,
+        "rounded": _format_json,
         "word": lambda value: {True: "yes", False: "no"}.get(value, value or NONE),
     }
-    environment.globals |= {
-        "MEASURES": SHOWN_MEASURES,
-        "NAN": math.nan,
-        "NONE": NONE,
-        "case_images": case_images,
-        "choose_cases": choose_cases,
-        "draw_boxes": _draw_boxes,
-        "draw_curves": _draw_curves,
-        "draw_planes": _draw_planes,
-        "join_words": shlex.join,
-        "quote": lambda path: shlex.quote(str(path)),
-    }
+    functions = (choose_cases, make_case_table, draw_boxes, draw_curves, draw_planes, shlex.quote)
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"MEASURES": SHOWN_MEASURES, "NONE": NONE, "case_images": case_images}
     return environment
 
 
-def choose_cases(ranked: list[str]) -> dict[str, str]:
-    """Name the worst, the median and the best of ranked cases, as many as there are."""
-    places = {"Worst": 0, "Best": len(ranked) - 1, "Median": (len(ranked) - 1) // 2}
-    found: dict[str, str] = {}
-    for word, place in places.items() if ranked else ():
-        found.setdefault(ranked[place], word)
-    return {case: found[case] for case in ranked if case in found}
+def make_case_table(scores: SplitScores) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return head, rows (the cases and their mean) and CSS classes of a table of all scores."""
+    columns, of_classes = [("Case", "", [*scores.rows, "Mean"])], []
+    for measure, (label, form) in SHOWN_MEASURES.items():
+        means = np.array([*scores.means(measure).values()])
+        columns.append((f"Mean {label}", "number", _format_column(means, form)))
+        for name, values in scores.by_class(measure).items():
+            cells = _format_column(values, form)
+            for place, case in enumerate(scores.rows.values()):
+                if (status := case.get(name, {}).get("status", "scored")) != "scored":
+                    cells[place] = f"{status} {cells[place].strip(NONE)}"
+            of_classes.append((f"{label.partition(',')[0]} {name}", f"number {measure}", cells))
+    head, classes, cells_of = zip(*columns, *of_classes, strict=True)
+    return list(head), [list(row) for row in zip(*cells_of, strict=True)], list(classes)
 
 
-def _draw_curves(run: Run) -> dict[str, str]:
-    """Captions and curves over optimizer steps."""
-    curves, skipped = run.curves, run.skipped_steps
-    drawn = {"Training loss, as logged and smoothed.": figures.plot_loss(curves, skipped)}
-    if "val/mean_dice" in curves:
+def draw_curves(run: Run) -> dict[str, str]:
+    """Return captions and curves over optimizer steps, as SVG."""
+    drawn = {"Training loss, as logged and smoothed.": figures.plot_loss(run.curves, run.skipped)}
+    if "val/mean_dice" in run.curves:
         title = "Dice at each validation during training, by class."
-        drawn[title] = figures.plot_dice(curves, run.class_names)
+        drawn[title] = figures.plot_dice(run.curves, run.class_names)
     if run.has_loss_scale:
         title = "Loss scale, which is halved at each skipped step."
-        drawn[title] = figures.plot_loss_scale(curves, skipped)
-    drawn["Learning rate."] = figures.plot_learning_rate(curves)
+        drawn[title] = figures.plot_loss_scale(run.curves, run.skipped)
+    drawn["Learning rate."] = figures.plot_learning_rate(run.curves)
     return {title: figures.to_svg(figure, title) for title, figure in drawn.items()}
 
 
-def _draw_boxes(scores: SplitScores) -> dict[str, str]:
-    """Captions and box plots of the scores by class."""
+def draw_boxes(scores: SplitScores) -> dict[str, str]:
+    """Return captions and box plots of the scores by class, as SVG."""
     drawn = {}
     for measure, limit in (("dice", 1.0), ("hd95_mm", None)):
         values, label = scores.by_class(measure), SHOWN_MEASURES[measure][0]
-        undefined = {name: int(np.isnan(v).sum()) for name, v in values.items()}
-        left_out = ", ".join(f"{name} in {n}" for name, n in undefined.items() if n)
+        undefined = [f"{name} in {n}" for name, v in values.items() if (n := np.isnan(v).sum())]
         caption = f"{label.split(',')[0]} of every case, by class. Box: quartiles; line: median."
-        caption += f" Undefined and left out: {left_out}." if left_out else ""
-        alt = f"Box plots of {label} by class, {scores.split} cases"
-        drawn[caption] = figures.to_svg(figures.plot_boxes(values, label, limit), alt)
+        caption += f" Undefined and left out: {', '.join(undefined)}." if undefined else ""
+        figure = figures.plot_boxes(values, label, limit)
+        drawn[caption] = figures.to_svg(figure, f"{scores.split} cases: {caption}")
     return drawn
 
 
-def _draw_planes(run: Run, scores: SplitScores, case_id: str) -> dict[str, Any] | None:
-    """The planes of a case as PNG, and the window of grey values; `None` if files are missing."""
+def draw_planes(run: Run, scores: SplitScores, case_id: str) -> list[tuple[str, str, int, int]]:
+    """Return caption, PNG in base64, width and height of each plane of a case; none if it moved."""
     try:
-        case = case_images.read_case(case_id, scores.paths[case_id], run.plan.get("ignore_value"))
+        case = case_images.read_case(scores.find_files(case_id), run.plan.get("ignore_value"))
     except (OSError, ValueError, KeyError):
-        return None
+        return []
     planes = []
     for name, axis in case_images.PLANES.items():
-        picture = Image.fromarray(case_images.draw_plane(case, name))
-        content = io.BytesIO()
+        picture, content = case_images.draw_plane(case, name), io.BytesIO()
         picture.save(content, format="png", optimize=True)
         png = base64.b64encode(content.getvalue()).decode()
         where = f"{name} slice {case.place(axis) + 1} of {case.image.shape[axis]}"
-        planes.append(
-            {"where": where, "png": png, "width": picture.width, "height": picture.height}
-        )
-    return {"planes": planes, "window": [f"{value:.4g}" for value in case.window]}
+        window = "{:.4g} to {:.4g}".format(*case.window)
+        planes.append((f"{where}, grey values {window}", png, *picture.size))
+    return planes
 
 
-def _format_score(value: float, measure: str) -> str:
-    return NONE if math.isnan(value) else f"{value:.{SHOWN_MEASURES[measure][1]}f}"
+def _format_number(value: Any, form: str) -> str:
+    known = isinstance(value, int | float) and not math.isnan(value)
+    return format(value, form) if known else NONE
 
 
-def _round(value: Any) -> str:
+def _format_column(values: np.ndarray, form: str) -> list[str]:
+    return [_format_number(value, form) for value in (*values, mean_of_defined(values))]
+
+
+def _format_json(value: Any) -> str:
     """JSON with at most five digits of each number with a fraction."""
-    text = json.dumps(value)
-    rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
     return json.dumps(rounded, ensure_ascii=False)

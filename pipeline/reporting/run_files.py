@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import InputError
+from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.evaluation.scores import Row, read_scores
-
-SPLITS, WEIGHTS = ("validation", "test"), ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,10 @@ class SplitScores:
         directory: Folder of `metrics.csv`, `cases.json` and the predictions.
         split: `validation` or `test`.
         weights: `best` or `last`.
-        rows: Case id to class name to the row of `metrics.csv`.
-        class_names: Foreground classes, in the order of their label values.
+        rows: Case id to class name to row of `metrics.csv`; the lowest mean Dice comes first, cases
+            without a Dice come last.
+        class_names: Foreground classes, by label value.
+        tolerance_mm: Of the normalised surface Dice; `None` if it is not known.
     """
 
     directory: Path
@@ -42,55 +43,34 @@ class SplitScores:
     weights: str
     rows: Mapping[str, Mapping[str, Row]]
     class_names: list[str]
+    tolerance_mm: float | None
 
     def by_class(self, measure: str) -> dict[str, np.ndarray]:
         """Class name to the values of a measure in all cases, `nan` where it is undefined."""
         return {
-            name: np.array(
-                [case.get(name, {}).get(measure, np.nan) for case in self.rows.values()], float
-            )
+            name: np.array([case.get(name, {}).get(measure, np.nan) for case in self.rows.values()])
             for name in self.class_names
         }
 
     def means(self, measure: str) -> dict[str, float]:
         """Case id to the mean over the classes that the measure is defined for, else `nan`."""
-        table = np.array(list(self.by_class(measure).values()))
-        return {case: mean_of(column) for case, column in zip(self.rows, table.T, strict=True)}
-
-    def class_means(self) -> dict[str, dict[str, float]]:
-        """Class name to the mean of each measure over the cases that it is defined for."""
-        return {
-            name: {key: mean_of(self.by_class(key)[name]) for key in ("dice", "hd95_mm", "nsd")}
-            for name in self.class_names
-        }
+        table = np.array([*self.by_class(measure).values()])
+        return dict(zip(self.rows, mean_of_defined(table, axis=0).tolist(), strict=True))
 
     def ranked(self) -> list[str]:
         """Ids of the cases that have a Dice, the worst case first."""
-        means = self.means("dice")
-        return sorted((c for c in means if not np.isnan(means[c])), key=lambda c: (means[c], c))
+        return [case for case, mean in self.means("dice").items() if not math.isnan(mean)]
 
-    def sorted_cases(self) -> list[str]:
-        """Ids of all cases: `ranked`, then those without a Dice."""
-        ranked = self.ranked()
-        return [*ranked, *(case for case in self.rows if case not in ranked)]
+    def find_files(self, case: str) -> dict[str, Path]:
+        """Paths of `image` (of the first channel), `label` and `pred` of a case.
 
-    @cached_property
-    def tolerance_mm(self) -> float | None:
-        """Tolerance of the normalised surface Dice, if it is known."""
-        return _read_json(self.directory / "summary.json").get("tolerance_mm")
-
-    @cached_property
-    def paths(self) -> dict[str, dict[str, Any]]:
-        """Case id to the paths of `image` (one, or one per channel), `label` and `pred`."""
-        root = self.directory.parents[1]
-        return {
-            case: {
-                "image": _join(root, files.get("image")),
-                "label": _join(root, files.get("label")),
-                "pred": self.directory / f"{case}.nii.gz",
-            }
-            for case, files in _read_json(self.directory / "cases.json").items()
-        }
+        Raises:
+            KeyError: If `cases.json` does not name them.
+        """
+        root, files = self.directory.parents[1], _read_json(self.directory / "cases.json")[case]
+        image = files["image"] if isinstance(files["image"], str) else files["image"][0]
+        pred = self.directory / f"{case}.nii.gz"
+        return {"image": root / image, "label": root / files["label"], "pred": pred}
 
 
 @dataclass(frozen=True)
@@ -103,7 +83,7 @@ class Run:
         plan: `plan.json`.
         config: `configs/train.json`.
         curves: TensorBoard tag to `(N, 2)` steps and values.
-        skipped: `overflow.jsonl`, the latest record of each step.
+        skipped: `overflow.jsonl`: skipped step to its latest record, in the order of steps.
         scores: Scores by split and weights.
     """
 
@@ -112,30 +92,12 @@ class Run:
     plan: dict[str, Any]
     config: dict[str, Any]
     curves: dict[str, np.ndarray]
-    skipped: list[dict[str, Any]]
+    skipped: dict[int, dict[str, Any]]
     scores: dict[tuple[str, str], SplitScores]
 
     def best_scores(self, split: str) -> SplitScores | None:
         """Scores of the best weights, or of the last weights if there are no others."""
         return self.scores.get((split, "best")) or self.scores.get((split, "last"))
-
-    def require_scores(self, split: str) -> SplitScores:
-        """Return `best_scores`.
-
-        Raises:
-            InputError: If the split was not scored.
-        """
-        if (scores := self.best_scores(split)) is None:
-            raise InputError(
-                f"{self.directory}: expected scores/{split}_best/metrics.csv, got none. "
-                "Let the run end."
-            )
-        return scores
-
-    @property
-    def skipped_steps(self) -> list[int]:
-        """Numbers of the steps that were skipped."""
-        return [record["step"] for record in self.skipped]
 
     @property
     def has_loss_scale(self) -> bool:
@@ -145,7 +107,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """Foreground classes; the place in this list decides the colour of a class."""
-        return list(self.plan.get("class_names", []))[1:]
+        return self.plan.get("class_names", [])[1:]
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -160,16 +122,15 @@ def read_run(run_dir: str | Path) -> Run:
             f"{run_dir}: expected a run directory, got one without configs/train.json. "
             "Name the output_dir of a run."
         )
-    plan = _read_json(directory / "plan.json")
-    return Run(
-        directory,
-        _read_json(directory / "summary.json"),
-        plan,
-        _read_json(directory / "configs" / "train.json"),
-        read_curves(directory / "tensorboard"),
-        _read_skipped(directory / "overflow.jsonl"),
-        _read_all_scores(directory, list(plan.get("class_names", []))[1:]),
-    )
+    files = (directory / name for name in ("summary.json", "plan.json", "configs/train.json"))
+    summary, plan, config = map(_read_json, files)
+    curves = read_curves(directory / "tensorboard")
+    skipped = _read_skipped(directory / "overflow.jsonl")
+    run = Run(directory, summary, plan, config, curves, skipped, scores={})
+    for key in itertools.product(("validation", "test"), ("best", "last")):
+        if scores := _read_split(directory / "scores" / "_".join(key), run.class_names):
+            run.scores[key] = scores
+    return run
 
 
 def read_curves(directory: Path) -> dict[str, np.ndarray]:
@@ -185,46 +146,33 @@ def read_curves(directory: Path) -> dict[str, np.ndarray]:
     }
 
 
-def mean_of(values: np.ndarray) -> float:
-    """Mean of the values that are not `nan`; `nan` if there are none."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
+def _read_split(directory: Path, class_names: list[str]) -> SplitScores | None:
+    rows: dict[str, dict[str, Row]] = {}
+    with contextlib.suppress(InputError):  # the file is missing or damaged
+        for row in read_scores(directory / "metrics.csv"):
+            rows.setdefault(row["case_id"], {})[row["class"]] = row
+    if not rows:
+        return None
+    names = class_names or list(next(iter(rows.values())))
+    tolerance_mm = _read_json(directory / "summary.json").get("tolerance_mm")
+    split, weights = directory.name.split("_")
+    scores = SplitScores(directory, split, weights, rows, names, tolerance_mm)
+    means = scores.means("dice")
+    order = sorted(rows, key=lambda case: (math.isnan(means[case]), means[case], case))
+    return replace(scores, rows={case: rows[case] for case in order})
 
 
-def _read_all_scores(directory: Path, class_names: list[str]) -> dict[tuple[str, str], SplitScores]:
-    found = {}
-    for split, weights in itertools.product(SPLITS, WEIGHTS):
-        folder = directory / "scores" / f"{split}_{weights}"
-        rows: dict[str, dict[str, Row]] = {}
-        with contextlib.suppress(InputError):  # the file is missing or damaged
-            for row in read_scores(folder / "metrics.csv"):
-                rows.setdefault(row["case_id"], {})[row["class"]] = row
-        if rows:
-            names = class_names or list(next(iter(rows.values())))
-            found[split, weights] = SplitScores(folder, split, weights, rows, names)
-    return found
-
-
-def _read_skipped(path: Path) -> list[dict[str, Any]]:
-    """Read the records; a step that was repeated after a resume has two lines and counts once."""
-    records = {}
+def _read_skipped(path: Path) -> dict[int, dict[str, Any]]:
+    records = {}  # a step that was repeated after a resume has two lines and counts once
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash cut the line off
             record = json.loads(line)
             records[int(record["step"])] = record
-    return [records[step] for step in sorted(records)]
+    return dict(sorted(records.items()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _join(root: Path, path: Any) -> Any:
-    """Join `root` with a path or with each path of a list."""
-    if isinstance(path, list):
-        return [root / one for one in path]
-    return path and root / path
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
+    return {}
