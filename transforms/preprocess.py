@@ -134,7 +134,7 @@ class Preprocessing(Compose):
 
     def __init__(self, load: Sequence[Callable], regularize: Sequence[Callable]) -> None:
         self.load, self.regularize = Compose(load), Compose(regularize)
-        super().__init__([self.load, self.regularize])
+        super().__init__([*load, *regularize])
 
 
 def preprocessing(
