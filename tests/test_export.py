@@ -38,6 +38,7 @@ from pipeline.prediction.predictor import Predictor
 from pipeline.run import main as run_main
 
 PERSON, HOST = "zq_radiologist", "zq-scanner7"
+MOST_MODULES = 36  # that a bundle packs
 
 
 class Export:
@@ -117,23 +118,17 @@ def test_packed_code_is_what_prediction_and_evaluation_need(export):
         ".".join(path.relative_to(folder).with_suffix("").parts): path
         for path in folder.rglob("*.py")
     }
-    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.preflight", "data.plan")
+    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan")
     assert not [name for name in modules if name.startswith(tuple(f"pipeline.{r}" for r in rooms))]
     code = [name for name in modules if not name.endswith("__init__")]
-    assert export.facts["code"]["num_modules"] == len(code) <= 50
+    assert export.facts["code"]["num_modules"] == len(code) <= MOST_MODULES
     for path in modules.values():
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [str(node.module)]
-                own, _, module = names[0].partition(".")
+            if isinstance(node, ast.ImportFrom):
+                own, _, module = str(node.module).partition(".")
+                assert own not in ("pipeline", "transforms", "networks")
                 if own == export.package:
                     assert f"{module}.__init__" in modules or module in modules, (path, module)
-            assert not [
-                n for n in names if n.split(".")[0] in ("pipeline", "transforms", "networks")
-            ]
 
 
 def test_export_says_how_each_format_compares(export):
@@ -152,9 +147,7 @@ def test_weights_are_the_runs_bit_for_bit(export):
     safe = load_file(export.bundle / "models/model.safetensors")
     for state in (plain, safe):
         assert state.keys() == trained.keys()
-        assert all(state[k].numpy().tobytes() == trained[k].numpy().tobytes() for k in trained), (
-            "bits"
-        )
+        assert all(torch.equal(state[name], trained[name]) for name in trained)
 
 
 def test_zip_is_the_bundle_as_monai_reads_it(export):
@@ -326,13 +319,8 @@ def test_nothing_of_patient_place_or_person_leaves(export):
         if secret in content and not (secret == b"imagesTr/" and path.suffix in (".py", ".zip"))
     }
     assert found == set()
-
-
-def test_the_search_for_secrets_looks_into_archives_in_the_zip(export):
-    contents = list(everything_in(export.zip.read_bytes()))
-    assert any(b"trained_on" in content for content in contents)
-    assert any(b"class DenseUNet(Module)" in content for content in contents)  # code in model.ts
-    assert any(b"graph_module" in content for content in contents)  # model.json in model.pt2
+    # the search looks into archives in the zip, such as the code in model.ts
+    assert any(b"class DenseUNet(Module)" in one for one in everything_in(export.zip.read_bytes()))
 
 
 def test_configs_say_neither_places_nor_cases(export):
@@ -422,7 +410,9 @@ def f(transforms): return transforms.append(1), self.transforms.preprocess
     )
 
 
-def test_modules_are_found_through_functions_and_packages(tmp_path):
+def test_modules_are_found_through_functions_and_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.bundle.package.ROOT", tmp_path)
+
     def write(name: str, text: str = "") -> None:
         path = tmp_path / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -433,11 +423,11 @@ def test_modules_are_found_through_functions_and_packages(tmp_path):
     write("pipeline.a", "def f():\n    from pipeline import b\n")
     write("pipeline.b", "import transforms.c as c\nSAID = 'pipeline.unused'\n")
     write("transforms.c", "from pipeline.d import x\n")
-    found = find_modules(["pipeline.a.A", "monai.transforms.Compose"], tmp_path)
+    found = find_modules(["pipeline.a.A", "monai.transforms.Compose"])
     assert [*found] == [
         "pipeline", "pipeline.a", "pipeline.b", "pipeline.d", "transforms", "transforms.c",
     ]  # fmt: skip
-    facts = write_modules(tmp_path / "p", "p", found, tmp_path)
+    facts = write_modules(tmp_path / "p", "p", found)
     assert facts == {"num_modules": 4, "num_lines": 5}
     assert (tmp_path / "p/transforms/c.py").read_text() == "from p.pipeline.d import x\n"
 
@@ -516,7 +506,7 @@ IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "out
          "network_def#_target_: expected a class or function of the list"),
         (lambda run: change_json(
             run / INFERENCE,
-            transforms_after=[{"_target_": "SelectItemsd", "keys": "/home/somebody/file.csv"}]),
+            transforms_after=[{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]),
          "inference.json: transforms_after: expected no path, got one."),
         (lambda run: shutil.copytree(run / "models", run.parent / "r_bundle"),
          "--output: expected an empty folder or none, and no zip of it, got "),
@@ -535,21 +525,10 @@ def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys)
     assert (files_in(copied.parent), sorted(copied.parent.iterdir())) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--formats", "torchscrip"], "argument --formats: invalid choice: 'torchscrip'"),
-        (["--formats"], "argument --formats: expected at least one argument"),
-        (["--format", "onnx"], "unrecognized arguments: --format"),
-        (["--output"], "argument --output: expected one argument"),
-        (["another"], "unrecognized arguments: another"),
-    ],
-)
-def test_bad_command_is_one_line(words, expected, tmp_path, capsys):
-    assert main([str(tmp_path / "r"), *words]) == 2
+def test_bad_command_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "r"), "--formats", "torchscrip"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("command line: ")
-    assert expected in told
+    assert told.startswith("command line: argument --formats: invalid choice: 'torchscrip'")
 
 
 def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatch):
@@ -562,10 +541,8 @@ def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatc
     captured = capsys.readouterr()
     assert captured.err == "onnx: not made: no such operator in dense_unet.py\n"
     facts = json.loads((out / "export.json").read_text())
-    assert facts["formats"]["onnx"] == {
-        "made": False,
-        "reason": "no such operator in dense_unet.py",
-    }
+    reason = "no such operator in dense_unet.py"
+    assert facts["formats"]["onnx"] == {"made": False, "reason": reason}
     assert (out / "models/model.ts").is_file()
     assert not (out / "models/model.onnx").exists()
     assert Path(f"{out}.zip").is_file()
