@@ -16,7 +16,7 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from monai.data import save_net_with_metadata
 from torch.export import Dim, ExportedProgram
+
+from pipeline.config.keys import Config
 
 NetworkFunction = Callable[[torch.Tensor], torch.Tensor]
 ExportFacts = dict[str, Any]
@@ -47,11 +49,7 @@ class NetworkExporter:
     """
 
     def __init__(
-        self,
-        network: torch.nn.Module,
-        in_channels: int,
-        roi_size: Sequence[int],
-        embedded: Mapping[str, Any],
+        self, network: torch.nn.Module, in_channels: int, roi_size: Sequence[int], embedded: Config
     ) -> None:
         self.network, self.embedded = network.eval(), embedded
         self.multiples = tuple(getattr(network, "reduction", roi_size))
@@ -90,7 +88,9 @@ class NetworkExporter:
                 )
         except Exception as error:  # compilers and runtimes raise many kinds
             path.unlink(missing_ok=True)
-            return {"made": False, "reason": describe_error(error)}, None
+            text = FOLDERS_BEFORE_FILE.sub("", str(error))
+            reason = textwrap.shorten(text, 300, placeholder=" …") or type(error).__name__
+            return {"made": False, "reason": reason}, None
         finally:
             logging.disable(logging.NOTSET)
         multiples = ", ".join(map(str, self.multiples))
@@ -116,12 +116,10 @@ class NetworkExporter:
         return float(torch.stack(differences).max())
 
     def _write_torchscript(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
-        method = "script"
         try:
-            scripted = torch.jit.script(self.network)
+            method, scripted = "script", torch.jit.script(self.network)
         except Exception:  # many kinds, for what the language lacks
-            method = "trace"
-            scripted = torch.jit.trace(self.network, self.inputs[0])
+            method, scripted = "trace", torch.jit.trace(self.network, self.inputs[0])
         extra = {name: json.dumps(config).encode() for name, config in self.embedded.items()}
         extra.pop("metadata.json", None)  # MONAI writes it
         save_net_with_metadata(
@@ -192,12 +190,6 @@ class NetworkExporter:
                 for key in SOURCES:
                     node.meta.pop(key, None)
         return program
-
-
-def describe_error(error: BaseException) -> str:
-    """Return the message of an exception in one line of limited length, without folders."""
-    text = FOLDERS_BEFORE_FILE.sub("", str(error))
-    return textwrap.shorten(text, 300, placeholder=" …") or type(error).__name__
 
 
 def _remove_debug_files(path: Path) -> None:

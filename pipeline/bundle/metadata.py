@@ -109,8 +109,7 @@ def run_inference_config(
     Args:
         template: The repository's inference config.
         source: The run's config; its values, and those of the plan, are taken for known keys.
-        cases: Its dataset.
-        plan: Its plan.
+        cases: The run's dataset.
         trained_on: Ranges of the training images, to warn of others.
     """
     own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan", "cases")

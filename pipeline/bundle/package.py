@@ -188,10 +188,8 @@ def _write_bundle(
     shutil.copyfile(ROOT / "LICENSE", bundle / "LICENSE")
     (bundle / "docs" / "README.md").write_text(render_card(run.directory, package))
     del configs["plan.json"]
-    inference = configs["inference.json"]
-    exporter = NetworkExporter(
-        run.network, inference["in_channels"], inference["roi_size"], embedded=configs
-    )
+    in_channels, roi_size = (configs["inference.json"][key] for key in ("in_channels", "roi_size"))
+    exporter = NetworkExporter(run.network, in_channels, roi_size, embedded=configs)
     libraries = {name: version(name) for name in STATED_LIBRARIES if find_spec(name)}
     facts = {
         "code": code,
