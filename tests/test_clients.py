@@ -37,6 +37,7 @@ from monai.transforms import Compose, LoadImaged, MapTransform, SaveImaged
 
 from pipeline.bundle.package import export_run
 from pipeline.prediction.predictor import Predictor
+from pipeline.reporting.model_card import render_model_card
 
 pytestmark = [  # MONAI warns of every config that it is given
     pytest.mark.filterwarnings("ignore:executing the bundle config:UserWarning"),
@@ -54,7 +55,8 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle that is exported of it."""
     bundle = tmp_path_factory.mktemp("exports") / "b"
-    assert export_run(finished, bundle, ["torchscript"])["formats"]["torchscript"]["made"]
+    facts = export_run(finished, bundle, render_model_card, ["torchscript"])
+    assert facts["formats"]["torchscript"]["made"]
     return bundle
 
 

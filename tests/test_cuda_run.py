@@ -12,6 +12,7 @@ from conftest import REPOSITORY, run_tiny
 
 from pipeline.bundle.package import export_run
 from pipeline.prediction.predictor import Predictor
+from pipeline.reporting.model_card import render_model_card
 from pipeline.run import main
 
 pytestmark = [
@@ -44,5 +45,5 @@ def test_run_trains_scores_predicts_and_leaves_as_a_bundle(
         image = nib.load(path)
         labels = np.asarray(nib.load(tmp_path / "p" / path.name).dataobj)
         assert (predictor(image.get_fdata(), image.affine) == labels).float().mean() > 0.99
-    facts = export_run(out, tmp_path / "b", ["torchscript"])
+    facts = export_run(out, tmp_path / "b", render_model_card, ["torchscript"])
     assert facts["formats"]["torchscript"]["made"]

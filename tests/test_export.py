@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from pipeline.prediction.predictor import Predictor
 from pipeline.run import main as run_main
 
 PERSON, HOST = "zq_radiologist", "zq-scanner7"
+MOST_MODULES = 36  # that a bundle packs
 
 
 class Export:
@@ -117,23 +118,17 @@ def test_packed_code_is_what_prediction_and_evaluation_need(export):
         ".".join(path.relative_to(folder).with_suffix("").parts): path
         for path in folder.rglob("*.py")
     }
-    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.preflight", "data.plan")
+    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan")
     assert not [name for name in modules if name.startswith(tuple(f"pipeline.{r}" for r in rooms))]
     code = [name for name in modules if not name.endswith("__init__")]
-    assert export.facts["code"]["num_modules"] == len(code) <= 50
+    assert export.facts["code"]["num_modules"] == len(code) <= MOST_MODULES
     for path in modules.values():
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [str(node.module)]
-                own, _, module = names[0].partition(".")
+            if isinstance(node, ast.ImportFrom):
+                own, _, module = str(node.module).partition(".")
+                assert own not in ("pipeline", "transforms", "networks")
                 if own == export.package:
                     assert f"{module}.__init__" in modules or module in modules, (path, module)
-            assert not [
-                n for n in names if n.split(".")[0] in ("pipeline", "transforms", "networks")
-            ]
 
 
 def test_export_says_how_each_format_compares(export):
@@ -152,9 +147,7 @@ def test_weights_are_the_runs_bit_for_bit(export):
     safe = load_file(export.bundle / "models/model.safetensors")
     for state in (plain, safe):
         assert state.keys() == trained.keys()
-        assert all(state[k].numpy().tobytes() == trained[k].numpy().tobytes() for k in trained), (
-            "bits"
-        )
+        assert all(torch.equal(state[name], trained[name]) for name in trained)
 
 
 def test_zip_is_the_bundle_as_monai_reads_it(export):
@@ -260,8 +253,7 @@ def imports_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("imports_as_before")
 def test_two_bundles_live_in_one_process(export, tmp_path, monkeypatch):
     other = shutil.copytree(export.run, tmp_path / "other")
-    weights = torch.load(other / "models/model.pt", weights_only=True)
-    torch.save({name: one + 1 for name, one in weights.items()}, other / "models/model.pt")
+    change_weights(other, factor=2.0)
     assert main([str(other), "--formats", "torchscript"]) == 0
     packages = []
     for bundle in (export.bundle, tmp_path / "other_bundle"):
@@ -326,13 +318,8 @@ def test_nothing_of_patient_place_or_person_leaves(export):
         if secret in content and not (secret == b"imagesTr/" and path.suffix in (".py", ".zip"))
     }
     assert found == set()
-
-
-def test_the_search_for_secrets_looks_into_archives_in_the_zip(export):
-    contents = list(everything_in(export.zip.read_bytes()))
-    assert any(b"trained_on" in content for content in contents)
-    assert any(b"class DenseUNet(Module)" in content for content in contents)  # code in model.ts
-    assert any(b"graph_module" in content for content in contents)  # model.json in model.pt2
+    # the search looks into archives in the zip, such as the code in model.ts
+    assert any(b"class DenseUNet(Module)" in one for one in everything_in(export.zip.read_bytes()))
 
 
 def test_configs_say_neither_places_nor_cases(export):
@@ -370,59 +357,43 @@ def test_client_s_cases_and_weights_do_not_leave(copied):
     assert found["learning_rate"] == 0.25
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["/home/somebody/b.pt", "~/e", "../c", "see /data/x", "C:\\x", ["a", {"b": "(/data/x)"}],
-     {"data": ["a.nii.gz"]}],
-)  # fmt: skip
-def test_value_with_a_place_or_a_case_is_not_safe(value):
-    assert not is_safe(value)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [1, None, "$@network.parameters()", "edema/necrosis", "https://a.org/b", {"data": "@cases"},
-     ["GROUP", {"num_groups": 8}]],
-)  # fmt: skip
-def test_value_of_a_network_or_text_is_safe(value):
-    assert is_safe(value)
+def test_value_is_safe_without_a_place_and_without_a_case():
+    unsafe = [
+        "/home/somebody/b.pt", "~/e", "../c", "see /data/x", "C:\\x", ["a", {"b": "(/data/x)"}],
+        {"data": ["a.nii.gz"]},
+    ]  # fmt: skip
+    safe = [
+        1, None, "$@network.parameters()", "edema/necrosis", "https://a.org/b", {"data": "@cases"},
+        ["GROUP", {"num_groups": 8}],
+    ]  # fmt: skip
+    assert [value for value in unsafe if is_safe(value)] == []
+    assert [value for value in safe if not is_safe(value)] == []
 
 
 # code under another name
 
 
 def test_modules_are_renamed_where_they_are_named():
-    source = '''"""Of `pipeline.errors`."""
-from pipeline import errors
-from pipeline.errors import (
+    renamed = '''"""Of `+pipeline.errors`."""
+from +pipeline import errors
+from +pipeline.errors import (
     InputError,
 )
-import pipeline.errors as e
+import +pipeline.errors as e
 from monai.transforms import Compose
-from transforms.preprocess import preprocessing
-A = {"pipeline.errors": "InputError"}
-B = "python -m pipeline.run", "monai.transforms.Compose", "networks.dense_unet.DenseUNet"
+from +transforms.preprocess import preprocessing
+A = {"+pipeline.errors": "InputError"}
+B = "python -m pipeline.run", "monai.transforms.Compose", "+networks.dense_unet.DenseUNet"
 def f(transforms): return transforms.append(1), self.transforms.preprocess
 '''
     modules = ["pipeline", "pipeline.errors", "transforms.preprocess", "networks.dense_unet"]
-    assert (
-        rename_modules(source, "p_1", modules)
-        == '''"""Of `p_1.pipeline.errors`."""
-from p_1.pipeline import errors
-from p_1.pipeline.errors import (
-    InputError,
-)
-import p_1.pipeline.errors as e
-from monai.transforms import Compose
-from p_1.transforms.preprocess import preprocessing
-A = {"p_1.pipeline.errors": "InputError"}
-B = "python -m pipeline.run", "monai.transforms.Compose", "p_1.networks.dense_unet.DenseUNet"
-def f(transforms): return transforms.append(1), self.transforms.preprocess
-'''
-    )
+    source, expected = renamed.replace("+", ""), renamed.replace("+", "p_1.")
+    assert rename_modules(source, "p_1", modules) == expected
 
 
-def test_modules_are_found_through_functions_and_packages(tmp_path):
+def test_modules_are_found_through_functions_and_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.bundle.package.ROOT", tmp_path)
+
     def write(name: str, text: str = "") -> None:
         path = tmp_path / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -433,11 +404,11 @@ def test_modules_are_found_through_functions_and_packages(tmp_path):
     write("pipeline.a", "def f():\n    from pipeline import b\n")
     write("pipeline.b", "import transforms.c as c\nSAID = 'pipeline.unused'\n")
     write("transforms.c", "from pipeline.d import x\n")
-    found = find_modules(["pipeline.a.A", "monai.transforms.Compose"], tmp_path)
+    found = find_modules(["pipeline.a.A", "monai.transforms.Compose"])
     assert [*found] == [
         "pipeline", "pipeline.a", "pipeline.b", "pipeline.d", "transforms", "transforms.c",
     ]  # fmt: skip
-    facts = write_modules(tmp_path / "p", "p", found, tmp_path)
+    facts = write_modules(tmp_path / "p", "p", found)
     assert facts == {"num_modules": 4, "num_lines": 5}
     assert (tmp_path / "p/transforms/c.py").read_text() == "from p.pipeline.d import x\n"
 
@@ -479,10 +450,10 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def change_weights(run: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]):
+def change_weights(run: Path, prefix: str = "", factor: float = 1.0) -> None:
     path = run / "models/model.pt"
     weights = torch.load(path, weights_only=True)
-    torch.save(dict(change(name, one) for name, one in weights.items()), path)
+    torch.save({prefix + name: one * factor for name, one in weights.items()}, path)
 
 
 INFERENCE, METADATA = "configs/inference.json", "configs/metadata.json"
@@ -495,9 +466,9 @@ IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "out
     [
         (lambda run: (run / "models/model.pt").unlink(),
          "model.pt: expected the best network of the run, found none. Finish the run"),
-        (lambda run: change_weights(run, lambda name, one: ("other." + name, one)),
+        (lambda run: change_weights(run, prefix="other."),
          "model.pt: expected the weights of this network, got: "),
-        (lambda run: change_weights(run, lambda name, one: (name, one * torch.nan)),
+        (lambda run: change_weights(run, factor=torch.nan),
          "expected finite weights, got NaN or infinity"),
         (lambda run: (run / INFERENCE).unlink(), "run_dir: expected the directory of a run, got "),
         (lambda run: (run / METADATA).write_text("["),
@@ -506,8 +477,6 @@ IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "out
          "metadata.json: network_data_format: expected 1 image channels and the"),
         (lambda run: change_json(run / METADATA, **{f"{PRED}__channel_def": SWAPPED}),
          "and the classes background, dim, bright, as the weights have it, got"),
-        (lambda run: change_json(run / METADATA, network_data_format=[]),
-         "network_data_format: expected 1 image"),
         (lambda run: change_json(run / INFERENCE, class_names=["background", "dim"]),
          "class_names of one network, got: 3 classes of the weights. Correct"),
         (lambda run: change_json(run / INFERENCE, network_def=None),
@@ -516,12 +485,11 @@ IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "out
          "network_def#_target_: expected a class or function of the list"),
         (lambda run: change_json(
             run / INFERENCE,
-            transforms_after=[{"_target_": "SelectItemsd", "keys": "/home/somebody/file.csv"}]),
+            transforms_after=[{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]),
          "inference.json: transforms_after: expected no path, got one."),
         (lambda run: shutil.copytree(run / "models", run.parent / "r_bundle"),
          "--output: expected an empty folder or none, and no zip of it, got "),
-        (lambda run: (run.parent / "r_bundle.zip").write_text("mine"),
-         "--output: expected an empty folder or none, and no zip of it, got "),
+        (lambda run: (run.parent / "r_bundle.zip").write_text("mine"), "r_bundle.zip. Choose"),
     ],
 )  # fmt: skip
 def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys):
@@ -535,21 +503,10 @@ def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys)
     assert (files_in(copied.parent), sorted(copied.parent.iterdir())) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--formats", "torchscrip"], "argument --formats: invalid choice: 'torchscrip'"),
-        (["--formats"], "argument --formats: expected at least one argument"),
-        (["--format", "onnx"], "unrecognized arguments: --format"),
-        (["--output"], "argument --output: expected one argument"),
-        (["another"], "unrecognized arguments: another"),
-    ],
-)
-def test_bad_command_is_one_line(words, expected, tmp_path, capsys):
-    assert main([str(tmp_path / "r"), *words]) == 2
+def test_bad_command_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "r"), "--formats", "torchscrip"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("command line: ")
-    assert expected in told
+    assert told.startswith("command line: argument --formats: invalid choice: 'torchscrip'")
 
 
 def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatch):
@@ -562,10 +519,8 @@ def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatc
     captured = capsys.readouterr()
     assert captured.err == "onnx: not made: no such operator in dense_unet.py\n"
     facts = json.loads((out / "export.json").read_text())
-    assert facts["formats"]["onnx"] == {
-        "made": False,
-        "reason": "no such operator in dense_unet.py",
-    }
+    reason = "no such operator in dense_unet.py"
+    assert facts["formats"]["onnx"] == {"made": False, "reason": reason}
     assert (out / "models/model.ts").is_file()
     assert not (out / "models/model.onnx").exists()
     assert Path(f"{out}.zip").is_file()
@@ -580,9 +535,8 @@ def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 
 
-def test_empty_output_directory_is_taken_and_what_was_added_by_hand_stays(copied, tmp_path):
-    with open(copied / "docs/README.md", "a") as file:
-        file.write(f"Worst: tiny_004, in {copied}")
+def test_empty_output_directory_is_taken_and_the_card_is_made_anew(copied, tmp_path):
+    (copied / "docs/README.md").write_text(f"Worst: tiny_004, in {copied}")
     (out := tmp_path / "empty").mkdir()
     assert main([str(copied), "--formats", "torchscript", "--output", str(out)]) == 0
     assert "tiny_004" not in (out / "docs/README.md").read_text()

@@ -15,13 +15,7 @@ from monai.bundle import load_bundle_config
 from monai.data import load_net_with_metadata
 
 from networks.dense_unet import DenseUNet
-from pipeline.bundle.formats import (
-    FORMATS,
-    LOGIT_TOLERANCE,
-    OPSET,
-    NetworkExporter,
-    describe_error,
-)
+from pipeline.bundle.formats import FORMATS, LOGIT_TOLERANCE, OPSET, NetworkExporter
 
 EMBEDDED = {"metadata.json": {"name": "a"}, "inference.json": {"overlap": 0.5}}
 STRIDES = [[2, 2, 1], [2, 2, 2]]  # multiples of 4, 4, 2
@@ -66,8 +60,6 @@ def test_formats_are_compared_on_three_sizes_and_batches(made):
     assert len({tuple(shape[2:]) for shape in shapes}) == 3
     assert len({shape[0] for shape in shapes}) == 3
     assert [16, 16, 8] in [shape[2:] for shape in shapes]
-    for shape in shapes:
-        assert all(n % m == 0 for n, m in zip(shape[2:], (4, 4, 2), strict=True))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -100,17 +92,14 @@ def test_onnx_states_opset_and_dynamic_axes(made):
     assert [axis.dim_param or axis.dim_value for axis in axes] == [
         "batch", 1, "height", "width", "depth",
     ]  # fmt: skip
-    assert not any(node.metadata_props for node in model.graph.node)  # of what code it was
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["image", "pred"]
 
 
 @pytest.mark.parametrize("name", ["torchscript", further("onnx"), "torch_export"])
 def test_format_of_a_flat_window_with_batch_norm(name, tmp_path):
     # of one multiple, which torch.export would take for the only size
-    maker = NetworkExporter(
-        tiny_network("batch", strides=[[2, 2, 2], [2, 2, 2]]), 1, [16, 16, 4], {}
-    )
-    facts, _ = maker.export(name, tmp_path)
+    network = tiny_network("batch", strides=[[2, 2, 2], [2, 2, 2]])
+    facts, _ = NetworkExporter(network, 1, [16, 16, 4], {}).export(name, tmp_path)
     assert facts["made"], facts
 
 
@@ -122,9 +111,8 @@ class Unscriptable(torch.nn.Module):
 
 
 def test_torchscript_is_traced_where_it_cannot_be_scripted(tmp_path):
-    facts, network = NetworkExporter(Unscriptable(), 1, [4, 4, 4], {}).export(
-        "torchscript", tmp_path
-    )
+    exporter = NetworkExporter(Unscriptable(), 1, [4, 4, 4], {})
+    facts, network = exporter.export("torchscript", tmp_path)
     assert facts["method"] == "trace"
     assert network(torch.ones(1, 1, 2, 2, 2)).shape == (1, 2, 2, 2, 2)
 
@@ -148,7 +136,7 @@ def test_trace_that_is_good_for_one_size_only_is_refused_and_removed(tmp_path):
     ("change", "expected"),
     [
         (lambda logits: logits + 0.002, "difference of 0.002"),
-        (lambda logits: logits * float("nan"), "difference of inf"),
+        (lambda logits: logits * float("nan"), "difference of nan"),
         (lambda logits: logits[:, :1], "expected logits [1, 3, 16, 16, 8], got [1, 1, 16, 16, 8]"),
     ],
 )
@@ -169,14 +157,5 @@ def test_other_logits_are_refused(change, expected, tmp_path, monkeypatch):
 def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     facts, _ = NetworkExporter(tiny_network(), 1, [16, 16, 8], {}).export("onnx", tmp_path)
-    assert "expected onnx, onnxscript and onnxruntime" in facts["reason"]
-    assert "extra 'export'" in facts["reason"]
-
-
-def test_description_of_an_error_is_one_short_line_without_folders():
-    text = describe_error(
-        RuntimeError(f"in /home/someone/code/net.py:\n see https://a.org/b/c {'x' * 400}")
-    )
-    assert text.startswith("in net.py: see https://a.org/b/c xxx")
-    assert len(text) < 310
-    assert describe_error(KeyError()) == "KeyError"
+    assert "expected onnx, onnxruntime and onnxscript, got: " in facts["reason"]
+    assert "Install the extra 'export'" in facts["reason"]

@@ -1,33 +1,31 @@
 """Writes a network in formats that run without its code, and compares each with the network.
 
-    torchscript   `model.ts`, by `torch.jit.script` or, if that fails, `torch.jit.trace`; embeds
-                  metadata and configs, as `monai.bundle.load_bundle_config` reads them
-    onnx          `model.onnx`, of one opset
-    torch_export  `model.pt2`, by `torch.export`
-
-Batch and spatial axes are dynamic in all of them. `torch_export`, and `onnx` which is made from it,
-take spatial axes that are multiples of the product of the network's strides. What compilers record
-of the place of the source code is removed.
+`model.ts` (TorchScript) embeds metadata and configs, as `monai.bundle.load_bundle_config` reads
+them. Batch and spatial axes are dynamic in all formats; `model.pt2` (`torch.export`), and
+`model.onnx` which is made from it, take spatial axes that are multiples of the product of the
+network's strides. What compilers record of the place of the source code is removed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import re
+import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import load_net_with_metadata, save_net_with_metadata
+from monai.data import save_net_with_metadata
 from torch.export import Dim, ExportedProgram
+
+from pipeline.config.keys import Config
 
 NetworkFunction = Callable[[torch.Tensor], torch.Tensor]
 ExportFacts = dict[str, Any]
@@ -47,22 +45,21 @@ class NetworkExporter:
         network: With its weights, on the CPU.
         in_channels: Number of image channels.
         roi_size: A size in voxels that the network takes.
-        embedded: Configs by file name, `metadata.json` among them, for formats that embed them.
+        embedded: Configs by file name for TorchScript, `metadata.json` among them.
     """
 
     def __init__(
-        self,
-        network: torch.nn.Module,
-        in_channels: int,
-        roi_size: Sequence[int],
-        embedded: Mapping[str, Any],
+        self, network: torch.nn.Module, in_channels: int, roi_size: Sequence[int], embedded: Config
     ) -> None:
         self.network, self.embedded = network.eval(), embedded
         self.multiples = tuple(getattr(network, "reduction", roi_size))
+        first = [math.ceil(n / m) * m for n, m in zip(roi_size, self.multiples, strict=True)]
+        second = [first[0] + self.multiples[0], *first[1:]]
+        third = [min(n, 2 * m) for n, m in zip(first, self.multiples, strict=True)]
         generator = torch.Generator().manual_seed(0)
         self.inputs = [
             torch.randn((batch, in_channels, *size), generator=generator)
-            for batch, size in enumerate(_sizes(roi_size, self.multiples), 1)
+            for batch, size in enumerate((first, second, third), 1)
         ]
 
     def export(self, name: str, folder: Path) -> tuple[ExportFacts, NetworkFunction | None]:
@@ -78,8 +75,9 @@ class NetworkExporter:
         """
         path = folder / FORMATS[name]
         start = time.perf_counter()
+        logging.disable(logging.WARNING)  # the results of compilers are compared
         try:
-            with _no_warnings(), torch.no_grad():
+            with warnings.catch_warnings(action="ignore"), torch.no_grad():
                 facts, network = getattr(self, f"_write_{name}")(path)
                 seconds = time.perf_counter() - start
                 difference = self._measure_difference(network)
@@ -90,31 +88,38 @@ class NetworkExporter:
                 )
         except Exception as error:  # compilers and runtimes raise many kinds
             path.unlink(missing_ok=True)
-            return {"made": False, "reason": describe_error(error)}, None
-        facts = {"made": True, "file": path.name, **facts, "max_abs_difference": difference}
+            text = FOLDERS_BEFORE_FILE.sub("", str(error))
+            reason = textwrap.shorten(text, 300, placeholder=" …") or type(error).__name__
+            return {"made": False, "reason": reason}, None
+        finally:
+            logging.disable(logging.NOTSET)
         multiples = ", ".join(map(str, self.multiples))
-        facts["constraint"] = f"any batch; spatial axes in multiples of {multiples}"
-        facts["shapes"] = [list(image.shape) for image in self.inputs]
-        return facts | {"seconds": round(seconds, 2), "bytes": path.stat().st_size}, network
+        return {
+            "made": True,
+            "file": path.name,
+            **facts,
+            "max_abs_difference": difference,
+            "constraint": f"any batch; spatial axes in multiples of {multiples}",
+            "shapes": [list(image.shape) for image in self.inputs],
+            "seconds": round(seconds, 2),
+            "bytes": path.stat().st_size,
+        }, network
 
     def _measure_difference(self, network: NetworkFunction) -> float:
         """Return the largest difference of a logit between a network and this one."""
-        worst = 0.0
+        differences = []
         for image, expected in zip(self.inputs, self.logits, strict=True):
             got = network(image)
             if got.shape != expected.shape:
                 raise ValueError(f"expected logits {[*expected.shape]}, got {[*got.shape]}")
-            found = float((got - expected).abs().max())
-            worst = max(worst, math.inf if math.isnan(found) else found)
-        return worst
+            differences.append((got - expected).abs().max())
+        return float(torch.stack(differences).max())
 
     def _write_torchscript(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
-        method = "script"
         try:
-            scripted = torch.jit.script(self.network)
+            method, scripted = "script", torch.jit.script(self.network)
         except Exception:  # many kinds, for what the language lacks
-            method = "trace"
-            scripted = torch.jit.trace(self.network, self.inputs[0])
+            method, scripted = "trace", torch.jit.trace(self.network, self.inputs[0])
         extra = {name: json.dumps(config).encode() for name, config in self.embedded.items()}
         extra.pop("metadata.json", None)  # MONAI writes it
         save_net_with_metadata(
@@ -125,8 +130,7 @@ class NetworkExporter:
             more_extra_files=extra,
         )
         _remove_debug_files(path)
-        network, *_ = load_net_with_metadata(str(path))
-        return {"method": method}, network
+        return {"method": method}, torch.jit.load(path)
 
     def _write_onnx(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         try:
@@ -134,10 +138,8 @@ class NetworkExporter:
             import onnxruntime
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise ValueError(
-                f"expected onnx, onnxscript and onnxruntime, got: {error}. Install the packages of "
-                "the extra 'export'"
-            ) from None
+            expected = "expected onnx, onnxruntime and onnxscript"
+            raise ValueError(f"{expected}, got: {error}. Install the extra 'export'") from None
         program = torch.onnx.export(
             self.program,
             dynamo=True,
@@ -149,7 +151,8 @@ class NetworkExporter:
         )
         assert program is not None
         model = program.model_proto
-        _remove_sources(model)
+        for node in model.graph.node:
+            node.ClearField("metadata_props")  # what it was made from
         onnx.checker.check_model(model)
         onnx.save(model, str(path))
         options = onnxruntime.SessionOptions()
@@ -189,22 +192,6 @@ class NetworkExporter:
         return program
 
 
-def describe_error(error: BaseException) -> str:
-    """Return the message of an exception in one line of limited length, without folders."""
-    text = FOLDERS_BEFORE_FILE.sub("", " ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} …"
-
-
-def _sizes(roi_size: Sequence[int], multiples: Sequence[int]) -> list[list[int]]:
-    """Three different sizes in voxels, in multiples."""
-    first = [math.ceil(n / m) * m for n, m in zip(roi_size, multiples, strict=True)]
-    second = [first[0] + multiples[0], *first[1:]]
-    third = [min(n, 2 * m) for n, m in zip(first, multiples, strict=True)]
-    if third == first:
-        third = [first[0], first[1] + multiples[1], first[2]]
-    return [first, second, third]
-
-
 def _remove_debug_files(path: Path) -> None:
     """Remove from a TorchScript archive which line of which file its code comes from."""
     kept = path.with_suffix(".stripped")
@@ -213,25 +200,3 @@ def _remove_debug_files(path: Path) -> None:
             if not entry.filename.endswith(".debug_pkl"):
                 target.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))
     kept.replace(path)
-
-
-def _remove_sources(message: Any) -> None:
-    """Remove from an ONNX message which source its parts come from."""
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type is not None:
-            for child in value if field.is_repeated else [value]:
-                _remove_sources(child)
-
-
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Hide what compilers warn of: the results are compared."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

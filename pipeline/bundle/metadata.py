@@ -30,17 +30,15 @@ SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's cha
 
 
 def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:
-    """Return `configs/metadata.json` of a run.
-
-    Args:
-        template: The repository's metadata, of the phantom.
-        source: The run's config.
-        cases: Its dataset.
-        plan: Its plan.
+    """Return `configs/metadata.json` of a run, made from the repository's of the phantom.
 
     Source: docs.monai.io, MONAI Bundle Specification, `metadata.json`.
     """
     metadata = deepcopy(template)
+    packages = metadata["required_packages_version"]
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
     network = source["network_def"]["_target_"]
     short = NETWORKS.get(network, network.rpartition(".")[2])
     kind = "3D U-Net with a dense bottleneck" if network in NETWORKS else short
@@ -52,32 +50,30 @@ def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> 
         "pytorch_version": torch.__version__.split("+")[0],
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
-        "required_packages_version": _installed(metadata["required_packages_version"]),
         "task": f"Segmentation of {classes}",
         "description": f"A {kind}, trained on {cases.name} to segment {classes}.",
         "data_source": cases.description.get("reference", cases.name).lstrip("$@%"),
         "data_license": cases.description.get("licence", "not stated by the dataset").lstrip("$@%"),
-        "network_data_format": _data_format(metadata["network_data_format"], source, cases, plan),
     }
+    _describe_tensors(metadata["network_data_format"], source, cases, plan)
     return metadata
 
 
-def _data_format(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:
-    """Describe the network's input and output."""
-    names = list(cases.channel_names or ["image"] * plan.in_channels)
-    channels = {str(n): name for n, name in enumerate(names)}
-    classes = {str(n): name for n, name in enumerate(plan.class_names)}
-    patch = {"spatial_shape": list(plan.roi_size)}
-    image = {
+def _describe_tensors(data_format: Config, source: Config, cases: Cases, plan: Plan) -> None:
+    """State the network's input and output."""
+    image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
+    names = cases.channel_names or ["image"] * plan.in_channels
+    image |= {
+        "spatial_shape": list(plan.roi_size),
         "modality": modality_of(cases.channel_names),
         "num_channels": plan.in_channels,
         "value_range": _value_range(source, plan),
-        "channel_def": channels,
+        "channel_def": {str(n): name for n, name in enumerate(names)},
     }
-    pred = {"num_channels": len(classes), "channel_def": classes}
-    return {
-        "inputs": {"image": {**template["inputs"]["image"], **patch, **image}},
-        "outputs": {"pred": {**template["outputs"]["pred"], **patch, **pred}},
+    pred |= {
+        "spatial_shape": list(plan.roi_size),
+        "num_channels": len(plan.class_names),
+        "channel_def": {str(n): name for n, name in enumerate(plan.class_names)},
     }
 
 
@@ -105,35 +101,22 @@ def _value_range(source: Config, plan: Plan) -> list[float]:
     return [min(0.0, *ends), max(0.0, *ends)]
 
 
-def _installed(packages: Mapping[str, str]) -> dict[str, str]:
-    """Return the installed versions of packages, or those stated."""
-    found = dict(packages)
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def run_inference_config(
-    template: Config,
-    source: Config,
-    cases: Cases,
-    plan: Plan,
-    trained_on: Config | None,
+    template: Config, source: Config, cases: Cases, plan: Plan, trained_on: Config | None
 ) -> Config:
     """Return `configs/inference.json` of a run: the repository's, with the run's own values.
 
     Args:
         template: The repository's inference config.
-        source: The run's config; its values are used for keys that both have.
-        cases: Its dataset.
-        plan: Its plan; its values are used for keys that both have.
+        source: The run's config; its values, and those of the plan, are taken for known keys.
+        cases: The run's dataset.
         trained_on: Ranges of the training images, to warn of others.
     """
-    inference = deepcopy(template)
     own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan", "cases")
     values = {**source, **plan.as_dict()}
-    inference.update({k: values[k] for k in template if k in values and k not in own})
-    inference["trained_on"] = trained_on
-    inference["dataset_dir"] = cases.image_dir(source["dataset_dir"])
-    return inference
+    return {
+        **deepcopy(template),
+        **{key: values[key] for key in template if key in values and key not in own},
+        "trained_on": trained_on,
+        "dataset_dir": cases.image_dir(source["dataset_dir"]),
+    }

@@ -1,10 +1,9 @@
 """Export a run as a MONAI bundle that predicts and evaluates without this repository.
 
-The folder gets configs, weights (also as safetensors), the formats, the model card, and the code
-for prediction and evaluation as a package of its own; a zip beside it gets the same. Each format is
-read back, and its logits for three random inputs are compared with the PyTorch network's;
-`export.json` has the figures. Configs are made from templates, without paths and case ids. `onnx`
-needs the packages of the extra `export`.
+The folder gets configs, weights (also as safetensors), the formats, the model card and the packed
+code; a zip beside it gets the same. Each format is read back, and its logits for three random
+inputs are compared with the PyTorch network's; `export.json` has the figures. Paths and case ids
+are left out. `onnx` needs the packages of the extra `export`.
 
 Exit status: 0 done, 1 a format could not be made (the rest is there), 2 a mistake in the input.
 """
@@ -18,28 +17,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.commands.command import CommandParser, run_parsed
+from pipeline.errors import InputError
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        words: Command line after the command; `None` means that of this process.
-    """
+    """Run the command and return its exit status; `words` are those after it, or this process's."""
     parser = CommandParser("export", __doc__)
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: <RUN>_bundle")
     formats = ("torchscript", "onnx", "torch_export")
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="NAME", help="class that configs may name"
-    )
+    allowed = "class that configs may name"
+    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=allowed)
     return run_parsed(parser, words, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline.bundle.package import export_run
     from pipeline.config import allowed
+    from pipeline.reporting.model_card import render_model_card
 
     allow, _ = allowed.split_allow([f"--allow={name}" for name in options.allow])
     run_dir = options.run_dir.absolute()
@@ -47,25 +43,24 @@ def _run(options: argparse.Namespace) -> int:
     # a terminated process cleans up like an interrupted one
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        facts = export_run(run_dir, output, list(dict.fromkeys(options.formats)), allow)
+        facts = export_run(run_dir, output, render_model_card, options.formats, allow)
     except OSError as error:
-        print(f"--output: expected a folder that can be written, got: {error}.", file=sys.stderr)
-        return 2
+        expected = "--output: expected a folder that can be written"
+        raise InputError(f"{expected}, got: {error}. Choose another.") from None
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
-    code = facts["code"]
+    code, formats = facts["code"], facts["formats"]
     print(f"Package {code['package']}: {code['num_modules']} modules, {code['num_lines']:,} lines")
-    for name, of in facts["formats"].items():
+    for name, of in formats.items():
         if of["made"]:
             difference = of["max_abs_difference"]
             print(f"{name}: {of['bytes']:,} bytes, logits differ by {difference:.1e} at most")
+        else:
+            print(f"{name}: not made: {of['reason']}", file=sys.stderr)
     if "not_packed" in code:
         print(f"Needed from elsewhere: {', '.join(code['not_packed'])}")
     print(f"Written: {output} and {output}.zip", flush=True)
-    lost = {name: of["reason"] for name, of in facts["formats"].items() if not of["made"]}
-    for name, why in lost.items():
-        print(f"{name}: not made: {why}", file=sys.stderr)
-    return 1 if lost else 0
+    return 0 if all(of["made"] for of in formats.values()) else 1
