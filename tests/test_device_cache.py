@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -61,10 +62,10 @@ def test_resident_batches_are_divided_among_ranks(tmp_path, monkeypatch):
     patches = make_patches(tmp_path, SHARES)
     whole = list(loader(patches, batch_size=5))
     monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "sync_errors", nullcontext)  # there is nobody to agree with
     for rank, own in enumerate([slice(0, 3), slice(3, 5)]):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         ours = loader(patches, batch_size=5, cache_on_device=True)
-        ours.device_cache.load(patches.cached)  # there is nobody to agree with
         require_equal(list(ours), [{k: v[own] for k, v in batch.items()} for batch in whole])
 
 
@@ -166,6 +167,6 @@ def test_run_with_resident_cases_ends_with_the_same_weights(run, tmp_path, monke
     assert told[1]["requested"] == {"cache_on_device": True, "num_workers": 1}
     assert told[1]["effective"]["num_workers"] == 0
     log = (tmp_path / "b/log.txt").read_text()
-    assert "Training cases in force: in the memory of cpu (as asked for)" in log
-    assert "asked for: cache_on_device True, num_workers 1 (not used)" in log
+    assert "Training cases in force: {'cache_on_device': True" in log
+    assert "asked for: {'cache_on_device': True, 'num_workers': 1}" in log
     assert "Continuing with a changed cache_on_device" in log

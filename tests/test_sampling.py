@@ -46,7 +46,7 @@ def make_patches(tmp_path):
             "num_classes": 3,
             "seed": 7,
             "samples_per_epoch": 8,
-            "cache": VolumeCache(tmp_path / "cache", 10**9, recipe={}),
+            "cache": VolumeCache(tmp_path / "cache", 10**9, {}),
         }
         return PatchDataset(**{**arguments, **changes})
 

@@ -1,11 +1,10 @@
 """The plan: what training a dataset needs, decided from what the dataset is.
 
-A value that a config leaves at `auto` is chosen by a rule, which returns it with the reason in a
-sentence; one that a config gives is taken as it is, and the others are chosen around it. Axes are
-R, A, S.
+A value that is `auto` is chosen by a rule, which returns it with the reason in a sentence; one that
+is given is taken, and the others are chosen around it. Axes are R, A, S.
 
-Source: spacing, patch and batch size follow Isensee et al., nnU-Net, Nature Methods 18 (2021),
-Supplementary Note 2; where a rule differs it says so.
+Source: Isensee et al., nnU-Net, Nature Methods 18 (2021), Supplementary Note 2, but where
+a rule says otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.dataset import Cases
+from pipeline.data.issues import require
 from pipeline.data.memory import RESERVE, TrainingStep, triples
 from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
 from pipeline.errors import InputError
@@ -44,38 +44,23 @@ StepBytes = Callable[[Size, int], float]  # of a patch size and a batch size
 
 @dataclass(frozen=True)
 class Plan:
-    """Values that fit training to a dataset.
+    """Values that fit training to a dataset."""
 
-    Attributes:
-        spacing: Voxel size in mm that volumes are resampled to.
-        crop_empty_borders: Whether borders of zeros are cut off first.
-        normalization: For all channels, or a list of one for each: a name of
-            `transforms.preprocess.NORMALIZATIONS`, or `clip`, `mean` and `std`.
-        roi_size: Patch in voxels.
-        strides: Pooling per level and axis.
-        class_names: In the order of the label values, background first.
-        in_channels: Channels of an image.
-        num_classes: Classes, background included.
-        batch_size: Patches in a micro-batch, of all ranks together.
-        foreground_ratio: Share of patches that are centred on foreground.
-        flip_axes: Axes that may be mirrored.
-        ignore_value: Label value of voxels that do not count; `None` if there is none.
-        reasons: Why each value is what it is.
-    """
-
-    spacing: Sequence[float]
-    crop_empty_borders: bool
+    spacing: Sequence[float]  # mm that volumes are resampled to
+    crop_empty_borders: bool  # whether borders of zeros are cut off first
+    # for all channels, or a list of one for each: a name of `transforms.preprocess.NORMALIZATIONS`,
+    # or `clip`, `mean` and `std`
     normalization: str | Mapping[str, Any] | Sequence[Any]
-    roi_size: Sequence[int]
-    strides: Sequence[Any]
-    class_names: Sequence[str]
+    roi_size: Sequence[int]  # patch in voxels
+    strides: Sequence[Any]  # pooling per level and axis
+    class_names: Sequence[str]  # in the order of the label values, background first
     in_channels: int
-    num_classes: int
-    batch_size: int = 1
-    foreground_ratio: float = 0.0
-    flip_axes: Sequence[int] = ()
-    ignore_value: int | None = None
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    num_classes: int  # background included
+    batch_size: int = 1  # patches in a micro-batch, of all ranks together
+    foreground_ratio: float = 0.0  # share of patches that are centred on foreground
+    flip_axes: Sequence[int] = ()  # that may be mirrored
+    ignore_value: int | None = None  # label of voxels that do not count
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why each value is what it is
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -83,9 +68,11 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return a line for each value, with its reason."""
-        values = self.as_dict()
+        values = json.loads(
+            json.dumps(self.as_dict()), parse_float=lambda n: float(f"{float(n):.5g}")
+        )
         return [
-            f"{name:<18} {json.dumps(_rounded(values[name]))}  ({reason})"
+            f"{name:<18} {json.dumps(values[name])}  ({reason})"
             for name, reason in self.reasons.items()
         ]
 
@@ -103,7 +90,6 @@ def make_plan(
     """Decide what is `auto`.
 
     Args:
-        fingerprint: Statistics of the dataset.
         settings: A value or `auto` for each of `SETTINGS`.
         dataset: Declares names of classes and channels.
         budget_bytes: Memory that a training step in float32 may take on each rank. The plan is the
@@ -176,11 +162,8 @@ def _choose_names(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list
     if dataset.class_names:
         return dataset.class_names, "declared by the dataset"
     names = [entry.name for entry in fingerprint.classes]
-    if not names:
-        raise InputError(
-            "class_names: expected names, since the dataset declares none and its voxels were not "
-            "read, got auto. Name them, or set preflight to full."
-        )
+    expected = "names, since the dataset declares none and its voxels were not read"
+    require(names, "class_names", expected, AUTO, "Name them, or set preflight to full.")
     return names, "label values found; the dataset declares no names"
 
 
@@ -211,29 +194,23 @@ def _choose_normalization(dataset: Cases, fingerprint: DatasetFingerprint) -> tu
     names = dataset.channel_names or [""] * fingerprint.num_channels
     channels: Sequence[Any] = fingerprint.channels or [None] * len(names)  # voxels were not read
     chosen = [_normalization(name, one) for name, one in zip(names, channels, strict=True)]
-    reasons = []
-    if any(isinstance(one, dict) for one in chosen):
-        reasons.append("CT: Hounsfield units, by the foreground of all cases")
-    if "percentile_zscore" in chosen:
-        reasons.append("CT: by each volume, since no foreground with contrast was read")
-    if "zscore" in chosen:
-        reasons.append("not CT: by each volume's own mean and deviation")
-    return chosen, "; ".join(reasons)
+    reasons = {
+        "dict": "CT: Hounsfield units, by the foreground of all cases",
+        "percentile_zscore": "CT: by each volume, since no foreground with contrast was read",
+        "zscore": "not CT: by each volume's own mean and deviation",
+    }
+    kinds = ["dict" if isinstance(one, dict) else one for one in chosen]
+    return chosen, "; ".join(reason for kind, reason in reasons.items() if kind in kinds)
 
 
 def _normalization(name: str, channel: ChannelFingerprint | None) -> Any:
     if name.upper() != "CT":
         return "zscore"
-    if channel is None or not channel.foreground_std:
+    levels = channel.foreground_percentiles if channel and channel.foreground_std else {}
+    low, high = levels.get("0.5"), levels.get("99.5")
+    if channel is None or low == high:
         return "percentile_zscore"
-    low, high = (channel.foreground_percentiles[level] for level in ("0.5", "99.5"))
-    if low == high:
-        return "percentile_zscore"
-    return {
-        "clip": [low, high],
-        "mean": channel.foreground_mean,
-        "std": channel.foreground_std,
-    }
+    return {"clip": [low, high], "mean": channel.foreground_mean, "std": channel.foreground_std}
 
 
 def _resampled_shapes(
@@ -248,12 +225,11 @@ def _resampled_shapes(
     shapes = np.array(((crop and fingerprint.occupied_shapes) or fingerprint.shapes).cases)
     resampled = shapes * np.array(fingerprint.spacings_mm.cases) / np.array(spacing)
     median = np.median(resampled, axis=0)
-    if (median < 1).any() or (median > MAX_VOXELS).any():
-        raise InputError(
-            f"spacing: expected mm that leave 1 to {MAX_VOXELS} voxels along each axis, got "
-            f"{list(spacing)}, with which the median volume has "
-            f"{'x'.join(f'{n:.3g}' for n in median)}. Correct it."
-        )
+    require(
+        (median >= 1).all() and (median <= MAX_VOXELS).all(), "spacing",
+        f"mm that leave 1 to {MAX_VOXELS} voxels along each axis", f"{list(spacing)}, with which "
+        f"the median volume has {'x'.join(f'{n:.3g}' for n in median)}", "Correct it.",
+    )  # fmt: skip
     return np.maximum(np.rint(resampled), 1)
 
 
@@ -280,12 +256,12 @@ def _choose_roi(
     first = bisect.bisect_left(
         smaller, True, key=lambda size: step_bytes(size, MIN_BATCH) <= budget_bytes
     )
-    if first == len(smaller):
-        raise InputError(
-            f"memory_budget_bytes: expected {step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for "
-            f"{MIN_BATCH} of the smallest patches, got {budget_bytes:.0f}. Raise it, or lower "
-            "base_channels."
-        )
+    needed = (
+        f"{step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for {MIN_BATCH} of the smallest patches"
+    )
+    remedy = "Raise it, or lower base_channels."
+    fits = first < len(smaller)
+    require(fits, "memory_budget_bytes", needed, f"{budget_bytes:.0f}", remedy)
     if first == 0:
         return smaller[0], "the median volume, in multiples of what the strides divide by"
     return smaller[first], (
@@ -360,12 +336,3 @@ def _require_fit(
         )
     if faults:
         raise InputError(*faults)
-
-
-def _rounded(value: Any) -> Any:
-    """Round numbers for people."""
-    if isinstance(value, dict):
-        return {key: _rounded(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(child) for child in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
