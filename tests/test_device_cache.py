@@ -86,12 +86,6 @@ def test_resident_cases_need_no_file_and_no_worker(tmp_path):
     }  # fmt: skip
 
 
-def test_auto_on_a_cpu_reads_the_cache(tmp_path):
-    ours = loader(make_patches(tmp_path, SHARES))
-    next(iter(ours))
-    assert ours.describe()["effective"]["cache_on_device"] is False
-
-
 @pytest.mark.parametrize(
     ("asked", "size", "free", "expected"),
     [
@@ -135,14 +129,6 @@ def test_loader_refuses_another_word(tmp_path):
         InputError, match="cache_on_device: expected auto, true or false, got 'gpu'"
     ):
         loader(make_patches(tmp_path, SHARES), cache_on_device="gpu")
-
-
-@pytest.mark.parametrize("value", ["gpu", 1.5, None])
-def test_run_refuses_another_value_in_one_line(run, tmp_path, capfd, value):
-    assert run(tmp_path / "r", cache_on_device=value) == 2
-    error = capfd.readouterr().err
-    assert error.startswith('--cache_on_device: expected one of "auto", true, false, got ')
-    assert error.count("\n") == 1
 
 
 def test_run_with_resident_cases_ends_with_the_same_weights(run, tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ class CachedCases:
         """Give the tensors of a case; an entry that is damaged, or was removed, is made anew.
 
         Args:
-            number: Number of the case.
+            number: Of the case.
             verify: Whether the checksum is compared, if that was not done before in this run.
 
         Raises:
@@ -282,11 +282,7 @@ class CachedDataset(Dataset):
         data: Cases, as dictionaries with `case_id`, `image` and `label`.
         transform: Deterministic preprocessing, applied once per case.
         cache: Keeps the results.
-        num_classes: Classes, background included; `None`: label values are not checked.
-        ignore_value: Label of voxels that nobody annotated.
-
-    Raises:
-        InputError: If a label has a value that is no class, or a case cannot be cached.
+        num_classes, ignore_value: See `VolumeCache.fill`, which also says what is raised.
     """
 
     def __init__(
@@ -376,13 +372,10 @@ def _encode(made: Mapping[str, Any], key: str) -> bytes:
 
     The geometry of a MetaTensor is kept, other metadata is not: text in a header may name a person.
     """
-    tensors = {n: t for n, t in made.items() if isinstance(t, np.ndarray | torch.Tensor)}
-    arrays = {name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}
-    geometry = {
-        name: {part: value.meta[part] for part in GEOMETRY if part in value.meta}
-        for name, value in tensors.items()
-        if isinstance(value, MetaTensor)
-    }
+    kept = {name: t for name, t in made.items() if isinstance(t, np.ndarray | torch.Tensor)}
+    arrays = {name: np.ascontiguousarray(np.asarray(t)) for name, t in kept.items()}
+    metas = {name: t.meta for name, t in kept.items() if isinstance(t, MetaTensor)}
+    geometry = {n: {k: meta[k] for k in GEOMETRY if k in meta} for n, meta in metas.items()}
     facts = {"key": key, "sha256": UNHASHED.decode(), "geometry": geometry}
     # arrays and tensors become lists; `space` is an enumeration
     plain = json.dumps(facts, default=lambda value: np.asarray(value).tolist())

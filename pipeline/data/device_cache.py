@@ -43,9 +43,7 @@ class DeviceCache:
         require(word in CHOICES, "cache_on_device", expected, repr(cache_on_device), "Correct it.")
         self.choice, self.device = CHOICES[word], torch.device(device)
         self.requested = {"cache_on_device": cache_on_device, "num_workers": num_workers}
-        self.effective: dict[str, Any] = dict.fromkeys(
-            ("cache_on_device", "bytes", "num_workers", "reason")
-        )
+        self.effective: dict[str, Any] = {**dict.fromkeys([*self.requested, "bytes", "reason"])}
         self._cases: list[CaseTensors] | None = None
 
     def load(self, cached: CachedCases) -> list[CaseTensors] | None:
@@ -87,13 +85,7 @@ class DeviceCache:
 
 
 def decide(choice: bool | None, size: int | None, free: int | None) -> tuple[bool, str]:
-    """Decide whether cases are put on a device, and say why.
-
-    Args:
-        choice: What was asked for; `None` for `auto`.
-        size: Bytes of their volumes.
-        free: Bytes of the device's memory that are free; `None` on a CPU.
-    """
+    """Decide whether `size` bytes are put where `free` bytes are, `None` on a CPU, and say why."""
     if choice is not None:
         return choice, "as asked for"
     if size is None or free is None:

@@ -13,7 +13,7 @@ import bisect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,6 @@ from pipeline.errors import InputError
 from transforms.augment import resolve_flip_axes
 
 AUTO = "auto"
-# what a config states, a value or `auto` each
-SETTINGS = (
-    "spacing", "crop_empty_borders", "normalization", "roi_size", "strides", "class_names",
-    "in_channels", "num_classes", "batch_size", "foreground_ratio", "flip_axes",
-)  # fmt: skip
 MAX_VOXELS = 10_000  # along an axis of the median volume
 NUM_POOLINGS = 3  # of the dense U-Net: its bottleneck is at 1/8
 MIN_POOLED_VOXELS = 4  # of an axis after pooling
@@ -77,6 +72,10 @@ class Plan:
         ]
 
 
+# what a config states, a value or `auto` each
+SETTINGS = tuple(f.name for f in fields(Plan) if f.name not in ("ignore_value", "reasons"))
+
+
 def make_plan(
     fingerprint: DatasetFingerprint,
     settings: Mapping[str, Any],
@@ -94,8 +93,8 @@ def make_plan(
         dataset: Declares names of classes and channels.
         budget_bytes: Memory that a training step in float32 may take on each rank. The plan is the
             same in every precision, so that precisions can be compared.
-        base_channels: Channels of the network at full resolution.
-        recompute_levels: Levels of the network that keep no activations.
+        base_channels: Of the network at full resolution.
+        recompute_levels: Of the network, that keep no activations.
         num_ranks: Ranks that share a batch.
 
     Raises:
@@ -256,12 +255,10 @@ def _choose_roi(
     first = bisect.bisect_left(
         smaller, True, key=lambda size: step_bytes(size, MIN_BATCH) <= budget_bytes
     )
-    needed = (
-        f"{step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for {MIN_BATCH} of the smallest patches"
-    )
-    remedy = "Raise it, or lower base_channels."
-    fits = first < len(smaller)
-    require(fits, "memory_budget_bytes", needed, f"{budget_bytes:.0f}", remedy)
+    needed = f"{step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for {MIN_BATCH} of the smallest "
+    needed, remedy = needed + "patches", "Raise it, or lower base_channels."
+    is_enough = first < len(smaller)
+    require(is_enough, "memory_budget_bytes", needed, f"{budget_bytes:.0f}", remedy)
     if first == 0:
         return smaller[0], "the median volume, in multiples of what the strides divide by"
     return smaller[first], (
@@ -300,39 +297,29 @@ def _choose_foreground_ratio(roi_size: Size, median: np.ndarray) -> tuple[float,
 def _choose_flip_axes(class_names: Sequence[str]) -> tuple[list[int], str]:
     """Take all axes, but not left-right where the classes tell left from right."""
     axes = list(resolve_flip_axes("auto", class_names))
-    if 0 in axes:
-        return axes, "no class name tells left from right"
-    return axes, "class names tell left from right, which mirroring along axis 0 would exchange"
+    swapped = "class names tell left from right, which mirroring along axis 0 would exchange"
+    return axes, "no class name tells left from right" if 0 in axes else swapped
 
 
 def _require_fit(
     chosen: Mapping[str, Any], dataset: Cases, fingerprint: DatasetFingerprint
 ) -> None:
     names, num_classes = chosen["class_names"], chosen["num_classes"]
-    faults = []
-    if chosen["in_channels"] != fingerprint.num_channels:
-        faults.append(
-            f"in_channels: expected {fingerprint.num_channels}, the channels of the images, "
-            f"got {chosen['in_channels']}. Leave it at auto."
-        )
-    if len(names) != num_classes:
-        faults.append(
-            f"class_names: expected {num_classes} names, background included, got {len(names)}. "
-            "Name every label value."
-        )
-    if len(set(names)) < len(names):
-        faults.append(f"class_names: expected different names, got {', '.join(names)}. Rename one.")
-    every = [*names, *(dataset.channel_names or [])]
-    if marked := [name for name in every if name.startswith(("$", "@", "%"))]:
-        faults.append(
-            f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
-            f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
-        )
+    is_repeated = len(set(names)) < len(names)
+    channels = fingerprint.num_channels
     least = max(len(dataset.class_names or []), len(fingerprint.classes))
-    if num_classes < least:
-        faults.append(
-            f"num_classes: expected {least} or more, the classes of the dataset, got "
-            f"{num_classes}. Leave it at auto."
-        )
-    if faults:
-        raise InputError(*faults)
+    every = [*names, *(dataset.channel_names or [])]
+    marked = ", ".join(name for name in every if name.startswith(("$", "@", "%")))
+    faults = {
+        f"in_channels: expected {channels}, the channels of the images, got "
+        f"{chosen['in_channels']}. Leave it at auto.": chosen["in_channels"] != channels,
+        f"class_names: expected {num_classes} names, background included, got {len(names)}. "
+        "Name every label value.": len(names) != num_classes,
+        f"class_names: expected different names, got {', '.join(names)}. Rename one.": is_repeated,
+        f"{dataset.name}: expected names of classes and channels that do not begin with $, @ or %, "
+        f"as references in configs do, got {marked}. Rename them.": marked,
+        f"num_classes: expected {least} or more, the classes of the dataset, got {num_classes}. "
+        "Leave it at auto.": num_classes < least,
+    }
+    if any(faults.values()):
+        raise InputError(*(line for line, is_true in faults.items() if is_true))

@@ -23,7 +23,6 @@ from pipeline.data.cache import VolumeCache
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.device_cache import DeviceCache
 from pipeline.data.issues import require
-from pipeline.errors import InputError
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
@@ -53,7 +52,9 @@ def sampling_positions(
         found.pop(f"class_{ignore_value}", None)
         annotated = np.flatnonzero(np.asarray(label) != ignore_value)
         if not len(annotated):
-            raise ValueError(f"expected an annotated voxel, got {ignore_value} (ignored) only.")
+            raise ValueError(
+                f"expected an annotated voxel, got {ignore_value} (ignored) only. Omit the case."
+            )
         if len(annotated) > MAX_POSITIONS_PER_CLASS:
             # at random: positions at regular steps might all lie in one plane
             rng = np.random.Generator(np.random.PCG64(0))
@@ -170,12 +171,8 @@ class PatchDataset(Dataset):
         return np.array(np.unravel_index(int(positions[drawn : drawn + 1][0]), size))
 
     def _prepare(self, case: Case) -> dict[str, Any]:
-        loaded = self.transform(case)
-        volumes = {key: loaded[key] for key in ("image", "label")}
-        try:
-            positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
-        except ValueError as error:
-            raise InputError(f"{case['case_id']}: {error} Leave the case out.") from None
+        volumes = {k: v for k, v in self.transform(case).items() if k in ("image", "label")}
+        positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
         return {**volumes, **positions}
 
     def _case_index(self, number: int) -> int:
@@ -194,8 +191,7 @@ def cut_patch(volume: Any, origin: np.ndarray, size: np.ndarray) -> torch.Tensor
 
     Args:
         volume: A tensor, or something with a shape whose slices are tensors.
-        origin: First voxel `(3,)`, negative outside the volume.
-        size: `(3,)`; the patch must have a voxel in common with the volume.
+        origin: First voxel `(3,)`, negative outside the volume, with which the patch overlaps.
     """
     first, last = np.maximum(origin, 0), np.minimum(origin + size, volume.shape[1:])
     inside = volume[:, *map(slice, first.tolist(), last.tolist())]
