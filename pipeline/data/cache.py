@@ -208,12 +208,10 @@ class CachedCases:
     is_checked: torch.Tensor  # bool, by case; shared with loader workers
 
     @contextlib.contextmanager
-    def open(self, number: int, *, verify: bool = True) -> Iterator[dict[str, StoredTensor]]:
+    def open(self, number: int) -> Iterator[dict[str, StoredTensor]]:
         """Give the tensors of a case; an entry that is damaged, or was removed, is made anew.
 
-        Args:
-            number: Of the case.
-            verify: Whether the checksum is compared, if that was not done before in this run.
+        The checksum is compared if that was not done before in this run.
 
         Raises:
             InputError: If it cannot be made anew.
@@ -221,14 +219,14 @@ class CachedCases:
         path = self.cache.path(self.keys[number])
         for attempt in range(ATTEMPTS + 1):
             try:
-                tensors = _open(path, verify=verify and not self.is_checked[number])
+                tensors = _open(path, verify=not self.is_checked[number])
                 break
             except (OSError, SafetensorError, ValueError) as error:
                 if attempt == ATTEMPTS:
                     raise
                 log.warning("%s IS LOST: %s. It is made anew.", path, error)
                 self.make(number)
-        self.is_checked[number] |= verify
+        self.is_checked[number] = True
         yield tensors
         tensors.clear()  # unmaps the file
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from pipeline import distributed
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases, given_cases, load_cases
 from pipeline.data.memory import available_bytes
 from pipeline.data.phantom import make_phantom
-from pipeline.data.plan import AUTO, Plan, make_plan
+from pipeline.data.plan import AUTO, SETTINGS, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
 from pipeline.data.splits import GroupPattern
 from pipeline.precision import resolve_device
@@ -36,20 +36,9 @@ class SplitSettings(TypedDict, total=False):
     data_roots: Sequence[str]
 
 
-class PlanSettings(TypedDict):
-    """Values of the plan; see `Plan`."""
-
-    spacing: Sequence[float] | Auto
-    crop_empty_borders: bool | Auto
-    normalization: str | Mapping[str, Any] | Sequence[Any]
-    roi_size: Sequence[int] | Auto
-    strides: Sequence[Any] | Auto
-    class_names: Sequence[str] | Auto
-    in_channels: int | Auto
-    num_classes: int | Auto
-    batch_size: int | Auto
-    foreground_ratio: float | Auto
-    flip_axes: Sequence[int] | Auto
+# values of the plan, or `auto`
+PLAN_TYPES = {name: hint | Auto for name, hint in get_type_hints(Plan).items() if name in SETTINGS}
+PlanSettings = TypedDict("PlanSettings", PLAN_TYPES)  # type: ignore[misc]
 
 
 class DataModule:
@@ -86,7 +75,8 @@ class DataModule:
         self.is_phantom = self.dataset_dir == root / PHANTOM
         file, folders = split["split_file"], [root / folder for folder in split["data_roots"]]
         self.split: Any = {**split, "split_file": file and root / file, "data_roots": folders}
-        self.level, self.settings = preflight, cast("Mapping[str, Any]", settings)
+        self.level = preflight
+        self.settings: Mapping[str, Any] = settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
         self.base_channels, self.recompute_levels = base_channels, recompute_levels
 

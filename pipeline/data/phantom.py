@@ -180,10 +180,9 @@ def _write_dataset(directory: Path, seed: int, num_cases: int) -> None:
     training = []
     for case in range(num_cases):
         image, label, affine = make_case(seed, case)
-        entry, volumes = {}, dict[str, NDArray](image=image, label=label)
-        for key, voxels in volumes.items():
-            entry[key] = f"./{key}sTr/phantom_{case + 1:03d}.nii.gz"
-            _write_nifti(directory / entry[key], voxels, affine)
+        entry = {key: f"./{key}sTr/phantom_{case + 1:03d}.nii.gz" for key in ("image", "label")}
+        _write_nifti(directory / entry["image"], image, affine)
+        _write_nifti(directory / entry["label"], label, affine)
         training.append(entry)
     record = {
         "name": "phantom",
