@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import logging
 import multiprocessing
 import os
 import pickle
@@ -165,18 +164,6 @@ def test_fill_makes_equal_cases_once(cases, tmp_path):
     np.testing.assert_array_equal(image_of(cached, 0), image_of(cached, 1))
 
 
-def test_fill_says_what_it_makes_and_nothing_else(cases, tmp_path, caplog, capfd):
-    caplog.set_level(logging.INFO)
-    cache_in(tmp_path).fill(cases, load)
-    assert [r.getMessage() for r in caplog.records] == [
-        f"Preprocessing 4 of 4 cases into {tmp_path / 'cache'}"
-    ]
-    caplog.clear()
-    cache_in(tmp_path).fill(cases, load)
-    assert not caplog.records
-    assert capfd.readouterr().err == ""  # a bar is for terminals
-
-
 class Bomb:
     """Goes off when it is unpickled."""
 
@@ -193,19 +180,10 @@ def alter(place):
     return change
 
 
-def rewrite_header(path):
-    """Another shape of as many voxels: a header that is right in itself."""
-    data = path.read_bytes()
-    assert b"[1,20,18,12]" in data
-    path.write_bytes(data.replace(b"[1,20,18,12]", b"[1,18,20,12]"))
-
-
 DAMAGE = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path: path.write_bytes(b""),
-    "garbage": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
     "a voxel altered": alter(5000),
-    "another shape": rewrite_header,
     "pickle": lambda path: path.write_bytes(pickle.dumps(Bomb())),
     "another case's": lambda path: shutil.copy(
         next(p for p in path.parent.glob("*.safetensors") if p != path), path
@@ -243,14 +221,6 @@ def test_entry_is_read_whole_once_in_a_run_by_workers_too(cases, tmp_path, monke
     assert fresh.cached.is_checked.all()
 
 
-def test_open_makes_an_entry_anew_that_was_removed(cases, tmp_path):
-    cached = cache_in(tmp_path).fill(cases, load)
-    for path in entries_in(tmp_path):
-        path.unlink()
-    np.testing.assert_array_equal(image_of(cached, 2), load(cases[2])["image"])
-    assert entries_in(tmp_path) == [cached.cache.path(cached.keys[2])]
-
-
 def test_workers_make_an_entry_anew_that_was_removed(cases, tmp_path):
     ours = CachedDataset(cases, load, cache_in(tmp_path))
     for path in entries_in(tmp_path):
@@ -259,16 +229,6 @@ def test_workers_make_an_entry_anew_that_was_removed(cases, tmp_path):
     for got, case in zip(loader, cases, strict=True):
         np.testing.assert_array_equal(got["image"], load(case)["image"])
     assert len(entries_in(tmp_path)) == len(cases)
-
-
-def test_open_refuses_to_make_an_entry_anew_from_other_files(writable, tmp_path):
-    cached = cache_in(tmp_path).fill(writable, load)
-    entry = cached.cache.path(cached.keys[0])
-    entry.unlink()
-    shutil.copy(writable[1]["image"], writable[0]["image"])
-    with pytest.raises(InputError, match=f"^{writable[0]['case_id']}: expected the files"):
-        image_of(cached, 0)
-    assert not entry.exists()
 
 
 def test_file_that_changes_while_it_is_preprocessed_is_noticed(writable, tmp_path):
@@ -282,12 +242,6 @@ def test_file_that_changes_while_it_is_preprocessed_is_noticed(writable, tmp_pat
     assert not entries_in(tmp_path)
 
 
-def test_fill_names_the_case_whose_file_is_missing(writable, tmp_path):
-    Path(writable[1]["image"]).unlink()
-    with pytest.raises(InputError, match=rf"^{writable[1]['case_id']}: expected files .*$"):
-        cache_in(tmp_path).fill(writable, load)
-
-
 # ---- keys
 
 
@@ -297,20 +251,12 @@ def keys_of(folder, cases, recipe=None, **facts):
 
 def test_key_is_that_of_the_content_not_of_the_place(writable, tmp_path):
     before = keys_of(tmp_path, writable)
-    shutil.copytree(tmp_path / "data", tmp_path / "copy")
-    for path in (tmp_path / "copy").rglob("*.nii.gz"):
-        path.rename(path.with_name("new_" + path.name))
-        os.utime(path.with_name("new_" + path.name))
-    copies = [
-        {
-            "case_id": "new_" + case["case_id"],
-            **{
-                key: case[key].replace("/data/", "/copy/").replace("tiny_", "new_tiny_")
-                for key in ("image", "label")
-            },
-        }
-        for case in writable
-    ]
+    copies = []
+    for n, case in enumerate(writable):
+        files = {key: tmp_path / f"{n}_{key}.nii.gz" for key in ("image", "label")}
+        copies.append({"case_id": f"new_{n}"})
+        for key, path in files.items():
+            copies[n][key] = str(shutil.copyfile(case[key], path))
     assert keys_of(tmp_path, copies) == before
     assert len(set(before)) == len(before)
 
@@ -318,11 +264,7 @@ def test_key_is_that_of_the_content_not_of_the_place(writable, tmp_path):
 @pytest.mark.parametrize("key", ["image", "label"])
 def test_key_differs_when_a_file_differs_in_one_byte(writable, tmp_path, key):
     before = keys_of(tmp_path, writable)
-    path = Path(writable[0][key])
-    voxels = nib.load(path)
-    changed = np.asarray(voxels.dataobj).copy()
-    changed[3, 3, 3] += 1
-    nib.save(nib.Nifti1Image(changed, voxels.affine), path)
+    alter(-1)(Path(writable[0][key]))
     after = keys_of(tmp_path, writable)
     assert after[0] != before[0]
     assert after[1:] == before[1:]
@@ -472,7 +414,6 @@ def forget_one(text):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda text: "",
         lambda text: "[1, 2]",
         lambda text: "\x80abc",
         forget_one,
@@ -482,10 +423,9 @@ def test_hashes_do_no_harm_when_their_memory_is_corrupt(cases, tmp_path, settled
     before = keys_of(tmp_path, cases)
     path = tmp_path / "cache" / HASHES
     path.write_text(change(path.read_text()), encoding="latin-1")
-    assert keys_of(tmp_path, cases) == before
-    assert len(reads) == 4 * len(cases)
-    assert keys_of(tmp_path, cases) == before
-    assert len(reads) == 4 * len(cases)
+    for _ in range(2):
+        assert keys_of(tmp_path, cases) == before
+        assert len(reads) == 4 * len(cases)
 
 
 # ---- limits
@@ -576,9 +516,8 @@ def test_fill_removes_what_dead_writers_left(cases, tmp_path):
 # ---- several processes
 
 
-def fill_slowly(folder, cases, started):
+def fill_slowly(folder, cases):
     def slow(case):
-        started.set()
         time.sleep(0.05)
         return load(case)
 
@@ -587,9 +526,7 @@ def fill_slowly(folder, cases, started):
 
 
 def test_processes_fill_one_cache_at_once(cases, tmp_path):
-    fillers = [
-        FORK.Process(target=fill_slowly, args=(tmp_path, cases, FORK.Event())) for _ in range(4)
-    ]
+    fillers = [FORK.Process(target=fill_slowly, args=(tmp_path, cases)) for _ in range(4)]
     for process in fillers:
         process.start()
     for process in fillers:
@@ -622,21 +559,6 @@ def test_a_writer_killed_before_the_end_leaves_no_entry(cases, tmp_path):
     assert list((tmp_path / "cache").glob(".*"))
     cached = cache_in(tmp_path).fill(cases, load)
     np.testing.assert_array_equal(image_of(cached, 1), load(cases[1])["image"])
-
-
-def test_a_filler_killed_at_any_time_leaves_a_right_cache(cases, tmp_path):
-    for delay in (0.0, 0.02, 0.06, 0.1):
-        started = FORK.Event()
-        process = FORK.Process(target=fill_slowly, args=(tmp_path, cases, started))
-        process.start()
-        assert started.wait(60)
-        time.sleep(delay)
-        process.kill()
-        process.join()
-        cached = cache_in(tmp_path).fill(cases, load)
-        for number, case in enumerate(cases):
-            np.testing.assert_array_equal(image_of(cached, number), load(case)["image"])
-        entries_in(tmp_path)[0].unlink()
 
 
 def rotate(folder, cases, limit_bytes, rounds):
@@ -677,13 +599,6 @@ def test_runs_share_the_cases_that_they_preprocess_alike(run, tmp_path):
     assert entries(tmp_path / "cache") == made
     assert run(tmp_path / "c", **{**shared, "spacing": [1, 1, 2]}) == 0
     assert len(entries(tmp_path / "cache")) == 12
-
-
-def test_run_says_its_cache_is_too_small_in_one_line(run, tmp_path, capsys):
-    folder = str(tmp_path / "cache")
-    assert run(tmp_path / "r", cache_dir=folder, cache_limit_bytes=50_000) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("cache_limit_bytes: expected room for the")
 
 
 def test_run_says_its_disk_is_full_in_one_line(run, tmp_path, capsys, monkeypatch):

@@ -49,7 +49,7 @@ class Declared:
 
     def __init__(self, class_names=None, channel_names=None, ignore_value=None):
         self.class_names, self.channel_names = class_names, channel_names
-        self.ignore_value = ignore_value
+        self.name, self.ignore_value = "dataset.json", ignore_value
 
 
 def plan_of(
@@ -151,17 +151,6 @@ def test_fingerprint_is_of_headers_alone_when_voxels_are_not_to_be_read(tmp_path
     plan = plan_of(got, cases)
     assert plan.crop_empty_borders is False
     assert plan.normalization == ["zscore"]
-
-
-@pytest.mark.parametrize("level", ["full", "fast", "off"])
-@pytest.mark.parametrize("shape", [(20, 18), (20, 18, 1), (20, 18, 12, 2, 2)])
-def test_preflight_names_a_case_that_no_plan_is_made_of(tmp_path, level, shape):
-    root = make_dataset(tmp_path / "d", 4)
-    path = root / "imagesTr" / "tiny_002.nii.gz"
-    nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), path)
-    found = preflight(load_cases(root, num_folds=2), level)
-    assert {finding.case_id for finding in found.faults} == {"tiny_002"}
-    assert found.fingerprint is None
 
 
 # ---- spacing
@@ -311,13 +300,6 @@ def test_batch_size_is_a_share_of_the_data_as_far_as_memory_goes(cases, budget, 
     assert f"{taken / GIB:.3g} GiB" in got.reasons["batch_size"]
 
 
-def test_batch_size_is_larger_where_levels_are_recomputed():
-    fingerprint = fingerprint_of([[1] * 3] * 400, [[128] * 3] * 400)
-    plain = plan_of(fingerprint, roi_size=[64] * 3)
-    again = plan_of(fingerprint, roi_size=[64] * 3, recompute_levels=3)
-    assert again.batch_size > plain.batch_size
-
-
 CT = {
     "name": "CT",
     "foreground_mean": 40.0,
@@ -361,12 +343,6 @@ def test_borders_are_cut_off_when_that_pays_and_the_patch_is_of_what_is_left(sha
     )
     assert got.crop_empty_borders is crop
     assert got.roi_size == ([64, 72, 80] if crop else [128] * 3)
-
-
-def test_borders_are_cut_off_on_demand_when_voxels_were_not_read():
-    unread = {"voxels_were_read": False, "occupied_shapes": None, "occupied_share": None}
-    got = plan_of(fingerprint_of([[1] * 3], [[64] * 3], **unread), crop_empty_borders=True)
-    assert (got.crop_empty_borders, got.roi_size) == (True, [64] * 3)
 
 
 @pytest.mark.parametrize(
@@ -422,13 +398,6 @@ def test_values_that_do_not_fit_the_dataset_are_refused_all_at_once():
         "class_names",
         "num_classes",
     ]
-
-
-def test_fewer_classes_than_were_found_are_refused_when_none_are_declared():
-    classes = [{"name": "background"}, {"name": "class_1"}, {"name": "class_2"}]
-    fingerprint = fingerprint_of([[1] * 3], [[64] * 3], classes=classes)
-    (fault,) = faults_of(fingerprint, class_names=["background", "liver"])
-    assert fault.startswith("num_classes: expected 3 or more")
 
 
 def test_names_are_asked_for_when_neither_declared_nor_read():

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline import distributed
 from pipeline.data.cases import files_of
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
@@ -124,7 +124,7 @@ def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str
 
 def map_threads(function: Callable[[T], R], items: Sequence[T], desc: str | None = None) -> list[R]:
     """Call a function of each item in several threads, with a progress bar if it has a name."""
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, distributed.own_cores())) as pool:
         results = pool.map(function, items)
         return list(ProgressBar(results, desc=desc, total=len(items)) if desc else results)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from pipeline import distributed
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases, given_cases, load_cases
 from pipeline.data.memory import available_bytes
 from pipeline.data.phantom import make_phantom
-from pipeline.data.plan import AUTO, Plan, make_plan
+from pipeline.data.plan import AUTO, SETTINGS, Plan, make_plan
 from pipeline.data.preflight import Preflight, preflight
 from pipeline.data.splits import GroupPattern
 from pipeline.precision import resolve_device
@@ -20,8 +20,6 @@ PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
 # of what a card has free: cases that are kept there may take a quarter, augmentation a little
 SHARE_OF_CARD = 0.7
-
-
 Auto = Literal["auto"]
 
 
@@ -38,20 +36,9 @@ class SplitSettings(TypedDict, total=False):
     data_roots: Sequence[str]
 
 
-class PlanSettings(TypedDict):
-    """Values of the plan; see `Plan`."""
-
-    spacing: Sequence[float] | Auto
-    crop_empty_borders: bool | Auto
-    normalization: str | Mapping[str, Any] | Sequence[Any]
-    roi_size: Sequence[int] | Auto
-    strides: Sequence[Any] | Auto
-    class_names: Sequence[str] | Auto
-    in_channels: int | Auto
-    num_classes: int | Auto
-    batch_size: int | Auto
-    foreground_ratio: float | Auto
-    flip_axes: Sequence[int] | Auto
+# values of the plan, or `auto`
+PLAN_TYPES = {name: hint | Auto for name, hint in get_type_hints(Plan).items() if name in SETTINGS}
+PlanSettings = TypedDict("PlanSettings", PLAN_TYPES)  # type: ignore[misc]
 
 
 class DataModule:
@@ -66,9 +53,7 @@ class DataModule:
         settings: Values of the plan, or `auto`; see `make_plan`.
         memory_budget_bytes: Memory that a training step may take; `auto`: 8 GiB, or 70 % of what
             the card has free if that is less, and 2 GiB on a CPU.
-        device: Device that the run trains on.
-        base_channels: Channels of the network at full resolution.
-        recompute_levels: Levels of the network that keep no activations.
+        device, base_channels, recompute_levels: Of the run and its network; see `make_plan`.
     """
 
     def __init__(
@@ -88,12 +73,8 @@ class DataModule:
         self.dataset_dir = (root / dataset_dir).resolve()
         self.cache_dir = (root / cache_dir).resolve()
         self.is_phantom = self.dataset_dir == root / PHANTOM
-        file, folders = split["split_file"], split["data_roots"]
-        self.split: dict[str, Any] = {
-            **split,
-            "split_file": file and root / file,
-            "data_roots": [root / folder for folder in folders],
-        }
+        file, folders = split["split_file"], [root / folder for folder in split["data_roots"]]
+        self.split: Any = {**split, "split_file": file and root / file, "data_roots": folders}
         self.level = preflight
         self.settings: Mapping[str, Any] = settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
@@ -101,17 +82,12 @@ class DataModule:
 
     def use_plan(self, plan: Plan) -> None:
         """Decide what is `auto` as another plan did."""
-        decided = plan.as_dict()
-        self.settings = {
-            key: decided.get(key, value) if value == AUTO else value
-            for key, value in self.settings.items()
-        }
+        undecided = {key for key, value in self.settings.items() if value == AUTO}
+        decided = {key: value for key, value in plan.as_dict().items() if key in undecided}
+        self.settings = {**self.settings, **decided}
 
     def load(self, given: tuple[Sequence[Case], Sequence[Case]] | None = None) -> Cases:
-        """List the cases, and split them.
-
-        Args:
-            given: Training and validation cases in place of a dataset.
+        """List the cases, and split them; `given` are such lists in place of a dataset.
 
         Raises:
             InputError: If there is no dataset, or it cannot be split as asked.
@@ -136,14 +112,10 @@ class DataModule:
         found.require_sound()
         assert found.fingerprint is not None  # a sound dataset has one
         return make_plan(
-            found.fingerprint,
-            self.settings,
-            dataset=found.cases,
-            budget_bytes=self._budget_bytes(),
-            base_channels=self.base_channels,
-            recompute_levels=self.recompute_levels,
-            num_ranks=distributed.size(),
-        )
+            found.fingerprint, self.settings, dataset=found.cases,
+            budget_bytes=self._budget_bytes(), base_channels=self.base_channels,
+            recompute_levels=self.recompute_levels, num_ranks=distributed.size(),
+        )  # fmt: skip
 
     def _budget_bytes(self) -> float:
         if self.memory_budget_bytes != AUTO:

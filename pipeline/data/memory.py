@@ -1,9 +1,8 @@
 """How much GPU memory a training step takes: a formula for the plan, which needs no card.
 
-The formula counts what a backward pass of the dense U-Net needs: activations, logits, and weights
-with gradients and Adam's two moments. Four numbers are fitted to peaks that were read on a card;
-`benchmarks/gpu_memory.py` fits them and says how far off they are. What a run really takes, with
-any network, is measured by its trial step (`pipeline.training.trial`).
+The formula counts what a backward pass of the dense U-Net needs; four numbers are fitted to peaks
+that `benchmarks/gpu_memory.py` read on a card. What a run takes is measured by its trial step
+(`pipeline.training.trial`).
 """
 
 from __future__ import annotations
@@ -25,27 +24,16 @@ DENSE_LAYERS, GROWTH_RATE, INNER = 4, 32, 128  # the bottleneck of networks.dens
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A training step of the dense U-Net on one device.
+    """A training step of the dense U-Net on one device."""
 
-    Attributes:
-        roi_size: Patch in voxels.
-        batch_size: Patches.
-        strides: Pooling per level, an int or a triple.
-        base_channels: Channels at full resolution.
-        num_classes: Classes, background included.
-        in_channels: Channels of the image.
-        recompute_levels: Finest levels that keep no activations.
-        mode: `float32`, `float16` or `bfloat16`.
-    """
-
-    roi_size: Sequence[int]
+    roi_size: Sequence[int]  # in voxels
     batch_size: int
-    strides: Sequence[Any]
-    base_channels: int
-    num_classes: int
+    strides: Sequence[Any]  # pooling per level, an int or a triple
+    base_channels: int  # at full resolution
+    num_classes: int  # background included
     in_channels: int = 1
-    recompute_levels: int = 0
-    mode: str = FLOAT32
+    recompute_levels: int = 0  # finest levels that keep no activations
+    mode: str = FLOAT32  # float32, float16 or bfloat16
 
     def estimate_bytes(self) -> float:
         """Estimate the memory that PyTorch reserves for it, weights and AdamW included."""
@@ -60,13 +48,11 @@ class TrainingStep:
             Bytes that are known: of weights, images and the dense layers' activations; bytes of
             one copy of the activations of all levels; the number of logits.
         """
-        steps = triples(self.strides)
         voxels = [float(self.batch_size * math.prod(self.roi_size))]
-        for step in steps:
+        for step in triples(self.strides):
             voxels.append(voxels[-1] / math.prod(step))
         value_bytes = 4 if self.mode == FLOAT32 else 2
-        widths = self._widths
-        levels = [n * width for n, width in zip(voxels, widths, strict=True)]
+        levels = [n * width for n, width in zip(voxels, self._widths, strict=True)]
         again, kept = levels[: self.recompute_levels], levels[self.recompute_levels :]
         dense = 2 * self._dense_channels + DENSE_LAYERS * (2 * INNER + GROWTH_RATE)
         images = 16 * voxels[0] * self.in_channels  # float32: in use, a copy, the next, the graph's

@@ -1,14 +1,9 @@
 """A synthetic abdomen: the dataset that is used when none is given, and by tests.
 
-The anatomy is defined in millimetres, in a body frame that is world RAS+ (+x to the patient's
-right, +y anterior, +z superior) up to a small pose. Voxel grids of differing size, spacing,
-obliquity and axis order sample it through their affine, so left and right are true in world space
-only.
-
-What makes it worth learning: every intensity is shared by several tissues, the two kidneys differ
-by their side alone, unlabelled bowel looks like organ and unlabelled muscle like spine, and the
-pose varies by more than an organ's radius. Neither an intensity window nor an average label map
-solves it (`benchmarks/phantom_baselines.py`), a small network does.
+The anatomy is defined in a body frame in world RAS+ (mm) up to a small pose; voxel grids of
+differing size, spacing, obliquity and axis order sample it. Every intensity is shared by several
+tissues, the kidneys differ by their side alone, and the pose varies by more than an organ's radius:
+neither a window nor an average label map solves it (`benchmarks/phantom_baselines.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from pipeline.errors import InputError
+from pipeline.data.issues import require
 
 FloatArray = NDArray[np.float64]
 
@@ -36,25 +31,15 @@ ORIENTATIONS = ("RAS", "LPS", "LAS", "PSR", "ASL", "SRP", "RPI", "LSA")
 
 @dataclass(frozen=True)
 class Tissue:
-    """An ellipsoid of the body frame.
+    """An ellipsoid of the body frame; lengths are along `(x, y, z)`."""
 
-    Attributes:
-        name: Class name; empty for structures that are not labelled.
-        centre_mm: Mean position `(x, y, z)`.
-        radii_mm: Mean semi-axes `(x, y, z)`.
-        intensity: Mean image intensity before gain, bias and noise.
-        texture: Amplitude of the fine structure added to it.
-        spread_mm: Half-width of the uniform scatter of the centre.
-        hilum_mm: Where along x, seen from the centre, a dark hilum lies; none if None.
-    """
-
-    name: str
-    centre_mm: tuple[float, float, float]
-    radii_mm: tuple[float, float, float]
-    intensity: float
-    texture: float = 4.0
-    spread_mm: tuple[float, float, float] = (1.5, 1.5, 1.5)
-    hilum_mm: float | None = None
+    name: str  # of the class; empty for structures that are not labelled
+    centre_mm: tuple[float, float, float]  # mean
+    radii_mm: tuple[float, float, float]  # mean
+    intensity: float  # mean, before gain, bias and noise
+    texture: float = 4.0  # amplitude of the fine structure added to it
+    spread_mm: tuple[float, float, float] = (1.5, 1.5, 1.5)  # half-width of the centre's scatter
+    hilum_mm: float | None = None  # where along x, from the centre, a dark hilum lies
 
 
 BODY = Tissue("", (0, 0, 0), (36, 28, 58), 100, 4)
@@ -78,24 +63,20 @@ ORGANS = (  # the label of an organ is its position here, from 1
 def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -> Path:
     """Make the phantom as a Medical Segmentation Decathlon folder, unless it is there.
 
-    The folder appears whole or not at all: it is built beside its place and renamed into it. Where
-    two processes start at once, the first to finish wins and the other discards its copy.
+    The folder appears whole or not at all. Where two processes start at once, the first to finish
+    wins and the other discards its copy.
 
     Args:
         directory: Where `dataset.json`, `imagesTr` (int16) and `labelsTr` (uint8) go. A folder that
             holds a `dataset.json` is taken as complete and is left untouched.
         seed: Case i depends on `(seed, i)` only, not on `num_cases`.
-        num_cases: Number of cases, at least 1.
-
-    Returns:
-        `directory` as a path.
+        num_cases: At least 1.
 
     Raises:
         InputError: If `num_cases` is below 1, or if something else is in the directory's place.
     """
     directory = Path(directory)
-    if num_cases < 1:
-        raise InputError(f"phantom: expected num_cases >= 1, got {num_cases}. Ask for more cases.")
+    require(num_cases > 0, "phantom", "num_cases >= 1", num_cases, "Ask for more cases.")
     if _is_complete(directory):
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -111,11 +92,7 @@ def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -
 
 
 def make_case(seed: int, case: int) -> tuple[NDArray[np.int16], NDArray[np.uint8], FloatArray]:
-    """Sample one patient on one voxel grid.
-
-    Args:
-        seed: Seed of the dataset.
-        case: Number of the case, from 0.
+    """Sample patient number `case`, from 0, of the dataset of a seed on one voxel grid.
 
     Returns:
         Image `(I, J, K)`, label map `(I, J, K)`, and the affine `(4, 4)` from voxel to world RAS+
@@ -190,14 +167,12 @@ def _paint(rng: np.random.Generator, points: FloatArray) -> tuple[FloatArray, ND
 
 def _is_complete(directory: Path) -> bool:
     """Whether the dataset is there; False where the place is free."""
-    if (directory / "dataset.json").is_file():
-        return True
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(
-            f"{directory}: expected a dataset folder, an empty one or none, "
-            "got something without dataset.json. Name another directory or remove this one."
-        )
-    return False
+    is_there = (directory / "dataset.json").is_file()
+    is_free = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    expected, got = "a dataset folder, an empty one or none", "something without dataset.json"
+    remedy = "Name another directory or remove this one."
+    require(is_there or is_free, directory, expected, got, remedy)
+    return is_there
 
 
 def _write_dataset(directory: Path, seed: int, num_cases: int) -> None:
@@ -205,10 +180,10 @@ def _write_dataset(directory: Path, seed: int, num_cases: int) -> None:
     training = []
     for case in range(num_cases):
         image, label, affine = make_case(seed, case)
-        name = f"phantom_{case + 1:03d}.nii.gz"
-        _write_nifti(directory / "imagesTr" / name, image, affine)
-        _write_nifti(directory / "labelsTr" / name, label, affine)
-        training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+        entry = {key: f"./{key}sTr/phantom_{case + 1:03d}.nii.gz" for key in ("image", "label")}
+        _write_nifti(directory / entry["image"], image, affine)
+        _write_nifti(directory / entry["label"], label, affine)
+        training.append(entry)
     record = {
         "name": "phantom",
         "description": f"Synthetic abdomen with five organs, seed {seed}",

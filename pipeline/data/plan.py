@@ -1,11 +1,10 @@
 """The plan: what training a dataset needs, decided from what the dataset is.
 
-A value that a config leaves at `auto` is chosen by a rule, which returns it with the reason in a
-sentence; one that a config gives is taken as it is, and the others are chosen around it. Axes are
-R, A, S.
+A value that is `auto` is chosen by a rule, which returns it with the reason in a sentence; one that
+is given is taken, and the others are chosen around it. Axes are R, A, S.
 
-Source: spacing, patch and batch size follow Isensee et al., nnU-Net, Nature Methods 18 (2021),
-Supplementary Note 2; where a rule differs it says so.
+Source: Isensee et al., nnU-Net, Nature Methods 18 (2021), Supplementary Note 2, but where
+a rule says otherwise.
 """
 
 from __future__ import annotations
@@ -14,23 +13,19 @@ import bisect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.dataset import Cases
+from pipeline.data.issues import require
 from pipeline.data.memory import RESERVE, TrainingStep, triples
 from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
 from pipeline.errors import InputError
 from transforms.augment import resolve_flip_axes
 
 AUTO = "auto"
-# what a config states, a value or `auto` each
-SETTINGS = (
-    "spacing", "crop_empty_borders", "normalization", "roi_size", "strides", "class_names",
-    "in_channels", "num_classes", "batch_size", "foreground_ratio", "flip_axes",
-)  # fmt: skip
 MAX_VOXELS = 10_000  # along an axis of the median volume
 NUM_POOLINGS = 3  # of the dense U-Net: its bottleneck is at 1/8
 MIN_POOLED_VOXELS = 4  # of an axis after pooling
@@ -44,38 +39,23 @@ StepBytes = Callable[[Size, int], float]  # of a patch size and a batch size
 
 @dataclass(frozen=True)
 class Plan:
-    """Values that fit training to a dataset.
+    """Values that fit training to a dataset."""
 
-    Attributes:
-        spacing: Voxel size in mm that volumes are resampled to.
-        crop_empty_borders: Whether borders of zeros are cut off first.
-        normalization: For all channels, or a list of one for each: a name of
-            `transforms.preprocess.NORMALIZATIONS`, or `clip`, `mean` and `std`.
-        roi_size: Patch in voxels.
-        strides: Pooling per level and axis.
-        class_names: In the order of the label values, background first.
-        in_channels: Channels of an image.
-        num_classes: Classes, background included.
-        batch_size: Patches in a micro-batch, of all ranks together.
-        foreground_ratio: Share of patches that are centred on foreground.
-        flip_axes: Axes that may be mirrored.
-        ignore_value: Label value of voxels that do not count; `None` if there is none.
-        reasons: Why each value is what it is.
-    """
-
-    spacing: Sequence[float]
-    crop_empty_borders: bool
+    spacing: Sequence[float]  # mm that volumes are resampled to
+    crop_empty_borders: bool  # whether borders of zeros are cut off first
+    # for all channels, or a list of one for each: a name of `transforms.preprocess.NORMALIZATIONS`,
+    # or `clip`, `mean` and `std`
     normalization: str | Mapping[str, Any] | Sequence[Any]
-    roi_size: Sequence[int]
-    strides: Sequence[Any]
-    class_names: Sequence[str]
+    roi_size: Sequence[int]  # patch in voxels
+    strides: Sequence[Any]  # pooling per level and axis
+    class_names: Sequence[str]  # in the order of the label values, background first
     in_channels: int
-    num_classes: int
-    batch_size: int = 1
-    foreground_ratio: float = 0.0
-    flip_axes: Sequence[int] = ()
-    ignore_value: int | None = None
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    num_classes: int  # background included
+    batch_size: int = 1  # patches in a micro-batch, of all ranks together
+    foreground_ratio: float = 0.0  # share of patches that are centred on foreground
+    flip_axes: Sequence[int] = ()  # that may be mirrored
+    ignore_value: int | None = None  # label of voxels that do not count
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why each value is what it is
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -83,11 +63,17 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return a line for each value, with its reason."""
-        values = self.as_dict()
+        values = json.loads(
+            json.dumps(self.as_dict()), parse_float=lambda n: float(f"{float(n):.5g}")
+        )
         return [
-            f"{name:<18} {json.dumps(_rounded(values[name]))}  ({reason})"
+            f"{name:<18} {json.dumps(values[name])}  ({reason})"
             for name, reason in self.reasons.items()
         ]
+
+
+# what a config states, a value or `auto` each
+SETTINGS = tuple(f.name for f in fields(Plan) if f.name not in ("ignore_value", "reasons"))
 
 
 def make_plan(
@@ -103,13 +89,12 @@ def make_plan(
     """Decide what is `auto`.
 
     Args:
-        fingerprint: Statistics of the dataset.
         settings: A value or `auto` for each of `SETTINGS`.
         dataset: Declares names of classes and channels.
         budget_bytes: Memory that a training step in float32 may take on each rank. The plan is the
             same in every precision, so that precisions can be compared.
-        base_channels: Channels of the network at full resolution.
-        recompute_levels: Levels of the network that keep no activations.
+        base_channels: Of the network at full resolution.
+        recompute_levels: Of the network, that keep no activations.
         num_ranks: Ranks that share a batch.
 
     Raises:
@@ -176,11 +161,8 @@ def _choose_names(dataset: Cases, fingerprint: DatasetFingerprint) -> tuple[list
     if dataset.class_names:
         return dataset.class_names, "declared by the dataset"
     names = [entry.name for entry in fingerprint.classes]
-    if not names:
-        raise InputError(
-            "class_names: expected names, since the dataset declares none and its voxels were not "
-            "read, got auto. Name them, or set preflight to full."
-        )
+    expected = "names, since the dataset declares none and its voxels were not read"
+    require(names, "class_names", expected, AUTO, "Name them, or set preflight to full.")
     return names, "label values found; the dataset declares no names"
 
 
@@ -211,29 +193,23 @@ def _choose_normalization(dataset: Cases, fingerprint: DatasetFingerprint) -> tu
     names = dataset.channel_names or [""] * fingerprint.num_channels
     channels: Sequence[Any] = fingerprint.channels or [None] * len(names)  # voxels were not read
     chosen = [_normalization(name, one) for name, one in zip(names, channels, strict=True)]
-    reasons = []
-    if any(isinstance(one, dict) for one in chosen):
-        reasons.append("CT: Hounsfield units, by the foreground of all cases")
-    if "percentile_zscore" in chosen:
-        reasons.append("CT: by each volume, since no foreground with contrast was read")
-    if "zscore" in chosen:
-        reasons.append("not CT: by each volume's own mean and deviation")
-    return chosen, "; ".join(reasons)
+    reasons = {
+        "dict": "CT: Hounsfield units, by the foreground of all cases",
+        "percentile_zscore": "CT: by each volume, since no foreground with contrast was read",
+        "zscore": "not CT: by each volume's own mean and deviation",
+    }
+    kinds = ["dict" if isinstance(one, dict) else one for one in chosen]
+    return chosen, "; ".join(reason for kind, reason in reasons.items() if kind in kinds)
 
 
 def _normalization(name: str, channel: ChannelFingerprint | None) -> Any:
     if name.upper() != "CT":
         return "zscore"
-    if channel is None or not channel.foreground_std:
+    levels = channel.foreground_percentiles if channel and channel.foreground_std else {}
+    low, high = levels.get("0.5"), levels.get("99.5")
+    if channel is None or low == high:
         return "percentile_zscore"
-    low, high = (channel.foreground_percentiles[level] for level in ("0.5", "99.5"))
-    if low == high:
-        return "percentile_zscore"
-    return {
-        "clip": [low, high],
-        "mean": channel.foreground_mean,
-        "std": channel.foreground_std,
-    }
+    return {"clip": [low, high], "mean": channel.foreground_mean, "std": channel.foreground_std}
 
 
 def _resampled_shapes(
@@ -248,12 +224,11 @@ def _resampled_shapes(
     shapes = np.array(((crop and fingerprint.occupied_shapes) or fingerprint.shapes).cases)
     resampled = shapes * np.array(fingerprint.spacings_mm.cases) / np.array(spacing)
     median = np.median(resampled, axis=0)
-    if (median < 1).any() or (median > MAX_VOXELS).any():
-        raise InputError(
-            f"spacing: expected mm that leave 1 to {MAX_VOXELS} voxels along each axis, got "
-            f"{list(spacing)}, with which the median volume has "
-            f"{'x'.join(f'{n:.3g}' for n in median)}. Correct it."
-        )
+    require(
+        (median >= 1).all() and (median <= MAX_VOXELS).all(), "spacing",
+        f"mm that leave 1 to {MAX_VOXELS} voxels along each axis", f"{list(spacing)}, with which "
+        f"the median volume has {'x'.join(f'{n:.3g}' for n in median)}", "Correct it.",
+    )  # fmt: skip
     return np.maximum(np.rint(resampled), 1)
 
 
@@ -280,12 +255,10 @@ def _choose_roi(
     first = bisect.bisect_left(
         smaller, True, key=lambda size: step_bytes(size, MIN_BATCH) <= budget_bytes
     )
-    if first == len(smaller):
-        raise InputError(
-            f"memory_budget_bytes: expected {step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for "
-            f"{MIN_BATCH} of the smallest patches, got {budget_bytes:.0f}. Raise it, or lower "
-            "base_channels."
-        )
+    needed = f"{step_bytes(smaller[-1], MIN_BATCH):.0f} or more, for {MIN_BATCH} of the smallest "
+    needed, remedy = needed + "patches", "Raise it, or lower base_channels."
+    is_enough = first < len(smaller)
+    require(is_enough, "memory_budget_bytes", needed, f"{budget_bytes:.0f}", remedy)
     if first == 0:
         return smaller[0], "the median volume, in multiples of what the strides divide by"
     return smaller[first], (
@@ -324,48 +297,29 @@ def _choose_foreground_ratio(roi_size: Size, median: np.ndarray) -> tuple[float,
 def _choose_flip_axes(class_names: Sequence[str]) -> tuple[list[int], str]:
     """Take all axes, but not left-right where the classes tell left from right."""
     axes = list(resolve_flip_axes("auto", class_names))
-    if 0 in axes:
-        return axes, "no class name tells left from right"
-    return axes, "class names tell left from right, which mirroring along axis 0 would exchange"
+    swapped = "class names tell left from right, which mirroring along axis 0 would exchange"
+    return axes, "no class name tells left from right" if 0 in axes else swapped
 
 
 def _require_fit(
     chosen: Mapping[str, Any], dataset: Cases, fingerprint: DatasetFingerprint
 ) -> None:
     names, num_classes = chosen["class_names"], chosen["num_classes"]
-    faults = []
-    if chosen["in_channels"] != fingerprint.num_channels:
-        faults.append(
-            f"in_channels: expected {fingerprint.num_channels}, the channels of the images, "
-            f"got {chosen['in_channels']}. Leave it at auto."
-        )
-    if len(names) != num_classes:
-        faults.append(
-            f"class_names: expected {num_classes} names, background included, got {len(names)}. "
-            "Name every label value."
-        )
-    if len(set(names)) < len(names):
-        faults.append(f"class_names: expected different names, got {', '.join(names)}. Rename one.")
-    every = [*names, *(dataset.channel_names or [])]
-    if marked := [name for name in every if name.startswith(("$", "@", "%"))]:
-        faults.append(
-            f"{dataset.name}: expected names of classes and channels that do not begin with $, @ "
-            f"or %, as references in configs do, got {', '.join(marked)}. Rename them."
-        )
+    is_repeated = len(set(names)) < len(names)
+    channels = fingerprint.num_channels
     least = max(len(dataset.class_names or []), len(fingerprint.classes))
-    if num_classes < least:
-        faults.append(
-            f"num_classes: expected {least} or more, the classes of the dataset, got "
-            f"{num_classes}. Leave it at auto."
-        )
-    if faults:
-        raise InputError(*faults)
-
-
-def _rounded(value: Any) -> Any:
-    """Round numbers for people."""
-    if isinstance(value, dict):
-        return {key: _rounded(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(child) for child in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    every = [*names, *(dataset.channel_names or [])]
+    marked = ", ".join(name for name in every if name.startswith(("$", "@", "%")))
+    faults = {
+        f"in_channels: expected {channels}, the channels of the images, got "
+        f"{chosen['in_channels']}. Leave it at auto.": chosen["in_channels"] != channels,
+        f"class_names: expected {num_classes} names, background included, got {len(names)}. "
+        "Name every label value.": len(names) != num_classes,
+        f"class_names: expected different names, got {', '.join(names)}. Rename one.": is_repeated,
+        f"{dataset.name}: expected names of classes and channels that do not begin with $, @ or %, "
+        f"as references in configs do, got {marked}. Rename them.": marked,
+        f"num_classes: expected {least} or more, the classes of the dataset, got {num_classes}. "
+        "Leave it at auto.": num_classes < least,
+    }
+    if any(faults.values()):
+        raise InputError(*(line for line, is_true in faults.items() if is_true))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,12 +19,10 @@ from monai.transforms import ClassesToIndices
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pipeline import distributed
-from pipeline.data.cache import VolumeCache, require_classes
+from pipeline.data.cache import VolumeCache
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.device_cache import DeviceCache
-from pipeline.errors import InputError
-
-log = logging.getLogger(__name__)
+from pipeline.data.issues import require
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
@@ -39,7 +36,7 @@ def sampling_positions(
     Args:
         label: `(1, H, W, D)` integer.
         num_classes: Classes, background included.
-        ignore_value: Label of voxels that nobody annotated; `None`: there are none.
+        ignore_value: Label of voxels that nobody annotated.
 
     Returns:
         Flat positions `class_1`, `class_2`, … for each class that is present, and `annotated`, of
@@ -51,19 +48,18 @@ def sampling_positions(
     """
     find = ClassesToIndices(num_classes=num_classes, max_samples_per_class=MAX_POSITIONS_PER_CLASS)
     found = {f"class_{c}": np.asarray(p) for c, p in enumerate(find(label)) if c}
-    if ignore_value is not None:
+    if ignore_value is not None and (np.asarray(label) == ignore_value).any():
         found.pop(f"class_{ignore_value}", None)
         annotated = np.flatnonzero(np.asarray(label) != ignore_value)
         if not len(annotated):
-            raise ValueError(f"expected an annotated voxel, got {ignore_value} (ignored) only.")
+            raise ValueError(
+                f"expected an annotated voxel, got {ignore_value} (ignored) only. Omit the case."
+            )
         if len(annotated) > MAX_POSITIONS_PER_CLASS:
             # at random: positions at regular steps might all lie in one plane
             rng = np.random.Generator(np.random.PCG64(0))
-            chosen = np.sort(rng.choice(annotated, MAX_POSITIONS_PER_CLASS, replace=False))
-        else:
-            chosen = annotated
-        if len(annotated) < label.numel():
-            found[ANNOTATED] = chosen
+            annotated = np.sort(rng.choice(annotated, MAX_POSITIONS_PER_CLASS, replace=False))
+        found[ANNOTATED] = annotated
     dtype = np.min_scalar_type(label.numel() - 1)
     return {name: positions.astype(dtype) for name, positions in found.items() if len(positions)}
 
@@ -88,16 +84,14 @@ class PatchDataset(Dataset):
         transform: Deterministic preprocessing, applied once per case.
         roi_size: Network input in voxels.
         patch_size: Size cut out in voxels, at least `roi_size`.
-        num_classes: Classes, background included.
-        seed: Seed of the run.
         samples_per_epoch: N above.
         cache: Keeps preprocessed cases; a sample is read from it when it is asked for.
         foreground_ratio: Share of patches centred on foreground, 0 to 1.
         ignore_value: Label of voxels that nobody annotated; no patch is centred on one.
 
     Raises:
-        InputError: If a case has no annotated voxel, or cannot be cached.
-        ValueError: If there is no case, or a size or ratio is out of range.
+        InputError: If there is no case, a size or ratio is out of range, or a case has no annotated
+            voxel or cannot be cached.
     """
 
     def __init__(
@@ -113,20 +107,17 @@ class PatchDataset(Dataset):
         foreground_ratio: float = 0.67,
         ignore_value: int | None = None,
     ) -> None:
-        if not data:
-            raise ValueError("training cases: expected at least one, got none.")
-        if not 0 <= foreground_ratio <= 1:
-            raise ValueError(f"foreground_ratio: expected 0 to 1, got {foreground_ratio}.")
-        if min(roi_size) < 1 or any(p < r for p, r in zip(patch_size, roi_size, strict=True)):
-            raise ValueError(f"roi_size: expected 1 to {tuple(patch_size)}, got {roi_size}.")
+        require(data, "training cases", "at least one", "none", "Leave some to train on.")
+        is_share = 0 <= foreground_ratio <= 1
+        require(is_share, "foreground_ratio", "0 to 1", foreground_ratio, "Correct it.")
+        fits = all(1 <= r <= p for r, p in zip(roi_size, patch_size, strict=True))
+        require(fits, "roi_size", f"1 to {tuple(patch_size)}", roi_size, "Correct it.")
         self.data, self.transform = [add_case_id(case) for case in data], transform
-        self.roi_size = np.asarray(roi_size)
-        self.patch_size = np.asarray(patch_size)
+        self.roi_size, self.patch_size = np.asarray(roi_size), np.asarray(patch_size)
         self.seed, self.samples_per_epoch = seed, samples_per_epoch
         self.foreground_ratio = foreground_ratio
         self.num_classes, self.ignore_value = num_classes, ignore_value
-        classes = {"num_classes": num_classes, "ignore_value": ignore_value}
-        self.cached = cache.fill(self.data, self._prepare, form="patches", **classes)
+        self.cached = cache.fill(self.data, self._prepare, "patches", num_classes, ignore_value)
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -144,22 +135,19 @@ class PatchDataset(Dataset):
             return self._cut(number, index, case)
 
     def batch_on_device(self, numbers: Sequence[int], cases: Sequence[Any]) -> dict[str, Any]:
-        """Return training samples `numbers`, collated; bit for bit those of the cache.
-
-        Args:
-            numbers: B numbers.
-            cases: The tensors of every case by name.
-        """
-        indices = [self._case_index(number) for number in numbers]
+        """Return samples `numbers` of cases whose tensors are in memory, collated."""
+        indices = map(self._case_index, numbers)
         samples = [self._cut(n, i, cases[i]) for n, i in zip(numbers, indices, strict=True)]
-        batch: dict[str, Any] = default_collate(samples)
-        return batch
+        return default_collate(samples)
 
     def _cut(self, number: int, index: int, case: Any) -> dict[str, Any]:
         """Draw and cut a sample of a case: a mapping of tensors, in an open file or in memory."""
         rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
-        centre = self._inside(self._draw_centre(case, rng), case["label"].shape[1:])
-        origin = centre - self.patch_size // 2
+        size = np.asarray(case["label"].shape[1:])
+        low = self.roi_size // 2
+        high = size - (self.roi_size - low)
+        inside = np.clip(self._draw_centre(case, size, rng), low, np.maximum(high, low))
+        origin = np.where(high > low, inside, size // 2) - self.patch_size // 2
         return {
             "image": cut_patch(case["image"], origin, self.patch_size),
             "label": cut_patch(case["label"], origin, self.patch_size),
@@ -169,9 +157,8 @@ class PatchDataset(Dataset):
             "origin": torch.as_tensor(origin),
         }
 
-    def _draw_centre(self, case: Any, rng: np.random.Generator) -> np.ndarray:
+    def _draw_centre(self, case: Any, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw the voxel `(3,)` that a patch is centred on."""
-        size = np.asarray(case["label"].shape[1:])
         classes = [f"class_{c}" for c in range(1, self.num_classes) if f"class_{c}" in case]
         if rng.random() < self.foreground_ratio and classes:
             name = classes[rng.integers(len(classes))]
@@ -184,26 +171,14 @@ class PatchDataset(Dataset):
         return np.array(np.unravel_index(int(positions[drawn : drawn + 1][0]), size))
 
     def _prepare(self, case: Case) -> dict[str, Any]:
-        loaded = self.transform(case)
-        volumes = {key: loaded[key] for key in ("image", "label")}
-        require_classes(case["case_id"], volumes["label"], self.num_classes, self.ignore_value)
-        try:
-            positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
-        except ValueError as error:
-            raise InputError(f"{case['case_id']}: {error} Leave the case out.") from None
+        volumes = {k: v for k, v in self.transform(case).items() if k in ("image", "label")}
+        positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
         return {**volumes, **positions}
 
     def _case_index(self, number: int) -> int:
         """Choose the case: every case comes once in a round, each round in its own order."""
         round_number, place = divmod(number, len(self.data))
         return int(_order(self.seed, round_number, len(self.data))[place])
-
-    def _inside(self, centre: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Move a centre so that the roi lies inside the volume where it fits."""
-        size = np.asarray(shape)
-        low = self.roi_size // 2
-        high = size - (self.roi_size - low)
-        return np.where(high > low, np.clip(centre, low, np.maximum(high, low)), size // 2)
 
 
 @functools.lru_cache(maxsize=4)
@@ -216,17 +191,12 @@ def cut_patch(volume: Any, origin: np.ndarray, size: np.ndarray) -> torch.Tensor
 
     Args:
         volume: A tensor, or something with a shape whose slices are tensors.
-        origin: First voxel `(3,)`, negative outside the volume.
-        size: `(3,)`; the patch must have a voxel in common with the volume.
+        origin: First voxel `(3,)`, negative outside the volume, with which the patch overlaps.
     """
-    source, target = [slice(None)], [slice(None)]
-    for start, length, end in zip(origin.tolist(), size.tolist(), volume.shape[1:], strict=True):
-        first, last = max(start, 0), min(start + length, end)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start))
-    inside = volume[tuple(source)]
+    first, last = np.maximum(origin, 0), np.minimum(origin + size, volume.shape[1:])
+    inside = volume[:, *map(slice, first.tolist(), last.tolist())]
     patch: torch.Tensor = inside.new_zeros((volume.shape[0], *size.tolist()))
-    patch[tuple(target)] = inside
+    patch[:, *map(slice, (first - origin).tolist(), (last - origin).tolist())] = inside
     return patch
 
 
@@ -251,16 +221,15 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, batch_size: int, accumulation_steps: int, steps_per_epoch: int) -> None:
-        if batch_size < distributed.size():
-            raise InputError(
-                f"batch_size: expected {distributed.size()} or more, a patch for each rank, got "
-                f"{batch_size}. Start fewer ranks."
-            )
+        rank, num_ranks = distributed.rank(), distributed.size()
+        expected = f"{num_ranks} or more, a patch for each rank"
+        is_enough = batch_size >= num_ranks
+        require(is_enough, "batch_size", expected, batch_size, "Start fewer ranks.")
         self.batch_size = batch_size
         self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch
-        least, more = divmod(batch_size, distributed.size())
-        first = distributed.rank() * least + min(distributed.rank(), more)
-        self.own = slice(first, first + least + (distributed.rank() < more))
+        least, more = divmod(batch_size, num_ranks)
+        first = rank * least + min(rank, more)
+        self.own = slice(first, first + least + (rank < more))
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -284,8 +253,6 @@ class PatchLoader(DataLoader):
     machine was seen to hang there with workers kept alive (cause not established).
 
     Args:
-        dataset: Dataset of the patches.
-        sampler: Sampler of their numbers.
         batch_size: Patches in a micro-batch, of all ranks together.
         num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
@@ -304,6 +271,7 @@ class PatchLoader(DataLoader):
         device: str | torch.device = "cpu",
     ) -> None:
         self.device_cache = DeviceCache(cache_on_device, device, num_workers)
+        self.describe = self.device_cache.describe
         super().__init__(
             dataset,
             batch_size=len(range(batch_size)[sampler.own]),
@@ -324,14 +292,9 @@ class PatchLoader(DataLoader):
             RuntimeError: If a worker dies or hangs; see `describe_worker_failure`.
         """
         patches: Any = self.dataset
-        batches: Any = self.batch_sampler
-        if not self.device_cache.is_decided:
-            with distributed.sync_errors():
-                self.device_cache.load(patches.cached)
-            log.info("%s", self.device_cache)
         cases = self.device_cache.load(patches.cached)
         if cases is not None:
-            for numbers in batches:
+            for numbers in self.batch_sampler or ():
                 yield patches.batch_on_device(numbers, cases)
             return
         iterator: Any = super().__iter__()
@@ -342,10 +305,6 @@ class PatchLoader(DataLoader):
                 iterator._shutdown_workers()
                 for worker in iterator._workers:
                     worker.kill()  # one that hangs would not end otherwise, nor the interpreter
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Return what was asked for and what is in force; `None` before the first batch."""
-        return self.device_cache.describe()
 
 
 def _ignore_signals(worker_id: int) -> None:
