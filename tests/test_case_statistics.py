@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import content, statistics
-from pipeline.data.nifti import VolumeError
-from pipeline.data.preflight import check_headers
+from pipeline.data.nifti import VolumeError, check_headers
 from pipeline.data.statistics import StatisticsStore
 
 SHAPE = (9, 8, 7)
@@ -271,7 +270,7 @@ def test_statistics_are_found_when_files_were_moved_or_touched(cases, tmp_path, 
         lambda text: text[:-20],
         lambda text: "[" * 100_000,
         lambda text: "[]",
-        lambda text: '{"statistics": {"channels": []}, "sha256": "0"}',
+        lambda text: '{"value": {"channels": []}, "sha256": "0"}',
         lambda text: text.replace('"num_rounded": 0', '"num_rounded": 1'),
         lambda text: "\0\xff",
     ],

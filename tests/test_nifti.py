@@ -11,7 +11,7 @@ import pytest
 from dicom_series import write_series
 
 from pipeline.data import nifti
-from pipeline.data.nifti import VolumeError, read_header, read_voxels, require_whole
+from pipeline.data.nifti import VolumeError, read_header, read_voxels
 from transforms.load import LoadVolumesd
 
 SHAPE = (7, 6, 5)
@@ -51,13 +51,9 @@ def edited(folder, change, name="a.nii.gz", **header):
 
 
 def refusal(path):
-    """What is wrong with a file, the same whether its voxels are kept or not."""
     with pytest.raises(VolumeError) as caught:
         read(path)
-    with pytest.raises(VolumeError) as again:
-        require_whole(path)
     message = str(caught.value)
-    assert message == str(again.value)
     assert "\n" not in message
     before, after = f"expected a readable NIfTI file {Path(path).name}, got ", ". Replace the file."
     assert message.startswith(before)
@@ -128,7 +124,6 @@ def test_gzip_file_of_several_members_is_read(tmp_path):
     path = tmp_path / "a.nii.gz"
     path.write_bytes(b"".join(gzip.compress(part) for part in (raw[:400], b"", raw[400:])))
     np.testing.assert_array_equal(read(str(path)), voxels_of())
-    require_whole(str(path))
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -137,7 +132,6 @@ def test_padding_after_the_voxels_is_allowed(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     np.testing.assert_array_equal(read(str(path)), voxels_of())
-    require_whole(str(path))
     longer = raw + b"\0"
     path.write_bytes(gzip.compress(longer) if name.endswith("gz") else longer)
     assert "bytes after the last voxel" in refusal(str(path))
@@ -152,7 +146,6 @@ def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
     np.testing.assert_array_equal(read(path), loaded)
     np.testing.assert_array_equal(read_header(path).affine, affine)
     np.testing.assert_allclose(read_header(path).zooms_mm, np.linalg.norm(affine[:3, :3], axis=0))
-    require_whole(path)
 
 
 # ---- what is not
@@ -175,7 +168,7 @@ CHANGES = {
     "axis of no voxel": (bytes, {"dim": [3, 7, 0, 5, 1, 1, 1, 1]}, "a shape of (7, 0, 5)"),
     "axis below 0": (bytes, {"dim": [3, -7, 6, 5, 1, 1, 1, 1]}, "a shape of (-7, 6, 5)"),
     "no axis": (bytes, {"dim": [0] * 8}, "a shape of"),
-    "huge offset": (bytes, {"vox_offset": 2.0**30}, "voxels from byte 1073741824 on"),
+    "huge offset": (bytes, {"vox_offset": 2.0**30}, "in a file that can hold"),
     "offset of infinity": (bytes, {"vox_offset": np.inf}, "infinity"),
     "offset of NaN": (bytes, {"vox_offset": np.nan}, "NaN"),
     "offset within the header": (bytes, {"vox_offset": 0}, "voxels from byte 0 on"),

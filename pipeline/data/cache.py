@@ -161,7 +161,8 @@ class VolumeCache:
                 counts = len(mine), len(cached.cases)
                 log.info("Preprocessing %d of %d cases into %s", *counts, self.directory)
                 made = pool.map(cached.make, [numbers[key] for key in mine])
-                list(ProgressBar(made, desc="Preprocessing", total=len(mine)))
+                total, enabled = len(mine), distributed.is_main()
+                list(ProgressBar(made, desc="Preprocessing", total=total, enabled=enabled))
             distributed.all_gather_object(None)  # all have made theirs
             missing = [key for key in missing if key not in {*mine}]
 

@@ -1,8 +1,7 @@
 """What a case's files hold, as one key: equal bytes have equal keys in any folder.
 
-Reading every file at every start would take as long as training on it, so the hash of a file is
-remembered while its name, size, times and inode stay as they are. The JSON file of hashes holds no
-file names, since the name of a file may name a person.
+The hash of a file is remembered while its name, size, times and inode stay as they are. The JSON
+file of hashes holds no file names, since the name of a file may name a person.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.data.cases import files_of
+from pipeline import distributed
+from pipeline.data.cases import files_of, paths_of
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
 
@@ -32,15 +32,11 @@ R = TypeVar("R")
 
 
 class ContentHashes:
-    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact.
-
-    Args:
-        path: The JSON file.
-    """
+    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = _read_hashes(path)
+        self._known: dict[str, str] = read_checked(path) or {}
         self._new: dict[str, str] = {}
 
     def of_case(
@@ -51,9 +47,7 @@ class ContentHashes:
         Its `case_id` and the names of its files do not count. An image is a file, a list of files
         (one per channel), or a directory, of which all files count in the order of their names.
 
-        Args:
-            case: The case.
-            hash_file: Gives the SHA-256 of a file, in place of `of_file`.
+        `hash_file` gives the SHA-256 of a file, in place of `of_file`.
 
         Raises:
             OSError: If a file cannot be read.
@@ -67,23 +61,22 @@ class ContentHashes:
 
     def knows(self, case: Mapping[str, Any]) -> bool:
         """Whether the hashes of all files of a case are remembered."""
-        paths = [path for paths in files_of(case).values() for path in paths]
-        return all(_identity(file) in self._known for path in paths for file in _list_files(path))
+        files = (file for path in paths_of(case) for file in _list_files(path))
+        return all(_identity(file) in self._known for file in files)
 
     def of_file(self, path: Path) -> str:
         """SHA-256 of a file's bytes, remembered or computed."""
         before = _identity(path)
-        if before in self._known:
-            return self._known[before]
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._remember(path, before, digest)
-        return digest
+        if before not in self._known:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._remember(path, before, digest)
+            return digest
+        return self._known[before]
 
     def read_file(self, path: Path) -> tuple[bytes, str]:
         """The bytes of a file, and their SHA-256."""
-        before = _identity(path)
-        content = path.read_bytes()
+        before, content = _identity(path), path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         self._remember(path, before, digest)
         return content, digest
@@ -95,21 +88,15 @@ class ContentHashes:
 
     def save(self) -> None:
         """Remember for the next start; without room for it, the next start reads again."""
-        if not self._new:
-            return
-        files = dict(list({**_read_hashes(self.path), **self._new}.items())[-MAX_FILES:])
-        with contextlib.suppress(OSError), replace_file(self.path) as path:
-            path.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
-        self._new = {}
+        if self._new:
+            files = {**(read_checked(self.path) or {}), **self._new}
+            with contextlib.suppress(OSError):
+                write_checked(self.path, dict(list(files.items())[-MAX_FILES:]))
+            self._new = {}
 
 
 def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str, str]:
-    """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out.
-
-    Args:
-        cases: As `ContentHashes.of_case` takes them.
-        cache_dir: Folder where the hashes of files are remembered.
-    """
+    """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out."""
     hashes = ContentHashes(cache_dir / HASHES)
 
     def content(case: Mapping[str, Any]) -> str | None:
@@ -126,7 +113,8 @@ def map_threads(function: Callable[[T], R], items: Sequence[T], desc: str | None
     """Call a function of each item in several threads, with a progress bar if it has a name."""
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         results = pool.map(function, items)
-        return list(ProgressBar(results, desc=desc, total=len(items)) if desc else results)
+        enabled = desc is not None and distributed.is_main()
+        return list(ProgressBar(results, desc=desc, total=len(items), enabled=enabled))
 
 
 def sha256_of(value: Any) -> str:
@@ -135,14 +123,24 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_hashes(path: Path) -> dict[str, str]:
-    """Hashes in the file; none unless every byte of it is as it was written."""
+def write_checked(path: Path, value: Any) -> None:
+    """Write a value as JSON that `read_checked` takes from a file of this name alone.
+
+    Raises:
+        OSError: If the system refuses; the old file is then unchanged.
+    """
+    with replace_file(path) as file:
+        file.write_text(json.dumps({"sha256": sha256_of([path.name, value]), "value": value}))
+
+
+def read_checked(path: Path) -> Any:
+    """The value in a file of `write_checked`; None unless every byte of it is as written."""
     try:
         content = json.loads(path.read_bytes())
-        files = content["files"]
-        return dict(files) if content["sha256"] == sha256_of(files) else {}
+        value = content["value"]
+        return value if content["sha256"] == sha256_of([path.name, value]) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
+        return None
 
 
 def _identity(path: Path) -> str:

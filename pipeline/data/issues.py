@@ -10,24 +10,24 @@ from pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class DatasetIssue:
-    """One fault or warning about one case.
-
-    Attributes:
-        case_id: The case.
-        check: The check that found it, one word for programs: `missing`, `outside`, `affine`, …
-        message: `expected {X}, got {Y}. {what to do}`, without the case id.
-        warning: Whether training may start all the same.
-    """
+    """One fault or warning about one case."""
 
     case_id: str
-    check: str
-    message: str
-    warning: bool = False
+    check: str  # that found it, one word for programs: `missing`, `outside`, `affine`, …
+    message: str  # `expected {X}, got {Y}. {what to do}`, without the case id
+    warning: bool = False  # whether training may start all the same
 
     @property
     def line(self) -> str:
         """The message after the case id."""
         return f"{self.case_id}: {self.message}"
+
+
+def make_issue(
+    case_id: str, check: str, expected: str, got: object, remedy: str, *, warning: bool = False
+) -> DatasetIssue:
+    """An issue with a message of the usual form; the remedy is a sentence without its period."""
+    return DatasetIssue(case_id, check, f"expected {expected}, got {got}. {remedy}.", warning)
 
 
 def require(condition: object, where: object, expected: str, got: object, remedy: str) -> None:
