@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from dicom_series import write_series
 
-from pipeline.data.input_images import list_images
+from pipeline.data.cases import list_images
 from pipeline.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
@@ -34,6 +34,12 @@ def require(condition: object, where: object, expected: str, got: object, remedy
     """Raise an InputError of one line unless a condition holds."""
     if not condition:
         raise InputError(f"{where}: expected {expected}, got {got}. {remedy}")
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise an InputError of these lines if there are any."""
+    if lines := tuple(faults):
+        raise InputError(*lines)
 
 
 def some(words: Sequence[str]) -> str:
