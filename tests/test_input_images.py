@@ -47,11 +47,6 @@ def test_list_images_puts_channels_together(tmp_path, num_channels):
     }
 
 
-def test_list_images_names_the_case_when_there_is_one_channel(tmp_path):
-    expected = {"a": "a_0000.nii.gz", "b": "b_0000.nii.gz"}
-    assert listed(tmp_path, ["a_0000", "b_0000"], num_channels=1) == expected
-
-
 @pytest.mark.parametrize(
     ("names", "num_channels"),
     [

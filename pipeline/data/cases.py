@@ -58,7 +58,7 @@ def split_channel(name: str) -> tuple[str, str] | None:
 
 
 def add_case_id(case: Case) -> Case:
-    """The case with a `case_id`: its own, or the name of its first image file."""
+    """The case with its own `case_id`, or the name of its first image file."""
     return case if "case_id" in case else {"case_id": case_name(paths_of(case)[0]), **case}
 
 
@@ -186,10 +186,8 @@ def _group_file(file: Path, num_channels: int | None) -> Volumes:
     """The case of a file: with the other channels if they are complete."""
     name = case_name(file)
     case_id, number = split_channel(name) or (name, "")
-    channels = ((path, split_channel(case_name(path))) for path in list_volumes(file.parent))
-    others = [
-        path for path, ch in channels if number and ch and ch[0] == case_id and ch[1] != number
-    ]
+    other = re.compile(rf"{re.escape(case_id)}_(?!{number})\d{{4}}" if number else "")
+    others = [path for path in list_volumes(file.parent) if other.fullmatch(case_name(path))]
     grouped = _group(sorted([file, *others]), num_channels)
     return {name: grouped[name]} if name in grouped else grouped
 
@@ -203,9 +201,8 @@ def _group(found: Iterable[Path], num_channels: int | None) -> Volumes:
         case_id, number = split_channel(name) or (name, "")
         channels.setdefault(case_id, {}).setdefault(number, []).append(path)
     numbers = [set(one) for one in channels.values()]
-    count = num_channels or max(map(len, numbers), default=0)
-    complete = {f"{n:04d}" for n in range(count)}
-    if num_channels is not None and num_channels > 1:
+    complete = {f"{n:04d}" for n in range(num_channels or max(map(len, numbers), default=0))}
+    if (num_channels or 1) > 1:
         are_channels = any(one - {""} == complete for one in numbers)
     else:
         are_channels = all(one == complete for one in numbers)
@@ -235,7 +232,7 @@ def list_labelled_images(
         InputError: As `list_images`, and one line for each case without a label.
     """
     cases, place = list_images(folder, num_channels, root), Path(root, labels)
-    found = {case_name(path): str(path) for path in list_volumes(place)} if place.is_dir() else {}
+    found = {case_name(path): str(path) for path in list_volumes(place)}
     refuse(
         f"{case['case_id']}: expected its label in {place}, found none. Add it."
         for case in cases

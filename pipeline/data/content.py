@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import distributed
-from pipeline.data.cases import files_of, paths_of
+from pipeline.data.cases import files_of
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
 
@@ -39,52 +39,37 @@ class ContentHashes:
         self._known: dict[str, str] = read_checked(path) or {}
         self._new: dict[str, str] = {}
 
-    def of_case(
-        self, case: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
-    ) -> str:
+    def of_case(self, case: Mapping[str, Any], contents: dict[str, bytes] | None = None) -> str:
         """Key of a case: the bytes of its image and label files, and what else it says.
 
         Its `case_id` and the names of its files do not count. An image is a file, a list of files
         (one per channel), or a directory, of which all files count in the order of their names.
-
-        `hash_file` gives the SHA-256 of a file, in place of `of_file`.
+        Files of unknown hash are put into `contents`, by path, if it is given.
 
         Raises:
             OSError: If a file cannot be read.
         """
         files = {
-            name: [[*map(hash_file or self.of_file, _list_files(path))] for path in paths]
+            name: [[self._of_file(file, contents) for file in _list_files(path)] for path in paths]
             for name, paths in files_of(case).items()
         }
         rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
         return sha256_of([files, rest])
 
-    def knows(self, case: Mapping[str, Any]) -> bool:
-        """Whether the hashes of all files of a case are remembered."""
-        files = (file for path in paths_of(case) for file in _list_files(path))
-        return all(_identity(file) in self._known for file in files)
-
-    def of_file(self, path: Path) -> str:
-        """SHA-256 of a file's bytes, remembered or computed."""
+    def _of_file(self, path: Path, contents: dict[str, bytes] | None) -> str:
         before = _identity(path)
-        if before not in self._known:
+        if before in self._known:
+            return self._known[before]
+        if contents is None:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._remember(path, before, digest)
-            return digest
-        return self._known[before]
-
-    def read_file(self, path: Path) -> tuple[bytes, str]:
-        """The bytes of a file, and their SHA-256."""
-        before, content = _identity(path), path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        self._remember(path, before, digest)
-        return content, digest
-
-    def _remember(self, path: Path, before: str, digest: str) -> None:
+        else:
+            contents[str(path)] = path.read_bytes()
+            digest = hashlib.sha256(contents[str(path)]).hexdigest()
         settled = time.time() - path.stat().st_ctime > SETTLED_S
         if settled and _identity(path) == before:
             self._known[before] = self._new[before] = digest
+        return digest
 
     def save(self) -> None:
         """Remember for the next start; without room for it, the next start reads again."""

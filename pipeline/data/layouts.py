@@ -273,10 +273,10 @@ def _make_case(entry: Mapping[str, Any], image_keys: Sequence[str] = ("image",))
     image: Any = [path for key in image_keys for path in _as_list(entry.get(key, ""))]
     case = {key: str(entry[key]) for key in ("case_id", "label", "group") if entry.get(key)}
     case["image"] = image if len(image) > 1 else image[0]
-    if "case_id" not in case and image[0]:
+    if image[0]:
         name = case_name(image[0])
         channel = split_channel(name) if len(image) > 1 else None
-        case["case_id"] = channel[0] if channel else name
+        case.setdefault("case_id", channel[0] if channel else name)
     return case
 
 

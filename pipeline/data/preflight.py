@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.data.cases import Case
 from pipeline.data.content import map_threads
 from pipeline.data.dataset import Cases
-from pipeline.data.issues import DatasetIssue, make_issue, some
+from pipeline.data.issues import DatasetIssue, make_issue, refuse, some
 from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
 from pipeline.data.statistics import (
     CaseStatistics,
@@ -25,7 +25,6 @@ from pipeline.data.statistics import (
     make_fingerprint,
     measure_case,
 )
-from pipeline.errors import InputError
 from transforms.load import DicomError
 
 SIDES = ("train", "validation", "test")
@@ -62,8 +61,7 @@ class Preflight:
         Raises:
             InputError: One line per fault.
         """
-        if self.faults:
-            raise InputError(*(issue.line for issue in self.faults))
+        refuse(issue.line for issue in self.faults)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

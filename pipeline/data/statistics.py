@@ -72,11 +72,8 @@ def measure_case(
 ) -> CaseStatistics:
     """Measure the voxels of a case whose headers are valid and of one shape.
 
-    Args:
-        case: With `image` and `label`.
-        headers: Of its files.
-        ignore_value: Label value that is not foreground.
-        contents: Bytes of files, by path, where they have been read already.
+    `ignore_value` is a label value that is not foreground; `contents` holds the bytes of files, by
+    path, where they have been read already.
 
     Raises:
         VolumeError: If a file cannot be read to its end.
@@ -195,12 +192,7 @@ class StatisticsStore:
     ) -> CaseStatistics:
         """Stored statistics, or those of `measure_case`, which are then stored."""
         contents: dict[str, bytes] = {}
-
-        def read(path: Path) -> str:
-            contents[str(path)], digest = self.hashes.read_file(path)
-            return digest
-
-        content = self.hashes.of_case(case, None if self.hashes.knows(case) else read)
+        content = self.hashes.of_case(case, contents)
         path = self.directory / f"{sha256_of([VERSION, ignore_value, content])}.json"
         if values := read_checked(path):
             channels = [ChannelStatistics(**channel) for channel in values.pop("channels")]
@@ -314,15 +306,13 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> ChannelFingerprint:
-    means, stds, lows, highs = (
-        np.array([getattr(channel, key) for channel in channels])
-        for key in ("mean", "std", "min", "max")
-    )
+    facts = [(one.mean, one.std, one.min, one.max) for one in channels]
+    means, stds, lows, highs = np.array(facts, float).T.copy()
     pooled = np.concatenate([channel.foreground_quantiles for channel in channels])
     known = len(pooled) > 0
     levels = np.percentile(pooled, PERCENTILES).tolist() if known else [None] * len(PERCENTILES)
     return ChannelFingerprint(
-        name=name,
+        name,
         mean=float(means.mean()),
         std=float(stds.mean()),
         means=[float(means.min()), float(means.max())],
@@ -331,9 +321,7 @@ def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> Chan
         max=float(highs.max()),
         foreground_mean=float(pooled.mean()) if known else None,
         foreground_std=float(pooled.std()) if known else None,
-        foreground_percentiles={
-            f"{p:g}": level for p, level in zip(PERCENTILES, levels, strict=True)
-        },
+        foreground_percentiles=dict(zip(map("{:g}".format, PERCENTILES), levels, strict=True)),
     )
 
 
