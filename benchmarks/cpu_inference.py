@@ -27,7 +27,7 @@ from monai.inferers import SlidingWindowInferer
 
 from benchmarks.gpu_inference import network_of, volume_of
 from benchmarks.machine import processor
-from pipeline.data.input_images import list_images
+from pipeline.data.cases import list_images
 from pipeline.precision import Precision
 from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import Segmenter

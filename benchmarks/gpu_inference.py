@@ -28,7 +28,7 @@ from monai.inferers import SlidingWindowInferer
 
 from benchmarks.stock import torchs_own_layers
 from networks.dense_unet import DenseUNet
-from pipeline.data.input_images import list_images
+from pipeline.data.cases import list_images
 from pipeline.precision import Precision
 from pipeline.prediction.predict_files import Prediction
 from pipeline.prediction.segmenter import Segmenter

@@ -8,20 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline import distributed
-
 
 class ProgressBar(tqdm):
     """A bar over cases on a terminal, without a thread of its own: workers are forked later.
 
     And with a lock of its own: tqdm's is shared with forked processes, and one that is killed while
-    it holds it would have all others wait for ever. Of several ranks the first has one.
+    it holds it would have all others wait for ever. Of several ranks, `enabled` is for the first.
     """
 
     monitor_interval = 0
     _lock = threading.RLock()
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        keywords = {"unit": "case", "file": sys.stderr, **keywords}
-        disable = None if distributed.is_main() else True  # None: where there is no terminal
-        super().__init__(*args, disable=disable, **keywords)
+    def __init__(self, *args: Any, enabled: bool = True, **keywords: Any) -> None:
+        disable = None if enabled else True  # None: where there is no terminal
+        super().__init__(*args, **{"unit": "case", "file": sys.stderr} | keywords, disable=disable)

@@ -130,14 +130,6 @@ def test_inference_of_a_run_says_background_outside_when_borders_were_cut_off(
 # --- voxels that nobody annotated, and intensities that mean the same everywhere
 
 
-def test_run_knows_the_value_that_counts_nowhere(train, tmp_path):
-    assert train(any_datasets.nnunet(tmp_path / "data")) == 0
-    plan = read(tmp_path / "r/plan.json")
-    assert (plan["ignore_value"], plan["num_classes"], plan["in_channels"]) == (3, 3, 2)
-    metadata = read(tmp_path / "r/configs/metadata.json")["network_data_format"]["outputs"]["pred"]
-    assert list(metadata["channel_def"].values()) == ["background", "dim", "bright"]
-
-
 def test_run_validates_on_annotated_voxels_alone(train, tmp_path, monkeypatch):
     dataset = any_datasets.nnunet(tmp_path / "data")
     assert train(dataset) == 0
@@ -237,24 +229,6 @@ def test_run_refuses_a_damaged_plan_in_one_line(train, tmp_path, capfd, text):
     assert line.startswith(f"{plan}: expected the plan of the run there, got: ")
 
 
-def test_run_starts_after_a_try_that_a_planned_value_ended(train, tmp_path, capfd):
-    dataset = any_datasets.folders(tmp_path / "data")
-    for _ in range(2):
-        assert train(dataset, normalization="zscor") == 2
-        (line,) = capfd.readouterr().err.splitlines()
-        assert line.startswith("normalization: expected one of zscore, percentile_zscore")
-    assert train(dataset) == 0
-    assert read(tmp_path / "r/plan.json")["normalization"] == ["zscore"]
-
-
-def test_run_logs_warnings_and_goes_on(train, tmp_path):
-    dataset = any_datasets.folders(tmp_path / "data")
-    any_datasets.save(dataset / "labels/case_005.nii.gz", np.zeros(any_datasets.SIZE, np.uint8))
-    assert train(dataset) == 0
-    log = (tmp_path / "r/log.txt").read_text()
-    assert "case_005: expected foreground in the label, got background alone." in log
-
-
 def test_run_reads_voxels_for_preflight_once(train, tmp_path, monkeypatch):
     from pipeline.data import statistics
 
@@ -265,16 +239,6 @@ def test_run_reads_voxels_for_preflight_once(train, tmp_path, monkeypatch):
     assert train(dataset, output_dir=str(tmp_path / "again"), **changes) == 0
     plans = [read(tmp_path / name / "plan.json") for name in ("r", "again")]
     assert plans[0] == plans[1]
-
-
-def test_certify_refuses_fold_all_before_training(tmp_path, monkeypatch, capsys):
-    from pipeline.commands import certify
-
-    monkeypatch.chdir(REPOSITORY)
-    words = ["configs/amp.json", "--fold", "all", "--output_dir", str(tmp_path / "c")]
-    assert certify.main([*words, "--dtypes", "bfloat16"]) == 2
-    assert "fold: expected one of the folds, to compare on, got 'all'" in capsys.readouterr().err
-    assert not (tmp_path / "c").exists()
 
 
 # --- what a person would mistype

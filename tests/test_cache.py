@@ -406,7 +406,7 @@ def test_hashes_of_files_that_changed_just_now_are_not_remembered(writable, tmp_
 
 
 def forget_one(text):
-    files = json.loads(text)["files"]
+    files = json.loads(text)["value"]
     name = next(iter(files))
     return text.replace(files[name], "0" * 64)
 

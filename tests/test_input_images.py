@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from dicom_series import write_series
 
-from pipeline.data.input_images import list_images
+from pipeline.data.cases import list_images
 from pipeline.errors import InputError
 
 
@@ -45,11 +45,6 @@ def test_list_images_puts_channels_together(tmp_path, num_channels):
         "a_1": ["a_1_0000.nii.gz", "a_1_0001.nii.gz"],
         "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
     }
-
-
-def test_list_images_names_the_case_when_there_is_one_channel(tmp_path):
-    expected = {"a": "a_0000.nii.gz", "b": "b_0000.nii.gz"}
-    assert listed(tmp_path, ["a_0000", "b_0000"], num_channels=1) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 from conftest import make_dataset, write_dataset_json
 from dicom_series import write_series
 
-from pipeline.data.dataset import load_cases
 from pipeline.data.layouts import read_layout
 from pipeline.errors import InputError
 
@@ -51,20 +50,6 @@ def test_read_layout_reads_channels_of_msd_in_the_order_of_their_numbers(tmp_pat
     assert read_layout(tmp_path).channel_names == list("abcdefghijk")
     write_dataset_json(tmp_path, ["tiny_001"], modality=None, channel_names={"0": "CT"})
     assert read_layout(tmp_path).channel_names == ["CT"]
-
-
-def test_read_layout_keeps_a_class_of_msd_that_is_named_ignore(tmp_path):
-    make_dataset(tmp_path, num_cases=1)
-    labels = {"0": "background", "1": "ignore", "2": "bright"}
-    write_dataset_json(tmp_path, ["tiny_001"], labels=labels)
-    layout = read_layout(tmp_path)
-    assert (layout.class_names, layout.ignore_value) == (list(labels.values()), None)
-
-
-def test_read_layout_ignores_a_byte_order_mark_of_dataset_json(tmp_path):
-    path = make_dataset(tmp_path, num_cases=1) / "dataset.json"
-    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
-    assert ids(read_layout(tmp_path)) == ["tiny_001"]
 
 
 # ---- nnU-Net
@@ -130,10 +115,6 @@ def test_read_layout_takes_the_highest_label_for_ignore(tmp_path):
     labels = {"background": 0, "ignore": 3, "a": 1, "b": 2}
     layout = read_layout(nnunet(tmp_path, labels=labels))
     assert (layout.class_names, layout.ignore_value) == (["background", "a", "b"], 3)
-
-
-def test_read_layout_takes_numbers_for_names_when_the_values_are_numbers(tmp_path):
-    assert read_layout(nnunet(tmp_path, labels={"1": 0, "0": 1})).class_names == ["1", "0"]
 
 
 @pytest.mark.parametrize(
@@ -352,11 +333,6 @@ def test_read_layout_refuses_a_table_in_one_line(tmp_path, text, name, message):
     assert re.search(message, fault_of(table(tmp_path, text, name)))
 
 
-def test_read_layout_refuses_csv_that_is_not_utf8(tmp_path):
-    (tmp_path / "cases.csv").write_bytes("image,label\nä,b\n".encode("latin-1"))
-    assert "expected CSV in UTF-8, got: " in fault_of(tmp_path)
-
-
 # ---- any layout
 
 
@@ -365,7 +341,10 @@ def test_read_layout_refuses_what_it_does_not_know(tmp_path):
     fault = fault_of(tmp_path)
     assert fault.startswith("dataset_dir: expected a folder with dataset.json (Medical ")
     assert "cases.csv, cases.json, or folders images and labels" in fault
-    assert f"found scan0.mha, scan1.mha, scan2.mha, scan3.mha, scan4.mha, … in {tmp_path}." in fault
+    assert (
+        f"found scan0.mha, scan1.mha, scan2.mha, scan3.mha, scan4.mha and 2 more in {tmp_path}."
+        in fault
+    )
 
 
 @pytest.mark.parametrize(
@@ -407,20 +386,6 @@ def test_read_layout_finds_files_outside_the_folder(straying, tmp_path):
     assert ids(read_layout(straying, data_roots=[tmp_path])) == ["a", "b", "beside"]
 
 
-def test_read_layout_does_not_take_a_name_that_begins_alike_for_the_folder(tmp_path):
-    touch(tmp_path, "home/labels/a.nii.gz", "home2/a.nii.gz")
-    (tmp_path / "home/images").mkdir()
-    (tmp_path / "home/images/a.nii.gz").symlink_to(tmp_path / "home2/a.nii.gz")
-    assert found(read_layout(tmp_path / "home")) == [("a", "outside")]
-
-
-def test_read_layout_accepts_a_folder_that_is_a_link(straying, tmp_path):
-    (tmp_path / "link").symlink_to(straying)
-    layout = read_layout(tmp_path / "link")
-    assert layout.root == straying.resolve()
-    assert layout.cases[0]["image"] == str(tmp_path / "link/images/a.nii.gz")
-
-
 @pytest.mark.parametrize("linked", ["folder", "file"])
 def test_read_layout_finds_dicom_files_outside_the_folder(tmp_path, linked):
     store = series(tmp_path / "store")
@@ -435,22 +400,3 @@ def test_read_layout_finds_dicom_files_outside_the_folder(tmp_path, linked):
         (inside / name).symlink_to(store / name)
     assert found(read_layout(tmp_path / "home")) == [("a", "outside")]
     assert found(read_layout(tmp_path / "home", data_roots=[store])) == []
-
-
-def test_read_layout_finds_a_link_to_a_file_that_does_not_exist(tmp_path):
-    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
-    (tmp_path / "images/b.nii.gz").symlink_to(tmp_path / "gone")
-    assert found(read_layout(tmp_path)) == [("b", "missing")]
-
-
-def test_load_cases_carries_what_the_layout_declares(tmp_path):
-    labels = {"background": 0, "a": 1, "ignore": 2}
-    names = {"0": "CT", "1": "PET"}
-    nnunet(tmp_path / "n", cases=("a", "b", "c"), labels=labels, channel_names=names)
-    cases = load_cases(tmp_path / "n", num_folds=3)
-    assert (cases.kind, cases.root) == ("nnunet", (tmp_path / "n").resolve())
-    assert (cases.channel_names, cases.num_channels) == (["CT", "PET"], 2)
-    assert (cases.class_names, cases.ignore_value) == (["background", "a"], 2)
-    touch(tmp_path, *(f"f/{kind}/{n}.nii.gz" for kind in ("images", "labels") for n in range(3)))
-    cases = load_cases(tmp_path / "f", num_folds=3)
-    assert (cases.class_names, cases.num_channels, cases.channel_names) == (None, None, None)

@@ -16,7 +16,8 @@ TOP_LEVEL = {
     "sums_bytes": "max_blend_bytes", "test_share": "test_fraction",
 }  # fmt: skip
 TARGETS = {  # of modules, or of single classes
-    "pipeline.data.images": "pipeline.data.input_images",
+    "pipeline.data.images": "pipeline.data.cases",
+    "pipeline.data.input_images": "pipeline.data.cases",
     "pipeline.data.intake.Intake": "pipeline.data.data_module.DataModule",
     "pipeline.lifecycle": "pipeline.lifecycle.lifecycle",
     "pipeline.predict": "pipeline.prediction.predict_files",

@@ -1,8 +1,7 @@
 """What a case's files hold, as one key: equal bytes have equal keys in any folder.
 
-Reading every file at every start would take as long as training on it, so the hash of a file is
-remembered while its name, size, times and inode stay as they are. The JSON file of hashes holds no
-file names, since the name of a file may name a person.
+The hash of a file is remembered while its name, size, times and inode stay as they are. The JSON
+file of hashes holds no file names, since the name of a file may name a person.
 """
 
 from __future__ import annotations
@@ -32,84 +31,56 @@ R = TypeVar("R")
 
 
 class ContentHashes:
-    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact.
-
-    Args:
-        path: The JSON file.
-    """
+    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = _read_hashes(path)
+        self._known: dict[str, str] = read_checked(path) or {}
         self._new: dict[str, str] = {}
 
-    def of_case(
-        self, case: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
-    ) -> str:
+    def of_case(self, case: Mapping[str, Any], contents: dict[str, bytes] | None = None) -> str:
         """Key of a case: the bytes of its image and label files, and what else it says.
 
         Its `case_id` and the names of its files do not count. An image is a file, a list of files
         (one per channel), or a directory, of which all files count in the order of their names.
-
-        Args:
-            case: The case.
-            hash_file: Gives the SHA-256 of a file, in place of `of_file`.
+        Files of unknown hash are put into `contents`, by path, if it is given.
 
         Raises:
             OSError: If a file cannot be read.
         """
         files = {
-            name: [[*map(hash_file or self.of_file, _list_files(path))] for path in paths]
+            name: [[self._of_file(file, contents) for file in _list_files(path)] for path in paths]
             for name, paths in files_of(case).items()
         }
         rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
         return sha256_of([files, rest])
 
-    def knows(self, case: Mapping[str, Any]) -> bool:
-        """Whether the hashes of all files of a case are remembered."""
-        paths = [path for paths in files_of(case).values() for path in paths]
-        return all(_identity(file) in self._known for path in paths for file in _list_files(path))
-
-    def of_file(self, path: Path) -> str:
-        """SHA-256 of a file's bytes, remembered or computed."""
+    def _of_file(self, path: Path, contents: dict[str, bytes] | None) -> str:
         before = _identity(path)
         if before in self._known:
             return self._known[before]
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._remember(path, before, digest)
-        return digest
-
-    def read_file(self, path: Path) -> tuple[bytes, str]:
-        """The bytes of a file, and their SHA-256."""
-        before = _identity(path)
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        self._remember(path, before, digest)
-        return content, digest
-
-    def _remember(self, path: Path, before: str, digest: str) -> None:
+        if contents is None:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            contents[str(path)] = path.read_bytes()
+            digest = hashlib.sha256(contents[str(path)]).hexdigest()
         settled = time.time() - path.stat().st_ctime > SETTLED_S
         if settled and _identity(path) == before:
             self._known[before] = self._new[before] = digest
+        return digest
 
     def save(self) -> None:
         """Remember for the next start; without room for it, the next start reads again."""
-        if not self._new:
-            return
-        files = dict(list({**_read_hashes(self.path), **self._new}.items())[-MAX_FILES:])
-        with contextlib.suppress(OSError), replace_file(self.path) as path:
-            path.write_text(json.dumps({"sha256": sha256_of(files), "files": files}))
-        self._new = {}
+        if self._new:
+            files = {**(read_checked(self.path) or {}), **self._new}
+            with contextlib.suppress(OSError):
+                write_checked(self.path, dict(list(files.items())[-MAX_FILES:]))
+            self._new = {}
 
 
 def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str, str]:
-    """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out.
-
-    Args:
-        cases: As `ContentHashes.of_case` takes them.
-        cache_dir: Folder where the hashes of files are remembered.
-    """
+    """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out."""
     hashes = ContentHashes(cache_dir / HASHES)
 
     def content(case: Mapping[str, Any]) -> str | None:
@@ -126,7 +97,8 @@ def map_threads(function: Callable[[T], R], items: Sequence[T], desc: str | None
     """Call a function of each item in several threads, with a progress bar if it has a name."""
     with ThreadPoolExecutor(min(MAX_THREADS, distributed.own_cores())) as pool:
         results = pool.map(function, items)
-        return list(ProgressBar(results, desc=desc, total=len(items)) if desc else results)
+        enabled = desc is not None and distributed.is_main()
+        return list(ProgressBar(results, desc=desc, total=len(items), enabled=enabled))
 
 
 def sha256_of(value: Any) -> str:
@@ -135,14 +107,24 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_hashes(path: Path) -> dict[str, str]:
-    """Hashes in the file; none unless every byte of it is as it was written."""
+def write_checked(path: Path, value: Any) -> None:
+    """Write a value as JSON that `read_checked` takes from a file of this name alone.
+
+    Raises:
+        OSError: If the system refuses; the old file is then unchanged.
+    """
+    with replace_file(path) as file:
+        file.write_text(json.dumps({"sha256": sha256_of([path.name, value]), "value": value}))
+
+
+def read_checked(path: Path) -> Any:
+    """The value in a file of `write_checked`; None unless every byte of it is as written."""
     try:
         content = json.loads(path.read_bytes())
-        files = content["files"]
-        return dict(files) if content["sha256"] == sha256_of(files) else {}
+        value = content["value"]
+        return value if content["sha256"] == sha256_of([path.name, value]) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
+        return None
 
 
 def _identity(path: Path) -> str:

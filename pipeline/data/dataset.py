@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, resolve_paths
-from pipeline.data.issues import require
+from pipeline.data.issues import refuse, require
 from pipeline.data.layouts import read_layout
 from pipeline.data.splits import GroupPattern, Split, split_by_file, split_by_hash
 from pipeline.errors import InputError, nearest
@@ -66,7 +66,7 @@ def load_cases(
 
     Args:
         dataset_dir: A folder, or a table; see `pipeline.data.layouts`.
-        fold: The fold to validate on, or `all`; see `split_by_hash`.
+        fold: The part to validate on, 0 to `num_folds` - 1, or `all`; see `split_by_hash`.
         num_folds: Number of parts that the persons are divided into; unused with `split_file`.
         split_seed: Seed of the division; unused with `split_file`.
         group_pattern: Tells persons apart; see `person_of`.
@@ -102,49 +102,40 @@ def given_cases(
 ) -> Cases:
     """Take cases that a client lists and splits itself, in place of a dataset.
 
-    Args:
-        train: Dictionaries with `image` and `label`, absolute file names; without `case_id` a case
-            is named after its image.
-        validation: The same.
-        class_names: In the order of the label values, background first, where they are known.
+    Cases are dictionaries with `image` and `label`, absolute file names; without `case_id` a case
+    is named after its image. Class names are in the order of the label values, where known.
 
     Raises:
         InputError: If there is no training case, or a case has another form.
     """
     where = "train#dataset#data"
     for case in (*train, *validation):
-        valid = isinstance(case, dict) and _are_paths(case.get("image"), case.get("label"))
-        if not valid:
+        stated = case if isinstance(case, dict) else {}
+        images, label = stated.get("image"), stated.get("label")
+        paths = [*(images if isinstance(images, list) and images else [images]), label]
+        if not all(isinstance(path, str) for path in paths):
             raise InputError(f"{where}: expected cases with image and label, got {case!r}.")
     require(train, where, "cases", "none", "List one or more.")
     listed = [add_case_id(case) for case in (*train, *validation)]
     folders = [os.path.dirname(os.path.abspath(path)) for case in listed for path in paths_of(case)]
     root = Path(os.path.commonpath(folders))
     # the folder's own name may name a person
-    stated = DatasetLayout(root, "given", "data of a client", class_names, cases=listed)
-    layout = resolve_paths(stated, root, (), where)
+    unresolved = DatasetLayout(root, "given", "data of a client", class_names, cases=listed)
+    layout = resolve_paths(unresolved, root, (), where)
     train_ids = {case["case_id"] for case in listed[: len(train)]}
-    sides: tuple[list[Case], list[Case]] = [], []
-    for case in layout.cases:
-        sides[case["case_id"] not in train_ids].append(case)
-    return _make_cases(layout, Split(*sides, test=[]), [])
-
-
-def _are_paths(image: Any, label: Any) -> bool:
-    channels = image if isinstance(image, list) and image else [image]
-    return all(isinstance(path, str) for path in [*channels, label])
+    first = [case for case in layout.cases if case["case_id"] in train_ids]
+    second = [case for case in layout.cases if case["case_id"] not in train_ids]
+    return _make_cases(layout, Split(first, second, test=[]), [])
 
 
 def _exclude(layout: DatasetLayout, exclude: Collection[str]) -> DatasetLayout:
     known = [case["case_id"] for case in layout.cases]
     known += [issue.case_id for issue in layout.issues]
-    faults = [
+    refuse(
         f"exclude: expected cases of the dataset, got '{case_id}'. {nearest(case_id, known)}"
         for case_id in dict.fromkeys(exclude)
         if case_id not in known
-    ]
-    if faults:
-        raise InputError(*faults)
+    )
     return replace(
         layout,
         cases=[case for case in layout.cases if case["case_id"] not in exclude],
@@ -156,18 +147,11 @@ def _make_cases(layout: DatasetLayout, split: Split, excluded: list[str]) -> Cas
     sizes = [(case["case_id"], *map(_size, paths_of(case))) for case in layout.cases]
     labels = None if layout.labels is None else dict(layout.labels)
     fingerprint = hashlib.sha256(json.dumps([sorted(sizes), labels]).encode()).hexdigest()
-    return Cases(
-        **vars(layout) | {"issues": [*layout.issues, *split.issues]},
-        train=split.train,
-        validation=split.validation,
-        test=split.test,
-        fingerprint=fingerprint,
-        excluded=excluded,
-    )
+    values = vars(layout) | vars(split) | {"issues": [*layout.issues, *split.issues]}
+    return Cases(**values, fingerprint=fingerprint, excluded=excluded)
 
 
 def _size(path: str) -> int | list[int]:
     """Bytes of a file, or of each file of a DICOM series."""
-    if Path(path).is_dir():
-        return [file.stat().st_size for file in dicom_files(path)]
-    return Path(path).stat().st_size
+    is_series = os.path.isdir(path)
+    return list(map(os.path.getsize, dicom_files(path))) if is_series else os.path.getsize(path)

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,14 @@ from pipeline.data.cases import (
     resolve_paths,
     split_channel,
 )
-from pipeline.data.issues import DatasetIssue, require
+from pipeline.data.issues import DatasetIssue, make_issue, refuse, require, some
 from pipeline.errors import InputError, nearest
 
 TABLES = ("cases.csv", "cases.json")
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
-KNOWN = (
-    "dataset.json (Medical Segmentation Decathlon or nnU-Net), cases.csv, cases.json, "
-    "or folders images and labels"
-)
 # keys of `dataset.json` with facts about the dataset, and their names here
-FACTS = {key: key for key in ("description", "reference")} | dict.fromkeys(
-    ("license", "licence"), "licence"
-)
+FACTS = {"description": "description", "reference": "reference"}
+FACTS |= {"license": "licence", "licence": "licence"}
 Listed = tuple[list[Case], list[DatasetIssue]]
 
 
@@ -66,14 +61,14 @@ def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = (
         require(is_table, "dataset_dir", form, path, "Name one of these.")
         return resolve_paths(_read_table(path), path.parent, data_roots, str(path))
     except OSError as error:  # a folder without read permission
-        raise InputError(
-            f"{path}: expected files that can be read, got: {error}. Change their permissions."
-        ) from error
+        message = f"{path}: expected files that can be read, got: {error}. Change the permissions."
+        raise InputError(message) from error
 
 
 def _read_folder(path: Path) -> tuple[DatasetLayout, Path]:
     """The layout of a folder, and what lists its cases."""
-    expected = f"dataset_dir: expected a folder with {KNOWN}, found"
+    expected = "dataset_dir: expected a folder with dataset.json (Medical Segmentation Decathlon "
+    expected += "or nnU-Net), cases.csv, cases.json, or folders images and labels, found"
     if not path.is_dir():
         raise InputError(f"{expected} no {path}. Check the path.")
     if (path / "dataset.json").is_file():
@@ -89,11 +84,10 @@ def _read_folder(path: Path) -> tuple[DatasetLayout, Path]:
             name = path.resolve().name
             return DatasetLayout(kind="folders", name=name, cases=cases, issues=issues), path
     found = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
-    listed = ", ".join([*found[:5], *(["…"] if len(found) > 5 else [])]) or "nothing"
-    raise InputError(f"{expected} {listed} in {path}. Check the path.")
+    raise InputError(f"{expected} {some(found) or 'nothing'} in {path}. Check the path.")
 
 
-def read_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     """Read a JSON file, with or without a byte order mark.
 
     Raises:
@@ -109,21 +103,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_dataset_json(root: Path) -> DatasetLayout:
-    """Read a `dataset.json` of the Medical Segmentation Decathlon or nnU-Net v2; paths as stated.
-
-    Args:
-        root: Folder that holds it.
+    """Read `root/dataset.json` of the Medical Segmentation Decathlon or nnU-Net; paths as stated.
 
     Raises:
         InputError: One line per fault of `dataset.json`.
     """
     path = root / "dataset.json"
-    source = read_json(path)
+    source = load_json(path)
     got = type(source).__name__
     require(isinstance(source, Mapping), path, "a JSON object", got, "Correct the file.")
-    is_nnunet = bool({"file_ending", "dataset"} & source.keys()) or (
-        "channel_names" in source and "training" not in source
-    )
+    is_named = "channel_names" in source and "training" not in source
+    is_nnunet = is_named or not {"file_ending", "dataset"}.isdisjoint(source)
     has_names = "channel_names" in source or (is_nnunet and "modality" not in source)
     channels = "channel_names" if has_names else "modality"
     kinds: dict[str, Any] = {"labels": Mapping, channels: Mapping}
@@ -131,14 +121,12 @@ def read_dataset_json(root: Path) -> DatasetLayout:
         kinds["training"] = list
     elif "dataset" in source:
         kinds["dataset"] = Mapping
-    faults = [
+    refuse(
         f"{path}: expected '{key}' ({kind.__name__.lower()}, not empty), got {source.get(key)!r}. "
         "Correct the file."
         for key, kind in kinds.items()
         if not isinstance(source.get(key), kind) or not source[key]
-    ]
-    if faults:
-        raise InputError(*faults)
+    )
     class_names, ignore_value = _read_labels(source["labels"], path, may_ignore=is_nnunet)
     channel_names = [name for _, name in _sort_by_value(source[channels])]
     cases, issues = _list_cases(root, source, is_nnunet, len(channel_names))
@@ -164,15 +152,13 @@ def _list_cases(
         expected = "file_ending .nii.gz or .nii"
         require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
         return _pair_folders(root, *FOLDERS[1], ending, num_channels)
-    if is_nnunet:
-        entries = {
-            f"dataset['{case_id}']": {**entry, "case_id": case_id, "image": entry.get("images")}
-            if isinstance(entry, Mapping)
-            else entry
-            for case_id, entry in source["dataset"].items()
-        }
-    else:
+    if not is_nnunet:
         entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
+    else:
+        entries = {f"dataset['{case_id}']": entry for case_id, entry in source["dataset"].items()}
+        for case_id, (name, entry) in zip(source["dataset"], entries.items(), strict=True):
+            if isinstance(entry, Mapping):
+                entries[name] = {**entry, "case_id": case_id, "image": entry.get("images")}
     _check_entries(entries, path, required=("image", "label"))
     return [_make_case(entry) for entry in entries.values()], []
 
@@ -238,12 +224,12 @@ def _volumes_by_name(
 ) -> tuple[dict[str, str], list[DatasetIssue]]:
     found: dict[str, str] = {}
     issues = []
-    message = f"expected one volume of this name in {folder}, got two. Rename or remove one."
+    expected, remedy = f"one volume of this name in {folder}", "Rename or remove one"
     for path in list_volumes(root / folder):
         if path.name.endswith(ending):
             name = case_name(path)
             if name in found:
-                issues.append(DatasetIssue(name, "duplicate_id", message))
+                issues.append(make_issue(name, "duplicate_id", expected, "two", remedy))
             found[name] = f"{folder}/{path.name}"
     return found, issues
 
@@ -253,25 +239,24 @@ def _pair(
 ) -> Listed:
     """Cases that have all channels in `numbers` and a label, and an issue for each other."""
 
-    def words(channels: Sequence[str]) -> str:
-        return ", ".join(number or "in one file" for number in channels)
+    def words(channels: Iterable[str]) -> str:
+        return ", ".join(number or "in one file" for number in sorted(channels))
 
-    cases: list[Case] = []
-    issues = []
+    cases, issues = [], []
     for case in sorted({*images, *labels}):
         channels = images.get(case, {})
-        missing = [number for number in numbers if number not in channels]
+        missing = {*numbers} - {*channels}
         check, message = "unpaired", f"expected channels {words(numbers)}"
-        if case not in images:
-            message = f"expected an image of label {labels[case]}, found none. Add it or move the "
-            message += "label away."
-        elif case not in labels:
-            message = f"expected a label of image {channels[min(channels)]}, found none. Add it or "
-            message += "move the image away."
+        if case not in images or case not in labels:
+            wanted, there, path = "an image", "label", labels.get(case)
+            if case in images:
+                wanted, there, path = "a label", "image", channels[min(channels)]
+            message = f"expected {wanted} of {there} {path}, found none. "
+            message += f"Add it or move the {there} away."
         elif missing:
             check, message = "missing", f"{message}, found no {words(missing)}. Add it."
         elif len(channels) > len(numbers):
-            message += f", got {words(sorted(channels))}. Move the others away."
+            message += f", got {words(channels)}. Move the others away."
         else:
             image = [channels[number] for number in numbers]
             cases.append(_make_case({"case_id": case, "image": image, "label": labels[case]}))
@@ -288,10 +273,10 @@ def _make_case(entry: Mapping[str, Any], image_keys: Sequence[str] = ("image",))
     image: Any = [path for key in image_keys for path in _as_list(entry.get(key, ""))]
     case = {key: str(entry[key]) for key in ("case_id", "label", "group") if entry.get(key)}
     case["image"] = image if len(image) > 1 else image[0]
-    if "case_id" not in case and image[0]:
+    if image[0]:
         name = case_name(image[0])
         channel = split_channel(name) if len(image) > 1 else None
-        case["case_id"] = channel[0] if channel else name
+        case.setdefault("case_id", channel[0] if channel else name)
     return case
 
 
@@ -310,15 +295,13 @@ def _check_entries(entries: Mapping[str, Any], where: Path, required: Collection
         paths = _as_list(value) if key == "image" else [value]
         return bool(paths) and all(isinstance(path, str) for path in paths)
 
-    faults = [
-        f"{where}: expected image and label (file names) in {name}, got {entry!r}. Correct the "
-        "entry."
+    expected = f"{where}: expected image and label (file names)"
+    refuse(
+        f"{expected} in {name}, got {entry!r}. Correct the entry."
         for name, entry in entries.items()
         if not isinstance(entry, Mapping)
-        or not all(is_valid(key, entry.get(key)) for key in {**entry, **dict.fromkeys(required)})
-    ]
-    if faults:
-        raise InputError(*faults)
+        or not all(is_valid(key, entry.get(key)) for key in {*entry, *required})
+    )
 
 
 def _read_table(path: Path) -> DatasetLayout:
@@ -330,7 +313,7 @@ def _read_table(path: Path) -> DatasetLayout:
     if path.suffix.lower() == ".csv":
         rows = _read_csv(path)
     else:
-        rows = read_json(path)
+        rows = load_json(path)
         got = type(rows).__name__
         require(isinstance(rows, list), path, "a JSON list of cases", got, "Correct it.")
         _check_entries({f"entry {n}": row for n, row in enumerate(rows, start=1)}, path, ())
@@ -343,9 +326,9 @@ def _read_table(path: Path) -> DatasetLayout:
     for number, row in enumerate(rows, start=1):
         case = _make_case(row, images)
         if empty := [name for name in wanted if not row.get(name)]:
-            message = f"expected {' and '.join(empty)} in row {number} of {path}, got an empty "
+            expected = f"{' and '.join(empty)} in row {number} of {path}"
             case_id = case.get("case_id") or f"row {number}"
-            issues.append(DatasetIssue(case_id, "missing", message + "cell. Fill it in."))
+            issues.append(make_issue(case_id, "missing", expected, "an empty cell", "Fill it in"))
         else:
             cases.append(case)
     name = path.resolve().parent.name if path.name in TABLES else path.stem
@@ -358,13 +341,11 @@ def _image_columns(columns: list[str], path: Path) -> list[str]:
     expected = "either a column image or image_0, image_1, …"
     require(not numbered or "image" not in columns, path, expected, "both", "Remove one.")
     names = [f"image_{n}" for n in range(len(numbered))] or ["image"]
-    faults = [
+    refuse(
         f"{path}: expected a column {name}, got {', '.join(columns)}. {nearest(name, columns)}"
         for name in ("label", *names)
         if name not in columns
-    ]
-    if faults:
-        raise InputError(*faults)
+    )
     return names
 
 
@@ -373,24 +354,17 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-        lines = [(reader.line_num, line) for line in reader]
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: expected CSV in UTF-8, got: {error}. Correct it.") from None
-    columns = [name.strip() for name in reader.fieldnames or ()]
+    (_, columns), *rows = [line for line in lines if any(line[1])] or [(0, [])]
     expected = "columns of different names"
     require(len({*columns}) == len(columns), path, expected, columns, "Rename one.")
-    rows, faults = [], []
-    for number, line in lines:
-        extra = line.pop(None, [])
-        cells = [cell.strip() for cell in line.values() if cell is not None]
-        if len(cells) + len(extra) != len(columns):
-            faults.append(
-                f"{path}: expected {len(columns)} cells in line {number}, got "
-                f"{len(cells) + len(extra)}. Quote a cell that has the separator in it."
-            )
-        elif any(cells):
-            rows.append(dict(zip(columns, cells, strict=True)))
-    if faults:
-        raise InputError(*faults)
-    return rows
+    refuse(
+        f"{path}: expected {len(columns)} cells in line {number}, got {len(cells)}. Quote a cell "
+        "that has the separator in it."
+        for number, cells in rows
+        if len(cells) != len(columns)
+    )
+    return [dict(zip(columns, cells, strict=True)) for _, cells in rows]

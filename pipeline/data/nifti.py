@@ -14,17 +14,20 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from pipeline.data.cases import Case, files_of
+from pipeline.data.issues import DatasetIssue, make_issue
+from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.load import DicomError, read_geometry, read_series
 
 MAX_VOXELS = 2**31  # 16 times 512 x 512 x 512
-OFFSET_BYTES = (348, 2**24)  # of the first voxel; nibabel reads voxels from within the header too
 MAX_TRAILING_BYTES = 2**16  # after the voxels; some writers pad
 MAX_INFLATION = 1032  # bytes that DEFLATE can make of one
+SPACING_RANGE_MM = (0.001, 100.0)
 
 
 class VolumeError(ValueError):
@@ -45,14 +48,12 @@ class Header:
     zooms_mm: tuple[float, ...] = ()  # voxel size that the header states beside the affine
 
     @property
-    def num_voxels(self) -> int:
-        """Number of voxels, of all channels together."""
-        return math.prod(self.shape)
-
-    @property
     def num_bytes(self) -> int:
-        """Size of the voxels as stored."""
-        return self.num_voxels * self.dtype.itemsize
+        """Size of the voxels of all channels as stored."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Headers = dict[str, list[Header]]  # of `image` and `label`, one per file
 
 
 def read_header(path: str) -> Header:
@@ -68,13 +69,18 @@ def read_header(path: str) -> Header:
         if os.path.isdir(path):
             shape, affine = read_geometry(path)
             zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
-            header = Header(shape, affine, np.dtype(np.float32), zooms_mm=zooms)
-            _require(header.num_voxels <= MAX_VOXELS, f"a series of {header.num_voxels} voxels")
-            return header
+            return Header(shape, affine, np.dtype(np.float32), zooms_mm=zooms)
         with _open(path) as file:
             header = _parse(file.read(540))
-        size = os.path.getsize(path)
-        _require_plausible(header, size * MAX_INFLATION if path.endswith(".gz") else size)
+        num_voxels, num_bytes = math.prod(header.shape), header.num_bytes
+        max_bytes = os.path.getsize(path) * (MAX_INFLATION if path.endswith(".gz") else 1)
+        _require(header.dtype.kind in "iuf", f"voxels of type {header.dtype}")
+        _require(min(header.shape, default=0) > 0, f"a shape of {header.shape}")
+        claim = f"a header that claims {num_voxels} voxels, more than {MAX_VOXELS}"
+        _require(num_voxels <= MAX_VOXELS, claim)
+        _require(header.offset >= 348, f"voxels from byte {header.offset} on")
+        claim = f"a header that claims {num_bytes} bytes of voxels, in a file that can hold"
+        _require(header.offset + num_bytes <= max_bytes, f"{claim} {max_bytes} at most")
         return header
 
 
@@ -101,22 +107,13 @@ def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.n
         with _open(path, content) as file:
             file.seek(header.offset)
             stored = file.read(header.num_bytes)
-            _require_end(file, header)
+            _require(len(stored) == header.num_bytes, "an end before the last voxel")
+            rest, most = len(file.read(MAX_TRAILING_BYTES + 1)), MAX_TRAILING_BYTES
+            _require(rest <= most, f"more than {most} bytes after the last voxel")
     voxels = np.frombuffer(stored, header.dtype).reshape(header.shape, order="F")
     if (header.slope, header.intercept) != (1.0, 0.0):
         return voxels.astype(np.float64) * header.slope + header.intercept
     return voxels.astype(header.dtype.newbyteorder("="), copy=False)
-
-
-def require_whole(path: str) -> None:
-    """Read a file to its end without keeping its voxels; raises what `read_voxels` raises."""
-    header = read_header(path)
-    if os.path.isdir(path):
-        read_voxels(path, header)
-        return
-    with _name_file(path), _open(path) as file:
-        file.seek(header.offset + header.num_bytes)
-        _require_end(file, header)
 
 
 def _parse(block: bytes) -> Header:
@@ -145,38 +142,16 @@ def _parse(block: bytes) -> Header:
     raise ValueError("no NIfTI header")
 
 
-def _require_plausible(header: Header, max_bytes: int) -> None:
-    """Refuse a header that a file of `max_bytes`, decompressed, cannot have."""
-    _require(header.dtype.kind in "iuf", f"voxels of type {header.dtype}")
-    _require(min(header.shape, default=0) > 0, f"a shape of {header.shape}")
-    claim = f"a header that claims {header.num_voxels} voxels, more than {MAX_VOXELS}"
-    _require(header.num_voxels <= MAX_VOXELS, claim)
-    low, high = OFFSET_BYTES
-    _require(low <= header.offset <= high, f"voxels from byte {header.offset} on")
-    claim = f"a header that claims {header.num_bytes} bytes of voxels, in a file that can hold"
-    _require(header.offset + header.num_bytes <= max_bytes, f"{claim} {max_bytes} at most")
-
-
-def _require_end(file: BinaryIO, header: Header) -> None:
-    """A file that was read up to its last voxel has all of them, and ends soon after."""
-    is_whole = file.tell() == header.offset + header.num_bytes
-    _require(is_whole, "an end before the last voxel")
-    rest = len(file.read(MAX_TRAILING_BYTES + 1))
-    _require(
-        rest <= MAX_TRAILING_BYTES, f"more than {MAX_TRAILING_BYTES} bytes after the last voxel"
-    )
-
-
 def _require(condition: Any, otherwise: str) -> None:
     if not condition:
         raise ValueError(otherwise)
 
 
-@contextlib.contextmanager
-def _open(path: str, content: bytes | None = None) -> Iterator[Any]:
-    """Open a file, decompressing `.gz`."""
-    with open(path, "rb") if content is None else io.BytesIO(content) as file:
-        yield gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+def _open(path: str, content: bytes | None = None) -> Any:
+    source = path if content is None else io.BytesIO(content)
+    if path.endswith(".gz"):
+        return gzip.open(source)
+    return open(path, "rb") if content is None else source
 
 
 @contextlib.contextmanager
@@ -190,8 +165,112 @@ def _name_file(path: str) -> Iterator[None]:
         got = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, EOFError):
             got = "an end before that of its gzip stream"
-        got = got.splitlines()[0].rstrip(".")
-        name = os.path.basename(path)
-        raise VolumeError(
-            f"expected a readable NIfTI file {name}, got {got}. Replace the file."
-        ) from error
+        got, name = got.splitlines()[0].rstrip("."), os.path.basename(path)
+        message = f"expected a readable NIfTI file {name}, got {got}. Replace the file."
+        raise VolumeError(message) from error
+
+
+# ---- all headers of a case
+
+
+def check_headers(
+    case: Case, num_channels: int | None
+) -> tuple[Headers | None, list[DatasetIssue]]:
+    """Read the headers of a case, which may have no label, and check them.
+
+    Args:
+        case: The case.
+        num_channels: Channels of an image, where the dataset declares them.
+
+    Returns:
+        The headers, None if one is not valid, and what is wrong with them.
+    """
+    case_id, files = case["case_id"], files_of(case)
+    headers: Headers = {key: [] for key in files}
+    named, issues = [], []
+    for key, path in ((key, path) for key, paths in files.items() for path in paths):
+        try:
+            headers[key].append(header := read_header(path))
+            named.append((key, os.path.basename(path), header))
+        except (VolumeError, DicomError) as error:
+            issues.append(DatasetIssue(case_id, "unreadable", str(error)))
+    if issues:
+        return None, issues
+    issues += _check_shapes(case_id, headers, num_channels)
+    if any(issue.check == "shape" for issue in issues):
+        return headers, issues  # nothing is known of axes that do not exist
+    for _, name, header in named:
+        issues += _check_geometry(case_id, name, header)
+    if all(issue.warning for issue in issues):  # else there may be no grid to compare
+        for key, _, header in named[1:]:
+            issues += _check_grid(case_id, key, headers["image"][0], header)
+    return headers, issues
+
+
+def count_channels(headers: Headers) -> int:
+    """Channels of an image: files, or voxels along the fourth axis of one."""
+    images = headers["image"]
+    is_4d = len(images) == 1 and len(images[0].shape) == 4
+    return images[0].shape[3] if is_4d else len(images)
+
+
+def _check_shapes(
+    case_id: str, headers: Headers, num_channels: int | None
+) -> Iterator[DatasetIssue]:
+    images, labels = headers["image"], headers.get("label", [])
+    form, max_axes = "an image of shape (H, W, D)", 3
+    if len(images) == 1:  # a file per channel has no channels in it
+        form, max_axes = f"{form} or (H, W, D, channels)", 4
+    stated = [(image.shape, max_axes, form) for image in images]
+    stated += [(label.shape, 3, "a label of shape (H, W, D)") for label in labels]
+    wrong = [one for one in stated if not 3 <= len(one[0]) <= one[1] or min(one[0][:3]) < 2]
+    for shape, _, form in wrong:
+        expected = f"{form}, each axis of 2 voxels or more"
+        yield make_issue(case_id, "shape", expected, shape, "Convert it or exclude the case")
+    channels = count_channels(headers)
+    if not wrong and num_channels not in (None, channels):
+        remedy = "Correct the dataset's description or the image"
+        yield make_issue(case_id, "channels", f"{num_channels} image channels", channels, remedy)
+
+
+def _check_geometry(case_id: str, name: str, header: Header) -> Iterator[DatasetIssue]:
+    """The first thing that is wrong with the affine of one file."""
+    affine, (low, high) = header.affine, SPACING_RANGE_MM
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shown, zooms = ("x".join(f"{s:g}" for s in sizes) for sizes in (spacing, header.zooms_mm))
+    remedy = "Correct the header"
+    if not np.isfinite(affine).all():
+        expected = f"an affine of finite numbers in {name}"
+        yield make_issue(case_id, "spacing", expected, affine[:3].tolist(), remedy)
+    elif (spacing < low).any() or (spacing > high).any():
+        expected = f"a spacing of {low:g} to {high:g} mm in {name}"
+        yield make_issue(case_id, "spacing", expected, f"{shown} mm", remedy)
+    elif abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        expected = f"an affine with three directions in {name}"
+        yield make_issue(case_id, "singular", expected, "a singular one", remedy)
+    elif not header.is_oriented:
+        expected = f"an orientation in the header of {name}"
+        got = "none (sform and qform codes are 0)"
+        remedy = "Which side is left is a guess; set one of the two"
+        yield make_issue(case_id, "orientation", expected, got, remedy, warning=True)
+    elif not np.allclose(spacing, header.zooms_mm, rtol=0.01):
+        expected = f"one spacing in the header of {name}"
+        got = f"{shown} mm by the affine, which is used, and {zooms} mm by pixdim"
+        yield make_issue(case_id, "spacing", expected, got, "See which is right", warning=True)
+
+
+def _check_grid(case_id: str, key: str, image: Header, other: Header) -> Iterator[DatasetIssue]:
+    """Whether an image and its label, or another channel, are on one grid."""
+    what, both = "channel", "the image's channels"
+    if key == "label":
+        what, both = "label", "image and label"
+    # a label is put into the image's order of axes when it is loaded, a channel is not
+    look = align if key == "label" else compare
+    found = look(other.shape[:3], other.affine, image.shape[:3], image.affine)
+    remedy = f"Resample the {what} or exclude the case"
+    if found.shape != image.shape[:3]:
+        got = f"{image.shape[:3]} and {other.shape[:3]}"
+        yield make_issue(case_id, "shape", f"{both} of one shape", got, remedy)
+    elif not found.distance_mm <= TOLERANCE_MM:
+        expected = f"{what} affine to match image within {TOLERANCE_MM} mm"
+        yield make_issue(case_id, "affine", expected, f"{found.distance_mm:.3f} mm", remedy)

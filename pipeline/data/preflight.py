@@ -7,35 +7,28 @@ whenever they were measured.
 from __future__ import annotations
 
 import itertools
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.cases import Case, files_of
+from pipeline.data.cases import Case
 from pipeline.data.content import map_threads
 from pipeline.data.dataset import Cases
-from pipeline.data.issues import DatasetIssue, some
-from pipeline.data.nifti import Header, VolumeError, read_header
+from pipeline.data.issues import DatasetIssue, make_issue, refuse, some
+from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
 from pipeline.data.statistics import (
     CaseStatistics,
     DatasetFingerprint,
-    Headers,
     StatisticsStore,
     make_fingerprint,
     measure_case,
 )
-from pipeline.errors import InputError
-from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.load import DicomError
 
 SIDES = ("train", "validation", "test")
 UNPLANNED = ("unreadable", "missing", "shape", "spacing", "singular")  # with these there is no plan
-SPACING_RANGE_MM = (0.001, 100.0)
 MAX_LABEL_VALUE = 254  # labels are kept in a byte
 # a grey value that more cases than this have says nothing about a person
 COMMON_SHARE, COMMON_CASES = 0.05, 4
@@ -68,8 +61,7 @@ class Preflight:
         Raises:
             InputError: One line per fault.
         """
-        if self.faults:
-            raise InputError(*(issue.line for issue in self.faults))
+        refuse(issue.line for issue in self.faults)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -156,7 +148,7 @@ def _make_fingerprint(cases: Cases, known: Sequence[Examination]) -> DatasetFing
     values = {int(value) for case in statistics for value in case.label_counts}
     num_classes = max(values - {cases.ignore_value}, default=0) + 1
     classes = ["background", *(f"class_{n}" for n in range(1, num_classes))]
-    channels = [f"channel_{n}" for n in range(_count_channels(headers[0]))]
+    channels = [f"channel_{n}" for n in range(count_channels(headers[0]))]
     return make_fingerprint(
         [one["image"][0] for one in headers],
         statistics,
@@ -165,130 +157,17 @@ def _make_fingerprint(cases: Cases, known: Sequence[Examination]) -> DatasetFing
     )
 
 
-def _issue(
-    case_id: str, check: str, expected: str, got: object, remedy: str, *, warning: bool = False
-) -> DatasetIssue:
-    return DatasetIssue(case_id, check, f"expected {expected}, got {got}. {remedy}.", warning)
-
-
 # ---- one case
-
-
-def check_headers(
-    case: Case, num_channels: int | None
-) -> tuple[Headers | None, list[DatasetIssue]]:
-    """Read the headers of a case, which may have no label, and check them.
-
-    Args:
-        case: The case.
-        num_channels: Channels of an image, where the dataset declares them.
-
-    Returns:
-        The headers, None if one is not valid, and what is wrong with them.
-    """
-    case_id, files = case["case_id"], files_of(case)
-    headers: Headers = {key: [] for key in files}
-    issues = []
-    for key, path in ((key, path) for key, paths in files.items() for path in paths):
-        try:
-            headers[key].append(read_header(path))
-        except (VolumeError, DicomError) as error:
-            issues.append(DatasetIssue(case_id, "unreadable", str(error)))
-    if issues:
-        return None, issues
-    issues += _check_shapes(case_id, headers, num_channels)
-    if any(issue.check == "shape" for issue in issues):
-        return headers, issues  # nothing is known of axes that do not exist
-    named = [
-        (key, os.path.basename(path), header)
-        for key, paths in files.items()
-        for path, header in zip(paths, headers[key], strict=True)
-    ]
-    for _, name, header in named:
-        issues += _check_geometry(case_id, name, header)
-    if all(issue.warning for issue in issues):  # else there may be no grid to compare
-        for key, _, header in named[1:]:
-            issues += _check_grid(case_id, key, headers["image"][0], header)
-    return headers, issues
-
-
-def _count_channels(headers: Headers) -> int:
-    images = headers["image"]
-    is_4d = len(images) == 1 and len(images[0].shape) == 4
-    return images[0].shape[3] if is_4d else len(images)
-
-
-def _check_shapes(
-    case_id: str, headers: Headers, num_channels: int | None
-) -> Iterator[DatasetIssue]:
-    images, labels = headers["image"], headers.get("label", [])
-    form, max_axes = "an image of shape (H, W, D)", 3
-    if len(images) == 1:  # a file per channel has no channels in it
-        form, max_axes = f"{form} or (H, W, D, channels)", 4
-    stated = [(image.shape, max_axes, form) for image in images]
-    stated += [(label.shape, 3, "a label of shape (H, W, D)") for label in labels]
-    wrong = [one for one in stated if not 3 <= len(one[0]) <= one[1] or min(one[0][:3]) < 2]
-    for shape, _, form in wrong:
-        expected = f"{form}, each axis of 2 voxels or more"
-        yield _issue(case_id, "shape", expected, shape, "Convert it or exclude the case")
-    channels = _count_channels(headers)
-    if not wrong and num_channels not in (None, channels):
-        remedy = "Correct the dataset's description or the image"
-        yield _issue(case_id, "channels", f"{num_channels} image channels", channels, remedy)
-
-
-def _check_geometry(case_id: str, name: str, header: Header) -> Iterator[DatasetIssue]:
-    """The first thing that is wrong with the affine of one file."""
-    affine, (low, high) = header.affine, SPACING_RANGE_MM
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    shown = "x".join(f"{s:g}" for s in spacing)
-    remedy = "Correct the header"
-    if not np.isfinite(affine).all():
-        expected = f"an affine of finite numbers in {name}"
-        yield _issue(case_id, "spacing", expected, affine[:3].tolist(), remedy)
-    elif (spacing < low).any() or (spacing > high).any():
-        expected = f"a spacing of {low:g} to {high:g} mm in {name}"
-        yield _issue(case_id, "spacing", expected, f"{shown} mm", remedy)
-    elif abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        expected = f"an affine with three directions in {name}"
-        yield _issue(case_id, "singular", expected, "a singular one", remedy)
-    elif not header.is_oriented:
-        expected = f"an orientation in the header of {name}"
-        remedy = "Which side is left is a guess; set one of the two"
-        got = "none (sform and qform codes are 0)"
-        yield _issue(case_id, "orientation", expected, got, remedy, warning=True)
-    elif not np.allclose(spacing, header.zooms_mm, rtol=0.01):
-        zooms = "x".join(f"{z:g}" for z in header.zooms_mm)
-        got = f"{shown} mm by the affine, which is used, and {zooms} mm by pixdim"
-        expected = f"one spacing in the header of {name}"
-        yield _issue(case_id, "spacing", expected, got, "See which is right", warning=True)
-
-
-def _check_grid(case_id: str, key: str, image: Header, other: Header) -> Iterator[DatasetIssue]:
-    """Whether an image and its label, or another channel, are on one grid."""
-    what, both = "label", "image and label"
-    if key == "image":
-        what, both = "channel", "the image's channels"
-    # a label is put into the image's order of axes when it is loaded, a channel is not
-    look = align if key == "label" else compare
-    found = look(other.shape[:3], other.affine, image.shape[:3], image.affine)
-    remedy = f"Resample the {what} or exclude the case"
-    if found.shape != image.shape[:3]:
-        got = f"{image.shape[:3]} and {other.shape[:3]}"
-        yield _issue(case_id, "shape", f"{both} of one shape", got, remedy)
-    elif not found.distance_mm <= TOLERANCE_MM:
-        expected = f"{what} affine to match image within {TOLERANCE_MM} mm"
-        yield _issue(case_id, "affine", expected, f"{found.distance_mm:.3f} mm", remedy)
 
 
 def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
     if non_finite := sum(channel.num_non_finite for channel in found.channels):
         got = f"{non_finite} NaN or infinite voxels, as float32"
         remedy = "Replace them or exclude the case"
-        yield _issue(case_id, "finite", "finite image values", got, remedy)
+        yield make_issue(case_id, "finite", "finite image values", got, remedy)
     if all(channel.min == channel.max for channel in found.channels):
         got, remedy = f"{found.channels[0].min} everywhere", "Replace it or exclude the case"
-        yield _issue(case_id, "constant", "an image with contrast", got, remedy)
+        yield make_issue(case_id, "constant", "an image with contrast", got, remedy)
     yield from _check_label(case_id, found, cases)
 
 
@@ -306,21 +185,23 @@ def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[
     if is_wrong and distinct and {*distinct} <= allowed:
         expected = "an image under image and a label under label"
         got = f"values {some(distinct)} in the image and {some(values)} in the label"
-        yield _issue(case_id, "swapped", expected, got, "Swap the two")
+        yield make_issue(case_id, "swapped", expected, got, "Swap the two")
     elif found.num_non_finite_labels:
         got = f"{found.num_non_finite_labels} NaN or infinite voxels"
         remedy = "Correct the label or exclude the case"
-        yield _issue(case_id, "label_values", declared, got, remedy)
+        yield make_issue(case_id, "label_values", declared, got, remedy)
     elif found.num_fractions:
         got = f"{found.num_fractions} voxels between integers"
         remedy = "Resample the label with nearest neighbours or exclude the case"
-        yield _issue(case_id, "label_values", "integer label values", got, remedy)
+        yield make_issue(case_id, "label_values", "integer label values", got, remedy)
     elif unknown:
         remedy = "Declare the value in the dataset or correct the label"
-        yield _issue(case_id, "label_values", declared, some(unknown), remedy)
+        yield make_issue(case_id, "label_values", declared, some(unknown), remedy)
     elif {*values} <= {"0", str(cases.ignore_value)}:
         expected, remedy = "foreground in the label", "Exclude the case if it should have some"
-        yield _issue(case_id, "no_foreground", expected, "background alone", remedy, warning=True)
+        yield make_issue(
+            case_id, "no_foreground", expected, "background alone", remedy, warning=True
+        )
 
 
 # ---- all cases
@@ -330,7 +211,7 @@ def _find_unusual_channels(
     found: Sequence[Examination], declared: int | None
 ) -> Iterator[DatasetIssue]:
     """Cases with another number of channels than most, where the dataset declares none."""
-    counts = {one.case["case_id"]: _count_channels(one.headers) for one in found if one.headers}
+    counts = {one.case["case_id"]: count_channels(one.headers) for one in found if one.headers}
     if declared is not None or len({*counts.values()}) < 2:
         return
     usual = Counter(counts.values()).most_common(1)[0][0]
@@ -338,7 +219,7 @@ def _find_unusual_channels(
         if count != usual:
             expected = f"{usual} image channels, as most cases have"
             remedy = "Correct the image or exclude the case"
-            yield _issue(case_id, "channels", expected, count, remedy)
+            yield make_issue(case_id, "channels", expected, count, remedy)
 
 
 def _find_identical_images(found: Sequence[Examination]) -> Iterator[DatasetIssue]:
@@ -351,7 +232,7 @@ def _find_identical_images(found: Sequence[Examination]) -> Iterator[DatasetIssu
             other = first.setdefault((one.headers["image"][0].shape, digests), case_id)
             if other != case_id:
                 got, remedy = f"the voxels of {other}", "Exclude one of the two"
-                yield _issue(case_id, "identical", "an image of its own", got, remedy)
+                yield make_issue(case_id, "identical", "an image of its own", got, remedy)
 
 
 def _find_shared_values(
@@ -377,13 +258,12 @@ def _find_shared_values(
     most = max(min(COMMON_CASES, len(every) // 2), COMMON_SHARE * len(every))
     common = {value for value, count in frequency.items() if count > most}
     for left, right in itertools.combinations(sides, 2):
-        holders: dict[int, list[str]] = defaultdict(list)
-        for other, sketch in sketches[left].items():
-            for value in sketch - common:
-                holders[value].append(other)
         for case_id, sketch in sketches[right].items():
-            met = {other for value in sketch - common for other in holders.get(value, ())}
-            shares = {other: _overlap(sketch, sketches[left][other], common) for other in met}
+            shares = {
+                other: _overlap(sketch, against, common)
+                for other, against in sketches[left].items()
+                if not sketch & against <= common
+            }
             alike = {other: share for other, share in shares.items() if share >= MAX_SHARED}
             if alike:
                 side = "training" if left == "train" else left
@@ -391,7 +271,7 @@ def _find_shared_values(
                 others = some(sorted(alike))
                 got = f"{max(alike.values()):.0%} of its exact grey values in {others} as well"
                 remedy = "Name the person with group_pattern or a group column"
-                yield _issue(case_id, "shared_values", expected, got, remedy, warning=True)
+                yield make_issue(case_id, "shared_values", expected, got, remedy, warning=True)
 
 
 def _overlap(left: set[int], right: set[int], common: set[int]) -> float:
@@ -405,11 +285,9 @@ def _overlap(left: set[int], right: set[int], common: set[int]) -> float:
 
 def _find_gaps(name: str, fingerprint: DatasetFingerprint) -> list[DatasetIssue]:
     """Undeclared label values must count from 0 all the same."""
-    classes = fingerprint.classes
-    found = [str(n) for n, entry in enumerate(classes) if entry.num_cases]
-    if len(found) == len(classes) > 1:
+    found = [str(n) for n, entry in enumerate(fingerprint.classes) if entry.num_cases]
+    if len(found) == len(fingerprint.classes) > 1:
         return []
-    got = ", ".join(found[:9]) + (" …" if len(found) > 9 else "")
     expected = "label values 0, 1, 2, … without gaps"
     remedy = "Renumber them, or name all in a dataset.json"
-    return [_issue(name, "label_values", expected, got, remedy)]
+    return [make_issue(name, "label_values", expected, some(found), remedy)]

@@ -12,29 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case
-from pipeline.data.issues import DatasetIssue, require
-from pipeline.data.layouts import read_json
+from pipeline.data.issues import DatasetIssue, refuse, require
+from pipeline.data.layouts import load_json
 from pipeline.errors import InputError, nearest
 
 GroupPattern = str | Callable[[str], str] | None
-SIDES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cases by what they are for, each list in the order of the dataset.
-
-    Attributes:
-        train: Cases to train on.
-        validation: Cases to validate on during training; empty with fold `all`.
-        test: Cases that no fold trains or validates on.
-        issues: A warning `not_in_split` for each case that a split file does not list.
-    """
+    """Cases by what they are for, each list in the order of the dataset."""
 
     train: list[Case]
-    validation: list[Case]
-    test: list[Case]
-    issues: list[DatasetIssue] = field(default_factory=list)
+    validation: list[Case]  # empty with fold `all`
+    test: list[Case]  # that no fold trains or validates on
+    issues: list[DatasetIssue] = field(default_factory=list)  # cases that a file does not list
 
 
 def split_by_hash(
@@ -49,16 +41,8 @@ def split_by_hash(
     """Order the persons by a hash and deal them out to the folds in turn.
 
     The test persons are chosen first, by an order that depends on `split_seed` alone: they are the
-    same for every `fold` and `num_folds`.
-
-    Args:
-        cases: Cases of the dataset.
-        fold: The part to validate on, 0 to `num_folds` - 1, or `all`: train on every person who is
-            not kept for the test.
-        num_folds: Number of parts that the persons are divided into.
-        split_seed: Seed of the division.
-        group_pattern: Tells persons apart; see `person_of`.
-        test_fraction: Share of the persons, 0 to below 1; one person at least unless it is 0.
+    same for every `fold` and `num_folds`. With fold `all`, the others are trained on. A share
+    `test_fraction` above 0 is one person at least.
 
     Raises:
         InputError: One line per fault: a pattern that does not match, too few persons, a fold or
@@ -95,15 +79,8 @@ def split_by_file(
     The file holds a list of objects with `train` and `val` (lists of case ids), of which `fold`
     chooses one, or a single such object, which is fold 0. `val` may be called `validation`; `test`
     is optional. With fold `all`, everything that any of them trains or validates on is trained on.
-    A case that the chosen split does not list is left out, with a warning: a file is often written
-    for a part of the cases on purpose.
-
-    Args:
-        cases: Cases of the dataset.
-        split_file: Path of the file.
-        fold: Number of the entry, counted from 0, or `all`.
-        group_pattern: Tells persons apart; see `person_of`.
-        left_out: Ids of cases that were excluded or have a fault; the file may name them.
+    A case that the chosen split does not list is left out, with a warning `not_in_split`. The file
+    may name the cases `left_out`, which were excluded or have a fault.
 
     Raises:
         InputError: One line per fault: a file of another form, no such fold, an unknown case, a
@@ -121,9 +98,7 @@ def split_by_file(
         for case_id, n in listed.items()
         if case_id not in known or n > 1
     ]
-    faults += _find_divided_persons(sides, persons, where)
-    if faults:
-        raise InputError(*faults)
+    refuse(faults + _find_divided_persons(sides, persons, where))
     expected, remedy = "cases to train on", "List some under train."
     require({*sides[0]} & persons.keys(), where, expected, "none", remedy)
     message = f"expected the case in {where}, fold {fold}, found it in no part of it. "
@@ -171,17 +146,16 @@ def persons_of(cases: Sequence[Case], group_pattern: GroupPattern) -> dict[str, 
     Raises:
         InputError: One line per case that the pattern does not match.
     """
+    if group_pattern is None:
+        return {case["case_id"]: case.get("group") or case["case_id"] for case in cases}
     persons: dict[str, str] = {}
     faults: list[str] = []
-    for case in cases:
+    for case_id in (case["case_id"] for case in cases):
         try:
-            person = person_of(case["case_id"], group_pattern)
+            persons[case_id] = person_of(case_id, group_pattern)
         except InputError as error:
             faults += error.faults
-            continue
-        persons[case["case_id"]] = case.get("group", person) if group_pattern is None else person
-    if faults:
-        raise InputError(*dict.fromkeys(faults))  # an invalid pattern is one fault, not one a case
+    refuse(dict.fromkeys(faults))  # an invalid pattern is one fault, not one a case
     return persons
 
 
@@ -204,16 +178,13 @@ def _make_split(
 
 
 def _read_entries(path: Path) -> list[list[list[str]]]:
-    """For each fold of a file, the case ids of each of `SIDES`."""
-    source = read_json(path)
+    """For each fold of a file, the ids of the training, validation and test cases."""
+    source = load_json(path)
     folds = []
     for number, entry in enumerate(source if isinstance(source, list) else [source]):
         stated = entry if isinstance(entry, Mapping) else {}
-        sides: list[Any] = [
-            stated.get("train"),
-            stated.get("val", stated.get("validation")),
-            stated.get("test", []),
-        ]
+        validation = stated.get("val", stated.get("validation"))
+        sides: list[Any] = [stated.get("train"), validation, stated.get("test", [])]
         is_valid = all(isinstance(s, list) and all(isinstance(c, str) for c in s) for s in sides)
         expected = "an object with train and val (lists of case ids)"
         where = f"{path}, fold {number}"

@@ -7,7 +7,6 @@ names or another split.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +18,8 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from pipeline.data.cases import Case, files_of
-from pipeline.data.content import HASHES, ContentHashes, sha256_of
-from pipeline.data.nifti import Header, read_voxels
-from pipeline.files import replace_file
+from pipeline.data.content import HASHES, ContentHashes, read_checked, sha256_of, write_checked
+from pipeline.data.nifti import Header, Headers, read_voxels
 from transforms.preprocess import round_labels
 
 VERSION = 4  # of CaseStatistics; statistics that another version stored are measured again
@@ -35,8 +33,6 @@ FEW = 2**13
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 
 log = logging.getLogger(__name__)
-
-Headers = dict[str, list[Header]]  # of `image` and `label`, one per file
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,8 @@ def measure_case(
 ) -> CaseStatistics:
     """Measure the voxels of a case whose headers are valid and of one shape.
 
-    Args:
-        case: With `image` and `label`.
-        headers: Of its files.
-        ignore_value: Label value that is not foreground.
-        contents: Bytes of files, by path, where they have been read already.
+    `ignore_value` is a label value that is not foreground; `contents` holds the bytes of files, by
+    path, where they have been read already.
 
     Raises:
         VolumeError: If a file cannot be read to its end.
@@ -109,23 +102,21 @@ def measure_case(
 
 
 def _count_labels(label: np.ndarray) -> dict[str, Any]:
-    fractions = non_finite = 0
+    num_voxels, fractions = label.size, 0
     if label.dtype.kind == "f":
-        finite = label[np.isfinite(label)]
-        non_finite, fractions = label.size - finite.size, int((finite != np.rint(finite)).sum())
-        label = finite
+        label = label[np.isfinite(label)]
+        fractions = int((label != np.rint(label)).sum())
     if label.size and not fractions and label.min() >= 0 and label.max() < 256:
         pieces = _pieces(label.astype(np.uint8, copy=False).ravel(order="K"))
-        totals = np.sum([np.bincount(piece, minlength=256) for piece in pieces], axis=0)
-        values = np.flatnonzero(totals)
-        totals = totals[values]
+        counts = np.sum([np.bincount(piece, minlength=256) for piece in pieces], axis=0)
+        values, totals = np.flatnonzero(counts), counts[counts > 0]
     else:
         values, totals = np.unique(label, return_counts=True)
     pairs = zip(values[:MAX_VALUES].tolist(), totals[:MAX_VALUES].tolist(), strict=True)
     return {
         "label_counts": {f"{value:g}": count for value, count in pairs},
         "num_fractions": fractions,
-        "num_non_finite_labels": non_finite,
+        "num_non_finite_labels": num_voxels - label.size,
     }
 
 
@@ -189,11 +180,7 @@ def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 class StatisticsStore:
-    """Statistics on disk: a small JSON file for each case, named by the content of its files.
-
-    Args:
-        cache_dir: Folder of the cache.
-    """
+    """Statistics on disk: a small JSON file for each case, named by the content of its files."""
 
     def __init__(self, cache_dir: Path) -> None:
         self.directory = cache_dir / "statistics"
@@ -205,42 +192,21 @@ class StatisticsStore:
     ) -> CaseStatistics:
         """Stored statistics, or those of `measure_case`, which are then stored."""
         contents: dict[str, bytes] = {}
-
-        def read(path: Path) -> str:
-            contents[str(path)], digest = self.hashes.read_file(path)
-            return digest
-
-        content = self.hashes.of_case(case, None if self.hashes.knows(case) else read)
-        key = sha256_of([VERSION, ignore_value, content])
-        statistics = self._read(key)
-        if statistics is None:
-            statistics = measure_case(case, headers, ignore_value, contents)
-            if self.hashes.of_case(case) == content:  # else a file was changed meanwhile
-                self._write(key, asdict(statistics))
-        return statistics
-
-    def _read(self, key: str) -> CaseStatistics | None:
-        """Stored statistics; None unless the file is as it was written."""
-        try:
-            stored = json.loads((self.directory / f"{key}.json").read_bytes())
-            values = stored["statistics"]
-            if stored["sha256"] != sha256_of([key, values]):
-                return None
+        content = self.hashes.of_case(case, contents)
+        path = self.directory / f"{sha256_of([VERSION, ignore_value, content])}.json"
+        if values := read_checked(path):
             channels = [ChannelStatistics(**channel) for channel in values.pop("channels")]
             return CaseStatistics(**values, channels=channels)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return None
-
-    def _write(self, key: str, values: dict[str, Any]) -> None:
-        content = {"sha256": sha256_of([key, values]), "statistics": values}
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with replace_file(self.directory / f"{key}.json") as path:
-                path.write_text(json.dumps(content))
-        except OSError as error:
-            if self.is_writable:
-                log.warning("%s: expected to store statistics, got: %s", self.directory, error)
-            self.is_writable = False
+        statistics = measure_case(case, headers, ignore_value, contents)
+        if self.hashes.of_case(case) == content:  # else a file was changed meanwhile
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_checked(path, asdict(statistics))
+            except OSError as error:
+                if self.is_writable:
+                    log.warning("%s: expected to store statistics, got: %s", path.parent, error)
+                self.is_writable = False
+        return statistics
 
 
 @dataclass(frozen=True)
@@ -302,35 +268,26 @@ def make_fingerprint(
 ) -> DatasetFingerprint:
     """Summarise cases without faults.
 
-    Args:
-        images: Header of each case's image.
-        statistics: Of each case; none if voxels were not read.
-        class_names: Background first.
-        channel_names: One per channel.
+    `images` holds the header of each case's image, `statistics` those of each case, or none if
+    voxels were not read.
     """
     boxes = [case.box for case in statistics] or [[[0, n] for n in h.shape[:3]] for h in images]
     grids = [_grid(header, np.array(box)) for header, box in zip(images, boxes, strict=True)]
     spacings, shapes, occupied = (np.array(values) for values in zip(*grids, strict=True))
-    is_read = bool(statistics)
+    facts = len(images), len(channel_names), bool(statistics), _spread(spacings), _spread(shapes)
+    if not statistics:
+        return DatasetFingerprint(*facts, None, None, [], [])
     return DatasetFingerprint(
-        num_cases=len(images),
-        num_channels=len(channel_names),
-        voxels_were_read=is_read,
-        spacings_mm=_spread(spacings),
-        shapes=_spread(shapes),
-        occupied_shapes=_spread(occupied) if is_read else None,
-        occupied_share=(
-            float(np.mean(occupied.prod(axis=1) / shapes.prod(axis=1))) if is_read else None
-        ),
+        *facts,
+        occupied_shapes=_spread(occupied),
+        occupied_share=float(np.mean(occupied.prod(axis=1) / shapes.prod(axis=1))),
         channels=[
             _summarise_channel(name, [case.channels[n] for case in statistics])
             for n, name in enumerate(channel_names)
-            if is_read
         ],
         classes=[
             _summarise_class(name, str(value), statistics, spacings.prod(axis=1))
             for value, name in enumerate(class_names)
-            if is_read
         ],
     )
 
@@ -349,15 +306,13 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> ChannelFingerprint:
-    means, stds, lows, highs = (
-        np.array([getattr(channel, key) for channel in channels])
-        for key in ("mean", "std", "min", "max")
-    )
+    facts = [(one.mean, one.std, one.min, one.max) for one in channels]
+    means, stds, lows, highs = np.array(facts, float).T.copy()
     pooled = np.concatenate([channel.foreground_quantiles for channel in channels])
     known = len(pooled) > 0
     levels = np.percentile(pooled, PERCENTILES).tolist() if known else [None] * len(PERCENTILES)
     return ChannelFingerprint(
-        name=name,
+        name,
         mean=float(means.mean()),
         std=float(stds.mean()),
         means=[float(means.min()), float(means.max())],
@@ -366,9 +321,7 @@ def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> Chan
         max=float(highs.max()),
         foreground_mean=float(pooled.mean()) if known else None,
         foreground_std=float(pooled.std()) if known else None,
-        foreground_percentiles={
-            f"{p:g}": level for p, level in zip(PERCENTILES, levels, strict=True)
-        },
+        foreground_percentiles=dict(zip(map("{:g}".format, PERCENTILES), levels, strict=True)),
     )
 
 

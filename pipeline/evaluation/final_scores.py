@@ -136,7 +136,8 @@ class Scoring:
         distributed.all_gather_object(None)  # the others write into it as well
         mine = distributed.shard(range(len(cases)))
         refused: dict[str, str] = {}
-        for number in ProgressBar(mine, desc=f"Predicting {folder.name}", total=len(mine)):
+        enabled = distributed.is_main()
+        for number in ProgressBar(mine, desc=f"Predicting {folder.name}", enabled=enabled):
             case = cases[number]
             try:
                 labels = self.segmenter(load(number)).labels

@@ -31,6 +31,7 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
+from pipeline import distributed
 from pipeline.data.pairs import Pair, read_pair
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
@@ -236,7 +237,9 @@ def score_files(
     rows: list[Row] = []
     refused = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        bar = ProgressBar(pool.map(score, pairs), desc="Scoring", total=len(pairs))
+        total, enabled = len(pairs), distributed.is_main()
+        found = pool.map(score, pairs)
+        bar = ProgressBar(found, desc="Scoring", total=total, enabled=enabled)
         for (case_id, *_), result in zip(pairs, bar, strict=True):
             if isinstance(result, InputError):
                 refused[case_id] = str(result)

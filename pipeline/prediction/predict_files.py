@@ -26,7 +26,7 @@ from pipeline.config.compose import require_unaltered
 from pipeline.config.keys import Config
 from pipeline.data.cases import Case, paths_of
 from pipeline.data.issues import some
-from pipeline.data.preflight import check_headers
+from pipeline.data.nifti import check_headers
 from pipeline.errors import InputError, as_bool, innermost
 from pipeline.files import make_directory
 from pipeline.prediction.nifti_output import is_prediction, save_like
@@ -122,7 +122,7 @@ class Prediction:
         # the redirection replaces the console's handler, also one that was silenced
         is_main = distributed.is_main()
         with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
-            for case in ProgressBar(cases, desc="Predicting", total=len(cases)):
+            for case in ProgressBar(cases, desc="Predicting", enabled=is_main):
                 try:
                     self._predict(case)
                     done.append((case["case_id"], None))
