@@ -57,9 +57,7 @@ class StepStats:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `auto`, a name or a device object stands for.
-
-    Each of several ranks has the CUDA device of its number on its host.
+    """The device that `auto` or a name stands for; for a rank, that of its number on the host.
 
     Raises:
         InputError: If the name is unknown or the device is not there.

@@ -128,14 +128,6 @@ def test_precision_sets_the_flags_of_cuda(card, before, tf32, benchmark):
     assert (effective["tf32"], effective["cudnn_benchmark"]) == (tf32, benchmark)
 
 
-def test_place_sets_the_flags_again_when_another_precision_was_made_since(card, monkeypatch):
-    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # there is no card
-    mine = Precision("cuda", amp=False, tf32=True)
-    Precision("cuda", amp=False, tf32=False, cudnn_benchmark=True)
-    mine.place(instance_norm_network())
-    assert [getattr(backend, flag) for backend, flag in FLAGS] == [True, True, False]
-
-
 def test_precision_refuses_bfloat16_when_the_card_only_emulates_it(card):
     assert Precision("cuda", amp_dtype="bfloat16").dtype == torch.bfloat16
     card.bfloat16 = False

@@ -373,25 +373,13 @@ def test_one_process_is_a_rank_by_itself():
     assert not raised.value.is_told
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("number", [0, 1, 4, 5])
-def test_shares_are_all_items_once_and_come_back_in_order(size, number):
-    items = list(range(number))
-    for found in in_ranks(
-        lambda: distributed.interleave(distributed.all_gather_object(distributed.shard(items))),
-        size=size,
-    ):
-        assert found == items
-
-
-def test_summed_is_the_sum_and_its_gradient_ones_own():
+def test_shares_are_all_items_once_and_come_back_in_order(number):
     def run():
-        value = torch.tensor([1.0, 10.0]) * (distributed.rank() + 1)
-        value.requires_grad_()
-        (distributed.all_reduce_sum(value) ** 2).sum().backward()
-        return value.grad.tolist()
+        shares = distributed.all_gather_object(distributed.shard(range(number)))
+        return distributed.interleave(shares)
 
-    assert in_ranks(run) == [[6.0, 60.0], [6.0, 60.0]]  # 2 (a + b)
+    assert in_ranks(run, size=3) == [[*range(number)]] * 3
 
 
 @pytest.mark.parametrize("who", [[0], [1], [0, 1], [1, 2]])
@@ -425,41 +413,19 @@ def test_an_exit_of_one_is_that_of_all(status):
     assert [error.code for error in in_ranks(run)] == [status, status]
 
 
-@pytest.mark.parametrize("busy", [0, 1])
-def test_signal_in_an_exchange_is_held_until_it_is_through(busy):
+def test_signal_in_an_exchange_is_held_until_it_is_through():
     """A handler that raised in its middle would leave the others there."""
 
     def run():
         with interruptible_at_once(), distributed.sync_errors():
-            if distributed.rank() == busy:
+            if distributed.is_main():
                 time.sleep(1)
             else:
                 threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
-            said = distributed.all_gather_object(
-                "a word that is longer than others"[: 5 + 20 * distributed.rank()]
-            )
-            assert len(said[1]) == 25
+            assert distributed.all_gather_object(distributed.rank()) == [0, 1]
         return "went on"
 
-    for error in in_ranks(run):
-        assert isinstance(error, SystemExit)
-        assert error.code == 75
-
-
-def test_run_on_main_waits_for_rank_0_and_for_its_refusal():
-    def run(refuses: bool):
-        def work():
-            time.sleep(0.3)
-            if refuses:
-                raise InputError("a: expected b.")
-            return os.getpid()
-
-        with distributed.sync_errors():
-            return distributed.run_on_main(work)
-
-    first, second = in_ranks(run, False)
-    assert first == second
-    assert [str(error) for error in in_ranks(run, True)] == ["a: expected b."] * 2
+    assert [error.code for error in in_ranks(run)] == [75, 75]
 
 
 def test_other_ranks_log_errors_alone(capfd):

@@ -60,11 +60,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     """SupervisedTrainer whose numerics belong to a `Precision`.
 
     An ignite iteration is one micro-batch; an optimizer step takes `accumulation_steps` of them;
-    an epoch is `steps_per_epoch` steps. `progress` says how far training is; ignite's counters are
-    set from it when a run continues.
-
-    If the loss or a gradient of a step is not finite, the step is skipped: weights, optimizer,
-    scheduler and the network's buffers are afterwards what they were before it.
+    an epoch is `steps_per_epoch` steps. If the loss or a gradient of a step is not finite, the step
+    is skipped: weights, optimizer, scheduler and buffers are afterwards what they were before it.
 
     With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
     whole one. Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
@@ -97,7 +94,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
 
     Attributes:
-        progress: The run's `Progress`.
+        progress: How far training is; ignite's counters are set from it when a run continues.
         last_step: `StepStats` of the latest optimizer step.
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` if it does not.
@@ -286,7 +283,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def _forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
-        """The part of an iteration that a graph replays."""
         output: dict[str, Any] = {}
         with self.precision.autocast():
             loss = self._forward(images, labels, self.network, output)
@@ -296,7 +292,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         return detached, loss.detach()
 
     def _is_watched(self) -> bool:
-        """Whether a handler or hook wants to see what a replay would not show it."""
         events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
         return any(self._event_handlers.get(event) for event in events) or has_hooks(self.network)
 
@@ -407,7 +402,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._is_told_to_end = True
 
     def _end_if(self, told_to_end: bool) -> None:
-        """End here if any rank is told to; what comes later is for the next boundary."""
         self.interrupted = told_to_end
         if told_to_end:
             self.terminate()
@@ -423,7 +417,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds in training and validation so far, over all sessions of the run."""
+        """Seconds in training and validation, over all sessions of the run."""
         return time.monotonic() - self._started
 
     def end_epoch(self) -> None:
@@ -446,13 +440,11 @@ def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _seed_torch(batch: dict[str, Any]) -> None:
-    """Let what torch draws from here on, as in dropout, depend on the batch alone."""
     if "seed" in batch:
         torch.manual_seed(int(batch["seed"][0]))
 
 
 def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
-    """Let the loader continue where the progress record stands."""
     loader: Any = trainer.data_loader
     sampler = getattr(loader, "sampler", None)  # a plain iterable has none
     if isinstance(sampler, protocols.ResumableSampler):
