@@ -140,10 +140,8 @@ class Precision:
     def _set_up_cuda(self) -> None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if self.dtype == torch.bfloat16 and not native:
-            raise InputError(
-                "amp_dtype: expected a card with bfloat16 (compute capability 8.0 or more), "
-                f"got {torch.cuda.get_device_name(self.device)}. Use float16."
-            )
+            name = torch.cuda.get_device_name(self.device)
+            raise InputError(f"amp_dtype: expected a card with bfloat16, got {name}. Use float16.")
         if self.device.index is not None:  # Triton and CUDA graphs go to the current device
             torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32

@@ -441,10 +441,14 @@ def test_other_ranks_log_errors_alone(capfd):
     ]  # fmt: skip
 
 
-def test_local_only_sums_nothing():
+def test_local_only_sums_nothing_and_has_batch_norms_of_its_own():
     def run():
-        with distributed.local_only(nn.Identity()):
+        own, synchronized = nn.BatchNorm3d(1), nn.SyncBatchNorm(1)
+        image = torch.rand(2, 1, 2, 2, 2) + distributed.rank()
+        with distributed.local_only(synchronized):
             inside = distributed.all_reduce_sum(torch.ones(1)).item()
-        return inside, distributed.all_reduce_sum(torch.ones(1)).item()
+            is_same = torch.equal(synchronized(image), own(image))
+        assert synchronized.forward.__func__ is nn.SyncBatchNorm.forward
+        return inside, is_same, distributed.all_reduce_sum(torch.ones(1)).item()
 
-    assert in_ranks(run) == [(1.0, 2.0), (1.0, 2.0)]
+    assert in_ranks(run) == [(1.0, True, 2.0)] * 2

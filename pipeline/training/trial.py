@@ -181,8 +181,8 @@ def _try_on_cpu(loss_function: Any, logits: Any, labels: torch.Tensor) -> None:
     copy = deepcopy(loss_function)
     copy = copy.cpu() if isinstance(copy, nn.Module) else copy
     is_tensor = isinstance(logits, torch.Tensor)
-    zeros = [torch.zeros(level.shape) for level in ([logits] if is_tensor else logits)]
-    copy(zeros[0] if is_tensor else zeros, labels.cpu())
+    levels = [level.float().cpu() for level in ([logits] if is_tensor else logits)]
+    copy(levels[0] if is_tensor else levels, labels.cpu())
 
 
 def _roi_remedy(images: torch.Tensor) -> str:
