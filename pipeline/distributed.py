@@ -1,26 +1,22 @@
 """The processes ("ranks") of one training, and what they exchange.
 
-torchrun starts the ranks. Without it there is one process, and every function here returns what a
-single rank gets. Objects pass through a Gloo group of their own on the CPU; tensors of training
-pass through the default group: NCCL on CUDA, Gloo on a CPU.
-
-If one rank raises inside `sync_errors()`, all ranks raise: the error travels with the next exchange
-of objects, so that no rank waits for one that has ended. Rank 0 prints it.
+torchrun starts the ranks; without it there is one. Objects pass through a Gloo group on the CPU,
+tensors of training through the default group: NCCL on CUDA, Gloo on a CPU. If one rank raises
+inside `sync_errors()`, all do: the error travels with the next exchange of objects.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import logging
 import os
 import signal
 import socket
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,23 +26,15 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError, TrainingStopped, as_bool
+from pipeline.signals import SIGNALS, signal_handlers
 
 T = TypeVar("T")
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Rank 0 checks the data while the others wait, and the shares of preprocessing or prediction differ
-# in length. A process that dies is noticed at once, because its connections close.
-PATIENCE = timedelta(hours=24)
+PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed at once
 
 log = logging.getLogger(__name__)
-
 _object_group: dist.ProcessGroup | None = None  # None: the default group
-_own_group: dist.ProcessGroup | None = None  # of this rank alone
 _is_local = False  # inside of `local_only`
 _has_ended = False  # a rank has raised, so nobody listens any more
-
-
-# --- who is there
 
 
 def is_launched() -> bool:
@@ -61,8 +49,7 @@ def join() -> None:
         return
     store, number, count = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # the store of torchrun outlives a restart, and would still name the former ranks'
-        # addresses (pytorch issue 135712)
+        # after a restart, torchrun's store still has the former addresses (pytorch issue 135712)
         store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
@@ -71,10 +58,10 @@ def join() -> None:
 
 def destroy() -> None:
     """Leave the ranks that `join` connected to, after the last exchange."""
-    global _object_group, _own_group
+    global _object_group
     if _object_group is not None:
         dist.destroy_process_group()
-    _object_group = _own_group = None
+    _object_group = None
 
 
 def rank() -> int:
@@ -123,9 +110,6 @@ def silence_other_ranks() -> None:
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs every exception, twice
 
 
-# --- exchange of objects
-
-
 def shard(items: Sequence[T]) -> Sequence[T]:
     """This rank's share of some items: every `size`-th one, from the `rank`-th on."""
     return items[rank() :: size()]
@@ -138,12 +122,7 @@ def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The `value` of each rank, in their order. All ranks have to call it.
-
-    Raises:
-        InputError: If a rank raised one instead.
-        SystemExit: If a rank ended instead.
-    """
+    """The `value` of each rank, by rank; all have to call it. Raises what a rank raised instead."""
     return [value] if size() == 1 else _exchange(value)
 
 
@@ -159,11 +138,9 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def sync_errors() -> Iterator[None]:
-    """Inside, an error or an exit of one rank becomes that of all. All ranks have to enter it.
+    """Inside, an `InputError` or `SystemExit` of one rank becomes that of all, which enter it.
 
-    Raises:
-        InputError: If a rank raised one; `is_told` is true on all ranks but 0, which prints it.
-        SystemExit: If a rank ended.
+    `is_told` of the error is true on all ranks but 0, which prints it.
     """
     join()
     try:
@@ -179,10 +156,12 @@ def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[
     global _has_ended
     faults = error.faults if isinstance(error, InputError) else ()
     status = int(error.code or 0) if isinstance(error, SystemExit) else None
+    sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
     messages: list[Any] = [None] * size()
-    with _delayed_signals():
+    signals: list[int] = []  # they wait: a handler that raised would leave the others alone
+    with signal_handlers(dict.fromkeys(SIGNALS, lambda number, _: signals.append(number))):
         try:
-            own = value, faults, status, f"rank {rank()} on {socket.gethostname()}: "
+            own = value, status, {line: sender + line for line in faults}
             dist.all_gather_object(messages, own, group=_object_group)
         except RuntimeError as lost:
             _has_ended = True
@@ -190,37 +169,20 @@ def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[
                 raise
             log.error("%s", reason)
             raise TrainingStopped(reason) from lost
-        values, all_faults, statuses, senders = zip(*messages, strict=True)
-        lines: dict[str, str] = {}  # each once, with its sender unless that is rank 0
-        for sender, refused in zip(("", *senders[1:]), all_faults, strict=True):
-            for line in refused:
-                lines.setdefault(line, sender)
-        ended_with = [code for code in statuses if code is not None]
-        is_told, _has_ended = not is_main(), bool(lines or ended_with)
+        lines: dict[str, str] = {}  # each once, with its first sender
+        for _, _, refused in messages:
+            lines = {**lines, **refused, **lines}
+        statuses = [status for _, status, _ in messages if status is not None]
+        is_told, _has_ended = not is_main(), bool(lines or statuses)
         if _has_ended:
             destroy()
     if lines:
-        raise InputError(*(sender + line for line, sender in lines.items()), is_told=is_told)
-    if ended_with:
-        raise SystemExit(max(ended_with))
-    return [*values]
-
-
-@contextlib.contextmanager
-def _delayed_signals() -> Iterator[None]:
-    """Inside, signals wait: a handler that raised would leave the others in the exchange."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received and not _has_ended:
-            signal.raise_signal(received[0])
+        raise InputError(*lines.values(), is_told=is_told)
+    if statuses:
+        raise SystemExit(max(statuses))
+    if signals:
+        signal.raise_signal(signals[0])
+    return [value for value, _, _ in messages]
 
 
 def explain_lost_rank(error: RuntimeError) -> str | None:
@@ -234,24 +196,20 @@ def explain_lost_rank(error: RuntimeError) -> str | None:
     )
 
 
-# --- exchange of tensors
-
-
 def gather_rows(vector: torch.Tensor) -> torch.Tensor:
     """`(K,)` of each rank as `(size, K)`, on the vector's device; the host does not wait."""
     if size() == 1:
         return vector[None]
     rows = vector.new_zeros(size(), len(vector))
     rows[rank()] = vector
-    dist.all_reduce(rows)  # gathering tensors has other names in other versions of torch
+    dist.all_reduce(rows)
     return rows
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks whose gradient is that of this rank's own part; the host does not wait.
+    """Sum over ranks, with the gradient of this rank's own part; the host does not wait.
 
-    Where the gradients of parameters are summed over ranks as well (`SummedDDP`), those of a loss
-    that is made of such sums are what one process would have.
+    As `SummedDDP` sums the gradients of parameters, they are those of one process.
     """
     if size() == 1 or _is_local:
         return tensor
@@ -261,11 +219,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(loss: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Mean loss of the samples of all ranks; its gradient is that of this rank's own samples.
-
-    Args:
-        loss: Mean of this rank's `num_samples` samples, scalar.
-    """
+    """Mean loss of all ranks' samples, from the mean (scalar) of this rank's `num_samples`."""
     loss = loss.float()
     total = all_reduce_sum(torch.stack([loss, torch.ones_like(loss)]) * num_samples)
     return total[0] / total[1]
@@ -274,28 +228,21 @@ def mean_over_ranks(loss: torch.Tensor, num_samples: int) -> torch.Tensor:
 @contextlib.contextmanager
 def local_only(network: nn.Module) -> Iterator[None]:
     """Inside, forward passes of `network` and sums are of this rank's own samples alone."""
-    global _is_local, _own_group
+    global _is_local
     layers = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
-    if layers and size() > 1 and _own_group is None:
-        _own_group = dist.new_group([rank()], use_local_synchronization=True)
-    before = [layer.process_group for layer in layers]
     _is_local = True
     try:
         for layer in layers:
-            layer.process_group = _own_group
+            layer.forward = partial(_BatchNorm.forward, layer)  # type: ignore[method-assign]
         yield
     finally:
         _is_local = False
-        for layer, group in zip(layers, before, strict=True):
-            layer.process_group = group
+        for layer in layers:
+            del layer.forward
 
 
 def require_equal_ranks(network: nn.Module, step: int) -> None:
-    """Refuse to train if a rank begins at another step or with other weights than rank 0.
-
-    Raises:
-        InputError: If one does.
-    """
+    """Raise `InputError` if a rank begins at another step or with other weights than rank 0."""
     if size() == 1:
         return
     weights = [p.detach().cpu().numpy().tobytes() for p in network.parameters()]
@@ -308,34 +255,19 @@ def require_equal_ranks(network: nn.Module, step: int) -> None:
             )
 
 
-# --- the network
-
-
 class SummedDDP(DistributedDataParallel):
     """DistributedDataParallel that sums gradients over ranks instead of averaging them.
 
-    The loss is that of the samples of all ranks, and the gradients of each rank are those of its
-    own samples. Their sum is what one process has, and as large, which matters in float16.
-
-    Args:
-        network: On its device; its parameters and buffers become those of rank 0.
-
-    Attributes:
-        gradient_bytes: Bytes that a step passes through the all-reduce.
+    Each rank's gradients are those of its own samples in the loss of all. Their sum is what one
+    process has, and as large, which matters in float16. Parameters become those of rank 0.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        # DDP warns if a gradient's strides differ from its bucket's. They do along axes of length
-        # 1, where a stride means nothing; weights with other strides cost a tenth of a step.
+        # strides differ along axes of length 1, where they mean nothing; others cost 10 % of a step
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # `average_running_stats` takes care of the running statistics that DDP would broadcast
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        settings: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
-        super().__init__(network, **settings)
+        super().__init__(network, gradient_as_bucket_view=True)
+        self.broadcast_buffers = False  # `average_running_stats` takes care of them
         self.register_comm_hook(None, _sum_bucket)
-        self._is_checked = False
-        self.gradient_bytes = sum(p.nbytes for p in network.parameters() if p.requires_grad)
         self._statistics = [
             buffer
             for module in network.modules()
@@ -343,27 +275,6 @@ class SummedDDP(DistributedDataParallel):
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
-
-    def require_all_used(self) -> None:
-        """Refuse a network of which some parameters got no gradient in the first step.
-
-        DDP reduces a bucket only when all its gradients are there; the others of that bucket would
-        stay each rank's own.
-
-        Raises:
-            InputError: Names the parameters.
-        """
-        if self._is_checked:
-            return
-        self._is_checked = True
-        parameters = self.module.named_parameters()
-        unused = [name for name, p in parameters if p.requires_grad and p.grad is None]
-        with sync_errors():
-            if unused:
-                raise InputError(
-                    "network: expected all parameters to take part in a step of several ranks, got "
-                    f"no gradient of {', '.join(unused[:5])}. Freeze them, or train in one process."
-                )
 
     @torch.no_grad()
     def average_running_stats(self) -> None:
@@ -381,16 +292,11 @@ def _sum_bucket(state, bucket):  # torch refuses annotations that are strings
 
 
 class DistributedSettings:
-    """How ranks train, as `configs/multi_gpu.json` adds it to a config.
-
-    Without torchrun there is one process, which trains as without this object.
+    """How ranks train, as `configs/multi_gpu.json` adds it; one process trains as without it.
 
     Args:
         device: Device that training is asked to run on.
         sync_batch_norm: Whether batch norms become SyncBatchNorm, which only CUDA has.
-
-    Raises:
-        InputError: If `sync_batch_norm` is not a boolean.
     """
 
     def __init__(self, device: str = "auto", sync_batch_norm: bool | str = True) -> None:
@@ -398,47 +304,36 @@ class DistributedSettings:
         self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
         self._batch_norm = "none in the network"
         self._gradient_bytes = 0
-        on_card = self.device == "auto" and torch.cuda.is_available()
-        self._wants_cuda = on_card or self.device.startswith("cuda")
+        prefixes = ("cuda", "auto") if torch.cuda.is_available() else "cuda"
+        self._wants_cuda = self.device.startswith(prefixes)
 
     def enter(self) -> None:
-        """Set up this rank's console and device, inside of `sync_errors`.
-
-        Raises:
-            InputError: If there is no device for each rank.
-        """
+        """Set up console and device in `sync_errors`; `InputError` if a rank has no device."""
         silence_other_ranks()
         if not is_launched() or not self._wants_cuda:
             return
-        if (":" in self.device and size() > 1) or local_size() > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        if (":" in self.device and size() > 1) or local_size() > found:
             raise InputError(
-                f"--nproc_per_node: expected at most {torch.cuda.device_count()}, the CUDA devices "
-                f"here, and device auto, cuda or cpu, got {local_size()} and {self.device!r}. "
-                "Start fewer ranks, or use device cpu."
+                f"--nproc_per_node: expected at most {found}, the CUDA devices here, and device "
+                f"auto, cuda or cpu, got {local_size()} and {self.device!r}. Start fewer ranks, or "
+                "use device cpu."
             )
         torch.cuda.set_device(self.device if ":" in self.device else f"cuda:{local_rank()}")
 
     def replica(self, network: nn.Module) -> SummedDDP | None:
-        """Wrap the network for training in ranks; `None` without torchrun.
-
-        Args:
-            network: On its device. Batch norms are replaced in place; parameters and names stay.
-        """
+        """Wrap the network on its device, its batch norms replaced; `None` without torchrun."""
         if not is_launched():
             return None
         if any(isinstance(module, _BatchNorm) for module in network.modules()):
+            self._batch_norm = "each rank's own"
             if self.sync_batch_norm and next(network.parameters()).is_cuda:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
                 self._batch_norm = "synchronized"
-            else:
-                reason = ": there is no SyncBatchNorm on a CPU" if self.sync_batch_norm else ""
-                self._batch_norm = f"each rank's own{reason}"
-        all_gather_object(None)  # notices a rank that has failed, for which DDP would wait
-        replica = SummedDDP(network)
-        self._gradient_bytes = replica.gradient_bytes
-        facts = ", ".join(f"{key} {value}" for key, value in self.describe().items())
-        log.info("Process group in force: %s", facts)
-        return replica
+        all_gather_object(None)  # DDP would wait for a rank that has failed
+        self._gradient_bytes = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+        log.info("Process group in force: %s", self.describe())
+        return SummedDDP(network)
 
     def describe(self) -> dict[str, Any]:
         """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""

@@ -1,13 +1,13 @@
 """The one owner of numerical precision: device, autocast, loss scaling, clipping, finite check.
 
-Trainer and evaluator receive a `Precision`. Nothing else opens an autocast region, makes a scaler
-or decides whether a step is applied.
+Nothing else opens an autocast region, makes a scaler or decides whether a step is applied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,18 +19,13 @@ from torch.optim import Optimizer
 from pipeline import distributed
 from pipeline.errors import InputError, as_bool, require_choice
 
+FLOAT32, FLOAT16, BFLOAT16 = (torch.float32, False), (torch.float16, True), (torch.bfloat16, False)
+
 # device type -> requested dtype -> (effective dtype, loss scaling)
 MODES: dict[str, dict[str, tuple[torch.dtype, bool]]] = {
-    "cuda": {
-        "auto": (torch.float16, True),
-        "float16": (torch.float16, True),
-        "bfloat16": (torch.bfloat16, False),
-    },
-    "cpu": {
-        "auto": (torch.float32, False),  # float16 is some 40 times slower than float32 there
-        "float16": (torch.float16, True),
-        "bfloat16": (torch.bfloat16, False),
-    },
+    "cuda": {"auto": FLOAT16, "float16": FLOAT16, "bfloat16": BFLOAT16},
+    # float16 is some 40 times slower than float32 on a CPU
+    "cpu": {"auto": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16},
 }
 
 MEMORY_FORMATS = {
@@ -45,13 +40,12 @@ class StepStats:
     """What one optimizer step did, on the host.
 
     Attributes:
-        applied: Whether the weights were changed; `False` if the loss, a gradient or a
-            buffer of the network was not finite, on any rank.
+        applied: Whether loss, gradients and buffers were finite on all ranks.
         loss: Mean loss of the accumulation group.
         grad_norm: Global 2-norm of the unscaled gradients, before clipping.
-        loss_scale: Factor that the loss of this step was multiplied with; 1 without a scaler.
+        loss_scale: What the loss was multiplied with; 1 without a scaler.
         max_abs_logit: Largest |logit| in the accumulation group; NaN if there was one.
-        sums: Sums over ranks of the numbers that each gave.
+        sums: Of the `counts` of all ranks.
     """
 
     applied: bool
@@ -63,50 +57,46 @@ class StepStats:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `auto`, a name or a device object stands for.
-
-    Each of several ranks has the CUDA device of its number on its host.
+    """The device that `auto` or a name stands for; for a rank, that of its number on the host.
 
     Raises:
         InputError: If the name is unknown or the device is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = torch.device("meta")
-    if resolved.type not in MODES:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise InputError(f"device: expected auto, cpu or cuda[:N], got '{device}'.")
+    resolved = torch.device(device)
     local_rank, found = distributed.local_rank(), torch.cuda.device_count()
     if resolved.type == "cuda" and resolved.index is None and local_rank is not None:
         resolved = torch.device("cuda", local_rank)
     if resolved.type == "cuda" and (resolved.index or 0) >= found:
-        remedy = "Use auto." if local_rank is None else "Start fewer ranks."
         raise InputError(
-            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. {remedy}"
+            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. Use auto, "
+            "or start fewer ranks."
         )
     return resolved
 
 
 class Precision:
-    """Resolves device and dtype, and carries out backward and optimizer step in that precision.
+    """Resolves device and dtype, and takes backward and optimizer steps in that precision.
 
     Args:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         amp: Whether mixed precision is asked for; `False` is plain float32 with no scaler.
         amp_dtype: `auto`, `float16` or `bfloat16`; see `MODES` for what each resolves to.
         tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
-        cudnn_benchmark: Whether cuDNN times its convolution algorithms and takes the fastest on
-            CUDA: faster where shapes repeat, and the choice may differ from run to run.
-        memory_format: Memory format of the weights, which images and activations follow: `auto`,
-            `channels_last_3d`, which is what `auto` is, or `contiguous`.
+        cudnn_benchmark: Whether cuDNN on CUDA times its algorithms and takes the fastest: faster
+            where shapes repeat, and the choice may differ from run to run.
+        memory_format: Of the weights, which images and activations follow: `contiguous` or
+            `channels_last_3d`, which is also `auto`.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
 
     Attributes:
         device: The device in force.
-        dtype: The dtype of autocast in force; `torch.float32` means no autocast at all.
+        dtype: The dtype of autocast in force; `torch.float32` means no autocast.
+        mode: Its name: `float32`, `float16` or `bfloat16`.
         scaler: The `torch.amp.GradScaler`, or `None` where none is used.
 
     Raises:
@@ -126,56 +116,40 @@ class Precision:
     ) -> None:
         self.requested_device = device
         self.device = resolve_device(device)
-        self.amp = as_bool(amp, "amp")
-        self.amp_dtype = amp_dtype
+        self.amp, self.amp_dtype = as_bool(amp, "amp"), amp_dtype
+        self.tf32 = as_bool(tf32, "tf32")
+        self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
         modes = MODES[self.device.type]
         require_choice(amp_dtype, modes, "amp_dtype")
         require_choice(memory_format, MEMORY_FORMATS, "memory_format")
+        self.requested_format, self.memory_format = memory_format, MEMORY_FORMATS[memory_format]
         if not 0 < init_scale < math.inf:
             raise InputError(
                 f"init_scale: expected a finite number above 0, got {init_scale}. Leave it out."
             )
         self.dtype, is_scaled = modes[amp_dtype] if self.amp else (torch.float32, False)
+        self.mode = str(self.dtype).removeprefix("torch.")
         self.scaler: torch.amp.GradScaler | None = None
         if is_scaled:
             self.scaler = torch.amp.GradScaler(
                 self.device.type, init_scale=init_scale, growth_interval=growth_interval
             )
-        self.tf32 = as_bool(tf32, "tf32")
-        self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
-        self._memory_format = memory_format
         if self.device.type == "cuda":
             self._set_up_cuda()
 
     def _set_up_cuda(self) -> None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         if self.dtype == torch.bfloat16 and not native:
-            raise InputError(
-                "amp_dtype: expected a card with bfloat16 (compute capability 8.0 or more), "
-                f"got {torch.cuda.get_device_name(self.device)}. Use float16."
-            )
+            name = torch.cuda.get_device_name(self.device)
+            raise InputError(f"amp_dtype: expected a card with bfloat16, got {name}. Use float16.")
         if self.device.index is not None:  # Triton and CUDA graphs go to the current device
             torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
 
-    @property
-    def mode(self) -> str:
-        """The effective dtype's name: `float32`, `float16` or `bfloat16`."""
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Memory format of the weights, which images and activations follow."""
-        return MEMORY_FORMATS[self._memory_format]
-
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
-        """Move `network` to the device, its weights in `memory_format`.
-
-        Raises:
-            ValueError: If the weights are not float32.
-        """
+        """Move `network` to the device, its weights (float32, or `ValueError`) in its format."""
         require_float32(network)
         if self.device.type == "cuda":
             self._set_up_cuda()  # another precision may have been made since
@@ -184,7 +158,7 @@ class Precision:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What was asked for and what is in force."""
-        is_cuda, memory_format = self.device.type == "cuda", str(self.memory_format)
+        is_cuda = self.device.type == "cuda"
         return {
             "requested": {
                 "device": str(self.requested_device),
@@ -192,7 +166,7 @@ class Precision:
                 "amp_dtype": self.amp_dtype,
                 "tf32": self.tf32,
                 "cudnn_benchmark": self.cudnn_benchmark,
-                "memory_format": self._memory_format,
+                "memory_format": self.requested_format,
             },
             "effective": {
                 "device": str(self.device),
@@ -200,7 +174,7 @@ class Precision:
                 "loss_scaling": self.scaler is not None,
                 "tf32": self.tf32 and is_cuda,
                 "cudnn_benchmark": self.cudnn_benchmark and is_cuda,
-                "memory_format": memory_format.removeprefix("torch."),
+                "memory_format": str(self.memory_format).removeprefix("torch."),
             },
         }
 
@@ -234,8 +208,8 @@ class Precision:
     ) -> StepStats:
         """Unscale, clip and step unless something is not finite; update the loss scale.
 
-        The host decides from the loss and two norms of all ranks. With what the log wants they come
-        over in one transfer, the only host synchronisation of a step.
+        The host decides from the loss and two norms of all ranks, which come over with what the log
+        wants: the only host synchronisation of a step.
 
         Args:
             optimizer: Holds the parameters with their scaled, accumulated gradients.
@@ -263,8 +237,8 @@ class Precision:
             optimizer.step()
         if self.scaler:
             self.scaler.update()
-        if self.scaler and not applied:
-            self._back_off(loss_scale)
+            if not applied:  # the scaler has seen nothing if only the loss or a norm overflowed
+                _back_off(self.scaler, loss_scale)
         logits = [row[3] for row in table]
         return StepStats(
             applied,
@@ -275,26 +249,16 @@ class Precision:
             [sum(column) for column in zip(*(row[5:] for row in table), strict=True)],
         )
 
-    def _back_off(self, loss_scale: float) -> None:
-        """Lower the scale, also if the scaler saw nothing: only the loss or a norm overflowed."""
-        assert self.scaler is not None
-        factor = self.scaler.get_backoff_factor()
-        state = {  # by hand, because state_dict() would wait for the device
-            "scale": loss_scale * factor,
-            "growth_factor": self.scaler.get_growth_factor(),
-            "backoff_factor": factor,
-            "growth_interval": self.scaler.get_growth_interval(),
-            "_growth_tracker": 0,
-        }
-        self.scaler.load_state_dict(state)
+
+def _back_off(scaler: torch.amp.GradScaler, loss_scale: float) -> None:
+    factor, growth = scaler.get_backoff_factor(), scaler.get_growth_factor()
+    state = {"scale": loss_scale * factor, "backoff_factor": factor, "growth_factor": growth}
+    state |= {"growth_interval": scaler.get_growth_interval(), "_growth_tracker": 0}
+    scaler.load_state_dict(state)  # scaler.state_dict() would wait for the device
 
 
 def require_float32(network: torch.nn.Module) -> None:
-    """Refuse a network whose weights were cast to another precision, as by `half()`.
-
-    Raises:
-        ValueError: If a weight or a floating-point buffer is not float32.
-    """
+    """Raise `ValueError` if a weight or a floating-point buffer is not float32."""
     dtypes = {t.dtype for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()}
     if dtypes - {torch.float32}:
         raise ValueError(

@@ -162,7 +162,7 @@ def run_workflow(composed: Composed, trains: bool = True) -> None:
         InputError: If an object of it refuses its arguments.
         SystemExit: With status 1 after a failure, which was printed in one line.
     """
-    from pipeline.training.signals import interruptible_at_once
+    from pipeline.signals import interruptible_at_once
 
     parser, lifecycle = make_parser(composed), None
     with interruptible_at_once() if trains else contextlib.nullcontext():

@@ -274,11 +274,6 @@ def test_mistake_of_the_command_line_is_told_once(at_the_root, capfd, words, tol
     assert line.startswith(told)
 
 
-def test_mistake_in_a_config_is_told_once(dataset, tmp_path, at_the_root, capfd):
-    (line,) = run_in_ranks(capfd, *settings(dataset, tmp_path / "r", learning_rate="fast"))
-    assert line.startswith("--learning_rate: expected float")
-
-
 def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root, capfd):
     assert run_in_ranks(capfd, *settings(dataset, tmp_path / "r", batch_size=1)) == [
         "batch_size: expected 2 or more, a patch for each rank, got 1. Start fewer ranks, or raise "

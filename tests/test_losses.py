@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 
 import pytest
@@ -151,26 +150,6 @@ def test_value_and_gradient_are_those_of_the_stock_losses(options):
     assert error <= 1e-6 * expected[1].abs().max()
 
 
-def kept_for_backward(function, logits, label):
-    """Bytes of all that a forward pass keeps, each piece of memory counted once."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(logits.requires_grad_(), label)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize("options", GRID, ids=str)
-def test_no_more_is_kept_for_the_backward_pass_than_by_the_stock_losses(options):
-    logits, label = volume(2, 24, 24, 24)
-    most = kept_for_backward(lambda x, y: stock(x, y, **options), logits, label)
-    assert kept_for_backward(SegmentationLoss(**options), logits, label) <= most
-
-
 @pytest.mark.parametrize("options", [{}, {"ce_weight": 0}, {"dice_weight": 0}], ids=str)
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_label_out_of_range_is_refused_on_a_cpu(options, wrong):
@@ -251,11 +230,6 @@ def test_wrong_argument_is_refused_in_one_line(argument, value, expected):
     assert argument in str(error.value)
 
 
-def test_weights_that_are_both_zero_are_refused():
-    with pytest.raises(ValueError, match="expected a positive dice_weight or ce_weight"):
-        SegmentationLoss(dice_weight=0, ce_weight=0)
-
-
 def test_shapes_that_do_not_fit_are_refused():
     logits, label = volume(2, 4, 4, 4)
     with pytest.raises(ValueError, match=r"expected 3 class_weights, one per class, got 2\."):
@@ -264,16 +238,6 @@ def test_shapes_that_do_not_fit_are_refused():
         SegmentationLoss()(logits, label[:, 0])
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         SegmentationLoss()(logits[:, :1], label)
-
-
-@contextlib.contextmanager
-def no_host_synchronisation():
-    """Inside, an operation that waits for the GPU raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -287,11 +251,13 @@ def test_cuda_loss_of_float16_logits_is_float32_deterministic_and_never_waits(op
     logits, label = logits.half().cuda(), label.cuda()
     loss = SegmentationLoss(**options).cuda()
     torch.use_deterministic_algorithms(True)
+    torch.cuda.set_sync_debug_mode("error")  # an operation that waits for the card raises
     try:
-        with no_host_synchronisation(), torch.autocast("cuda", dtype=torch.float16):
+        with torch.autocast("cuda", dtype=torch.float16):
             value, gradient = value_and_gradient(loss, logits, label)
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.cuda.set_sync_debug_mode("default")
     assert value.dtype == torch.float32
     assert gradient.dtype == torch.float16
     expected = reference(logits.cpu(), label.cpu(), **options)

@@ -124,24 +124,3 @@ def collectives(num_levels, batch_dice):
 @pytest.mark.parametrize("num_levels", [1, 2, 3])
 def test_ranks_add_up_once_a_forward_pass_however_many_levels(num_levels, batch_dice):
     assert in_ranks(collectives, num_levels, batch_dice) == [(1, 0)] * 2
-
-
-def local(is_apart):
-    (logits,), label = batch(3)
-    logits, label = own([logits, label], [2, 1])
-    where = distributed.local_only(torch.nn.Identity()) if is_apart else contextlib.nullcontext()
-    with where, counted() as made:
-        value, (gradient,) = value_and_gradients(SegmentationLoss(), [logits], label)
-    return value, gradient.numpy(), len(made)
-
-
-def test_loss_is_of_own_samples_when_ranks_are_apart():
-    (logits,), label = batch(3)
-    parts = zip(logits.split([2, 1]), label.split([2, 1]), in_ranks(local, True), strict=True)
-    for own_logits, own_label, (value, gradient, num_collectives) in parts:
-        expected = value_and_gradients(SegmentationLoss(), [own_logits], own_label)
-        assert value == pytest.approx(expected[0], rel=1e-6)
-        torch.testing.assert_close(torch.from_numpy(gradient), expected[1][0])
-        assert num_collectives == 0
-    values = [value for value, _, _ in in_ranks(local, False)]
-    assert values[0] == values[1] != value

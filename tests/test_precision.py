@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY
-from engines import Samples, batch, in_mode, instance_norm_network
+from engines import Samples, batch, in_mode, instance_norm_network, make_trainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from torch import nn
@@ -16,8 +16,6 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.precision import MODES, Precision
 from pipeline.training.evaluator import MixedPrecisionEvaluator
-from pipeline.training.loss import SegmentationLoss
-from pipeline.training.trainer import MixedPrecisionTrainer
 
 # --- the table
 
@@ -128,14 +126,6 @@ def test_precision_sets_the_flags_of_cuda(card, before, tf32, benchmark):
     assert (effective["tf32"], effective["cudnn_benchmark"]) == (tf32, benchmark)
 
 
-def test_place_sets_the_flags_again_when_another_precision_was_made_since(card, monkeypatch):
-    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # there is no card
-    mine = Precision("cuda", amp=False, tf32=True)
-    Precision("cuda", amp=False, tf32=False, cudnn_benchmark=True)
-    mine.place(instance_norm_network())
-    assert [getattr(backend, flag) for backend, flag in FLAGS] == [True, True, False]
-
-
 def test_precision_refuses_bfloat16_when_the_card_only_emulates_it(card):
     assert Precision("cuda", amp_dtype="bfloat16").dtype == torch.bfloat16
     card.bfloat16 = False
@@ -191,25 +181,14 @@ def lowered(part: str, dtype: torch.dtype) -> nn.Module:
 
 
 def train_with(network: nn.Module) -> None:
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    MixedPrecisionTrainer(
-        network=network,
-        optimizer=optimizer,
-        loss_function=SegmentationLoss(),
-        train_data_loader=Samples([batch(0)]),
-        max_epochs=1,
-    )
+    make_trainer(Precision("cpu"), [batch(0)], network=network)
 
 
 def evaluate_with(network: nn.Module) -> None:
     MixedPrecisionEvaluator(Precision("cpu"), network, val_data_loader=Samples([batch(0)]))
 
 
-def place(network: nn.Module) -> None:
-    Precision("cpu").place(network)
-
-
-@pytest.mark.parametrize("use", [train_with, evaluate_with, place])
+@pytest.mark.parametrize("use", [train_with, evaluate_with, Precision("cpu").place])
 @pytest.mark.parametrize("part", ["all", "buffer"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lowered_network_is_refused(use, part, dtype):

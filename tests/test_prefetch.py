@@ -99,13 +99,6 @@ def test_error_of_loading_comes_at_its_batch(error):
     assert (loader.asked, loader.closed) == ([0, 1, 2], 1)
 
 
-def test_error_of_preparing_comes_at_its_batch():
-    trainer = trainer_of([batch(n) for n in range(4)], prepare_batch=noting([], bad=2))
-    with pytest.raises(ValueError, match="bad batch"):
-        trainer.run()
-    assert trainer.progress.step == 2
-
-
 def test_interrupted_run_counts_no_batch_that_was_only_prefetched():
     batches = [batch(n) for n in range(4)]
     whole = trainer_of(batches)
@@ -166,14 +159,6 @@ def test_batch_that_a_handler_changed_is_prepared_anew(how):
     )
     trainer.run()
     assert not any(seen)
-
-
-def test_step_outside_of_a_run_loads_nothing():
-    loader = Loader([batch(0)])
-    trainer = trainer_of(loader)
-    trainer.take_step(loader.batches)
-    assert trainer.progress.step == 1
-    assert loader.asked == []
 
 
 @pytest.mark.gpu

@@ -224,7 +224,7 @@ def test_bad_dataset_writes_nothing_into_an_existing_run(run, tmp_path):
     ("changes", "message"),
     [
         ({"network_def#norm": "layer"}, "layer"),
-        ({"roi_size": [2, 2, 2]}, "Choose a larger roi_size"),
+        ({"roi_size": [2, 2, 2]}, "Choose roi_size in multiples"),
         ({"augmentation#spatial#scale#range": [2, 1]}, "augment"),
     ],
 )

@@ -15,7 +15,7 @@ from pipeline.lifecycle import lifecycle
 
 BEGIN = """
 import os, signal, threading, time
-from pipeline.training.signals import SIGNALS, interruptible
+from pipeline.signals import SIGNALS, interruptible
 told = []
 """
 
@@ -107,7 +107,7 @@ def test_signal_outside_of_training_ends_a_run_to_be_continued(
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(50)
 
-        patch.setattr(lifecycle if moment == "summarize" else lifecycle.validate, moment, signalled)
+        patch.setattr(lifecycle, moment, signalled)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "r")
     assert ended.value.code == 75

@@ -89,14 +89,6 @@ def test_run_stops_after_max_consecutive_skips(
     assert not (run_dir / "models/last.pt").exists()
 
 
-def test_good_step_in_between_lets_the_run_go_on(poisoned, tmp_path):
-    numbers = [0, 2, 7, 8]  # steps 1, 2, 4 and 5 of 6
-    changes = {"amp": False, "max_epochs": 3, "max_consecutive_skips": 3}
-    assert poisoned(tmp_path / "r", numbers, **changes) == 0
-    summary = strict_json((tmp_path / "r/summary.json").read_text())
-    assert (summary["steps"], summary["skipped_steps"]) == (6, 4)
-
-
 # --- the loss scale
 
 
@@ -125,18 +117,6 @@ def test_stopped_run_goes_on_as_the_diagnosis_advises(poisoned, tmp_path, skips,
     assert poisoned(tmp_path / "r", LATE, **changes, **{**HALF, "amp": False}) == 0
     summary = strict_json((tmp_path / "r/summary.json").read_text())
     assert (summary["steps"], summary["skipped_steps"]) == (8, kept[1])
-
-
-def test_stopped_run_stops_again_when_nothing_was_changed(poisoned, tmp_path):
-    changes = {"amp": False, "max_consecutive_skips": 3}
-    stop(poisoned, tmp_path / "r", None, **changes)
-    files = files_of(tmp_path / "r")
-    told = stop(poisoned, tmp_path / "r", None, **changes)
-    assert "step 3: expected finite loss and gradients, got 3 skipped steps in a row." in told
-    assert [line["step"] for line in overflows(tmp_path / "r")] == [1, 2, 3, 3]
-    again = files_of(tmp_path / "r/checkpoints")
-    assert again.keys() == {"step_000000002.pt"}
-    assert differing(again["step_000000002.pt"], files["step_000000002.pt"]) == []
 
 
 def test_monai_bundle_run_stops_with_status_1_and_no_traceback(dataset, tmp_path):
@@ -185,24 +165,6 @@ def test_diagnosis_advises_by_the_stage_that_came_up_most(stage, advice):
     assert advice in told.splitlines()[3]
     assert "step 3" in told
     assert f"m ({stage or 'finite'}, 2x)" in told
-
-
-def test_diagnosis_advises_a_lower_loss_scale_when_no_step_was_applied():
-    records = [{**skipped(n, "backward", "m"), "precision": "float16"} for n in (1, 2)]
-    told = diagnosis(records, 64.0, 2)
-    assert "begin with --precision#init_scale 64" in told
-    assert "learning_rate" not in told
-    later = [{**record, "step": record["step"] + 1} for record in records]
-    assert "init_scale" not in diagnosis(later, 64.0, 2)
-
-
-def test_diagnosis_counts_cases_and_shortens_their_list():
-    records = [skipped(n, "input", "image", [f"case_{n}", "often"]) for n in range(6)]
-    (line,) = [x for x in diagnosis(records, 1.0, 6).splitlines() if "cases:" in x]
-    assert line.startswith("  cases: often (6x), case_")
-    assert line.count("(1x)") == 4
-    assert line.endswith(" and more")
-    assert "a (1x), b (1x)" in diagnosis([skipped(1, "backward", "m")], 1.0, 1)
 
 
 # --- a metric that is NaN

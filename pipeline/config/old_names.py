@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "": {**TOP_LEVEL},
     "DataModule": {"check": "preflight", "amp": None, "amp_dtype": None, "windows": None},
     "Lifecycle": {"init_head": "reinit_head", "intake": "data_module"},
-    "MixedPrecisionTrainer": {"compile": "cuda_graph"},
+    "MixedPrecisionTrainer": {"compile": "cuda_graph", "roi_size": None},
     "PatchLoader": {"resident": "cache_on_device"},
     "ReadOnlyRun": {"init_head": "reinit_head", "intake": "data_module"},
     "Precision": {"layout": "memory_format"},

@@ -7,7 +7,6 @@ import logging
 import platform
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
         **trainer.describe(),
         "training_data": loader.describe() if hasattr(loader, "describe") else None,
         "device_name": device_name(device),
-        "trial_step": trainer.trial_step and asdict(trainer.trial_step),
+        "trial_step": trainer.trial_step,
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "peak_reserved_bytes": trainer.peak_reserved_bytes,
         "versions": {

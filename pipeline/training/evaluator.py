@@ -32,19 +32,15 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
     def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
         require_float32(network)
         self.precision = precision
-        super().__init__(
-            device=precision.device,
-            network=network,
-            amp=precision.amp,
-            non_blocking=True,
-            **kwargs,
-        )
+        settings: dict[str, Any] = {
+            "device": precision.device,
+            "amp": precision.amp,
+            "non_blocking": True,
+        }
+        super().__init__(network=network, **settings, **kwargs)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
-        """Predict all cases, each rank its own; do nothing if there are none.
-
-        All ranks have to call it, also one without cases: its events gather scores with the others.
-        """
+        """Predict all cases, each rank its own; all ranks have to call it, also without cases."""
         loader, length = self.data_loader, self.state.epoch_length
         if not any(distributed.all_gather_object(length != 0)):
             return
@@ -87,8 +83,7 @@ class EvaluationLog:
 def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
     """The validator's key metric; `None` if it did not run at the end of the trainer's `epoch`."""
     state = validator.state
-    ran = has_run(validator) and state.epoch == epoch
-    return state.metrics[state.key_metric_name] if ran else None
+    return state.metrics.get(state.key_metric_name) if state.epoch == epoch else None
 
 
 def has_run(validator: Evaluator) -> bool:

@@ -1,8 +1,7 @@
 """Forward pass, loss and backward pass of a micro-batch as one CUDA graph.
 
-With small patches the host takes longer to launch the hundreds of kernels of a step than the card
-takes to run them. Captured once and replayed, they are one launch of the same kernels, in the same
-order, on the same memory: a replay gives the same bits as the step that it stands for.
+With small patches the host takes longer to launch the kernels of a step than the card to run them.
+Replayed, they are one launch of the same kernels in the same order: the bits are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.errors import InputError
 
@@ -28,7 +28,7 @@ Work = Callable[[torch.Tensor, torch.Tensor], tuple[Any, torch.Tensor]]
 class StepGraph:
     """Runs `work` as a CUDA graph after it was called with tensors of the same kind a few times.
 
-    What `work` decides on the host, such as by a counter, a graph decides once and for all.
+    What `work` decides on the host, a graph decides once and for all.
 
     Args:
         work: `(images, labels) -> (pred, loss)`, detached; adds to the gradients of `network`. It
@@ -39,21 +39,15 @@ class StepGraph:
 
     Attributes:
         captures: Number of graphs made so far.
-        failed: Whether `work` could not be captured.
     """
 
     def __init__(
-        self,
-        work: Work,
-        network: torch.nn.Module,
-        *,
-        accumulates: bool = False,
-        required: bool = False,
+        self, work: Work, network: nn.Module, *, accumulates: bool = False, required: bool = False
     ) -> None:
         self.work, self.network, self.parameters = work, network, list(network.parameters())
         self.accumulates, self.required = accumulates, required
         self.captures, self.failed = 0, False
-        self._seen: tuple[Any, int] = (None, 0)  # the latest kind of tensors, and how often
+        self._seen: tuple[Any, int] = (None, 0)  # latest kind of tensors, how often
         self.end()
 
     def end(self) -> None:
@@ -64,7 +58,7 @@ class StepGraph:
     def _release(self) -> None:
         self._captured_kind: Any = None
         self._graph: Any = None
-        self._output: tuple[Any, torch.Tensor] | None = None
+        self._output: Any = None
         self._gradients: list[Any] = []
         self._images = self._labels = torch.empty(0)
 
@@ -93,14 +87,13 @@ class StepGraph:
         self._labels.copy_(labels, non_blocking=True)
         self._graph.replay()
         self._assign_gradients()
-        assert self._output is not None
         pred, loss = self._output
         return pred, loss.clone()
 
     def _run_watched(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """Call `work` and find out whether it waits for the device.
 
-        A capture is too late for that: one that fails leaves torch's allocator in the middle of it.
+        A capture that fails for that leaves torch's allocator in the middle of it.
         """
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
@@ -160,15 +153,14 @@ class StepGraph:
 
     def _assign_gradients(self) -> None:
         """Give the parameters the graph's gradients, or add them to those that are there."""
-        made = [
-            (p, g) for p, g in zip(self.parameters, self._gradients, strict=True) if g is not None
-        ]
-        if all(p.grad is None for p, _ in made):
+        pairs = zip(self.parameters, self._gradients, strict=True)
+        made = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+        if all(parameter.grad is None for parameter, _ in made):
             for parameter, gradient in made:
                 parameter.grad = gradient.clone() if self.accumulates else gradient
         else:
-            earlier: list[Any] = [p.grad for p, _ in made]
-            torch._foreach_add_(earlier, [g for _, g in made])
+            earlier: list[Any] = [parameter.grad for parameter, _ in made]
+            torch._foreach_add_(earlier, [gradient for _, gradient in made])
 
     def _exchange_gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[Any]:
         earlier = [p.grad for p in self.parameters]
@@ -177,7 +169,7 @@ class StepGraph:
         return earlier
 
 
-def has_hooks(network: torch.nn.Module) -> bool:
+def has_hooks(network: nn.Module) -> bool:
     """Whether a module or a parameter has a hook, which a replay would not call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -1,10 +1,7 @@
 """Dice and cross-entropy, reduced in float32 whatever the dtype of the logits.
 
-A loss is computed in two halves: sums over voxels, which is all that it needs of the logits, and
-its value from them. In between, the sums of all ranks are added up.
-
-Sums over a volume do not fit float16: at 96³ MONAI's DiceCELoss on float16 logits returns a Dice
-loss of exactly 1 with no gradient, and a cross-entropy of NaN.
+It is a function of sums over voxels, which are added up over ranks. They do not fit float16: at
+96³ MONAI's DiceCELoss on float16 logits is a Dice loss of exactly 1 and a cross-entropy of NaN.
 """
 
 from __future__ import annotations
@@ -30,29 +27,27 @@ NO_LABEL = -100  # torch's own default for ignore_index
 class SegmentationLoss(nn.Module):
     """`dice_weight · Dice + ce_weight · cross-entropy` of softmax probabilities, in float32.
 
-    The parts are the two halves of MONAI's DiceCELoss, and with the defaults the value is that of
-    `DiceCELoss(to_onehot_y=True, softmax=True)` on float32 logits. Of several ranks each gets the
-    loss of all their samples together, and its gradient for its own
-    (`pipeline.distributed.all_reduce_sum`).
+    With the defaults the value is that of MONAI's `DiceCELoss(to_onehot_y=True, softmax=True)` on
+    float32 logits. Of several ranks each gets the loss of all their samples together, and its
+    gradient for its own (`pipeline.distributed.all_reduce_sum`).
 
     Args:
         dice_weight: Factor of the Dice loss, at least 0.
         ce_weight: Factor of the cross-entropy, at least 0; not both may be 0.
-        include_background: Whether class 0 takes part in Dice. True as in MONAI: a crop without
-            foreground then still has a Dice term with a useful gradient.
-        class_weights: One positive weight per class, or None for equal ones. In cross-entropy a
-            weighted mean over the voxels; in Dice a factor of the class's term before the mean,
-            as in MONAI.
+        include_background: Whether class 0 takes part in Dice, so that a crop without foreground
+            has a useful gradient.
+        class_weights: One positive weight per class, or None. In cross-entropy a weighted mean
+            over voxels; in Dice a factor of the class's term before the mean, as in MONAI.
         batch_dice: Sum over the batch before dividing, instead of a Dice loss per volume.
         smooth: Positive number added to Dice's numerator and denominator.
         ignore_value: Label of voxels that contribute neither to Dice nor to cross-entropy; where
             all are ignored the loss is 0 and so is its gradient.
-        backend: What computes the sums and their gradient: `torch`, `triton` (fused kernels, which
-            read the logits once in each direction and keep nothing of their size), or `auto`:
-            triton where it serves, on CUDA with up to 256 classes. `in_force` tells which.
+        backend: What computes sums and gradient: `torch`, `triton` (fused kernels, which keep
+            nothing of the logits' size), or `auto`: triton where it serves, on CUDA with up to 256
+            classes. `in_force` tells which.
 
     Raises:
-        InputError: If an argument is not as described, or triton is asked for and not installed.
+        InputError: If an argument is not as described.
 
     Source: Milletari et al., V-Net, 3DV 2016 (Dice, here without squares); Isensee et al.,
         nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
@@ -76,14 +71,11 @@ class SegmentationLoss(nn.Module):
         self.dice_weight = _number("dice_weight", dice_weight, zero=True)
         self.ce_weight = _number("ce_weight", ce_weight, zero=True)
         if self.dice_weight == self.ce_weight == 0:
-            raise InputError(
-                f"{WHERE}: expected a positive dice_weight or ce_weight, got 0 for both. Raise one."
-            )
+            expected = f"{WHERE}: expected a positive dice_weight or ce_weight"
+            raise InputError(f"{expected}, got 0 for both. Raise one.")
         if ignore_value is not None and type(ignore_value) is not int:
-            raise InputError(
-                f"{WHERE}: expected ignore_value to be an integer or null, "
-                f"got {ignore_value!r}. Name one label."
-            )
+            expected = f"{WHERE}: expected ignore_value to be an integer or null"
+            raise InputError(f"{expected}, got {ignore_value!r}. Name one label.")
         self.ignore_value = ignore_value
         # Not saved: the config is where they belong.
         self.register_buffer("class_weights", _weights(class_weights), persistent=False)
@@ -92,8 +84,6 @@ class SegmentationLoss(nn.Module):
         self.smooth = _number("smooth", smooth)
         require_choice(backend, BACKENDS, f"{WHERE}: backend")
         self.backend = backend
-        if backend == "triton" and _fused() is None:
-            raise _no_triton("triton", "no such package")
 
     def in_force(self, device: torch.device, num_classes: int = 2) -> str:
         """The backend, `triton` or `torch`, for logits on `device`.
@@ -105,7 +95,10 @@ class SegmentationLoss(nn.Module):
             return "torch"
         obstacle = _obstacle(device, num_classes)
         if self.backend == "triton" and obstacle:
-            raise _no_triton(*obstacle)
+            needed, found = obstacle
+            raise InputError(
+                f"{WHERE}: expected {needed} for backend 'triton', got {found}. Use auto."
+            )
         return "torch" if obstacle else "triton"
 
     def forward(
@@ -117,8 +110,8 @@ class SegmentationLoss(nn.Module):
             logits: `(B, C, H, W, D)` of any floating dtype, C ≥ 2; or, for deep supervision, a
                 sequence of them, full resolution first. Their losses are averaged with weights
                 1, 1/2, 1/4, …, and the label is brought to their sizes by nearest neighbour.
-            label: `(B, 1, H, W, D)` of any dtype, integers in [0, C) or `ignore_value`. That they
-                are is for the preflight to check: looking here would wait for the device.
+            label: `(B, 1, H, W, D)` of any dtype, integers in [0, C) or `ignore_value`, which the
+                preflight checks: looking here would wait for the device.
 
         Returns:
             float32 scalar; its gradient reaches the logits in their own dtype.
@@ -144,11 +137,11 @@ class SegmentationLoss(nn.Module):
             return (weights * values).sum() / weights.sum()
 
     def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """All that the loss at one resolution needs of the logits, summed over volumes.
+        """What the loss at one resolution needs of the logits, summed over volumes.
 
         Returns:
-            `(K,)` float32: rows of one number per class, for Dice, then both terms of the quotient
-            that is the mean cross-entropy.
+            `(K,)` float32: rows of one number per class, for Dice, then sum and weight of the
+            cross-entropy.
         """
         logits = logits.float()
         target = label[:, 0].long()  # (B, H, W, D)
@@ -185,7 +178,6 @@ class SegmentationLoss(nn.Module):
         return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
 
     def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """What `_value` gives, averaged over levels."""
         options = {name: getattr(self, name) for name in ("dice_weight", "ce_weight", "smooth")}
         options |= {"FIRST": int(not self.include_background), "BATCH_DICE": self.batch_dice}
         return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
@@ -212,15 +204,11 @@ class SegmentationLoss(nn.Module):
     def _check(self, levels: list[torch.Tensor], label: torch.Tensor) -> None:
         shape = tuple(levels[0].shape)
         if shape[1] < 2:
-            raise ValueError(
-                f"{WHERE}: expected logits of at least 2 classes, got {shape[1]}. "
-                "Count the background as one."
-            )
+            expected = f"{WHERE}: expected logits of at least 2 classes"
+            raise ValueError(f"{expected}, got {shape[1]}. Count the background as one.")
         if tuple(label.shape) != (shape[0], 1, *shape[2:]):
-            raise ValueError(
-                f"{WHERE}: expected a label of shape {(shape[0], 1, *shape[2:])}, "
-                f"got {tuple(label.shape)}. Give it as integers in one channel."
-            )
+            expected = f"{WHERE}: expected a label of shape {(shape[0], 1, *shape[2:])}"
+            raise ValueError(f"{expected}, got {tuple(label.shape)}. Give integers in one channel.")
         if self.class_weights is not None and len(self.class_weights) != shape[1]:
             raise InputError(
                 f"{WHERE}: expected {shape[1]} class_weights, one per class, "
@@ -257,10 +245,6 @@ def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
     return reason and ("a triton that runs", reason)
 
 
-def _no_triton(needed: str, found: str) -> InputError:
-    return InputError(f"{WHERE}: expected {needed} for backend 'triton', got {found}. Use auto.")
-
-
 def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """`label` on the grid of `logits`, by the voxel nearest to each centre."""
     if label.shape[2:] == logits.shape[2:]:
@@ -282,10 +266,8 @@ def _weights(values: Any) -> torch.Tensor | None:
     if values is None:
         return None
     if not isinstance(values, list | tuple) or not values:
-        raise InputError(
-            f"{WHERE}: expected class_weights to be a list of numbers or null, "
-            f"got {values!r}. Give one per class."
-        )
+        expected = f"{WHERE}: expected class_weights to be a list of numbers or null"
+        raise InputError(f"{expected}, got {values!r}. Give one per class.")
     return torch.tensor([_number("class_weights", v) for v in values])
 
 
@@ -293,8 +275,6 @@ def _number(name: str, value: Any, *, zero: bool = False) -> float:
     """`value` if it is a finite number above 0, or 0 where `zero` allows it."""
     valid = type(value) in (int, float) and 0 <= value < math.inf and (zero or value > 0)
     if not valid:
-        least = "0 or more" if zero else "more than 0"
-        raise InputError(
-            f"{WHERE}: expected {name} to be {least}, got {value!r}. Give a finite number."
-        )
+        expected = f"{WHERE}: expected {name} to be {'0 or more' if zero else 'more than 0'}"
+        raise InputError(f"{expected}, got {value!r}. Give a finite number.")
     return float(value)

@@ -15,18 +15,14 @@ Prepared = tuple[torch.Tensor, torch.Tensor]
 class PrefetchingLoader:
     """Micro-batches of a loader in their order; `prefetch` gets the next one ready before its turn.
 
-    Loading and `prepare` depend on the samples alone, so that prefetching changes nothing but the
-    time. An error of loading is raised when its batch is asked for. A batch that was prefetched and
-    is not asked for, because training ends, is lost; the sampler begins where it is told to.
-
-    On CUDA, copies and kernels of `prepare` have a stream of their own, and so run beside the
-    backward pass instead of after it.
+    Loading and `prepare` depend on the samples alone, so that only the time changes. An error of
+    loading is raised when its batch is asked for. On CUDA, `prepare` has a stream of its own, and
+    so runs beside the backward pass.
 
     Args:
         loader: The micro-batches of an epoch; it is iterated anew for each.
         prepare: Makes image and label on the device from a micro-batch, augmentation included. What
             it keeps on the device between calls has to be there before the first.
-        device: Where that is done.
     """
 
     def __init__(
@@ -103,5 +99,5 @@ class PrefetchingLoader:
 
 def _version(batch: MicroBatch) -> list[tuple]:
     """Differs for another batch, and for the same one after a change of one of its tensors."""
-    versions = ((v._version if isinstance(v, torch.Tensor) else 0) for v in batch.values())
+    versions = [getattr(value, "_version", 0) for value in batch.values()]
     return [(id(batch), key, id(batch[key]), v) for key, v in zip(batch, versions, strict=True)]

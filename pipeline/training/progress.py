@@ -60,9 +60,8 @@ class Progress:
     def record_metric(self, metric: float) -> bool:
         """Record a validation metric; returns whether it is the best so far, which NaN never is."""
         self.last_metric = metric if math.isfinite(metric) else None
-        if self.last_metric is None:
-            return False
-        if self.best_metric is not None and metric <= self.best_metric:
+        best = -math.inf if self.best_metric is None else self.best_metric
+        if self.last_metric is None or metric <= best:
             return False
         self.best_metric, self.best_epoch = metric, self.epoch
         return True
@@ -72,11 +71,7 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the values by those of a saved record.
-
-        Raises:
-            ValueError: If another version of the schema wrote the record.
-        """
+        """Take the values of a saved record; `ValueError` if it has another schema version."""
         if state.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
                 f"progress: expected schema version {SCHEMA_VERSION}, "

@@ -1,7 +1,6 @@
-"""What a network, loss or loader of your own may offer beside what PyTorch requires.
+"""What a network, loss, loader or metric of your own may offer beside what PyTorch requires.
 
-Nothing of it is required. A class need not inherit from a protocol; it is enough that it has the
-attributes and methods.
+Nothing of it is required. It is enough that a class has the attributes and methods.
 """
 
 from __future__ import annotations
@@ -10,14 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-
-
-@runtime_checkable
-class HasMinimumSize(Protocol):
-    """A network that cannot take small inputs; `roi_size` is checked before training."""
-
-    def minimum_size(self) -> Sequence[int]:
-        """Smallest input in voxels, for each axis."""
 
 
 @runtime_checkable
@@ -32,13 +23,6 @@ class HasReduction(Protocol):
     """A network that pads its input to multiples of `reduction`, in voxels for each axis."""
 
     reduction: Sequence[int]
-
-
-@runtime_checkable
-class HasHeads(Protocol):
-    """A network that names the submodules that depend on the classes: `("head", "deep_heads")`."""
-
-    head_names: Sequence[str]
 
 
 @runtime_checkable
@@ -77,3 +61,11 @@ class DescribesItself(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """`requested` and `effective` settings, as plain values."""
+
+
+@runtime_checkable
+class LabelMapMetric(Protocol):
+    """A metric that can be tried on one patch before training."""
+
+    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> object:
+        """Compare label maps `(H, W, D)` and forget them; `ValueError` for unknown values."""

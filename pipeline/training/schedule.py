@@ -13,14 +13,7 @@ def warmup_cosine(
 ) -> LambdaLR:
     """Linear warm-up over `warmup_steps` steps, then a cosine to zero at the last step.
 
-    Args:
-        optimizer: Its learning rates are the peak.
-        warmup_steps: Steps until the peak; 0 starts there.
-        max_epochs: Epochs of the whole run.
-        steps_per_epoch: Optimizer steps in an epoch.
-
-    Returns:
-        Scheduler to be advanced once per applied optimizer step.
+    The optimizer's learning rates are the peak; advance it once per applied optimizer step.
 
     Source: Loshchilov & Hutter, SGDR (ICLR 2017), equation 5, without restarts.
     """

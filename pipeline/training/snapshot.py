@@ -12,12 +12,9 @@ import torch
 class BufferSnapshot:
     """Copy of a network's buffers, such as BatchNorm's running statistics.
 
-    A forward pass in train mode changes them before it is known whether the step is applied.
-    Neither direction makes the host wait, and a few kernels do it however many buffers there are.
-
-    Args:
-        network: Its buffers are copied now, and again at each `take`. Between `take` and `restore`
-            a module may replace a buffer by another tensor of the same shape and dtype.
+    A forward pass in train mode changes them before it is known whether the step is applied. They
+    are copied now, and at each `take`, by a few kernels; the host does not wait. A module may
+    replace a buffer by another tensor of the same shape and dtype.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -27,12 +24,9 @@ class BufferSnapshot:
                 if buffer is not None:
                     by_dtype[buffer.dtype].append((module._buffers, name, buffer.clone()))
         self._groups = list(by_dtype.values())
+        floating = [group for dtype, group in by_dtype.items() if dtype.is_floating_point]
         # a buffer that is infinite from the beginning, such as a mask, is meant to be
-        self._finite = [
-            [entry for entry in group if entry[2].isfinite().all()]
-            for group in self._groups
-            if group[0][2].is_floating_point()
-        ]
+        self._finite = [[one for one in group if one[2].isfinite().all()] for group in floating]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -45,9 +39,6 @@ class BufferSnapshot:
         """Sum of |value| over the floating-point buffers as they are now: finite if all are.
 
         Buffers that were not finite when this object was made are left out.
-
-        Args:
-            device: The buffers' own.
         """
         total = torch.zeros((), device=device)
         for group in filter(None, self._finite):

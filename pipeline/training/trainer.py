@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,12 @@ from pipeline.errors import (
 )
 from pipeline.files import NO_ROOM
 from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.signals import interruptible
 from pipeline.training.snapshot import BufferSnapshot
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     """SupervisedTrainer whose numerics belong to a `Precision`.
 
     An ignite iteration is one micro-batch; an optimizer step takes `accumulation_steps` of them;
-    an epoch is `steps_per_epoch` steps. `progress` says how far training is; ignite's counters are
-    set from it when a run continues.
-
-    If the loss or a gradient of a step is not finite, the step is skipped: weights, optimizer,
-    scheduler and the network's buffers are afterwards what they were before it.
+    an epoch is `steps_per_epoch` steps. If the loss or a gradient of a step is not finite, the step
+    is skipped: weights, optimizer, scheduler and buffers are afterwards what they were before it.
 
     With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
     whole one. Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
@@ -73,7 +71,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     Args:
         network: Network on its device, with float32 weights.
-        optimizer: Optimizer of the network's parameters.
         loss_function: `(logits, label) -> scalar`, a mean over samples.
         train_data_loader: Yields dictionaries with `image` `(B, C, H, W, D)` and `label`
             `(B, 1, H, W, D)`. If they have `seed` `(B,)` int64, torch's generator starts from it,
@@ -86,7 +83,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         steps_per_epoch: Optimizer steps in an epoch; by default those that the loader has.
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
-        roi_size: Network input in voxels; if given, it is checked before training starts.
         grace_s: Seconds within which the process ends after SIGTERM, SIGINT or SIGUSR1.
         replica: The network wrapped for several ranks; gradients pass through it.
         cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward pass, loss and backward pass
@@ -94,23 +90,22 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             is no graph while a module has a hook, or an event between them has a handler.
         initial_weights: Replace the network's weights of these names; weights of a checkpoint,
             which a handler restores, come after them.
-        train_handlers: MONAI and ignite handlers, attached in this order.
         kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
 
     Attributes:
-        progress: The run's `Progress`.
+        progress: How far training is; ignite's counters are set from it when a run continues.
         last_step: `StepStats` of the latest optimizer step.
         group: Micro-batches of the current accumulation group, as the loader gave them.
         diagnosis: Why training stops before its end; `None` if it does not.
         peak_memory_bytes: Peak of training and validation on a CUDA device, after they have ended.
-        trial_step: `TrialResult` of a new run, if a `TrialStep` is among the handlers.
         peak_reserved_bytes: The same including what the allocator keeps for later.
+        trial_step: `batch_size` and `peak_bytes` of this rank in the `TrialStep` of a new run.
         interrupted: Whether training ends here, to be continued. It is decided before the handlers
             of a step, or of an epoch's end, save the state.
 
     Raises:
-        ValueError: If the network's weights are not float32, or `roi_size` is too small for it.
+        ValueError: If the network's weights are not float32.
     """
 
     def __init__(
@@ -126,7 +121,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         steps_per_epoch: int | None = None,
         accumulation_steps: int = 1,
         grad_clip: float = 12.0,
-        roi_size: Sequence[int] | None = None,
         grace_s: float = 25.0,
         replica: SummedDDP | None = None,
         cuda_graph: str = "auto",
@@ -135,18 +129,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         **kwargs: Any,
     ) -> None:
         require_float32(network)
-        _require_size(network, roi_size)
         if initial_weights:
             network.load_state_dict({**network.state_dict(), **initial_weights})
         if steps_per_epoch is None:
             steps_per_epoch = len(train_data_loader) // accumulation_steps  # type: ignore[arg-type]
-        precision = precision or Precision(next(network.parameters()).device)
-        self.precision = precision
+        self.precision = precision = precision or Precision(next(network.parameters()).device)
         self.lr_scheduler = lr_scheduler or LambdaLR(optimizer, lambda step: 1.0)
         rates = [group["lr"] for group in optimizer.param_groups]
         self._schedule = deepcopy(self.lr_scheduler.state_dict()), rates  # where a round begins
-        self.steps_per_epoch = steps_per_epoch
-        self.grad_clip = grad_clip
+        self.steps_per_epoch, self.grad_clip = steps_per_epoch, grad_clip
         self.grace_s, self.replica = grace_s, replica
         self.progress = Progress(mode=precision.mode)
         self.last_step: StepStats | None = None
@@ -154,12 +145,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.diagnosis: str | None = None
         self.peak_memory_bytes: int | None = None
         self.peak_reserved_bytes: int | None = None
-        self.trial_step: Any = None
+        self.trial_step: dict[str, int | None] | None = None
         self.interrupted = self._is_told_to_end = False
         self._level = logging.ERROR  # of the diagnosis, on the rank that stops
-        self._stats = GroupStats(precision.device)
+        spans_ranks = isinstance(loss_function, protocols.SpansRanks)
+        self._spans_ranks = spans_ranks and loss_function.is_over_ranks  # type: ignore[attr-defined]
         self._buffers = BufferSnapshot(network)
-        self._cuda_graph = cuda_graph
         self._batches = PrefetchingLoader(train_data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
@@ -177,7 +168,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             **kwargs,
         )
         self.scaler = precision.scaler  # type: ignore[assignment]
-        self._graph = self._make_graph()
+        self._cuda_graph, self._graph = cuda_graph, self._make_graph(cuda_graph)
         self.describe()  # refuses a backend that cannot serve here
         self.add_event_handler(Events.EPOCH_STARTED, _begin_epoch)
         self._register_handlers(train_handlers or [])
@@ -191,7 +182,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if (self.state.iteration - 1) % self.accumulation_steps == 0:
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.take()  # put back if the step is skipped
-            self.group, self._stats = [], GroupStats(self.precision.device)
+            self.group = []
+            self._loss = self._max_logit = torch.zeros((), device=self.precision.device)
         self.group.append(batchdata)
         ends_group = len(self.group) == self.accumulation_steps
         images, labels = self._batches.take(batchdata)  # (B, C, H, W, D), augmented, on the device
@@ -205,16 +197,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                     network = self.replica or self.network
                     loss = self._forward(images, labels, network, output, self.fire_event)
                 self.precision.backward(loss / self.accumulation_steps)
-        self._stats.add(output[Keys.LOSS] / self.accumulation_steps, output[Keys.PRED])
+        self._loss = self._loss + output[Keys.LOSS].detach() / self.accumulation_steps
+        self._max_logit = torch.maximum(self._max_logit, max_abs(output[Keys.PRED]))
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._batches.prefetch()  # while the device works; the host waits for it in the step
         if ends_group:
-            if self.replica:
-                self.replica.require_all_used()
             step = self.last_step = self.precision.step(
                 self.optimizer,
-                self._stats.loss,
-                self._stats.max_abs_logit,
+                self._loss,
+                self._max_logit,
                 self._buffers.norm(self.precision.device),
                 grad_clip=self.grad_clip,
                 counts=(len(images) * self.accumulation_steps, self._is_told_to_end),
@@ -240,12 +231,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         output: dict[str, Any],
         notify: Callable[[IterationEvents], object] = lambda event: None,
     ) -> torch.Tensor:
-        """Logits and loss of a micro-batch in train mode, which `output` receives one by one."""
+        """Loss of a micro-batch in train mode; `output` receives logits and loss one by one."""
         network.train()
         output[Keys.PRED] = self.inferer(images, network)
         notify(IterationEvents.FORWARD_COMPLETED)
         loss = self.loss_function(output[Keys.PRED], labels)
-        if distributed.size() > 1 and not _spans_ranks(self.loss_function):
+        if distributed.size() > 1 and not self._spans_ranks:
             loss = distributed.mean_over_ranks(loss, len(images))
         output[Keys.LOSS] = loss
         notify(IterationEvents.LOSS_COMPLETED)
@@ -260,7 +251,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         """Loss of one micro-batch in train mode, as a step computes it but without its events.
 
         Args:
-            batchdata: A micro-batch of the loader.
             autocast: Context for network and loss.
             output: Receives `image`, `label`, `pred` and `loss` one by one.
         """
@@ -276,26 +266,23 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     # --- as a CUDA graph
 
-    def _make_graph(self) -> StepGraph | None:
-        require_choice(self._cuda_graph, GRAPH_MODES, "cuda_graph")
+    def _make_graph(self, mode: str) -> StepGraph | None:
+        require_choice(mode, GRAPH_MODES, "cuda_graph")
         possible = self.precision.device.type == "cuda" and not self.replica
-        if self._cuda_graph == "cuda_graphs" and not possible:
+        required, accumulates = mode == "cuda_graphs", self.accumulation_steps > 1
+        if required and not possible:
             raise InputError(
                 "cuda_graph: expected a CUDA device and one rank for cuda_graphs. Use auto."
             )
-        if self._cuda_graph == "none" or not possible:
+        if mode == "none" or not possible:
             return None
         return StepGraph(
-            self._forward_backward,
-            self.network,
-            accumulates=self.accumulation_steps > 1,
-            required=self._cuda_graph == "cuda_graphs",
+            self._forward_backward, self.network, accumulates=accumulates, required=required
         )
 
     def _forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
-        """The part of an iteration that a graph replays."""
         output: dict[str, Any] = {}
         with self.precision.autocast():
             loss = self._forward(images, labels, self.network, output)
@@ -305,7 +292,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         return detached, loss.detach()
 
     def _is_watched(self) -> bool:
-        """Whether a handler or hook wants to see what a replay would not show it."""
         events = IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED
         return any(self._event_handlers.get(event) for event in events) or has_hooks(self.network)
 
@@ -314,12 +300,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def run(self) -> None:  # type: ignore[override]
         """Train to `max_epochs`, from wherever a restored `progress` says.
 
-        An epoch whose steps were all taken before an interruption, but whose end was not, is
-        ended first. A finished run returns at once.
-
-        A federated client calls it once a round, with `state.max_epochs` raised in between: each
-        round has the learning rates from their beginning, and the optimizer's moments, the loss
-        scale and all counters from the round before.
+        A finished run returns at once. A federated client calls it once a round, with
+        `state.max_epochs` raised in between: each round has the learning rates from their
+        beginning, and optimizer state, loss scale and counters from the round before.
 
         Raises:
             TrainingStopped: If a handler called `stop`.
@@ -384,16 +367,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self.state.iteration += 1
             self._iteration(self, batch)
 
-    def use(self, precision: Precision) -> None:
-        """Continue in another precision, with the same weights and a fresh optimizer state."""
-        precision.place(self.network)
-        self.precision, self.amp = precision, precision.amp
-        self.scaler = precision.scaler  # type: ignore[assignment]
-        self.progress.mode = precision.mode
-        self.optimizer.state.clear()
-        self._graph = self._make_graph()
-        self._buffers = BufferSnapshot(self.network)
-
     def describe(self) -> dict[str, dict[str, Any]]:
         """What was asked for and what is in force: precision, backend of the loss, CUDA graph.
 
@@ -405,12 +378,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if isinstance(loss, protocols.HasBackend):
             classes = network.out_channels if isinstance(network, protocols.HasOutChannels) else 2
             asked, in_force = loss.backend, loss.in_force(self.precision.device, classes)
-        replays = self._graph is not None and self._graph.is_used
+        graph = "cuda_graphs" if self._graph and self._graph.is_used else "none"
         described["requested"] |= {"loss_backend": asked, "cuda_graph": self._cuda_graph}
-        described["effective"] |= {
-            "loss_backend": in_force,
-            "cuda_graph": "cuda_graphs" if replays else "none",
-        }
+        described["effective"] |= {"loss_backend": in_force, "cuda_graph": graph}
         return described
 
     # --- its end
@@ -432,9 +402,8 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._is_told_to_end = True
 
     def _end_if(self, told_to_end: bool) -> None:
-        """End here if any rank is told to; what comes later is for the next boundary."""
         self.interrupted = told_to_end
-        if self.interrupted:
+        if told_to_end:
             self.terminate()
 
     def restore(self, progress: dict[str, Any]) -> None:
@@ -448,7 +417,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds in training and validation so far, over all sessions of the run."""
+        """Seconds in training and validation, over all sessions of the run."""
         return time.monotonic() - self._started
 
     def end_epoch(self) -> None:
@@ -463,54 +432,19 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.progress.phase = DONE
 
 
-class GroupStats:
-    """Statistics of an accumulation group, on the device.
-
-    Attributes:
-        loss: Sum of what was added: the group's mean loss, as each micro-batch has its share.
-        max_abs_logit: Largest |logit|, float32; NaN if there is one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = self.max_abs_logit = torch.zeros((), device=device)
-
-    def add(self, loss: torch.Tensor, pred: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        """Add a micro-batch's share of the loss, and its logits."""
-        self.loss = self.loss + loss.detach()
-        self.max_abs_logit = torch.maximum(self.max_abs_logit, max_abs(pred))
-
-
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Largest |logit|, float32 scalar on the device; NaN if there is one. One pass, no copy."""
     levels = [logits] if isinstance(logits, torch.Tensor) else logits
-    norms = [
-        torch.linalg.vector_norm(level.detach(), math.inf, dtype=torch.float32) for level in levels
-    ]
-    return torch.stack(norms).max()
+    norm = partial(torch.linalg.vector_norm, ord=math.inf, dtype=torch.float32)
+    return torch.stack([norm(level.detach()) for level in levels]).max()
 
 
 def _seed_torch(batch: dict[str, Any]) -> None:
-    """Let what torch draws from here on, as in dropout, depend on the batch alone."""
     if "seed" in batch:
         torch.manual_seed(int(batch["seed"][0]))
 
 
-def _spans_ranks(loss_function: Callable) -> bool:
-    return isinstance(loss_function, protocols.SpansRanks) and loss_function.is_over_ranks
-
-
-def _require_size(network: torch.nn.Module, roi_size: Sequence[int] | None) -> None:
-    if roi_size and isinstance(network, protocols.HasMinimumSize):
-        smallest = network.minimum_size()
-        if any(n < least for n, least in zip(roi_size, smallest, strict=False)):
-            raise ValueError(
-                f"roi_size: expected at least {list(smallest)} for this network, got {roi_size}. "
-                "Choose a larger roi_size or smaller strides."
-            )
-
-
 def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
-    """Let the loader continue where the progress record stands."""
     loader: Any = trainer.data_loader
     sampler = getattr(loader, "sampler", None)  # a plain iterable has none
     if isinstance(sampler, protocols.ResumableSampler):

@@ -1,8 +1,7 @@
 """The trial step: one batch goes through everything before training begins.
 
-A network, a loss or a metric that do not fit together, or a batch that does not fit into the card's
-memory, are found before the first step and named in one line. Afterwards weights, buffers,
-optimizer, gradient scaler and random states are bit for bit what they were.
+What does not fit together or into the card's memory is named in one line. Weights, buffers,
+optimizer, gradient scaler and random states are afterwards bit for bit what they were.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import contextlib
 import gc
 import logging
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from pipeline.data.memory import available_bytes
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
 from pipeline.precision import Precision
+from pipeline.training.protocols import LabelMapMetric
 from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -36,31 +36,6 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 SHARE_OF_CARD = 0.75  # of what is free: cases that are kept on the card may take the rest
 STRIDE = 32  # what most networks divide a patch by, or less
-
-
-@runtime_checkable
-class LabelMapMetric(Protocol):
-    """A metric that can be tried on one patch."""
-
-    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> object:
-        """Compare label maps `(H, W, D)`, and forget them.
-
-        Raises:
-            ValueError: If they have values that the metric does not know.
-        """
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """What a trial step found.
-
-    Attributes:
-        batch_size: Patches of the batch, on this rank.
-        peak_bytes: Memory that PyTorch reserved for the step on a CUDA device; `None` on a CPU.
-    """
-
-    batch_size: int
-    peak_bytes: int | None
 
 
 class MemoryLimitError(InputError):
@@ -93,12 +68,13 @@ class TrialStep:
         with distributed.sync_errors(), _state_kept(network, optimizer, precision.device):
             batch = _first_batch(trainer.data_loader)
             images, labels = trainer.prepare_batch(batch, precision.device, trainer.non_blocking)
-            step = network, trainer.loss_function, optimizer, precision, images, labels
             metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
             where = f"trial step with {', '.join(batch.get('case_id', ['the first batch']))}"
-            result = trainer.trial_step = try_step(*step, metrics, where)
-        peak = "" if result.peak_bytes is None else f", {result.peak_bytes / GIB:.2f} GiB reserved"
-        log.info("Trial step with %d patches: all fits together%s", result.batch_size, peak)
+            step = network, trainer.loss_function, optimizer, precision, images, labels
+            peak = try_step(*step, metrics, where)
+        trainer.trial_step = {"batch_size": len(images), "peak_bytes": peak}
+        reserved = "" if peak is None else f", {peak / GIB:.2f} GiB reserved"
+        log.info("Trial step with %d patches: all fits together%s", len(images), reserved)
 
 
 def try_step(
@@ -110,64 +86,60 @@ def try_step(
     labels: torch.Tensor,
     metrics: Iterable[LabelMapMetric] = (),
     where: str = "trial step",
-) -> TrialResult:
-    """Take a training step with a batch, and put everything back.
+) -> int | None:
+    """Take a training step with a batch.
 
     Args:
-        network: Network on the precision's device.
-        loss_function: `(logits, labels) -> scalar`.
-        optimizer: Optimizer of the network's parameters.
-        precision: Precision of the step.
         images: `(B, C, H, W, D)` float32 on the device.
         labels: `(B, 1, H, W, D)` on the device.
         metrics: Metrics that are tried on the prediction.
         where: Beginning of messages.
 
+    Returns:
+        Bytes that PyTorch reserved for the step on a CUDA device; `None` on a CPU.
+
     Raises:
         InputError: If something does not fit together, or into the card's memory.
     """
-    device = precision.device
     batch = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
-    with (
-        _state_kept(network, optimizer, device),
-        _peak(device, images) as peak,
-        distributed.local_only(network),
-    ):
+    with _peak(precision.device, images) as peak, distributed.local_only(network):
         network.train()
         optimizer.zero_grad(set_to_none=True)
         with precision.autocast():
             with _named(where, f"a network that takes {batch}", _roi_remedy(images)):
                 logits = network(images)
-                finest = _finest(logits)
+                finest = logits[0] if isinstance(logits, list | tuple) else logits
+                finest = finest[:, 0] if finest.ndim == 6 else finest  # stacked levels
                 if finest.shape[2:] != images.shape[2:]:
                     raise ValueError(f"logits of shape {tuple(finest.shape)}")
-            expected = f"a loss that takes logits {_shape(logits)} and {batch}"
-            with _named(where, expected, _loss_remedy(logits, labels)):
-                if device.type == "cuda" and int(labels.max()) >= finest.shape[1]:
+            levels = [logits] if isinstance(logits, torch.Tensor) else logits
+            shapes, highest = ", ".join(str(tuple(x.shape)) for x in levels), int(labels.max())
+            expected = f"a loss that takes logits {shapes} and {batch}"
+            with _named(where, expected, _loss_remedy(logits, highest)):
+                if finest.is_cuda and highest >= finest.shape[1]:
                     _try_on_cpu(loss_function, logits, labels)
                 loss = loss_function(logits, labels)
         with _named(where, "a scalar loss that can be differentiated", "Correct the loss."):
             precision.backward(loss)
-        _require_gradients(network)
-        for parameter in network.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()  # it need not be finite here
+        unused = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
+        if unused and distributed.size() > 1:  # they would differ between ranks
+            raise InputError(
+                "network: expected all parameters to take part in a step of several ranks, got no "
+                f"gradient of {', '.join(unused[:5])}. Freeze them, or train in one process."
+            )
+        optimizer.zero_grad(set_to_none=False)  # gradients need not be finite here
         optimizer.step()
         with _named(where, "a metric that takes the prediction", "Correct its class_names."):
             for metric in metrics:
                 metric.try_on(finest[0].argmax(0), torch.as_tensor(labels[0, 0]))
-        return TrialResult(len(images), peak())
+        return peak()
 
 
 def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
-    """Lower the batch size of a plan until a step of it fits into the card's memory.
+    """Lower the batch size of a plan, and say so in it, until a step fits into the card's memory.
 
     Args:
-        objects: `network`, `loss_function`, `optimizer` and `precision` of a config.
-        plan: Decided for the dataset.
-
-    Returns:
-        The plan, with a reason where its batch size is another now.
+        objects: `network`, `loss_function`, `optimizer` and `precision` of a config, which change.
 
     Raises:
         InputError: If not even one patch for each rank fits.
@@ -176,11 +148,11 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
     parts = objects["network"], objects["loss_function"], objects["optimizer"], precision
     limit = SHARE_OF_CARD * available_bytes(precision.device)
     while True:
-        number = -(-size // ranks)
-        images = torch.zeros((number, plan.in_channels, *plan.roi_size), device=precision.device)
+        shape = (-(-size // ranks), plan.in_channels, *plan.roi_size)
+        images = torch.zeros(shape, device=precision.device)
         labels = torch.zeros_like(images[:, :1], dtype=torch.uint8)
         try:
-            if (try_step(*parts, images, labels).peak_bytes or 0) <= limit or size == ranks:
+            if (try_step(*parts, images, labels) or 0) <= limit or size == ranks:
                 break
         except MemoryLimitError:
             if size == ranks:
@@ -194,40 +166,23 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
 
 def _first_batch(loader: Any) -> dict[str, Any]:
     """Load a batch in this process: workers would be started for it, and ended again."""
-    names = ("num_workers", "timeout") if isinstance(loader, DataLoader) else ()
-    settings = {name: getattr(loader, name) for name in names}
+    if not isinstance(loader, DataLoader):
+        return next(iter(loader))
+    settings = loader.num_workers, loader.timeout
     try:
-        for name in names:
-            setattr(loader, name, 0)
-        batches = iter(loader)
-        batch: dict[str, Any] = next(batches)
-        if isinstance(batches, Generator):
-            batches.close()
-        return batch
+        loader.num_workers = loader.timeout = 0
+        return next(iter(loader))
     finally:
-        for name, value in settings.items():
-            setattr(loader, name, value)
-
-
-def _finest(logits: Any) -> torch.Tensor:
-    """Take the logits of full resolution; some networks stack levels along the second axis."""
-    finest: torch.Tensor = logits[0] if isinstance(logits, list | tuple) else logits
-    return finest[:, 0] if finest.ndim == 6 else finest
-
-
-def _shape(logits: Any) -> str:
-    if isinstance(logits, torch.Tensor):
-        return str(tuple(logits.shape))
-    return f"in a list, {', '.join(str(tuple(level.shape)) for level in logits)},"
+        loader.num_workers, loader.timeout = settings
 
 
 def _try_on_cpu(loss_function: Any, logits: Any, labels: torch.Tensor) -> None:
     """Try labels that are no class where an error does not make the card unusable."""
     copy = deepcopy(loss_function)
     copy = copy.cpu() if isinstance(copy, nn.Module) else copy
-    levels = [logits] if isinstance(logits, torch.Tensor) else logits
-    zeros = [torch.zeros(level.shape) for level in levels]
-    copy(zeros[0] if isinstance(logits, torch.Tensor) else zeros, labels.cpu())
+    is_tensor = isinstance(logits, torch.Tensor)
+    levels = [level.float().cpu() for level in ([logits] if is_tensor else logits)]
+    copy(levels[0] if is_tensor else levels, labels.cpu())
 
 
 def _roi_remedy(images: torch.Tensor) -> str:
@@ -238,28 +193,12 @@ def _roi_remedy(images: torch.Tensor) -> str:
     )
 
 
-def _loss_remedy(logits: Any, labels: torch.Tensor) -> str:
+def _loss_remedy(logits: Any, highest: int) -> str:
     if not isinstance(logits, torch.Tensor) or logits.ndim == 6:
-        return (
-            "Use a loss that takes the outputs of deep supervision, as SegmentationLoss takes a "
-            "list, or turn deep supervision off."
-        )
-    classes, highest = logits.shape[1], int(labels.max())
-    if highest >= classes:
-        return (
-            f"Use a loss that leaves out the label {highest} of voxels that nobody annotated, as "
-            "SegmentationLoss does with ignore_value."
-        )
-    return f"Use a loss for {classes} classes; class weights need a value for each of them."
-
-
-def _require_gradients(network: nn.Module) -> None:
-    unused = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
-    if unused and distributed.size() > 1:  # they would differ between ranks
-        raise InputError(
-            f"network: expected all parameters to take part in a step of several ranks, got no "
-            f"gradient of {', '.join(unused[:5])}. Freeze them, or train in one process."
-        )
+        return "Use a loss that takes a list, as SegmentationLoss, or turn deep supervision off."
+    if highest >= logits.shape[1]:
+        return f"Use a loss that ignores label {highest}, as SegmentationLoss with ignore_value."
+    return f"Use a loss for {logits.shape[1]} classes; class weights need a value for each."
 
 
 @contextlib.contextmanager
@@ -276,11 +215,7 @@ def _named(where: str, expected: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _peak(device: torch.device, images: torch.Tensor) -> Iterator[Callable[[], int | None]]:
-    """Inside, measure the memory that is reserved on a CUDA device.
-
-    Raises:
-        MemoryLimitError: If there is too little.
-    """
+    """Measure the memory that is reserved on a CUDA device; `MemoryLimitError` if it is full."""
     if device.type != "cuda":
         yield lambda: None
         return

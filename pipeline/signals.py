@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from pipeline.distributed import SIGNALS
 from pipeline.errors import TrainingInterrupted, interrupted_status
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
@@ -22,15 +23,10 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
     process ends with the same exit status; whatever was acknowledged is on the disk. Python runs no
     handler during a call of native code; one that never returns is left to whoever sent the signal.
 
-    Only the main thread can handle signals; in others nothing happens.
-
     Args:
         interrupt: Sets a flag. It must not take a lock, since a signal may come at any time.
         grace_s: Seconds from the signal to the end of the process.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end_now(number: int, frame: FrameType | None) -> None:
         for worker in multiprocessing.active_children():
@@ -44,7 +40,7 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))
             interrupt()
 
-    with _handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
+    with signal_handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
         try:
             yield
         finally:
@@ -55,12 +51,8 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
 def interruptible_at_once() -> Iterator[None]:
     """Inside, SIGTERM, SIGINT or SIGUSR1 raises TrainingInterrupted; further ones do nothing.
 
-    For the time before and after training, in which there is nothing to save. Inside it,
-    `interruptible` has precedence.
+    For the time before and after training; inside it, `interruptible` has precedence.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
@@ -68,12 +60,15 @@ def interruptible_at_once() -> Iterator[None]:
         os.write(2, b"Interrupted outside of training; the same command continues.\n")
         raise TrainingInterrupted
 
-    with _handlers(dict.fromkeys(SIGNALS, end)):
+    with signal_handlers(dict.fromkeys(SIGNALS, end)):
         yield
 
 
 @contextlib.contextmanager
-def _handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+def signal_handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+    """Inside, signals have these handlers; outside of the main thread, nothing happens."""
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
