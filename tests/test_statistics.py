@@ -15,7 +15,7 @@ from pipeline.evaluation.statistics import (
     WORSE,
     Arm,
     bootstrap_interval,
-    compare,
+    compare_arms,
     correct_by_holm,
     estimate_difference,
     rank_scores,
@@ -38,7 +38,7 @@ def judge(a, b, persons=None, **options):
     a, b = (side if isinstance(side, Arm) else arm(side) for side in (a, b))
     names = persons or [f"case_{n:03d}" for n in range(a.values.shape[1])]
     classes = [f"class_{k}" for k in range(a.values.shape[2])]
-    return compare(a, b, names, classes, **options)
+    return compare_arms(a, b, names, classes, **options)
 
 
 def noisy(seed, num_cases=12, num_seeds=3, num_classes=2, gap=0.0):

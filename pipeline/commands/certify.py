@@ -274,7 +274,7 @@ def make_certificate(sweep: PrecisionSweep, stopped: Mapping[Run, str]) -> dict[
 def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> dict[str, Any]:
     """Compare runs with those in float32, each class by itself."""
     from pipeline.evaluation.comparison import read_arms
-    from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare
+    from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare_arms
 
     reference = [("float32", seed) for seed in sweep.seeds]
     files = {
@@ -285,7 +285,7 @@ def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> di
     found = {}
     for k, name in enumerate(scores.class_names):
         a, b = (Arm(arm.values[..., [k]], arm.best[..., [k]]) for arm in scores.arms)
-        entry = compare(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
+        entry = compare_arms(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
         high = entry["interval"][1]
         if is_stopped:
             entry |= {"verdict": WORSE, "difference": None, "interval": [None, None]}

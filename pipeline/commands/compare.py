@@ -23,7 +23,7 @@ from pipeline.data.splits import person_of
 from pipeline.errors import InputError, as_bool
 from pipeline.evaluation.comparison import find_direction, read_arms
 from pipeline.evaluation.scores import format_number, format_table
-from pipeline.evaluation.statistics import BETTER, TOO_FEW, WORSE, Arm, compare
+from pipeline.evaluation.statistics import BETTER, TOO_FEW, WORSE, Arm, compare_arms
 
 SAID = {BETTER: "A is better than B", WORSE: "B is better than A"}
 
@@ -93,7 +93,7 @@ def compare_files(given: argparse.Namespace) -> dict[str, Any]:
         "num_cases": len(scores.case_ids),
         "num_persons": len(set(scores.persons)),
         "notes": scores.notes,
-    } | compare(
+    } | compare_arms(
         a,
         b,
         scores.persons,
