@@ -38,12 +38,10 @@ ROUNDING = 1e-12  # of the largest score; less than that is no difference
 
 @dataclass(frozen=True)
 class Arm:
-    """Scores of the runs of one arm.
+    """Scores of the S runs of one arm, on N cases of K classes, `(S, N, K)` float64 and bool.
 
-    Attributes:
-        values: `(S, N, K)` float64, of S runs, N cases and K classes; `nan` where undefined.
-        best: `(S, N, K)` bool: where it is undefined because it could not be better, as where a
-            class is in neither label nor prediction. Other undefined scores are worse than any.
+    A score that is undefined is `nan`; `best` says where that is because it could not be better, as
+    where a class is in neither label nor prediction. Other undefined scores are worse than any.
     """
 
     values: np.ndarray
@@ -52,13 +50,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference, A minus B, and its standard errors in the same units; `nan` where unknown.
+    """A difference of means, A minus B, and its standard errors; `nan` where unknown.
 
-    Attributes:
-        value: Of the means.
-        errors: From `seeds_a`, `seeds_b` and `persons`.
-        total: From all three; unknown with fewer than `MIN_SEEDS` or `MIN_PERSONS`.
-        freedom: Degrees of freedom of the total.
+    `errors` are those from `seeds_a`, `seeds_b` and `persons`, `total` from all three, which is not
+    known with fewer than `MIN_SEEDS` or `MIN_PERSONS`; `freedom` are its degrees of freedom.
     """
 
     value: float
@@ -74,7 +69,7 @@ class Estimate:
         return float(2 * stdtr(self.freedom, -abs(self.value) / self.total))
 
     def reach(self, tail: float) -> float:
-        """Return the distance from 0 to the upper `tail` of the distribution of chance."""
+        """Return how far the difference may lie off by chance, but for a probability `tail`."""
         return float(self.total and -stdtrit(self.freedom, tail) * self.total)
 
     def is_within(self, margin: float, confidence: float) -> bool:
@@ -107,14 +102,16 @@ def estimate_difference(a: np.ndarray, b: np.ndarray, persons: Sequence[str]) ->
         return Estimate(np.nan, nothing, np.nan, np.nan)
     runs = [arm.mean(axis=1) for arm in (a, b)]
     units = [len(a), len(b), len(set(persons))]
+    means = _resample_persons(a.mean(axis=0) - b.mean(axis=0), persons, NUM_RESAMPLES)
     variances = [
-        float(np.var(means, ddof=1) / len(means)) if len(means) > 1 else np.nan for means in runs
-    ] + [_person_variance(a.mean(axis=0) - b.mean(axis=0), persons)]
-    value, total, freedom = (
-        float(runs[0].mean() - runs[1].mean()),
-        math.sqrt(sum(variances)),
-        np.nan,
-    )
+        *(
+            float(np.var(of_runs, ddof=1) / n) if n > 1 else np.nan
+            for of_runs, n in zip(runs, units, strict=False)
+        ),
+        float(np.var(means) * units[2] / (units[2] - 1)) if units[2] > 1 else np.nan,
+    ]
+    value = float(runs[0].mean() - runs[1].mean())
+    total, freedom = math.sqrt(sum(variances)), np.nan
     negligible = ROUNDING * max(np.abs(a).max(), np.abs(b).max())
     if min(units[:2]) < MIN_SEEDS or units[2] < MIN_PERSONS:
         total = np.nan
@@ -127,14 +124,15 @@ def estimate_difference(a: np.ndarray, b: np.ndarray, persons: Sequence[str]) ->
     return Estimate(value if abs(value) > negligible else 0.0, dict(errors), total, freedom)
 
 
-def _person_variance(delta: np.ndarray, persons: Sequence[str]) -> float:
-    """Return the variance of the mean over cases `(N,)` when persons are drawn; `nan` for one."""
+def _resample_persons(values: np.ndarray, persons: Sequence[str], num_resamples: int) -> np.ndarray:
+    """Return means of `(N,)` values that are not `nan`, of all cases of drawn persons."""
     names, person_of_case = np.unique(np.asarray(persons), return_inverse=True)
-    if len(names) < 2:
-        return np.nan
-    draws = _draw_persons(len(names), NUM_RESAMPLES)
-    sums, counts = (np.bincount(person_of_case, weights) for weights in (delta, None))
-    return float(np.var((draws @ sums) / (draws @ counts)) * len(names) / (len(names) - 1))
+    known = ~np.isnan(values)
+    sums = np.bincount(person_of_case, np.where(known, values, 0), len(names))
+    counts = np.bincount(person_of_case, known, len(names))
+    draws = _draw_persons(len(names), num_resamples)
+    draws = draws[draws @ counts > 0]
+    return (draws @ sums) / (draws @ counts)
 
 
 @lru_cache(maxsize=8)
@@ -149,24 +147,17 @@ def bootstrap_interval(values: np.ndarray, persons: Sequence[str]) -> list[float
 
     Args:
         values: `(N,)` float64 scores; `nan` where the case has none.
-        persons: `N` names, of the person of each case; all cases of a person are drawn together.
+        persons: `N` names; all cases of a person are drawn together.
 
     Returns:
         Both ends; `None` with scores of fewer than two persons.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    known = ~np.isnan(values)
-    if len(np.unique(np.asarray(persons)[known])) < 2:
+    if len(np.unique(np.asarray(persons)[~np.isnan(values)])) < 2:
         return None
-    names, person_of_case = np.unique(np.asarray(persons), return_inverse=True)
-    sums = np.bincount(person_of_case, np.where(known, values, 0), len(names))
-    counts = np.bincount(person_of_case, known, len(names))
     # ends vary by 6 % of a standard error with so few draws, of some hundred intervals
-    draws = _draw_persons(len(names), 2_000)
-    drawn = draws @ counts > 0
-    means = (draws[drawn] @ sums) / (draws[drawn] @ counts)
-    return np.quantile(means, [0.025, 0.975]).tolist()
+    return np.quantile(_resample_persons(values, persons, 2_000), [0.025, 0.975]).tolist()
 
 
 def correct_by_holm(p_values: Sequence[float], alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +220,7 @@ def compare_arms(
 
     Args:
         a: The one arm.
-        b: The other, of the same cases and classes.
+        b: The other, of the same N cases and K classes.
         persons: `N` names, of the person of each case.
         class_names: `K` names.
         higher_is_better: Which direction is good.
@@ -343,7 +334,7 @@ def _judge(
     return {
         "verdict": verdict,
         "reason": reason,
-        "interval": [nan_to_none(estimate.value - reach), nan_to_none(estimate.value + reach)],
+        "interval": [nan_to_none(estimate.value + end) for end in (-reach, reach)],
         "interval_confidence": 1 - float(level),
         "smallest_difference": nan_to_none(smallest),
     }
