@@ -172,15 +172,3 @@ def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
     assert run(tmp_path / "b", report=True) == 0
     assert "report: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "b/summary.json").exists()
-
-
-def test_persons_are_told_apart_as_in_the_split(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    dataset = make_dataset(tmp_path / "data", 8)
-    out = tmp_path / "r"
-    values = {"group_pattern": "pairs", "num_folds": 2, "max_epochs": 1}
-    assert run_tiny(dataset, out, final_scores=True, **values) == 0
-    rows = read_scores(out / "scores/validation_best/metrics.csv")
-    persons = {row["case_id"]: row["person"] for row in rows}
-    assert len(persons) == 4
-    assert len(set(persons.values())) == 2

@@ -12,7 +12,6 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from pipeline.errors import InputError
-from pipeline.evaluation import scores
 from pipeline.evaluation.scores import COLUMNS, read_scores, score_case, write_scores
 
 NAN = float("nan")
@@ -144,24 +143,6 @@ def test_nsd_counts_what_lies_one_voxel_of_the_tolerance_off(size):
     off = filled((4, 3, 2)), filled((5, 3, 2))
     assert one_class(*off, spacing=(size, 9, 9), tolerance=tolerance)["nsd"] == 1
     assert one_class(*off, spacing=(size, 9, 9), tolerance=0.999 * tolerance)["nsd"] == 0
-
-
-def test_score_case_measures_each_class_in_the_box_around_it(monkeypatch):
-    """Else many classes in a large volume cannot be scored."""
-    sizes = []
-    measure = scores.score_surfaces
-    monkeypatch.setattr(
-        scores,
-        "score_surfaces",
-        lambda pred, label, **how: sizes.append(tuple(pred.shape)) or measure(pred, label, **how),
-    )
-    pred, label = np.zeros((2, 40, 40, 40), np.uint8)
-    pred[3:6, 5, 5], label[4:8, 5:7, 5] = 1, 1
-    pred[30, 30, 30], label[30, 35, 39] = 3, 3
-    names = ["background", "a", "b", "c"]
-    rows = score_case(pred, label, spacing_mm=(1, 1, 1), class_names=names, tolerance_mm=1)
-    assert sizes == [(5, 2, 1), (1, 6, 10)]
-    assert [row["status"] for row in rows] == ["scored", "absent", "scored"]
 
 
 # ---- empty sets and ignored voxels

@@ -207,12 +207,12 @@ def _interpolate(slab: torch.Tensor, axes: Sequence[Axis], shape: tuple[int, ...
 def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
     """Resample `volume` to the grid that `image` had in its file.
 
-    One linear interpolation undoes orientation and spacing together. Where empty borders were cut
-    off, the result is 0; for probabilities that is so in every class, and argmax is the first.
+    Where empty borders were cut off, the result is 0; for probabilities that is so in every class,
+    and argmax is the first.
 
     Args:
         volume: `(C, H, W, D)` float, on the preprocessed grid of `image`.
-        image: `(_, H, W, D)` the preprocessed image, whose metadata hold the file's grid.
+        image: As for `FileGrid`.
 
     Returns:
         `(C, *shape of the file)` float32.

@@ -332,17 +332,16 @@ def format_page(certificate: Mapping[str, Any]) -> str:
     for precision, by_seed in certificate["runs"].items():
         for seed, run in by_seed.items():
             if "stopped" in run:
-                runs.append(f"| {precision} | {seed} | stopped: {run['stopped']} | | | |")
-                continue
-            effective, peak = run["effective"], run["peak_memory_bytes"]
-            runs.append(
-                f"| {precision} | {seed} | {effective['dtype']}{', tf32' * effective['tf32']} | "
-                f"{run['wall_time_s']:.0f} s | {form(peak and peak / 1e9, '.2f')} GB | "
-                f"{run['skipped_steps']} |"
-            )
-    lists = {key: ", ".join(map(str, certificate[key])) for key in ("seeds", "control_seeds")}
-    tables = {"verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
-    return PAGE.format(**{**certificate, **lists, **tables}, learnt=10 * certificate["margin"])
+                said = f"stopped: {run['stopped']} | | |"
+            else:
+                dtype, peak = run["effective"]["dtype"], run["peak_memory_bytes"]
+                said = f"{dtype}{', tf32' * run['effective']['tf32']} | {run['wall_time_s']:.0f} s"
+                said += f" | {form(peak and peak / 1e9, '.2f')} GB | {run['skipped_steps']}"
+            runs.append(f"| {precision} | {seed} | {said} |")
+    certificate = {**certificate, "verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
+    for key in ("seeds", "control_seeds"):
+        certificate[key] = ", ".join(map(str, certificate[key]))
+    return PAGE.format(**certificate, learnt=10 * certificate["margin"])
 
 
 if __name__ == "__main__":

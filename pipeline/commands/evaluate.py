@@ -132,7 +132,7 @@ def _choose_classes(
             f"class_names: expected 2 to {MAX_VALUE + 1} different names, background first, got "
             f"{names}. Change them."
         )
-    if ignored is not None and names is not None and ignored < len(names):
+    if names is not None and ignored is not None and ignored < len(names):
         raise InputError(
             f"ignore_value: expected a value that is no class, got {ignored} ('{names[ignored]}'). "
             "Change it."

@@ -99,11 +99,16 @@ def read_arms(
     if faults:
         raise InputError(*dict.fromkeys(faults))
     every = [*read["a"], *read["b"]]
-    keys, notes = _find_common(every, common_cases)
+    notes, seen = [], dict[str, str]()
+    for file in every:
+        if (scores := repr(sorted(file.values.items()))) in seen:
+            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
+        seen.setdefault(scores, file.path)
+    keys, left_out = _find_common(every, common_cases)
     case_ids, class_names = (sorted(set(part)) for part in zip(*keys, strict=True))
     a, b = (_make_arm(of_arm, keys, case_ids, class_names) for of_arm in (read["a"], read["b"]))
     persons = _find_persons(every, case_ids, person_of)
-    return PairedScores(case_ids, persons, class_names, (a, b), _find_copies(every) + notes)
+    return PairedScores(case_ids, persons, class_names, (a, b), notes + left_out)
 
 
 def _read_file(path: str, metric: str) -> ScoreFile:
@@ -196,18 +201,6 @@ def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[set[Key],
             if (missing := every - {*file.values})
         )
     )
-
-
-def _find_copies(files: Sequence[ScoreFile]) -> list[str]:
-    """Return notes on files that are unlikely to be of different runs."""
-    notes = []
-    seen: dict[str, str] = {}
-    for file in files:
-        scores = repr(sorted(file.values.items()))
-        if scores in seen:
-            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
-        seen.setdefault(scores, file.path)
-    return notes
 
 
 def _find_persons(

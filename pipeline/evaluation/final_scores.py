@@ -47,11 +47,11 @@ class Scoring:
     Args:
         run_dir: Of the run.
         is_held: Whether this process is in the run; else nothing is done.
-        cases: Of the run.
+        cases: Of the run; `validation` has those for validation preprocessed.
         network: On its device; has the same weights afterwards.
         precision: Used for prediction.
         inferer: Cuts windows and blends them.
-        validation: The preprocessed validation cases.
+        validation: See `cases`.
         preprocessing: Makes the same of a test case.
         class_names: In the order of the label values, background first.
         ignore_value: Label of voxels that do not count.
@@ -166,13 +166,10 @@ class Scoring:
         write_json(folder / "cases.json", {case["case_id"]: self._files(case) for case in cases})
         summary = write_scores(folder, rows, refused=refused, **self.how)
         low, high = summary["mean_dice_interval"] or (math.nan, math.nan)
-        log.info(
-            "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)",
-            folder.name.replace("_", " cases, "),
-            math.nan if summary["mean_dice"] is None else summary["mean_dice"],
-            low,
-            high,
-        )
+        mean = math.nan if summary["mean_dice"] is None else summary["mean_dice"]
+        what = folder.name.replace("_", " cases, ")
+        said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
+        log.info(said, what, mean, low, high)
 
     def _files(self, case: Case) -> dict[str, list[str]]:
         return {

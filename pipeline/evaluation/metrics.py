@@ -82,13 +82,12 @@ def mean_of_defined(
 class MeanDice(Metric):
     """Mean Dice over foreground classes, per case, then over cases.
 
-    A class that is absent from both prediction and label of a case is left out of that case and
-    counted in the details. Works on decollated output: one dictionary per case, with `pred` and
-    `label` `(1, H, W, D)` on the same grid.
+    A class that is absent from both prediction and label of a case is left out of that case. Works
+    on decollated output: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid.
 
     After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
-    `absent` (name to number of cases left out) and `cases` (case id to Dice per class). Where each
-    rank has a share of the cases, all ranks have the result for all cases.
+    `absent` (name to number of cases left out) and `cases` (case id to Dice per class), on each
+    rank for all cases.
 
     Args:
         class_names: Names of all classes, background first.

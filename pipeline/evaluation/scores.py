@@ -160,9 +160,7 @@ def score_surfaces(
         tolerance_mm: Distance up to which surfaces agree.
 
     Returns:
-        `hd95_mm`: the larger of the 95th percentiles of the two directions, in mm; `assd_mm`: mean
-        over the distances of both directions together, in mm; `nsd`: share of them within the
-        tolerance, 0 to 1.
+        `hd95_mm`, `assd_mm` and `nsd`; see `DEFINITIONS`.
 
     Source: Huttenlocher et al., IEEE TPAMI 15 (1993) for the Hausdorff distance by ranks; Heimann
     et al., IEEE TMI 28 (2009) for the average symmetric distance; Nikolov et al., J Med Internet

@@ -208,15 +208,13 @@ def compare_arms(
 
     A case that is undefined alike in every run of both arms says nothing about a class and is
     counted apart. If other scores of a class are undefined, it is compared by ranks: of all scores
-    of all runs and cases, ties averaged, the undefined at their end. The estimate is then the mean
-    rank in A minus that in B, over the number of ranks: the probability that a score of A is better
-    than one of B, less one half. The mean over classes is taken case by case, and is of ranks as
-    soon as one class is.
+    of all runs and cases, ties averaged, the undefined at their end. The estimate is then the
+    probability that a score of A is better than one of B, less one half. The mean over classes is
+    taken case by case, and is of ranks as soon as one class is.
 
-    The overall verdict is one test by itself; those on classes are corrected for their number.
-    Interval and smallest difference of a class are of the level at which Holm's method tested it,
-    so that 0 is outside the interval exactly where the verdict says so. Arms are equivalent if the
-    interval at `confidence` lies strictly within the margin, in every class by itself.
+    The overall verdict is one test by itself; those on classes are corrected by Holm's method, and
+    their intervals and smallest differences are of the level that it tested them at. Arms are
+    equivalent if the interval at `confidence` lies strictly within the margin.
 
     Args:
         a: The one arm.

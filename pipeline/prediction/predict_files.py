@@ -51,12 +51,11 @@ class Prediction:
     Args:
         cases: Dictionaries with `case_id` and `image`, a path or one per channel.
         preprocessing: As `transforms.preprocess.preprocessing` returns it.
-        segmenter: Predicts.
+        segmenter: Predicts labels from what is preprocessed.
         bundle_root: Folder that relative paths start from.
         output_dir: Gets `<case_id>.nii.gz` for each case.
         in_channels: Channels of an image.
-        trained_on: The training images' spacing and intensities, from the run's inference config;
-            `None`: nothing is compared with them.
+        trained_on: Spacing and intensities of the training images, to compare with, if known.
         probabilities: Whether to write `<case_id>_probabilities.nii.gz` too: float32
             `(H, W, D, num_classes)`.
         strict: Whether to stop at the first case that cannot be predicted.
@@ -205,9 +204,10 @@ def find_differences_from_training(image: MetaTensor, trained_on: Config | None)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
     low, high = np.array(trained_on["spacing_mm"])
     if (spacing < low / SPACING_FACTOR).any() or (spacing > high * SPACING_FACTOR).any():
+        least, most, got = ("x".join(f"{n:.3g}" for n in sizes) for sizes in (low, high, spacing))
         yield (
-            f"expected voxels of {_join(low)} to {_join(high)} mm (R, A, S), as in training, "
-            f"got {_join(spacing)} mm. It is predicted all the same; look at the result."
+            f"expected voxels of {least} to {most} mm (R, A, S), as in training, got {got} mm. It "
+            "is predicted all the same; look at the result."
         )
     for channel, facts in zip(image, trained_on["channels"], strict=False):
         std, mean = (float(one) for one in torch.std_mean(channel.as_tensor(), correction=0))
@@ -227,7 +227,3 @@ def describe_fault(error: BaseException) -> str:
         return "expected a volume that fits into the device's memory, got more. Use device cpu."
     error = innermost(error)
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _join(values: np.ndarray) -> str:
-    return "x".join(f"{value:.3g}" for value in values)
