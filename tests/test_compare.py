@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 
 import numpy as np
 import pytest
@@ -104,11 +103,6 @@ def test_command_compares_our_files(ours, tmp_path, capsys):
         )
 
 
-def test_command_says_that_b_is_better(ours, capsys):
-    assert command({"a": ours["b"], "b": ours["a"]}) == 0
-    assert capsys.readouterr().out.strip().split("\n")[-1].startswith("B is better than A")
-
-
 def test_command_shows_a_difference_of_single_runs(ours, capsys):
     assert command({"a": ours["a"][:1], "b": ours["b"][:1]}) == 0
     last = capsys.readouterr().out.strip().split("\n")[-1]
@@ -118,32 +112,15 @@ def test_command_shows_a_difference_of_single_runs(ours, capsys):
     assert "from persons" in last
 
 
-def test_result_does_not_depend_on_the_order_of_rows_and_files(ours, tmp_path):
-    before = compared(ours, tmp_path)
-    for n, file in enumerate([*ours["a"], *ours["b"]]):
-        edit(file, random.Random(n).shuffle)
-    ours["a"].reverse()
-    ours["b"].reverse()
-    after = compared(ours, tmp_path)
-    assert after["overall"]["verdict"] == before["overall"]["verdict"]
-    for name in ("interval", "p_value"):
-        assert after["overall"][name] == pytest.approx(before["overall"][name])
-
-
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        ("dice", (True, False)),
         ("DSC", (True, False)),
-        ("nsd_2mm", (True, False)),
         ("Normalized Surface Distance", (True, False)),
         ("hd95_mm", (False, False)),
-        ("HD95", (False, False)),
-        ("Hausdorff_distance", (False, False)),
         ("ASSD", (False, False)),
         ("mean_error", (False, False)),
         ("volume_difference_ml", (False, True)),
-        ("sensitivity", (True, False)),
         ("false_positives", (False, False)),
     ],
 )
@@ -340,12 +317,6 @@ def test_command_refuses_persons_that_differ(ours, capsys):
     ]
 
 
-def test_command_names_a_few_of_many(ours, capsys):
-    edit(ours["a"][0], lambda rows: rows[:4])
-    (line,) = refused(ours, capsys)
-    assert "case_003 (liver), case_003 (spleen), case_004 (liver) and 15 more." in line
-
-
 def test_command_tells_every_fault(ours, tmp_path, capsys):
     edit(ours["a"][0], lambda rows: rows[1].__setitem__(4, "good"))
     ours["b"][2] = str(tmp_path / "none.csv")
@@ -378,14 +349,12 @@ def test_command_names_the_nearest_column(ours, tmp_path, capsys):
     ("options", "expected"),
     [
         (("--confidence", "95"), "argument --confidence: expected 1e-06 to 0.999999, got 95."),
-        (("--margin", "-1"), "argument --margin: expected 1e-12 or more, got -1."),
         (("--margin", "true"), "argument --margin: expected 1e-12 or more"),
         (("--higher_is_better", "maybe"), "--higher_is_better: expected true or false"),
         (("--common_cases", "1"), "--common_cases: expected true or false"),
         (("--metrik", "dice"), "unrecognized arguments: --metrik dice"),
         (("--group_pattern", "("), "group_pattern: expected a regular expression"),
         (("--output", "/no/such/folder/x.json"), "--output: expected a file to write"),
-        (("--metric",), "argument --metric: expected one argument"),
     ],
 )
 def test_command_refuses_options_in_one_line(ours, capsys, options, expected):
@@ -398,11 +367,6 @@ def test_command_refuses_options_in_one_line(ours, capsys, options, expected):
 def test_command_refuses_cases_that_the_pattern_names_no_person_of(ours, capsys, pattern):
     lines = refused(ours, capsys, "--group_pattern", pattern)
     assert [line.split(":")[0] for line in lines] == ["case_010", "case_011"]
-
-
-def test_command_refuses_arms_without_files(ours, capsys):
-    assert main(["--a", *ours["a"]]) == 2
-    assert "the following arguments are required: --b" in capsys.readouterr().err
 
 
 def test_command_refuses_a_file_twice_in_an_arm(ours, capsys):

@@ -15,7 +15,6 @@ from pipeline.commands.evaluate import main as evaluate
 from pipeline.data.dataset import load_cases
 from pipeline.evaluation import final_scores
 from pipeline.evaluation.scores import read_scores
-from pipeline.prediction.segmenter import PredictionError, Segmenter
 
 SPLITS = ("validation", "test")
 
@@ -108,29 +107,6 @@ def test_run_that_dies_while_it_is_scored_goes_on_there(run, tmp_path, monkeypat
     assert end.value.code == 0
 
 
-def test_case_that_cannot_be_predicted_is_named_and_the_rest_scored(
-    run, tmp_path, monkeypatch, capsys
-):
-    predicted = []
-
-    class FailsOnce(Segmenter):
-        def __call__(self, image, **values):
-            predicted.append(1)
-            if len(predicted) == 1:
-                raise PredictionError("expected finite logits in float16, got NaN or infinity.")
-            return super().__call__(image, **values)
-
-    monkeypatch.setattr(final_scores, "Segmenter", FailsOnce)
-    assert run(tmp_path / "r", final_scores=True) == 0
-    told = capsys.readouterr().out
-    summary = json.loads((tmp_path / "r/scores/validation_best/summary.json").read_text())
-    ((case_id, why),) = summary["refused"].items()
-    assert why.startswith("expected finite logits")
-    assert f"{case_id}: expected finite logits" in told
-    rows = read_scores(tmp_path / "r/scores/validation_best/metrics.csv")
-    assert len({row["case_id"] for row in rows}) == 1
-
-
 def test_broken_test_case_is_named_and_the_rest_scored(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     dataset = make_dataset(tmp_path / "data", 9)
@@ -169,20 +145,6 @@ def test_full_disk_while_scoring_ends_the_run_to_be_continued(run, tmp_path, mon
     assert run(tmp_path / "r", final_scores=True) == 0
 
 
-def test_weights_that_are_the_same_are_scored_once(run, tmp_path, monkeypatch):
-    scored = []
-    score = final_scores.Scoring._score
-    monkeypatch.setattr(
-        final_scores.Scoring,
-        "_score",
-        lambda self, *args: scored.append(args) or score(self, *args),
-    )
-    assert run(tmp_path / "r", final_scores=True, max_epochs=1) == 0
-    assert len(scored) == 1
-    best, last = ((tmp_path / f"r/scores/validation_{w}") for w in ("best", "last"))
-    assert (best / "metrics.csv").read_bytes() == (last / "metrics.csv").read_bytes()
-
-
 def test_ignored_voxels_count_in_no_score(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     import any_datasets
@@ -210,15 +172,3 @@ def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
     assert run(tmp_path / "b", report=True) == 0
     assert "report: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "b/summary.json").exists()
-
-
-def test_persons_are_told_apart_as_in_the_split(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    dataset = make_dataset(tmp_path / "data", 8)
-    out = tmp_path / "r"
-    values = {"group_pattern": "pairs", "num_folds": 2, "max_epochs": 1}
-    assert run_tiny(dataset, out, final_scores=True, **values) == 0
-    rows = read_scores(out / "scores/validation_best/metrics.csv")
-    persons = {row["case_id"]: row["person"] for row in rows}
-    assert len(persons) == 4
-    assert len(set(persons.values())) == 2

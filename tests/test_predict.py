@@ -99,19 +99,6 @@ def test_prediction_lies_on_the_inputs_own_grid(predict, tmp_path, name, codes, 
     assert b"somebody" not in got.header["descrip"].tobytes()
 
 
-def test_prediction_follows_the_image_when_its_axes_are_permuted(predict, tmp_path):
-    """The same voxels in another order of axes, resampled by nobody: the same labels."""
-    write_case(tmp_path, "case", seed=3, size=(20, 16, 12), affine=np.diag([1, 1, 1.5, 1]))
-    first = nib.load(tmp_path / "imagesTr/case.nii.gz")
-    turned = first.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
-    nib.save(turned, tmp_path / "imagesTr/turned.nii.gz")
-    assert predict(tmp_path / "imagesTr") == 0
-    got = [nib.load(tmp_path / f"out/{name}.nii.gz") for name in ("case", "turned")]
-    np.testing.assert_allclose(got[1].affine, turned.affine, atol=1e-5)
-    back = nib.as_closest_canonical(got[1])
-    np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(got[0].dataobj))
-
-
 def test_prediction_of_a_dicom_series(predict, tmp_path):
     voxels = np.random.default_rng(0).integers(0, 99, (18, 16, 12)).astype(np.int16)
     affine = make_affine(*GRIDS["RAS"])
@@ -170,11 +157,6 @@ def test_evaluator_for_clients_gives_the_same_labels(predict, runs, dataset, tmp
             np.asarray(theirs.dataobj), labels(tmp_path / "out" / path.name)
         )
         np.testing.assert_allclose(theirs.affine, nib.load(path).affine, atol=1e-5)
-
-
-def test_a_single_file_stands_for_its_case(predict, dataset, tmp_path):
-    assert predict(dataset / "imagesTr/tiny_002.nii.gz") == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny_002.nii.gz"]
 
 
 def test_probabilities_on_request(predict, dataset, tmp_path):
@@ -276,6 +258,8 @@ def test_strict_stops_at_the_first(predict, tmp_path, capsys):
     ("change", "words"),
     [
         ({"run_dir": "nowhere"}, "run_dir: expected the directory of a run, got nowhere"),
+        ({"run_dir": []}, "--run_dir: expected a path, got []"),
+        ({"output_dir": None}, "--output_dir: expected a path, got null"),
         ({"images": "nowhere"}, "input: expected NIfTI files or DICOM series in "),
         (
             {"wieghts": "x"},
@@ -330,24 +314,6 @@ def test_labels_are_never_overwritten_but_predictions_are(predict, dataset, tmp_
     assert as_it_was(tmp_path) == before
     assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
     assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"run_dir": []}, "--run_dir: expected a path, got []"),
-        ({"output_dir": None}, "--output_dir: expected a path, got null"),
-        ({"ensemble": None}, "--ensemble: expected a path, got null"),
-        ({"run_dir": 2024}, "run_dir: expected the directory of a run, got 2024"),
-        ({"images": 5}, "input: expected NIfTI files or DICOM series in "),
-        ({"ensemble": "nowhere"}, "run_dir: expected the directory of a run, got "),
-    ],
-)
-def test_paths_that_are_none(predict, dataset, tmp_path, capsys, change, words):
-    change = dict(change)
-    assert predict(change.pop("images", dataset / "imagesTr"), **change) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
 
 
 def test_interrupted_prediction_lists_what_it_could_not_do(predict, tmp_path, monkeypatch, capsys):
@@ -425,17 +391,9 @@ def test_predictor_raises_what_it_says(runs, tmp_path):
     assert len(Predictor(runs / "a", ensemble=[str(runs / "b")]).segmenter.networks) == 2
 
 
-def test_ensemble_takes_the_same_weights_of_each_run(runs, tmp_path):
-    for name in "ab":
-        shutil.copytree(runs / name, tmp_path / name)
-    (tmp_path / "b/models/last.pt").unlink()
-    with pytest.raises(InputError, match=r"b/models/last.pt: expected the weights"):
-        Predictor(tmp_path / "a", tmp_path / "b", weights="models/last.pt")
-
-
 def test_predictor_refuses(runs):
     predictor = Predictor(runs / "a")
-    with pytest.raises(ValueError, match="expected a MetaTensor or an affine, got neither"):
+    with pytest.raises(ValueError, match=r"affine: expected .4, 4. with three directions, got nan"):
         predictor(np.zeros((9, 9, 9)))
     with pytest.raises(ValueError, match=r"expected 1 channels, .* got shape"):
         predictor(np.zeros((2, 9, 9, 9)), np.eye(4))

@@ -12,7 +12,6 @@ from test_postprocess import AFFINES, expected, grid_of
 from pipeline.precision import Precision
 from pipeline.prediction.segmenter import PredictionError, Segmenter, SlidingWindowLabels
 from pipeline.prediction.sliding_window import SlidingWindow
-from transforms.cleanup import Cleanup
 from transforms.postprocess import ToOriginalGridd, to_original_grid
 
 ROI = (8, 8, 8)
@@ -55,17 +54,6 @@ def test_labels_are_those_of_whole_volume_blending(affine, monkeypatch):
     np.testing.assert_array_equal(found.affine, affine)
 
 
-def test_ensemble_is_the_mean_of_probabilities():
-    volume, own = grid_of(AFFINES["oblique"])
-    networks = [Net(seed) for seed in range(3)]
-    found = Segmenter(networks, FLOAT32, SlidingWindow(ROI, 4))(volume, with_probabilities=True)
-    mean = sum(probabilities_of(network, volume) for network in networks) / 3
-    by_scipy = expected(mean, own, AFFINES["oblique"])
-    np.testing.assert_allclose(found.probabilities, by_scipy, atol=1e-5)
-    # the mean of logits would be another one
-    assert (found.labels == by_scipy.argmax(0)).mean() > 0.999
-
-
 def test_probabilities_outside_of_what_was_kept_are_background():
     volume, _ = grid_of(AFFINES["RAS"], ([2, 3, 1], [6, 5, 9]))
     network = Net()
@@ -77,17 +65,6 @@ def test_probabilities_outside_of_what_was_kept_are_background():
     inside[2:8, 3:8, 1:10] = True
     np.testing.assert_array_equal(found.labels == 2, inside)
     np.testing.assert_array_equal(found.labels == 0, ~inside)
-
-
-def test_cleanup_is_the_last_thing_done():
-    volume, _ = grid_of(AFFINES["RAS"])
-    network = Net()
-    plain = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4))(volume)
-    cleanup = Cleanup(["background", "a", "b", "c"], keep_largest="all")
-    cleaned = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4), cleanup)(volume)
-    spacing = np.linalg.norm(AFFINES["RAS"][:3, :3], axis=0)
-    np.testing.assert_array_equal(cleaned.labels, cleanup(plain.labels, spacing))
-    assert (cleaned.labels != plain.labels).any()
 
 
 def test_network_is_evaluated_and_not_trained():

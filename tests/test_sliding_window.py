@@ -139,13 +139,3 @@ def test_window_starts_are_monais(overlap):
             step = max(int(roi * (1 - overlap)), 1) if roi != size else roi
             theirs = dense_patch_slices((size,), (roi,), (step,))
             assert window_starts(size, roi, overlap) == [one[0].start for one in theirs]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"flip_axes": [0, 3]}, "flip_axes: expected axes 0 to 2, got"),
-     ({"overlap": 1.0}, "overlap: expected 0 to below 1, got 1.0")],
-)  # fmt: skip
-def test_sliding_window_refuses(values, message):
-    with pytest.raises(ValueError, match=message):
-        SlidingWindow((8, 8, 8), 2, **values)

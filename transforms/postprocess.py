@@ -1,15 +1,14 @@
 """From the preprocessed grid back to the grid of the input file.
 
-Linear interpolation, a slab of the volume at a time. Each voxel of the file belongs to one slab
-and is computed from absolute coordinates in float64, so that it has the same value however the
-volume was cut into slabs.
+Linear interpolation, a slab of the volume at a time. Each voxel of the file belongs to one slab and
+is computed from absolute coordinates in float64: the same value however the volume was cut.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
+from scipy.ndimage import find_objects
 
 CHUNK = 2**25  # values of 4 bytes that are held at once, 128 MiB
 INDEX_VALUES = 32  # of these, for indices and weights of the neighbours of one voxel
 # Voxels: an axis that adds less to another's coordinate over the whole volume counts as
-# perpendicular to it. Headers keep affines in float32, which couples axes by up to 1e-5. For voxels
-# of 1 mm, 1e-3 is the distance within which two grids are equal (`TOLERANCE_MM`), and moves a voxel
-# by half of that.
+# perpendicular to it. Headers keep affines in float32, which couples axes by up to 1e-5.
 NEGLIGIBLE = 1e-3
 
 Box = tuple[slice, ...]
@@ -35,10 +33,7 @@ Axis = tuple[np.ndarray, np.ndarray]  # lower neighbour, and weight of the upper
 class Piece:
     """Interpolated values in a box of the file's grid.
 
-    Attributes:
-        box: Its place in the file.
-        values: `(C, *box)` float32.
-        mask: Which voxels to write, bool, of the box's shape; `None`: all.
+    `values` are `(C, *box)` float32; `mask`, bool of the box's shape, has voxels to write, or all.
     """
 
     box: Box
@@ -59,21 +54,18 @@ class FileGrid:
     """Grid of the file that an image was preprocessed from.
 
     Args:
-        image: `(_, H, W, D)` the preprocessed image, whose metadata hold the file's grid.
-
-    Attributes:
-        shape: Of the file, in voxels.
-        affine: `(4, 4)` float64 of the file, to RAS mm.
-        box: The part of the file that was kept when empty borders were cut off.
+        image: `(_, H, W, D)` preprocessed; its metadata hold the file's grid: `shape` in voxels,
+            `affine` `(4, 4)` float64 to RAS mm, and in `box` what is left of the borders.
     """
 
     def __init__(self, image: MetaTensor) -> None:
         meta = image.meta
         self.shape = tuple(int(n) for n in meta["spatial_shape"])
         self.affine = np.asarray(meta["original_affine"], dtype=np.float64)
-        start = [int(n) for n in meta.get("crop_start", (0, 0, 0))]
-        size = [int(n) for n in meta.get("crop_size", self.shape)]
-        self.box: Box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        crop = zip(
+            meta.get("crop_start", (0, 0, 0)), meta.get("crop_size", self.shape), strict=True
+        )
+        self.box: Box = tuple(slice(int(a), int(a) + int(n)) for a, n in crop)
         self._source = np.array(image.shape[1:])
         to_source = np.linalg.inv(np.asarray(image.affine, dtype=np.float64)) @ self.affine
         self._matrix, self._offset = to_source[:3, :3], to_source[:3, 3]
@@ -86,9 +78,8 @@ class FileGrid:
     def pieces(self, slab: torch.Tensor, axis: int = 0, start: int = 0) -> Iterator[Piece]:
         """Interpolate at the voxels of the file that belong to a slab.
 
-        A voxel belongs to the slab that holds both of its neighbours along `axis`; slabs that
-        follow one another therefore share a plane. Beyond the outermost planes of the volume,
-        values continue as they are there.
+        A voxel belongs to the slab that holds both of its neighbours along `axis`: slabs share a
+        plane. Beyond the outermost planes, values continue as they are there.
 
         Args:
             slab: `(C, h, w, d)` float32, consecutive planes of a volume on the preprocessed grid.
@@ -120,16 +111,16 @@ class FileGrid:
 
     def _reach(self, axis: int, start: int, stop: int) -> Box:
         """Return a box of the file, a voxel too large, that holds all that belongs to a slab."""
-        corners = np.array(list(itertools.product(*((s.start, s.stop - 1) for s in self.box)))).T
-        seen = self._matrix @ corners + self._offset[:, None]
+        seen = self._matrix @ _corners((s.start, s.stop - 1) for s in self.box)
+        seen += self._offset[:, None]
         low, high = seen.min(axis=1), seen.max(axis=1)
         # the outermost slabs reach as far as the file does
         if start > 0:
             low[axis] = start
         if stop < self._source[axis]:
             high[axis] = stop
-        ends = np.array(list(itertools.product(*zip(low, high, strict=True)))).T
-        back = np.linalg.solve(self._matrix, ends - self._offset[:, None])
+        ends = _corners(zip(low, high, strict=True)) - self._offset[:, None]
+        back = np.linalg.solve(self._matrix, ends)
         return tuple(
             slice(max(s.start, int(np.floor(a)) - 1), min(s.stop, int(np.ceil(b)) + 2))
             for s, a, b in zip(self.box, back.min(axis=1), back.max(axis=1), strict=True)
@@ -153,30 +144,32 @@ class FileGrid:
         return found
 
 
+def _corners(ends: Iterable[tuple[float, float]]) -> np.ndarray:
+    return np.array(list(itertools.product(*ends))).T
+
+
 def _split(box: Box, num_channels: int) -> Iterator[Box]:
     """Split a box into parts, for each of which `CHUNK` is enough; at least a line of voxels."""
     columns, depth = (max(1, s.stop - s.start) for s in box[1:])
     lines = max(1, CHUNK // ((num_channels + INDEX_VALUES) * depth))
     columns = min(columns, lines)
-    for i in range(box[0].start, box[0].stop, lines // columns):
-        for j in range(box[1].start, box[1].stop, columns):
-            yield (
-                slice(i, min(i + lines // columns, box[0].stop)),
-                slice(j, min(j + columns, box[1].stop)),
-                box[2],
-            )
+    for i, j in itertools.product(
+        range(box[0].start, box[0].stop, lines // columns),
+        range(box[1].start, box[1].stop, columns),
+    ):
+        ends = min(i + lines // columns, box[0].stop), min(j + columns, box[1].stop)
+        yield slice(i, ends[0]), slice(j, ends[1]), box[2]
 
 
 def _bounds(belongs: np.ndarray, shape: Sequence[int]) -> Box | None:
     """Return the smallest box around what is true, of an array that broadcasts to `shape`."""
-    bounds = []
-    for axis, n in enumerate(shape):
-        own = belongs.any(axis=tuple({0, 1, 2} - {axis}))
-        planes = np.flatnonzero(np.broadcast_to(own, n))
-        if not len(planes):
-            return None
-        bounds.append(slice(int(planes[0]), int(planes[-1]) + 1))
-    return tuple(bounds)
+    if not belongs.any():
+        return None
+    bounds = find_objects(belongs.astype(np.uint8))[0]
+    return tuple(
+        s if size > 1 else slice(0, n)
+        for s, size, n in zip(bounds, belongs.shape, shape, strict=True)
+    )
 
 
 def _cut(values: np.ndarray, inside: Box) -> np.ndarray:
@@ -190,9 +183,19 @@ def _interpolate(slab: torch.Tensor, axes: Sequence[Axis], shape: tuple[int, ...
     strides = (slab.shape[2] * slab.shape[3], slab.shape[3], 1)
     flat = slab.reshape(len(slab), -1)
     found = torch.zeros((len(slab), math.prod(shape)), device=slab.device)
-    neighbours = [
-        _neighbours(axis, stride, slab.device) for axis, stride in zip(axes, strides, strict=True)
-    ]
+    neighbours: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for (low, upper), stride in zip(axes, strides, strict=True):
+        sides = ((low * stride, 1 - upper), ((low + 1) * stride, upper))
+        neighbours.append(
+            [
+                (
+                    torch.as_tensor(index).to(slab.device),
+                    torch.as_tensor(weight).float().to(slab.device),
+                )
+                for index, weight in sides
+                if weight.any()
+            ]
+        )
     for (i, u), (j, v), (k, w) in itertools.product(*neighbours):
         # a voxel that belongs to another slab may have its neighbours outside of this one
         near = (i + j + k).clamp_(0, flat.shape[1] - 1).expand(shape).reshape(-1)
@@ -201,28 +204,15 @@ def _interpolate(slab: torch.Tensor, axes: Sequence[Axis], shape: tuple[int, ...
     return found.reshape(len(slab), *shape)
 
 
-def _neighbours(
-    axis: Axis, stride: int, device: torch.device
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return index and weight of the lower and the upper neighbour, where the weight is not 0."""
-    low, upper = axis
-    index = torch.as_tensor(low * stride, device=device)
-    return [
-        (index + shift, torch.as_tensor(weight.astype(np.float32), device=device))
-        for shift, weight in ((0, 1 - upper), (stride, upper))
-        if weight.any()
-    ]
-
-
 def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
     """Resample `volume` to the grid that `image` had in its file.
 
-    One linear interpolation undoes orientation and spacing together. Where empty borders were cut
-    off, the result is 0; for probabilities that is so in every class, and argmax is the first.
+    Where empty borders were cut off, the result is 0; for probabilities that is so in every class,
+    and argmax is the first.
 
     Args:
         volume: `(C, H, W, D)` float, on the preprocessed grid of `image`.
-        image: `(_, H, W, D)` the preprocessed image, whose metadata hold the file's grid.
+        image: As for `FileGrid`.
 
     Returns:
         `(C, *shape of the file)` float32.
@@ -238,9 +228,8 @@ def to_original_grid(volume: torch.Tensor, image: MetaTensor) -> MetaTensor:
 class ToOriginalGridd(MapTransform):
     """Turns `pred` (logits) into labels on the grid of the input file, and `image` with it.
 
-    Probabilities are interpolated, not labels, so that boundaries fall between voxels. `pred`
-    becomes `(1, *shape of the file)` uint8; where it is uint8 already, it is on that grid and keeps
-    its values. `image` becomes `(C, *shape of the file)` float32.
+    Probabilities are interpolated, not labels. `pred` becomes `(1, *shape of the file)` uint8, and
+    where it is uint8 already, it stays; `image` becomes `(C, *shape of the file)` float32.
     """
 
     def __init__(self) -> None:

@@ -3,10 +3,9 @@
     python -m pipeline certify CONFIG.json [MORE.json ...] [options] [--key value ...]
 
 Trains the config with the same seeds, hence on the same batches, in each precision, and in float32
-with as many other seeds, as a control. The scores of the validation cases are compared with the
-statistics of `python -m pipeline compare`. `output_dir` (`runs/<name of dataset_dir>_certificate`)
-gets a run directory for each training, `certificate.json` and `certificate.md`. The same command
-goes on where it was interrupted; further dtypes and another margin cost only what is new.
+with as many other seeds, as a control, and compares the scores of the validation cases as `compare`
+does. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets the runs, `certificate.json` and
+`certificate.md`. The same command goes on; further dtypes and another margin cost what is new.
 
 Exit status: 0 if no class is worse, 1 if one is (a precision in which training stops is worse) or a
 run failed, 2 a mistake in input or config, 130 interrupted.
@@ -30,6 +29,11 @@ from pipeline.commands.command import CommandParser, number_in
 from pipeline.config import allowed, keys, validate
 from pipeline.config.compose import compose_located, parse_overrides
 from pipeline.errors import STOPS, InputError, interrupted_status
+from pipeline.evaluation.comparison import read_arms
+from pipeline.evaluation.scores import format_number as form
+from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare_arms
+from pipeline.files import write_json
+from pipeline.precision import resolve_device
 from pipeline.run import split_words
 
 PRECISIONS: dict[str, keys.Config] = {
@@ -45,7 +49,7 @@ UNDECIDED = "not enough evidence"
 Run = tuple[str, int]  # precision and seed
 
 
-class RunFailed(Exception):  # noqa: N818 - the name says it
+class RunFailed(Exception):  # noqa: N818
     """A run did not come to its end; the message has its last lines."""
 
 
@@ -53,14 +57,8 @@ class RunFailed(Exception):  # noqa: N818 - the name says it
 class PrecisionSweep:
     """Trainings of one config that differ in precision and seed.
 
-    Attributes:
-        dataset: Its name.
-        out: Folder of all runs and of the certificate.
-        command: The command that trains, without precision, seed and run directory.
-        dtypes: Precisions to compare with float32.
-        seeds: Seeds of the comparison.
-        control_seeds: As many others, for float32 alone.
-        margin: Difference of Dice that does not matter.
+    `command` trains, without precision, seed and run directory; `dtypes` are compared with float32
+    over `seeds`, float32 itself over as many `control_seeds`; `margin` is a difference of Dice.
     """
 
     dataset: str
@@ -91,7 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     try:
         sweep, jobs = read_command(words)
-        stopped = train(sweep, jobs)
+        certificate = make_certificate(sweep, train(sweep, jobs))
     except InputError as error:
         error.tell()
         return 2
@@ -101,17 +99,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         return 130
-    from pipeline.evaluation.statistics import WORSE
-    from pipeline.files import write_json
-
-    certificate = make_certificate(sweep, stopped)
     certificate["command"] = shlex.join(["python", "-m", "pipeline", "certify", *words])
     write_json(sweep.out / "certificate.json", certificate)
     page = format_page(certificate)
     (sweep.out / "certificate.md").write_text(page)
     print(f"\n{page}\n  {sweep.out}/certificate.json\n  {sweep.out}/certificate.md")
     entries = [of for name in sweep.dtypes for of in certificate["classes"][name].values()]
-    return 1 if WORSE in [entry["verdict"] for entry in entries] else 0
+    return int(WORSE in [entry["verdict"] for entry in entries])
 
 
 def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
@@ -148,10 +142,10 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
     out = source["output_dir"] or f"runs/{dataset}_certificate"
     epochs = source["train"]["trainer"]["max_epochs"]
     epochs = source["max_epochs"] if epochs == "@max_epochs" else epochs
-    overrides |= {"val_interval": epochs, "final_scores": True, "report": False, "resume": "auto"}
+    fixed = {"val_interval": epochs, "final_scores": True, "report": False, "resume": "auto"}
     for key in ("seed", "output_dir"):  # each run has its own
         overrides.pop(key, None)
-    command = [sys.executable, "-m", "pipeline.run", *files, *_options(overrides)]
+    command = [sys.executable, "-m", "pipeline.run", *files, *_options(overrides | fixed)]
     command += [word for name in allow for word in ("--allow", name)]
     first, middle, end = (source["seed"] + n * given.seeds for n in range(3))
     sweep = PrecisionSweep(
@@ -163,7 +157,23 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
         list(range(middle, end)),
         given.margin,
     )
+    _require_same_settings(sweep, source | fixed)
     return sweep, given.jobs
+
+
+def _require_same_settings(sweep: PrecisionSweep, source: keys.Config) -> None:
+    """Refuse finished runs of other settings, which would not be trained again."""
+    skipped = {*OWN_KEYS, "seed"}
+    skipped |= {k for k, spec in keys.KEYS.items() if {"object", "path"} & {*spec.types.split()}}
+    for folder in (sweep.run_dir(run) for run in sweep.runs):
+        if (folder / "summary.json").is_file():
+            stored = json.loads((folder / "configs/train.json").read_text())
+            changed = keys.changes(stored, source)
+            known = keys.KEYS.keys() - skipped
+            names = [k for kind in (keys.IDENTITY, keys.CONTINUABLE) for k in changed[kind]]
+            if names := [name for name in names if name in known]:
+                expected = f"{folder}: expected a run of this config, got other values of "
+                raise InputError(f"{expected}{', '.join(names)}. Choose another output_dir.")
 
 
 def _options(values: keys.Config) -> list[str]:
@@ -172,8 +182,6 @@ def _options(values: keys.Config) -> list[str]:
 
 def _choose_dtypes(dtypes: Sequence[str], device: str) -> list[str]:
     """Return precisions to compare with float32; TF32 exists on CUDA only."""
-    from pipeline.precision import resolve_device
-
     compared = [name for name in dict.fromkeys(dtypes) if name != "float32"]
     if "tf32" in compared and resolve_device(device).type != "cuda":
         print("tf32 is left out: it exists on CUDA only.")
@@ -187,8 +195,7 @@ def train(sweep: PrecisionSweep, jobs: int) -> dict[Run, str]:
     """Train every run to its end; a finished run says so and ends at once.
 
     Returns:
-        The reason for each run that stopped before damage. In float32, which all are compared with,
-        that is a failure.
+        The reason for each run that stopped before damage; in float32 that is a failure.
 
     Raises:
         InputError: If a run refuses its input.
@@ -240,23 +247,18 @@ def _check_end(run: Run, status: int, output: str, errors: str) -> str | None:
 
 
 def make_certificate(sweep: PrecisionSweep, stopped: Mapping[Run, str]) -> dict[str, Any]:
-    """Compare runs that are all trained; the result is plain values for JSON.
-
-    Args:
-        sweep: The runs.
-        stopped: As `train` returns it.
-    """
+    """Compare runs that are all trained, but for those that `stopped`; plain values for JSON."""
     compared = {dtype: [(dtype, seed) for seed in sweep.seeds] for dtype in sweep.dtypes}
     compared[CONTROL] = [("float32", seed) for seed in sweep.control_seeds]
     classes = {
-        name: _compare(sweep, runs, not stopped.keys().isdisjoint(runs))
-        for name, runs in compared.items()
+        name: _compare(sweep, runs, bool(stopped.keys() & runs)) for name, runs in compared.items()
     }
     kept = ("effective", "last_mean_dice", "skipped_steps", "wall_time_s", "peak_memory_bytes")
     records: dict[str, dict[str, Any]] = {}
     for run in sweep.runs:
-        record: dict[str, Any] = {"stopped": stopped.get(run)}
-        if run not in stopped:
+        if run in stopped:
+            record = {"stopped": stopped[run]}
+        else:
             summary = json.loads((sweep.run_dir(run) / "summary.json").read_text())
             record = {key: summary[key] for key in kept}
         records.setdefault(run[0], {})[str(run[1])] = record
@@ -273,9 +275,6 @@ def make_certificate(sweep: PrecisionSweep, stopped: Mapping[Run, str]) -> dict[
 
 def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> dict[str, Any]:
     """Compare runs with those in float32, each class by itself."""
-    from pipeline.evaluation.comparison import read_arms
-    from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare
-
     reference = [("float32", seed) for seed in sweep.seeds]
     files = {
         arm: [str(sweep.run_dir(run) / "scores/validation_last/metrics.csv") for run in of_arm]
@@ -285,7 +284,7 @@ def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> di
     found = {}
     for k, name in enumerate(scores.class_names):
         a, b = (Arm(arm.values[..., [k]], arm.best[..., [k]]) for arm in scores.arms)
-        entry = compare(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
+        entry = compare_arms(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
         high = entry["interval"][1]
         if is_stopped:
             entry |= {"verdict": WORSE, "difference": None, "interval": [None, None]}
@@ -322,35 +321,27 @@ seeds {control_seeds} with {seeds}: the noise that any comparison stands in.
 
 
 def format_page(certificate: Mapping[str, Any]) -> str:
-    """Format the certificate as a Markdown page.
-
-    Args:
-        certificate: As `make_certificate` returns it, with the `command`.
-    """
-    from pipeline.evaluation.scores import format_number as form
-
+    """Format a certificate, as `make_certificate` returns it, with the `command`, in Markdown."""
     verdicts, runs = [], []
     for precision, classes in certificate["classes"].items():
         for name, of in classes.items():
             interval = " to ".join(form(end, "+.4f") for end in of["interval"])
-            if of["scale"] == "rank":
-                interval += " (of ranks, as scores are undefined)"
+            interval += " (of ranks, as scores are undefined)" * (of["scale"] == "rank")
             cells = form(of["mean_b"]), form(of["difference"], "+.4f"), interval, of["verdict"]
             verdicts.append(f"| {' | '.join([precision, name, *cells])} |")
     for precision, by_seed in certificate["runs"].items():
         for seed, run in by_seed.items():
             if "stopped" in run:
-                runs.append(f"| {precision} | {seed} | stopped: {run['stopped']} | | | |")
-                continue
-            effective, peak = run["effective"], run["peak_memory_bytes"]
-            runs.append(
-                f"| {precision} | {seed} | {effective['dtype']}{', tf32' * effective['tf32']} | "
-                f"{run['wall_time_s']:.0f} s | {form(peak and peak / 1e9, '.2f')} GB | "
-                f"{run['skipped_steps']} |"
-            )
-    lists = {key: ", ".join(map(str, certificate[key])) for key in ("seeds", "control_seeds")}
-    tables = {"verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
-    return PAGE.format(**{**certificate, **lists, **tables}, learnt=10 * certificate["margin"])
+                said = f"stopped: {run['stopped']} | | |"
+            else:
+                dtype, peak = run["effective"]["dtype"], run["peak_memory_bytes"]
+                said = f"{dtype}{', tf32' * run['effective']['tf32']} | {run['wall_time_s']:.0f} s"
+                said += f" | {form(peak and peak / 1e9, '.2f')} GB | {run['skipped_steps']}"
+            runs.append(f"| {precision} | {seed} | {said} |")
+    certificate = {**certificate, "verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
+    for key in ("seeds", "control_seeds"):
+        certificate[key] = ", ".join(map(str, certificate[key]))
+    return PAGE.format(**certificate, learnt=10 * certificate["margin"])
 
 
 if __name__ == "__main__":

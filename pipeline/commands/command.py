@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -63,27 +62,6 @@ def run_parsed(
     """
     try:
         return work(parser.parse_args(words))
-    except InputError as error:
-        error.tell()
-        return 2
-
-
-def run_command(
-    usage: str | None, words: Sequence[str] | None, work: Callable[[list[str]], int]
-) -> int:
-    """Run a command that reads its words itself; returns its exit status.
-
-    Args:
-        usage: What `--help` prints.
-        words: The command line after the command; `None`: this process's.
-        work: Takes the words and returns the exit status; may raise `InputError`.
-    """
-    rest = list(sys.argv[1:] if words is None else words)
-    if "--help" in rest or "-h" in rest:
-        print(usage)
-        return 0
-    try:
-        return work(rest)
     except InputError as error:
         error.tell()
         return 2

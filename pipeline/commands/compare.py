@@ -23,7 +23,7 @@ from pipeline.data.splits import person_of
 from pipeline.errors import InputError, as_bool
 from pipeline.evaluation.comparison import find_direction, read_arms
 from pipeline.evaluation.scores import format_number, format_table
-from pipeline.evaluation.statistics import BETTER, TOO_FEW, WORSE, Arm, compare
+from pipeline.evaluation.statistics import BETTER, TOO_FEW, WORSE, Arm, compare_arms
 
 SAID = {BETTER: "A is better than B", WORSE: "B is better than A"}
 
@@ -41,20 +41,19 @@ def main(words: Sequence[str] | None = None) -> int:
         add(f"--{arm}", nargs="+", required=True, metavar="FILE", help=name)
     add("--metric", default="dice", help="column to compare (dice)")
     add("--higher_is_better", metavar="BOOL", help="by default, by the metric's name")
-    add("--margin", type=number_in(1e-12), help="smallest difference that matters; with it, "
-        "arms may be called equivalent")  # fmt: skip
-    add(
-        "--confidence", type=number_in(1e-6, 1 - 1e-6), default=0.95, help="of the intervals (0.95)"
-    )
+    margin = "smallest difference that matters; with it, arms may be called equivalent"
+    add("--margin", type=number_in(1e-12), help=margin)
+    level = number_in(1e-6, 1 - 1e-6)
+    add("--confidence", type=level, default=0.95, help="of the intervals (0.95)")
     add("--group_pattern", help="tells persons by the case id, as in training")
-    add("--common_cases", metavar="BOOL", nargs="?", const="true", default="false",
-        help="leave out cases that not every file has")  # fmt: skip
+    common = "leave out cases that not every file has"
+    add("--common_cases", metavar="BOOL", nargs="?", const="true", default="false", help=common)
     add("--output", help="file that gets the result as JSON")
     return run_parsed(parser, words, _main)
 
 
 def _main(given: argparse.Namespace) -> int:
-    result = compare_files(given)
+    result = _compare_files(given)
     if given.output is not None:
         try:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -65,12 +64,7 @@ def _main(given: argparse.Namespace) -> int:
     return 0
 
 
-def compare_files(given: argparse.Namespace) -> dict[str, Any]:
-    """Read the files and compare them.
-
-    Raises:
-        InputError: If the files cannot be compared.
-    """
+def _compare_files(given: argparse.Namespace) -> dict[str, Any]:
     files = {"a": given.a, "b": given.b}
     scores = read_arms(
         files,
@@ -93,15 +87,11 @@ def compare_files(given: argparse.Namespace) -> dict[str, Any]:
         "num_cases": len(scores.case_ids),
         "num_persons": len(set(scores.persons)),
         "notes": scores.notes,
-    } | compare(
-        a,
-        b,
-        scores.persons,
-        scores.class_names,
-        higher_is_better=higher,
-        confidence=given.confidence,
-        margin=given.margin,
-    )
+        **compare_arms(
+            a, b, scores.persons, scores.class_names,
+            higher_is_better=higher, confidence=given.confidence, margin=given.margin,
+        ),
+    }  # fmt: skip
 
 
 def format_result(result: Mapping[str, Any]) -> list[str]:
@@ -152,11 +142,9 @@ def _remark(entry: Mapping[str, Any]) -> str:
 def _conclude(overall: Mapping[str, Any]) -> str:
     said = SAID.get(overall["verdict"], overall["verdict"].capitalize())
     if overall["smallest_difference"] is None:
-        errors = overall["standard_errors"]
         names = {"seeds_a": "seeds of A", "seeds_b": "seeds of B", "persons": "persons"}
-        known = [
-            f"{errors[n]:.4f} from {name}" for n, name in names.items() if errors[n] is not None
-        ]
+        errors = overall["standard_errors"].items()
+        known = [f"{error:.4f} from {names[n]}" for n, error in errors if error is not None]
         return f"{said}: {overall['reason']}. Standard errors: {', '.join(known) or 'unknown'}."
     low, high = overall["interval"]
     kind = "of ranks " if overall["scale"] == "rank" else ""

@@ -42,8 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--output_dir", type=Path, help="(PRED_DIR_scores)")
     add("--dataset_dir", help="dataset that says what classes there are")
     add("--class_names", type=_parse_names, help='JSON, such as \'["background", "liver"]\'')
-    add("--tolerance_mm", type=number_in(0), default=1.0,
-        help="of the surface Dice (1.0)")  # fmt: skip
+    add("--tolerance_mm", type=number_in(0), default=1.0, help="of the surface Dice (1.0)")
     add("--group_pattern", help="tells persons by the case id, as in training")
     add("--ignore_value", type=number_in(1, MAX_VALUE, int), help="label of voxels not to count")
     add("--num_threads", type=number_in(1, kind=int), default=len(os.sched_getaffinity(0)),
@@ -67,7 +66,7 @@ def _parse_names(word: str) -> list[str]:
 def _main(given: argparse.Namespace) -> int:
     output_dir = given.output_dir or Path(f"{given.pred_dir.resolve()}_scores")
     try:
-        summary = evaluate(given, output_dir)
+        summary = _evaluate(given, output_dir)
     except OSError as error:
         raise InputError(
             f"--output_dir: expected a folder that can be written, got: {error}. Choose another."
@@ -79,18 +78,10 @@ def _main(given: argparse.Namespace) -> int:
     return 1 if summary["refused"] else 0
 
 
-def evaluate(given: argparse.Namespace, output_dir: Path) -> Row:
-    """Score all cases, and write the scores.
-
-    Returns:
-        The summary; see `write_scores`.
-
-    Raises:
-        InputError: If nothing can be scored as asked.
-        OSError: If the folder cannot be written.
-    """
+def _evaluate(given: argparse.Namespace, output_dir: Path) -> Row:
+    """Score all cases and write the scores; returns the summary, as `write_scores` does."""
     pairs, refused = match(given.pred_dir, given.label_dir)
-    known = _describe(given)
+    known = _read_dataset(given)
     names, ignore_value = _choose_classes(known, given)
     groups = {case["case_id"]: case["group"] for case in known.cases if "group" in case}
     persons = persons_of(
@@ -114,22 +105,19 @@ def evaluate(given: argparse.Namespace, output_dir: Path) -> Row:
     if names is None:
         found = {row["class"] for row in rows if row["status"] != "absent"}
         how["class_names"] = [name for name in how["class_names"] if name in found | {"0"}]
-    rows = [
-        {**row, "person": persons[row["case_id"]]}
-        for row in rows
-        if row["class"] in how["class_names"]
-    ]
+    rows = [row for row in rows if row["class"] in how["class_names"]]
+    for row in rows:
+        row["person"] = persons[row["case_id"]]
     return write_scores(output_dir, rows, refused=dict(sorted((refused | faults).items())), **how)
 
 
-def _describe(given: argparse.Namespace) -> DatasetLayout:
+def _read_dataset(given: argparse.Namespace) -> DatasetLayout:
     """Return what is known of the dataset; nothing, if no one says so."""
     if given.dataset_dir is not None:
         return read_layout(given.dataset_dir)
-    if given.class_names is None:
-        for folder in (given.label_dir, given.label_dir.resolve().parent):
-            if (folder / "dataset.json").is_file():
-                return read_dataset_json(folder)  # of which no image need be there
+    for folder in (given.label_dir, given.label_dir.resolve().parent):
+        if given.class_names is None and (folder / "dataset.json").is_file():
+            return read_dataset_json(folder)  # of which no image need be there
     return DatasetLayout(Path(), "", "")
 
 
@@ -144,7 +132,7 @@ def _choose_classes(
             f"class_names: expected 2 to {MAX_VALUE + 1} different names, background first, got "
             f"{names}. Change them."
         )
-    if ignored is not None and names is not None and ignored < len(names):
+    if names is not None and ignored is not None and ignored < len(names):
         raise InputError(
             f"ignore_value: expected a value that is no class, got {ignored} ('{names[ignored]}'). "
             "Change it."
@@ -154,19 +142,16 @@ def _choose_classes(
 
 def format_summary(summary: Row) -> list[str]:
     """Return the summary for people, a line per class."""
-    head = ["", "mean Dice [95 %]", "median hd95 mm", "mean nsd", "missed", "spurious", "absent"]
-    rows = [head]
+    rows = [["", "mean Dice [95 %]", "median hd95 mm", "mean nsd", "missed", "spurious", "absent"]]
     for name, of in [*summary["classes"].items(), ("all classes", summary["over_classes"])]:
         ends = ", ".join(format_number(end, ".3f") for end in of["dice"]["interval"] or [None] * 2)
-        rows.append(
-            [
-                name,
-                f"{format_number(of['dice']['mean'], '.3f')} [{ends}]",
-                format_number(of["hd95_mm"]["median"], ".2f"),
-                format_number(of["nsd"]["mean"], ".3f"),
-                *(str(of["status"][kind]) if "status" in of else "" for kind in head[4:]),
-            ]
-        )
+        cells = [
+            f"{format_number(of['dice']['mean'], '.3f')} [{ends}]",
+            format_number(of["hd95_mm"]["median"], ".2f"),
+            format_number(of["nsd"]["mean"], ".3f"),
+        ]
+        counts = of.get("status", dict.fromkeys(rows[0][4:], ""))
+        rows.append([name, *cells, *(str(counts[word]) for word in rows[0][4:])])
     worst = [
         f"{n['case_id']} {format_number(n['mean_dice'], '.3f')}" for n in summary["worst_cases"]
     ]

@@ -23,24 +23,18 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     parser = CommandParser("predict", __doc__)
     parser.usage = "python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]"
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="RUN_DIR INPUT OUTPUT_DIR",
-        help="run or bundle; NIfTI file, DICOM series, or folder; folder of labels",
-    )
-    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="--key value ...",
-                        help="keys of configs/inference.json")  # fmt: skip
+    add, paths = parser.add_argument, "RUN_DIR INPUT OUTPUT_DIR"
+    what = "run or bundle; NIfTI file, DICOM series, or folder; folder of labels"
+    add("paths", nargs="*", metavar=paths, help=what)
+    keys = "keys of configs/inference.json"
+    add("options", nargs=argparse.REMAINDER, metavar="--key value ...", help=keys)
 
     def predict(given: argparse.Namespace) -> int:
         if len(given.paths) != 3:
-            parser.error(
-                "expected a run, what to predict, and a folder for the labels, got "
-                f"{len(given.paths)} words"
-            )
-        keys = ("run_dir", "input", "output_dir")
-        words = [f"--{key}={path}" for key, path in zip(keys, given.paths, strict=True)]
-        config = run.LOGGING.with_name("inference.json")
-        return run.main([str(config), *words, *given.options])
+            expected = "expected a run, what to predict, and a folder for the labels"
+            parser.error(f"{expected}, got {len(given.paths)} words")
+        names = ("run_dir", "input", "output_dir")
+        words = [f"--{name}={path}" for name, path in zip(names, given.paths, strict=True)]
+        return run.main([str(run.LOGGING.with_name("inference.json")), *words, *given.options])
 
     return run_parsed(parser, words, predict)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,20 +42,12 @@ class ScoreFile:
     path: str
     values: dict[Key, float] = field(default_factory=dict)
     best: set[Key] = field(default_factory=set)
-    persons: dict[str, set[str]] = field(default_factory=dict)
+    persons: set[tuple[str, str]] = field(default_factory=set)  # case and person
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Two arms on the same cases.
-
-    Attributes:
-        case_ids: `N`, sorted.
-        persons: `N`, of the person of each case.
-        class_names: `K`, sorted.
-        arms: Scores of A and B.
-        notes: Lines for the reader of the result.
-    """
+class PairedScores:
+    """Two arms on the same N cases, sorted, of N persons; and notes for the reader."""
 
     case_ids: list[str]
     persons: list[str]
@@ -78,7 +71,7 @@ def read_arms(
     *,
     person_of: Callable[[str], str] | None = None,
     common_cases: bool = False,
-) -> Scores:
+) -> PairedScores:
     """Read the files of both arms, and bring them onto the same cases.
 
     Args:
@@ -106,11 +99,16 @@ def read_arms(
     if faults:
         raise InputError(*dict.fromkeys(faults))
     every = [*read["a"], *read["b"]]
-    keys, notes = _find_common(every, common_cases)
+    notes, seen = [], dict[str, str]()
+    for file in every:
+        if (scores := repr(sorted(file.values.items()))) in seen:
+            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
+        seen.setdefault(scores, file.path)
+    keys, left_out = _find_common(every, common_cases)
     case_ids, class_names = (sorted(set(part)) for part in zip(*keys, strict=True))
     a, b = (_make_arm(of_arm, keys, case_ids, class_names) for of_arm in (read["a"], read["b"]))
     persons = _find_persons(every, case_ids, person_of)
-    return Scores(case_ids, persons, class_names, (a, b), _find_copies(every) + notes)
+    return PairedScores(case_ids, persons, class_names, (a, b), notes + left_out)
 
 
 def _read_file(path: str, metric: str) -> ScoreFile:
@@ -124,9 +122,8 @@ def _read_file(path: str, metric: str) -> ScoreFile:
         ) from None
     if not lines:
         raise InputError(f"{path}: expected a header and a row per case and class, got none.")
-    header = lines[0][1]
     for name in ("case", metric):
-        if name not in header:
+        if name not in (header := lines[0][1]):
             raise InputError(
                 f"{path}: expected a column '{name}', got none. {nearest(name, header)}"
             )
@@ -146,8 +143,7 @@ def _read_file(path: str, metric: str) -> ScoreFile:
             is_best = status == "absent" if status else OVERLAP.search(metric)
             if math.isnan(score) and is_best:
                 found.best.add(key)
-            if cells.get("person"):
-                found.persons.setdefault(cells["case"], set()).add(cells["person"])
+            found.persons.add((cells["case"], cells.get("person", "")))
     if wrong:
         raise InputError(
             f"{path}: expected one number for each case and class, got {some(wrong)}. Correct it."
@@ -187,14 +183,14 @@ def _parse_score(cell: str) -> float | None:
     return value if math.isfinite(value) else math.nan
 
 
-def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[list[Key], list[str]]:
+def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[set[Key], list[str]]:
     """Return cases and classes that every file has, and a note on what was left out."""
-    every = {key for file in files for key in file.values}
-    common = sorted(key for key in every if all(key in file.values for file in files))
-    if len(common) == len(every):
+    every = set().union(*(file.values for file in files))
+    common = every.intersection(*(file.values for file in files))
+    if common == every:
         return common, []
     if leave_out and common:
-        left_out = sorted(map(_name, every - {*common}))
+        left_out = sorted(map(_name, every - common))
         return common, [f"Left out, not in every file: {some(left_out)}."]
     raise InputError(
         *(
@@ -207,54 +203,36 @@ def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[list[Key]
     )
 
 
-def _find_copies(files: Sequence[ScoreFile]) -> list[str]:
-    """Return notes on files that are unlikely to be of different runs."""
-    notes = []
-    seen: dict[str, str] = {}
-    for file in files:
-        scores = repr(sorted(file.values.items()))
-        if scores in seen:
-            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
-        seen.setdefault(scores, file.path)
-    return notes
-
-
 def _find_persons(
     files: Sequence[ScoreFile], case_ids: Sequence[str], person_of: Callable[[str], str] | None
 ) -> list[str]:
     """Return the person of each case; without any, the case itself."""
-    persons: list[str] = []
+    told: dict[str, set[str]] = {case: set() for case in case_ids}
     faults: list[str] = []
-    for case in case_ids:
-        found = sorted(set().union(*(file.persons.get(case, ()) for file in files)))
-        if person_of is not None:
-            try:
-                found = [person_of(case)]
-            except InputError as error:
-                faults += error.faults
-        elif len(found) > 1:
-            faults.append(f"{case}: expected one person, got {some(found)}. Correct it.")
-        persons.append(found[0] if found else case)
+    for case, person in set().union(*(file.persons for file in files)):
+        if person and case in told and person_of is None:
+            told[case].add(person)
+    for case, persons in told.items():
+        if len(persons) > 1:
+            faults.append(f"{case}: expected one person, got {some(sorted(persons))}. Correct it.")
+        try:
+            persons |= {person_of(case)} if person_of else set()
+        except InputError as error:
+            faults += error.faults
     if faults:
         raise InputError(*dict.fromkeys(faults))
-    return persons
+    return [min(persons, default=case) for case, persons in told.items()]
 
 
 def _make_arm(
-    files: Sequence[ScoreFile],
-    keys: Collection[Key],
-    case_ids: Sequence[str],
-    class_names: Sequence[str],
+    files: Sequence[ScoreFile], keys: set[Key], case_ids: list[str], class_names: list[str]
 ) -> Arm:
     """Return scores as arrays; undefined where a case and class is none of `keys`."""
-    values = np.full((len(files), len(case_ids), len(class_names)), np.nan)
-    best = np.zeros(values.shape, dtype=bool)
-    row_of, place_of = ({name: n for n, name in enumerate(x)} for x in (case_ids, class_names))
-    for case, name in keys:
-        at = row_of[case], place_of[name]
-        values[:, *at] = [file.values[case, name] for file in files]
-        best[:, *at] = [(case, name) in file.best for file in files]
-    return Arm(values, best)
+    shape = len(files), len(case_ids), len(class_names)
+    places = list(itertools.product(case_ids, class_names))
+    values = [file.values[key] if key in keys else math.nan for file in files for key in places]
+    best = [key in keys and key in file.best for file in files for key in places]
+    return Arm(np.reshape(values, shape), np.reshape(best, shape))
 
 
 def _name(key: Key) -> str:

@@ -47,11 +47,11 @@ class Scoring:
     Args:
         run_dir: Of the run.
         is_held: Whether this process is in the run; else nothing is done.
-        cases: Of the run.
+        cases: Of the run; `validation` has those for validation preprocessed.
         network: On its device; has the same weights afterwards.
         precision: Used for prediction.
         inferer: Cuts windows and blends them.
-        validation: The preprocessed validation cases.
+        validation: See `cases`.
         preprocessing: Makes the same of a test case.
         class_names: In the order of the label values, background first.
         ignore_value: Label of voxels that do not count.
@@ -86,9 +86,7 @@ class Scoring:
         self.ignore_value = ignore_value
 
     def run(self) -> None:
-        """Predict and score; cases that cannot be predicted are named and left out.
-
-        All ranks have to call it.
+        """Predict and score, on all ranks; cases that cannot be predicted are named and left out.
 
         Raises:
             TrainingStopped: If the scores cannot be written.
@@ -136,55 +134,45 @@ class Scoring:
         distributed.all_gather_object(None)  # the others write into it as well
         mine = distributed.shard(range(len(cases)))
         refused: dict[str, str] = {}
-        enabled = distributed.is_main()
+        pairs, enabled = [], distributed.is_main()
         for number in ProgressBar(mine, desc=f"Predicting {folder.name}", enabled=enabled):
             case = cases[number]
+            case_id, path = case["case_id"], folder / f"{case['case_id']}.nii.gz"
             try:
                 labels = self.segmenter(load(number)).labels
             except FAULTS as error:
-                refused[case["case_id"]] = describe_fault(error)
+                refused[case_id] = describe_fault(error)
             else:  # a full disk is no fault of the case
-                save_like(labels, paths_of(case)[0], _prediction(folder, case))
-        pairs = [
-            (case["case_id"], _prediction(folder, case), Path(case["label"]))
-            for case in (cases[number] for number in mine)
-            if case["case_id"] not in refused
-        ]
+                save_like(labels, paths_of(case)[0], path)
+                pairs.append((case_id, path, Path(case["label"])))
         threads = min(MAX_THREADS, distributed.own_cores())
         rows, unscored = score_files(pairs, threads, ignore_value=self.ignore_value, **self.how)
         shares = distributed.all_gather_object((rows, refused | unscored))
         if distributed.is_main():
             rows = [row for of_rank, _ in shares for row in of_rank]
-            refused = {k: v for _, of_rank in shares for k, v in of_rank.items()}
+            refused = {case_id: why for _, of_rank in shares for case_id, why in of_rank.items()}
             self._write(cases, rows, refused, folder)
 
     def _write(
         self, cases: list[Case], rows: list[Row], refused: dict[str, str], folder: Path
     ) -> None:
         persons = persons_of(cases, self.group_pattern)
-        order = {case["case_id"]: number for number, case in enumerate(cases)}
-        rows.sort(key=lambda row: order[row["case_id"]])
-        refused = dict(sorted(refused.items(), key=lambda item: order[item[0]]))
+        order = list(persons)
+        rows = [{**row, "person": persons[row["case_id"]]} for row in rows]
+        rows.sort(key=lambda row: order.index(row["case_id"]))
+        refused = {case_id: refused[case_id] for case_id in order if case_id in refused}
         for case_id, why in refused.items():
             log.warning("%s: %s", case_id, why)
         write_json(folder / "cases.json", {case["case_id"]: self._files(case) for case in cases})
-        rows = [{**row, "person": persons[row["case_id"]]} for row in rows]
         summary = write_scores(folder, rows, refused=refused, **self.how)
         low, high = summary["mean_dice_interval"] or (math.nan, math.nan)
-        log.info(
-            "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)",
-            folder.name.replace("_", " cases, "),
-            math.nan if summary["mean_dice"] is None else summary["mean_dice"],
-            low,
-            high,
-        )
+        mean = math.nan if summary["mean_dice"] is None else summary["mean_dice"]
+        what = folder.name.replace("_", " cases, ")
+        said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
+        log.info(said, what, mean, low, high)
 
     def _files(self, case: Case) -> dict[str, list[str]]:
         return {
             key: [os.path.relpath(path, self.run_dir) for path in paths]
             for key, paths in files_of(case).items()
         }
-
-
-def _prediction(folder: Path, case: Case) -> Path:
-    return folder / f"{case['case_id']}.nii.gz"

@@ -82,13 +82,12 @@ def mean_of_defined(
 class MeanDice(Metric):
     """Mean Dice over foreground classes, per case, then over cases.
 
-    A class that is absent from both prediction and label of a case is left out of that case and
-    counted in the details. Works on decollated output: one dictionary per case, with `pred` and
-    `label` `(1, H, W, D)` on the same grid.
+    A class that is absent from both prediction and label of a case is left out of that case. Works
+    on decollated output: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid.
 
     After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
-    `absent` (name to number of cases left out) and `cases` (case id to Dice per class). Where each
-    rank has a share of the cases, all ranks have the result for all cases.
+    `absent` (name to number of cases left out) and `cases` (case id to Dice per class), on each
+    rank for all cases.
 
     Args:
         class_names: Names of all classes, background first.
@@ -110,11 +109,7 @@ class MeanDice(Metric):
         self.update((state.batch, state.output))
 
     def update(self, output: tuple[list[dict], list[dict]]) -> None:
-        """Score cases.
-
-        Args:
-            output: The decollated batch, for the case ids, and the decollated output.
-        """
+        """Score cases, given the decollated batch, for the case ids, and the decollated output."""
         for case, result in zip(*output, strict=True):
             pred, label = (convert_to_tensor(result[key][0]) for key in ("pred", "label"))
             self.cases[case["case_id"]] = dice_per_class(
@@ -122,11 +117,7 @@ class MeanDice(Metric):
             )
 
     def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> None:
-        """Compare label maps `(H, W, D)`, and forget them.
-
-        Raises:
-            ValueError: If a value is no class.
-        """
+        """Compare label maps `(H, W, D)`, and forget them; raises as `dice_per_class`."""
         dice_per_class(pred, label, len(self.class_names), self.ignore_value)
 
     def compute(self) -> float:
@@ -143,13 +134,10 @@ class MeanDice(Metric):
         super().completed(engine, name)
         names = self.class_names[1:]
         table = np.array(list(self.cases.values())).reshape(-1, len(names))
-        absent = np.isnan(table).sum(axis=0)
+        means = [float(mean_of_defined(column)) for column in table.T]
         state: Any = engine.state
         state.metric_details[name] = {
-            "classes": {
-                label: float(mean_of_defined(column))
-                for label, column in zip(names, table.T, strict=True)
-            },
-            "absent": dict(zip(names, absent.tolist(), strict=True)),
+            "classes": dict(zip(names, means, strict=True)),
+            "absent": dict(zip(names, np.isnan(table).sum(axis=0).tolist(), strict=True)),
             "cases": {case: dice.tolist() for case, dice in self.cases.items()},
         }

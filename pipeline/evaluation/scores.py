@@ -1,16 +1,8 @@
 """Scores of predictions: a row per case and class, kept as `metrics.csv`, and their summary.
 
-The `status` of a class in a case tells whether it is there. Measures that are then undefined are
-`nan`, never 0 or 1:
-
-    scored    in label and prediction
-    missed    in the label alone: dice, iou, sensitivity and nsd are 0, the rest undefined
-    spurious  in the prediction alone: dice, iou, precision and nsd are 0, the rest undefined
-    absent    in neither: undefined, except for the volumes
-
-The surface of a mask is the set of its voxels that share a face with a voxel outside the mask or
-with the border of the volume: the voxels that MONAI's erosion removes. Distances are between the
-centres of voxels, so that equal masks are 0 mm apart, and a mask of one voxel is its own surface.
+`DEFINITIONS` says what each measure is; where it is undefined it is `nan`, never 0 or 1. Surface
+voxels are those that MONAI's erosion removes, and distances are between their centres: equal masks
+are 0 mm apart, and a mask of one voxel is its own surface.
 """
 
 from __future__ import annotations
@@ -32,6 +24,7 @@ from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
 from pipeline import distributed
+from pipeline.data.issues import some
 from pipeline.data.pairs import Pair, read_pair
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
@@ -42,13 +35,8 @@ from pipeline.progress_bar import ProgressBar
 Voxels = np.ndarray | torch.Tensor
 Row = dict[str, Any]
 
-# whether a class is in the label, and in the prediction
-STATUS = {
-    (True, True): "scored",
-    (True, False): "missed",
-    (False, True): "spurious",
-    (False, False): "absent",
-}
+STATUS = ("scored", "missed", "spurious", "absent")
+NUM_WORST = 5  # cases that the summary names
 DEFINITIONS = {
     "dice": "2 |P ∩ L| / (|P| + |L|), of voxels of prediction P and label L",
     "iou": "|P ∩ L| / (|P| + |L| - |P ∩ L|)",
@@ -58,8 +46,6 @@ DEFINITIONS = {
     "assd_mm": "mean of the distances from surface to surface, both ways together",
     "nsd": "share of surface voxels of both that lie within tolerance_mm of the other surface",
     "volume_difference_ml": "volume of the prediction minus volume of the label",
-}
-MORE_DEFINITIONS = {
     "mean_dice": "dice over foreground classes, per case, then over cases; absent classes left out",
     "surface": "voxels of a class that share a face with another voxel or the border",
     "n": "number of defined values, which all other figures are made of",
@@ -68,7 +54,7 @@ MORE_DEFINITIONS = {
     "spurious": "predicted, not in the label: dice, iou, precision, nsd 0, distances undefined",
     "absent": "in neither: undefined, and a volume difference of 0",
 }
-MEASURES = tuple(DEFINITIONS)
+MEASURES = tuple(DEFINITIONS)[:8]
 WORDS = ("case_id", "person", "class", "status")
 COLUMNS = (*WORDS, *MEASURES, "label_volume_ml", "pred_volume_ml")
 # Relative. Spacings pass through float32 in headers, and distances in MONAI: without it, a surface
@@ -105,74 +91,61 @@ def score_case(
         InputError: If the shapes differ, or a value is not a class; without the case id.
     """
     # in C order, for which erosion is six times faster
-    of_pred, of_label = (np.ascontiguousarray(convert_to_numpy(v)) for v in (pred, label))
-    if of_pred.shape != of_label.shape or of_pred.ndim != 3:
+    maps = [np.ascontiguousarray(convert_to_numpy(voxels)) for voxels in (pred, label)]
+    if maps[0].shape != maps[1].shape or maps[0].ndim != 3:
         raise InputError(
-            f"expected prediction and label of one shape (H, W, D), got {of_pred.shape} and "
-            f"{of_label.shape}. Resample one of them or leave the case out."
+            f"expected prediction and label of one shape (H, W, D), got {maps[0].shape} and "
+            f"{maps[1].shape}. Resample one of them or leave the case out."
         )
-    if ignore_value is not None and not (counted := of_label != ignore_value).all():
-        of_pred, of_label = of_pred * counted, of_label * counted
-    for what, voxels in (("prediction", of_pred), ("label", of_label)):
+    if ignore_value is not None and not (counted := maps[1] != ignore_value).all():
+        maps = [voxels * counted for voxels in maps]
+    for what, voxels in zip(("prediction", "label"), maps, strict=True):
         _require_classes(what, voxels, len(class_names))
-    counts: list[list[int]] = []
-    surfaces: list[dict[str, float]] = []
-    boxes = (find_objects(v, len(class_names) - 1) for v in (of_pred, of_label))
+    voxel_ml = math.prod(map(float, spacing_mm)) / 1000
+    rows = []
+    boxes = (find_objects(voxels, len(class_names) - 1) for voxels in maps)
     for value, found in enumerate(zip(*boxes, strict=True), 1):
         # in the box around both: a large volume with many classes would take too long
         sides = zip(*(box for box in found if box is not None), strict=True)
         box = tuple(slice(min(s.start for s in n), max(s.stop for s in n)) for n in sides)
-        masks = [v[box or (slice(0),) * 3] == value for v in (of_pred, of_label)]
-        counts.append([int(np.count_nonzero(mask)) for mask in (masks[0] & masks[1], *masks)])
-        surfaces.append({})
-        if all(box is not None for box in found):
+        masks = [voxels[box or (slice(0),) * 3] == value for voxels in maps]
+        row = {"class": class_names[value], **_score_overlap(masks, voxel_ml)}
+        if row["status"] == "scored":
             tensors = (torch.as_tensor(mask, device=device) for mask in masks)
-            surfaces[-1] = score_surfaces(
-                *tensors, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm
-            )
-    both, of_preds, of_labels = np.array(counts).T
-    voxel_ml = math.prod(map(float, spacing_mm)) / 1000
-    rows = _score_overlap(both, of_preds, of_labels, voxel_ml)
-    return [
-        {"class": name} | row | surface
-        for name, row, surface in zip(class_names[1:], rows, surfaces, strict=True)
-    ]
+            row |= score_surfaces(*tensors, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)
+        rows.append(row)
+    return rows
 
 
 def _require_classes(what: str, voxels: np.ndarray, num_classes: int) -> None:
     if voxels.dtype.kind not in "iub":
         raise InputError(f"expected integer values in the {what}, got {voxels.dtype}. Convert it.")
     if voxels.size and (voxels.min() < 0 or voxels.max() >= num_classes):
-        unknown = [n for n in np.unique(voxels).tolist() if not 0 <= n < num_classes]
+        unknown = [str(n) for n in np.unique(voxels) if not 0 <= n < num_classes]
         raise InputError(
-            f"expected values 0 to {num_classes - 1} in the {what}, got "
-            f"{', '.join(map(str, unknown[:5]))}{', …' if len(unknown) > 5 else ''}. "
+            f"expected values 0 to {num_classes - 1} in the {what}, got {some(unknown)}. "
             "Name all classes or correct it."
         )
 
 
-def _score_overlap(
-    both: np.ndarray, of_pred: np.ndarray, of_label: np.ndarray, voxel_ml: float
-) -> list[Row]:
-    """Return rows of all measures that follow from numbers of voxels, by class."""
-    status = [STATUS[in_both] for in_both in zip(of_label > 0, of_pred > 0, strict=True)]
-    columns = {
-        "dice": compute_dice(both, of_pred, of_label),
-        "iou": divide(both, of_pred + of_label - both),
-        "sensitivity": divide(both, of_label),
-        "precision": divide(both, of_pred),
-        "hd95_mm": np.full(len(both), np.nan),
-        "assd_mm": np.full(len(both), np.nan),
-        "nsd": np.array([np.nan if word == "absent" else 0.0 for word in status]),
-        "volume_difference_ml": (of_pred - of_label) * voxel_ml,
-        "label_volume_ml": of_label * voxel_ml,
-        "pred_volume_ml": of_pred * voxel_ml,
+def _score_overlap(masks: Sequence[np.ndarray], voxel_ml: float) -> Row:
+    """Return all measures of a class that follow from numbers of voxels."""
+    counts = [np.count_nonzero(mask) for mask in (masks[0] & masks[1], *masks)]
+    both, pred, label = np.array(counts)
+    status = STATUS[2 * (not label) + (not pred)]
+    measures = {
+        "dice": compute_dice(both, pred, label),
+        "iou": divide(both, pred + label - both),
+        "sensitivity": divide(both, label),
+        "precision": divide(both, pred),
+        "hd95_mm": math.nan,
+        "assd_mm": math.nan,
+        "nsd": math.nan if status == "absent" else 0,
+        "volume_difference_ml": (pred - label) * voxel_ml,
+        "label_volume_ml": label * voxel_ml,
+        "pred_volume_ml": pred * voxel_ml,
     }
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        {"status": word} | dict(zip(columns, row, strict=True))
-        for word, row in zip(status, values, strict=True)
-    ]
+    return {"status": status, **{name: float(value) for name, value in measures.items()}}
 
 
 def score_surfaces(
@@ -188,9 +161,7 @@ def score_surfaces(
         tolerance_mm: Distance up to which surfaces agree.
 
     Returns:
-        `hd95_mm`: the larger of the 95th percentiles of the two directions, in mm; `assd_mm`: mean
-        over the distances of both directions together, in mm; `nsd`: share of them within the
-        tolerance, 0 to 1.
+        `hd95_mm`, `assd_mm` and `nsd`; see `DEFINITIONS`.
 
     Source: Huttenlocher et al., IEEE TPAMI 15 (1993) for the Hausdorff distance by ranks; Heimann
     et al., IEEE TMI 28 (2009) for the average symmetric distance; Nikolov et al., J Med Internet
@@ -225,13 +196,13 @@ def score_files(
         Rows of the cases in their order, without `person`, and for each refused case the reason.
     """
 
-    def score(pair: Pair) -> list[Row] | InputError:
-        case_id, pred_path, label_path = pair
+    def score(pair: Pair) -> list[Row] | str:
+        case_id, *paths = pair
         try:
-            pred, label, spacing_mm = read_pair(pred_path, label_path)
+            pred, label, spacing_mm = read_pair(*paths)
             rows = score_case(pred, label, spacing_mm=spacing_mm, **how)
         except InputError as error:
-            return error
+            return str(error)
         return [{"case_id": case_id, **row} for row in rows]
 
     rows: list[Row] = []
@@ -241,8 +212,8 @@ def score_files(
         found = pool.map(score, pairs)
         bar = ProgressBar(found, desc="Scoring", total=total, enabled=enabled)
         for (case_id, *_), result in zip(pairs, bar, strict=True):
-            if isinstance(result, InputError):
-                refused[case_id] = str(result)
+            if isinstance(result, str):
+                refused[case_id] = result
             else:
                 rows += result
     return rows, refused
@@ -255,7 +226,6 @@ def write_scores(
     class_names: Sequence[str],
     tolerance_mm: float,
     refused: Mapping[str, str] | None = None,
-    num_worst: int = 5,
 ) -> Row:
     """Write `metrics.csv` and `summary.json` into a directory, each whole or not at all.
 
@@ -265,17 +235,19 @@ def write_scores(
         class_names: As for `score_case`.
         tolerance_mm: With which the rows were made.
         refused: Cases that could not be scored, and the reasons.
-        num_worst: Number of worst cases to name.
 
     Returns:
-        The content of `summary.json`: see `summarize`.
+        The content of `summary.json`, `None` where undefined. `mean_dice` and its
+        `mean_dice_interval`; `classes`: for each class `status`, a count for each word of `STATUS`,
+        and for each of `MEASURES` `n`, `mean`, `median`, `q1`, `q3`, `interval`; `over_classes`:
+        the same for the mean over the classes of each case; `worst_cases`: `case_id` and
+        `mean_dice`, the lowest first; `num_cases`, `num_persons`, `tolerance_mm`, `definitions`,
+        `refused`.
 
     Raises:
         OSError: If the system refuses; a file is then as it was.
     """
-    summary = summarize(rows, class_names, tolerance_mm, num_worst) | {
-        "refused": dict(refused or {})
-    }
+    summary = _summarize(rows, class_names[1:], tolerance_mm) | {"refused": dict(refused or {})}
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -294,40 +266,23 @@ def read_scores(path: str | Path) -> list[Row]:
     Raises:
         InputError: If it is not there, or not such a file.
     """
+    numbers = COLUMNS[len(WORDS) :]
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="nothing")
-            columns, rows = reader.fieldnames or (), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: expected a metrics.csv, got: {error}. Check the path.") from None
-    if tuple(columns) != COLUMNS:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"the columns {','.join(reader.fieldnames or ['none'])}")
+            return [row | {n: float(row[n] or "nan") for n in numbers} for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(
-            f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(columns) or 'none'}. "
-            "Name a metrics.csv."
-        )
-    numbers = [name for name in COLUMNS if name not in WORDS]
-    try:
-        return [row | {name: float(row[name] or "nan") for name in numbers} for row in rows]
-    except ValueError as error:
-        raise InputError(
-            f"{path}: expected numbers in {', '.join(numbers)}, got: {error}. Write it anew."
+            f"{path}: expected a metrics.csv of the columns {','.join(COLUMNS)}, got: {error}. "
+            "Name another file."
         ) from None
 
 
-def summarize(
-    rows: Sequence[Row], class_names: Sequence[str], tolerance_mm: float, num_worst: int
-) -> Row:
-    """Summarize scores; arguments as for `write_scores`.
-
-    Returns:
-        Plain values for JSON, `None` where undefined. `mean_dice` and its `mean_dice_interval`;
-        `classes`: for each class `status`, a count for each word of `STATUS`, and for each of
-        `MEASURES` `n`, `mean`, `median`, `q1`, `q3`, `interval`; `over_classes`: the same for the
-        mean over the classes of each case; `worst_cases`: `case_id` and `mean_dice`, the lowest
-        first; `num_cases`, `num_persons`, `tolerance_mm`, `definitions`.
-    """
+def _summarize(rows: Sequence[Row], names: Sequence[str], tolerance_mm: float) -> Row:
+    """Summarize scores of the foreground classes; see `write_scores`."""
     persons = {row["case_id"]: row["person"] for row in rows}
-    names = list(class_names[1:])
     at = {case_id: number for number, case_id in enumerate(persons)}
     table = np.full((len(MEASURES), len(at), len(names)), np.nan)  # (measures, N, classes)
     for row in rows:
@@ -337,7 +292,7 @@ def summarize(
     means = mean_of_defined(table, axis=2)
     over_classes = _summarize_measures(means, list(persons.values()))
     dice = zip(means[MEASURES.index("dice")].tolist(), at, strict=True)
-    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:num_worst]
+    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:NUM_WORST]
     return {
         "mean_dice": over_classes["dice"]["mean"],
         "mean_dice_interval": over_classes["dice"]["interval"],
@@ -345,13 +300,13 @@ def summarize(
         "num_persons": len(set(persons.values())),
         "tolerance_mm": tolerance_mm,
         "classes": {
-            name: {"status": {word: statuses[name, word] for word in STATUS.values()}}
+            name: {"status": {word: statuses[name, word] for word in STATUS}}
             | _summarize_measures(table[..., number], list(persons.values()))
             for number, name in enumerate(names)
         },
         "over_classes": over_classes,
         "worst_cases": [{"case_id": case_id, "mean_dice": score} for score, case_id in worst],
-        "definitions": DEFINITIONS | MORE_DEFINITIONS,
+        "definitions": DEFINITIONS,
     }
 
 

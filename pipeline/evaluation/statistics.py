@@ -1,36 +1,15 @@
 """Differences between two arms of several runs each, and the verdicts on them.
 
-An *arm* is a variant, trained once per seed. A *run* is one of these trainings, scored on the same
-cases as every other run of both arms. Two things could have come out otherwise: the seeds, drawn
-anew in each arm, and the persons, who are the same in both arms. The standard error adds up both:
-
-- Seeds, within each arm. Every run has the same weight, so the bootstrap needs no draws: over all
-  resamples of n runs the variance of their mean is s² (n-1)/n², where s² is that of the run means.
-- Persons, each with all of their cases. Numbers of cases differ, which makes the mean a ratio: its
-  variance is that over drawn resamples of the difference, paired by case.
-
-Each variance is multiplied by n/(n-1), since resamples of n vary too little by that factor, and the
-interval takes quantiles of t instead of those of the resamples: the latter reach no further than
-the runs that there are, and of three seeds cover 75 % instead of 95 %. The degrees of freedom are
-those of a sum of variances. Noise that belongs to neither seed nor person is in both terms and
-counts twice, which makes intervals wider than necessary. `benchmarks/equivalence_simulation.json`
-has error rates and power.
-
-Two arms are *equivalent* if the interval lies strictly within ± a margin: two one-sided tests, each
-at half of 1 - confidence.
-
-Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69
-(2015), for n/(n-1) and t; Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007),
-for what counts twice; Satterthwaite, Biometrics Bulletin 2 (1946), and Welch, Biometrika 34
-(1947), for the degrees of freedom; Schuirmann, J Pharmacokinet Biopharm 15 (1987), for
-equivalence; Holm, Scandinavian Journal of Statistics 6 (1979), for several classes; Brunner &
-Munzel, Biometrical Journal 42 (2000), for the difference of ranks.
+An *arm* is a variant, trained once per seed; a *run* is one of these trainings. All runs are scored
+on the same cases. What varies by chance are seeds, within each arm, and persons, the same in both.
+`estimate_difference` adds up their variances, `compare_arms` tests the difference.
+`benchmarks/equivalence_simulation.json` has error rates and power.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,12 +38,10 @@ ROUNDING = 1e-12  # of the largest score; less than that is no difference
 
 @dataclass(frozen=True)
 class Arm:
-    """Scores of the runs of one arm.
+    """Scores of the S runs of one arm, on N cases of K classes, `(S, N, K)` float64 and bool.
 
-    Attributes:
-        values: `(S, N, K)` float64, of S runs, N cases and K classes; `nan` where undefined.
-        best: `(S, N, K)` bool: where it is undefined because it could not be better, as where a
-            class is in neither label nor prediction. Other undefined scores are worse than any.
+    A score that is undefined is `nan`; `best` says where that is because it could not be better, as
+    where a class is in neither label nor prediction. Other undefined scores are worse than any.
     """
 
     values: np.ndarray
@@ -73,13 +50,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference, A minus B, and its standard errors in the same units; `nan` where unknown.
+    """A difference of means, A minus B, and its standard errors; `nan` where unknown.
 
-    Attributes:
-        value: Of the means.
-        errors: From `seeds_a`, `seeds_b` and `persons`.
-        total: From all three; unknown with fewer than `MIN_SEEDS` or `MIN_PERSONS`.
-        freedom: Degrees of freedom of the total.
+    `errors` are those from `seeds_a`, `seeds_b` and `persons`, `total` from all three, which is not
+    known with fewer than `MIN_SEEDS` or `MIN_PERSONS`; `freedom` are its degrees of freedom.
     """
 
     value: float
@@ -95,7 +69,7 @@ class Estimate:
         return float(2 * stdtr(self.freedom, -abs(self.value) / self.total))
 
     def reach(self, tail: float) -> float:
-        """Return the distance from 0 to the upper `tail` of the distribution of chance."""
+        """Return how far the difference may lie off by chance, but for a probability `tail`."""
         return float(self.total and -stdtrit(self.freedom, tail) * self.total)
 
     def is_within(self, margin: float, confidence: float) -> bool:
@@ -106,52 +80,59 @@ class Estimate:
 def estimate_difference(a: np.ndarray, b: np.ndarray, persons: Sequence[str]) -> Estimate:
     """Estimate mean of A minus mean of B, over runs and cases, with its standard errors.
 
+    Seeds are drawn within each arm: every run has the same weight, so the variance over all
+    resamples of n runs is s² (n-1)/n², where s² is that of the run means. Persons are drawn with
+    all of their cases, whose numbers differ: their variance is that over drawn resamples of the
+    difference, paired by case. Each variance is multiplied by n/(n-1), since resamples of n vary
+    too little by that factor, and quantiles are those of t: those of the resamples of three seeds
+    cover 75 % instead of 95 %. Noise that belongs to neither seed nor person counts twice, which
+    makes intervals wider than necessary.
+
     Args:
         a: `(S_A, N)` float64, complete.
         b: `(S_B, N)` float64, complete.
         persons: `N` names, of the person of each case.
+
+    Source: Hesterberg, The American Statistician 69 (2015), for n/(n-1) and t; Owen, Annals of
+    Applied Statistics 1 (2007), for what counts twice; Satterthwaite, Biometrics Bulletin 2 (1946),
+    and Welch, Biometrika 34 (1947), for the degrees of freedom.
     """
     if not persons:
         nothing = dict.fromkeys(("seeds_a", "seeds_b", "persons"), np.nan)
         return Estimate(np.nan, nothing, np.nan, np.nan)
     runs = [arm.mean(axis=1) for arm in (a, b)]
-    value = float(runs[0].mean() - runs[1].mean())
-    variances = {
-        "seeds_a": _seed_variance(runs[0]),
-        "seeds_b": _seed_variance(runs[1]),
-        "persons": _person_variance(a.mean(axis=0) - b.mean(axis=0), persons),
-    }
     units = [len(a), len(b), len(set(persons))]
-    total, freedom = math.sqrt(sum(variances.values())), np.nan
+    means = _resample_persons(a.mean(axis=0) - b.mean(axis=0), persons, NUM_RESAMPLES)
+    variances = [
+        *(
+            float(np.var(of_runs, ddof=1) / n) if n > 1 else np.nan
+            for of_runs, n in zip(runs, units, strict=False)
+        ),
+        float(np.var(means) * units[2] / (units[2] - 1)) if units[2] > 1 else np.nan,
+    ]
+    value = float(runs[0].mean() - runs[1].mean())
+    total, freedom = math.sqrt(sum(variances)), np.nan
     negligible = ROUNDING * max(np.abs(a).max(), np.abs(b).max())
     if min(units[:2]) < MIN_SEEDS or units[2] < MIN_PERSONS:
         total = np.nan
     elif total <= negligible:
         total = 0.0
     else:
-        shares = [variance / total**2 for variance in variances.values()]
+        shares = [variance / total**2 for variance in variances]
         freedom = 1 / sum(share**2 / (n - 1) for share, n in zip(shares, units, strict=True))
-    return Estimate(
-        value if abs(value) > negligible else 0.0,
-        {name: math.sqrt(variance) for name, variance in variances.items()},
-        total,
-        freedom,
-    )
+    errors = zip(("seeds_a", "seeds_b", "persons"), map(math.sqrt, variances), strict=True)
+    return Estimate(value if abs(value) > negligible else 0.0, dict(errors), total, freedom)
 
 
-def _seed_variance(means: np.ndarray) -> float:
-    """Return the variance of the mean of run means; `nan` for one run."""
-    return float(np.var(means, ddof=1) / len(means)) if len(means) > 1 else np.nan
-
-
-def _person_variance(delta: np.ndarray, persons: Sequence[str]) -> float:
-    """Return the variance of the mean over cases `(N,)` when persons are drawn; `nan` for one."""
+def _resample_persons(values: np.ndarray, persons: Sequence[str], num_resamples: int) -> np.ndarray:
+    """Return means of `(N,)` values that are not `nan`, of all cases of drawn persons."""
     names, person_of_case = np.unique(np.asarray(persons), return_inverse=True)
-    if len(names) < 2:
-        return np.nan
-    draws = _draw_persons(len(names), NUM_RESAMPLES)
-    sums, counts = (np.bincount(person_of_case, weights) for weights in (delta, None))
-    return float(np.var((draws @ sums) / (draws @ counts)) * len(names) / (len(names) - 1))
+    known = ~np.isnan(values)
+    sums = np.bincount(person_of_case, np.where(known, values, 0), len(names))
+    counts = np.bincount(person_of_case, known, len(names))
+    draws = _draw_persons(len(names), num_resamples)
+    draws = draws[draws @ counts > 0]
+    return (draws @ sums) / (draws @ counts)
 
 
 @lru_cache(maxsize=8)
@@ -166,24 +147,17 @@ def bootstrap_interval(values: np.ndarray, persons: Sequence[str]) -> list[float
 
     Args:
         values: `(N,)` float64 scores; `nan` where the case has none.
-        persons: `N` names, of the person of each case; all cases of a person are drawn together.
+        persons: `N` names; all cases of a person are drawn together.
 
     Returns:
         Both ends; `None` with scores of fewer than two persons.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    known = ~np.isnan(values)
-    if len({person for person, is_known in zip(persons, known, strict=True) if is_known}) < 2:
+    if len(np.unique(np.asarray(persons)[~np.isnan(values)])) < 2:
         return None
-    names, person_of_case = np.unique(np.asarray(persons), return_inverse=True)
-    sums = np.bincount(person_of_case, np.where(known, values, 0), len(names))
-    counts = np.bincount(person_of_case, known, len(names))
     # ends vary by 6 % of a standard error with so few draws, of some hundred intervals
-    draws = _draw_persons(len(names), 2_000)
-    drawn = draws @ counts > 0
-    means = (draws[drawn] @ sums) / (draws[drawn] @ counts)
-    return np.quantile(means, [0.025, 0.975]).tolist()
+    return np.quantile(_resample_persons(values, persons, 2_000), [0.025, 0.975]).tolist()
 
 
 def correct_by_holm(p_values: Sequence[float], alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -195,8 +169,9 @@ def correct_by_holm(p_values: Sequence[float], alpha: float) -> tuple[np.ndarray
 
     Returns:
         Adjusted p-values, and the level of each: the one it was tested at, or for the tests after
-        the first that failed, that one's. A p-value is below its level exactly where the adjusted
-        one is below `alpha`.
+        the first that failed, that one's.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
     given = np.asarray(p_values, dtype=float)
     order = np.argsort(given, kind="stable")  # nan last
@@ -205,9 +180,8 @@ def correct_by_holm(p_values: Sequence[float], alpha: float) -> tuple[np.ndarray
     stepped = np.minimum(np.maximum.accumulate(given[order] * steps), 1)
     passed = int((stepped < alpha).sum())
     steps[passed:] = steps[passed : passed + 1]
-    adjusted, levels = np.empty(len(given)), np.empty(len(given))
-    adjusted[order], levels[order] = stepped, alpha / steps
-    return adjusted, levels
+    back = np.argsort(order)
+    return stepped[back], (alpha / steps)[back]
 
 
 def rank_scores(placed: np.ndarray, counted: np.ndarray) -> np.ndarray:
@@ -220,7 +194,7 @@ def rank_scores(placed: np.ndarray, counted: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def compare(
+def compare_arms(
     a: Arm,
     b: Arm,
     persons: Sequence[str],
@@ -234,25 +208,24 @@ def compare(
 
     A case that is undefined alike in every run of both arms says nothing about a class and is
     counted apart. If other scores of a class are undefined, it is compared by ranks: of all scores
-    of all runs and cases, ties averaged, the undefined at their end. The estimate is then the mean
-    rank in A minus that in B, over the number of ranks: the probability that a score of A is better
-    than one of B, less one half. Resamples keep the ranks. The mean over classes is taken case by
-    case, and is of ranks as soon as one class is.
+    of all runs and cases, ties averaged, the undefined at their end. The estimate is then the
+    probability that a score of A is better than one of B, less one half. The mean over classes is
+    taken case by case, and is of ranks as soon as one class is.
 
-    The overall verdict is one test by itself; those on classes are corrected for their number by
-    Holm's method. Interval and smallest difference of a class are of the level at which Holm's
-    method tested it, so that 0 is outside the interval exactly where the verdict says so.
-    Equivalence, which every class has to show by itself, needs no correction.
+    The overall verdict is one test by itself; those on classes are corrected by Holm's method, and
+    their intervals and smallest differences are of the level that it tested them at. Arms are
+    equivalent if the interval at `confidence` lies strictly within the margin.
 
     Args:
         a: The one arm.
-        b: The other, of the same cases and classes.
+        b: The other, of the same N cases and K classes.
         persons: `N` names, of the person of each case.
         class_names: `K` names.
         higher_is_better: Which direction is good.
         confidence: Between 0 and 1.
         margin: Smallest difference that matters, above 0, in units of the score. With ranks, it is
-            the change of the estimate when one arm is shifted by as much.
+            the change of the estimate when one arm is shifted by as much. With it, the verdict is
+            `TOO_FEW` if a larger difference could have gone unnoticed.
 
     Returns:
         `overall`, and `classes` by name, each with `verdict` (on A), `reason` (why too few, or
@@ -262,31 +235,30 @@ def compare(
         probability of 80 %), `standard_errors`, `margin`; `num_cases` and `num_persons` that say
         something, `num_apart`, and `num_undefined` by arm. `None` where there is no number.
 
-        With a margin, the verdict is `EQUIVALENT` if the interval at `confidence` is within it, and
-        `TOO_FEW` if a larger difference could have gone unnoticed.
+    Source: Schuirmann, J Pharmacokinet Biopharm 15 (1987), for equivalence; Brunner & Munzel,
+    Biometrical Journal 42 (2000), for the difference of ranks.
     """
     sign = 1 if higher_is_better else -1
     values = np.concatenate([a.values, b.values])
     end = np.where(np.concatenate([a.best, b.best]), np.inf, -np.inf)
     placed = np.where(np.isnan(values), end, sign * values)
 
-    def judge(group: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    def judge(group: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
         """Judge the means over some classes each; verdicts are corrected for one another."""
         found = [
-            _estimate(values[..., k], placed[..., k], len(a.values), persons, margin) for k in group
+            _estimate(values[..., k], placed[..., k], len(a.values), persons, margin)
+            for k in group.values()
         ]
-        p_values = [estimate.p_value for estimate, _ in found]
-        adjusted, levels = correct_by_holm(p_values, 1 - confidence)
-        return [
-            entry
+        tests = correct_by_holm([estimate.p_value for estimate, _ in found], 1 - confidence)
+        return {
+            name: entry
             | {"adjusted_p": nan_to_none(float(p))}
             | _judge(estimate, level, entry, sign, confidence)
-            for (estimate, entry), p, level in zip(found, adjusted, levels, strict=True)
-        ]
+            for name, (estimate, entry), p, level in zip(group, found, *tests, strict=True)
+        }
 
-    every = range(len(class_names))
-    classes = dict(zip(class_names, judge([[k] for k in every]), strict=True))
-    return {"overall": judge([every])[0], "classes": classes}
+    classes = {name: [k] for k, name in enumerate(class_names)}
+    return judge({"overall": range(len(classes))}) | {"classes": judge(classes)}
 
 
 def _estimate(
@@ -295,11 +267,8 @@ def _estimate(
     """Estimate the difference of the mean over classes; also return what needs no level.
 
     Args:
-        values: `(S, N, K)` of the runs of A, then of B.
+        values: `(S, N, K)` of the runs of A, the first `num_a`, then of B.
         placed: The same with better above worse, the undefined at ±inf.
-        num_a: Runs of A.
-        persons: `N` names.
-        margin: As in `compare`.
     """
     undefined = np.isinf(placed)
     apart = undefined.all(axis=0) & (placed == placed[0]).all(axis=0)  # (N, K)
@@ -310,13 +279,15 @@ def _estimate(
     by_rank = bool(undefined.any())
     if by_rank:
         counted = np.broadcast_to(~apart, placed.shape)
-        by_shift = []
-        for shift in (0.0, margin or 0.0, -(margin or 0.0)):
+
+        def estimate_shifted(shift: float) -> Estimate:
             shifted = np.concatenate([placed[:num_a] + shift, placed[num_a:]])
             ranks = mean_of_defined(rank_scores(shifted, ~apart), -1, counted)[:, used]
-            by_shift.append(estimate_difference(ranks[:num_a], ranks[num_a:], people))
-        estimate = by_shift[0]
-        margin = margin and (by_shift[1].value - by_shift[2].value) / 2
+            return estimate_difference(ranks[:num_a], ranks[num_a:], people)
+
+        estimate = estimate_shifted(0)
+        if margin:
+            margin = (estimate_shifted(margin).value - estimate_shifted(-margin).value) / 2
     else:
         estimate = estimate_difference(shown[:num_a], shown[num_a:], people)
     means = [float(mean_of_defined(arm)) for arm in (shown[:num_a], shown[num_a:])]
@@ -346,7 +317,10 @@ def _judge(
     favour = estimate.value * (1 if entry["scale"] == "rank" else sign)
     reason = None
     if np.isnan(reach):
-        verdict, reason = TOO_FEW, _find_lacking(entry)
+        counts = [(f"seeds of {a.upper()}", n, MIN_SEEDS) for a, n in entry["num_seeds"].items()]
+        counts.append(("persons", entry["num_persons"], MIN_PERSONS))
+        lacking = [f"{n} of at least {least} {what}" for what, n, least in counts if n < least]
+        verdict, reason = TOO_FEW, ", ".join(lacking)
     elif margin is not None and estimate.is_within(margin, confidence):
         verdict = EQUIVALENT
     elif estimate.p_value < level:
@@ -358,13 +332,7 @@ def _judge(
     return {
         "verdict": verdict,
         "reason": reason,
-        "interval": [nan_to_none(estimate.value - reach), nan_to_none(estimate.value + reach)],
+        "interval": [nan_to_none(estimate.value + end) for end in (-reach, reach)],
         "interval_confidence": 1 - float(level),
         "smallest_difference": nan_to_none(smallest),
     }
-
-
-def _find_lacking(entry: dict[str, Any]) -> str:
-    counts = [(f"seeds of {arm.upper()}", n, MIN_SEEDS) for arm, n in entry["num_seeds"].items()]
-    counts.append(("persons", entry["num_persons"], MIN_PERSONS))
-    return ", ".join(f"{n} of at least {least} {what}" for what, n, least in counts if n < least)

@@ -32,10 +32,8 @@ def is_prediction(path: Path) -> bool:
 def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     """Write a volume on the grid of another file.
 
-    All header fields of a NIfTI file that place its voxels are kept bit for bit: sform and qform
-    with their codes, pixdim, units. Fields that belong to the image rather than to its grid
-    (scaling, intent, description, extensions) are not; the description says who wrote the file. For
-    a DICOM series, its affine becomes sform and qform, in mm.
+    Header fields of a NIfTI file that place its voxels are kept bit for bit: sform and qform with
+    their codes, pixdim, units. For a DICOM series, its affine becomes sform and qform, in mm.
 
     Args:
         voxels: `(H, W, D)`, or `(H, W, D, classes)`, on the grid of `source`.
@@ -45,23 +43,20 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    image = _make_image(voxels, source)
-    image.header["descrip"] = MARK
-    with replace_file(path) as temporary:
-        nib.save(image, temporary)
-
-
-def _make_image(voxels: np.ndarray, source: str | Path) -> Any:
+    image: Any
     if Path(source).is_dir():
         _, affine = read_geometry(str(source))
-        image: Any = nib.Nifti1Image(voxels, affine)
+        image = nib.Nifti1Image(voxels, affine)
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")
         image.header.set_xyzt_units("mm")
-        return image
-    like: Any = nib.load(source)
-    made = type(like)(voxels, None, dtype=voxels.dtype)
-    for field in GRID_FIELDS:
-        made.header[field] = like.header[field]
-    made.header["pixdim"][:4] = like.header["pixdim"][:4]
-    return type(like)(voxels, None, made.header)
+    else:
+        like: Any = nib.load(source)
+        header = type(like)(voxels, None, dtype=voxels.dtype).header
+        for field in GRID_FIELDS:
+            header[field] = like.header[field]
+        header["pixdim"][:4] = like.header["pixdim"][:4]
+        image = type(like)(voxels, None, header)
+    image.header["descrip"] = MARK
+    with replace_file(path) as temporary:
+        nib.save(image, temporary)

@@ -1,8 +1,8 @@
 """Predicts a file or a folder with a trained run; `configs/inference.json` is the config.
 
 A case that cannot be predicted is named and left out, the others are predicted, and the exit status
-is 1. With `strict`, prediction stops at the first such case. Started by torchrun, each process
-predicts a share of the cases, and `strict` stops the process that has the case.
+is 1. With `strict`, the process that has the case stops. Started by torchrun, each process predicts
+a share of the cases.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ log = logging.getLogger(__name__)
 
 # raised in reading, preprocessing and prediction for a volume that cannot be predicted
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
-KINDS = LABELS, PROBABILITIES = "", "_probabilities"  # endings of a case's results
+KINDS = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
 
-# case ids, and the reason for each that was not predicted
-Outcomes = list[tuple[str, str | None]]
+Outcomes = list[tuple[str, str | None]]  # case ids, and the reason if it was not predicted
 
 
 class Prediction:
@@ -52,12 +51,11 @@ class Prediction:
     Args:
         cases: Dictionaries with `case_id` and `image`, a path or one per channel.
         preprocessing: As `transforms.preprocess.preprocessing` returns it.
-        segmenter: Predicts.
+        segmenter: Predicts labels from what is preprocessed.
         bundle_root: Folder that relative paths start from.
         output_dir: Gets `<case_id>.nii.gz` for each case.
         in_channels: Channels of an image.
-        trained_on: The training images' spacing and intensities, from the run's inference config;
-            `None`: nothing is compared with them.
+        trained_on: Spacing and intensities of the training images, to compare with, if known.
         probabilities: Whether to write `<case_id>_probabilities.nii.gz` too: float32
             `(H, W, D, num_classes)`.
         strict: Whether to stop at the first case that cannot be predicted.
@@ -92,7 +90,11 @@ class Prediction:
             with distributed.sync_errors():
                 distributed.silence_other_ranks()
                 require_unaltered()
-                self._require_same_cases()
+                case_ids = [case["case_id"] for case in self.cases]
+                if case_ids != distributed.broadcast_object(case_ids):
+                    raise InputError(
+                        "input: expected the cases of rank 0, got others. Give all ranks the same."
+                    )
                 self._prepare_output()
         except InputError as error:
             error.tell()
@@ -105,17 +107,10 @@ class Prediction:
             self._report(done, len(mine))
             raise
         done = distributed.interleave(distributed.all_gather_object(done))
-        self._report(done, len(self.cases))
+        faults = self._report(done, len(self.cases))
         distributed.destroy()
-        if any(why is not None for _, why in done):
+        if faults:
             raise SystemExit(1)
-
-    def _require_same_cases(self) -> None:
-        case_ids = [case["case_id"] for case in self.cases]
-        if case_ids != distributed.broadcast_object(case_ids):
-            raise InputError(
-                "input: expected the cases of rank 0, got others. Give all ranks the same."
-            )
 
     def _predict_each(self, cases: Sequence[Case], done: Outcomes) -> None:
         """Predict cases; each is added to `done`, so that an interruption knows how far it came."""
@@ -133,24 +128,20 @@ class Prediction:
                     if self.strict:
                         break
 
-    def _report(self, done: Outcomes, num_cases: int) -> None:
-        if not distributed.is_main():
-            return
+    def _report(self, done: Outcomes, num_cases: int) -> dict[str, str]:
         faults = {case_id: why for case_id, why in done if why is not None}
-        predicted = len(done) - len(faults)
-        log.info("%d of %d cases predicted, in %s", predicted, num_cases, self.output_dir)
-        if faults:
-            print(f"Not predicted: {len(faults)} of {num_cases}", file=sys.stderr)
-            for case_id, why in faults.items():
-                print(f"  {case_id}: {why}", file=sys.stderr)
+        if distributed.is_main():
+            num_done = len(done) - len(faults)
+            log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
+            lines = [f"  {case_id}: {why}" for case_id, why in faults.items()]
+            if lines:
+                print(
+                    f"Not predicted: {len(lines)} of {num_cases}", *lines, sep="\n", file=sys.stderr
+                )
+        return faults
 
     def _prepare_output(self) -> None:
-        """Make the output directory, and check that no other file would be overwritten.
-
-        Raises:
-            InputError: If it cannot be written to, holds the images, or holds files with the
-                results' names that are no predictions.
-        """
+        """Make the output directory; refuse one in which other files would be overwritten."""
         out = Path(os.path.realpath(self.output_dir))
         images = [Path(os.path.realpath(path)) for case in self.cases for path in paths_of(case)]
         if out in {image.parent for image in images} or {out, *out.parents} & {*images}:
@@ -172,7 +163,7 @@ class Prediction:
                 f"output_dir: expected a folder that can be written, got: {error}. Choose another."
             ) from None
 
-    def _target(self, case: Case, kind: str = LABELS) -> Path:
+    def _target(self, case: Case, kind: str) -> Path:
         return self.output_dir / f"{case['case_id']}{kind}.nii.gz"
 
     def _predict(self, case: Case) -> None:
@@ -182,14 +173,6 @@ class Prediction:
             if not issue.warning:
                 raise PredictionError(issue.message)
             log.warning("%s", issue.line)
-        found = self.segmenter(self._preprocess(case), with_probabilities=self.probabilities)
-        source = paths_of(case)[0]
-        save_like(found.labels, source, self._target(case))
-        if found.probabilities is not None:
-            voxels = np.moveaxis(found.probabilities, 0, -1)
-            save_like(voxels, source, self._target(case, PROBABILITIES))
-
-    def _preprocess(self, case: Case) -> MetaTensor:
         loaded = self.preprocessing.load(case)
         image = loaded["image"]
         if wrong := int((~torch.isfinite(image)).sum()):
@@ -198,7 +181,13 @@ class Prediction:
             )
         for line in find_differences_from_training(image, self.trained_on):
             log.warning("%s: %s", case["case_id"], line)
-        return self.preprocessing.regularize(loaded)["image"]
+        image = self.preprocessing.regularize(loaded)["image"]
+        found = self.segmenter(image, with_probabilities=self.probabilities)
+        results = [found.labels]
+        if found.probabilities is not None:
+            results.append(np.moveaxis(found.probabilities, 0, -1))
+        for kind, voxels in zip(KINDS, results, strict=False):
+            save_like(voxels, paths_of(case)[0], self._target(case, kind))
 
 
 def find_differences_from_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
@@ -215,9 +204,10 @@ def find_differences_from_training(image: MetaTensor, trained_on: Config | None)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
     low, high = np.array(trained_on["spacing_mm"])
     if (spacing < low / SPACING_FACTOR).any() or (spacing > high * SPACING_FACTOR).any():
+        least, most, got = ("x".join(f"{n:.3g}" for n in sizes) for sizes in (low, high, spacing))
         yield (
-            f"expected voxels of {_join(low)} to {_join(high)} mm (R, A, S), as in training, "
-            f"got {_join(spacing)} mm. It is predicted all the same; look at the result."
+            f"expected voxels of {least} to {most} mm (R, A, S), as in training, got {got} mm. It "
+            "is predicted all the same; look at the result."
         )
     for channel, facts in zip(image, trained_on["channels"], strict=False):
         std, mean = (float(one) for one in torch.std_mean(channel.as_tensor(), correction=0))
@@ -237,7 +227,3 @@ def describe_fault(error: BaseException) -> str:
         return "expected a volume that fits into the device's memory, got more. Use device cpu."
     error = innermost(error)
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _join(values: np.ndarray) -> str:
-    return "x".join(f"{value:.3g}" for value in values)

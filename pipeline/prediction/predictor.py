@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.utils import convert_to_numpy
 
 from pipeline.config import allowed, keys, old_names
 from pipeline.config.keys import Config
@@ -49,8 +50,7 @@ class Predictor:
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
         allowed.check(source, allow)
         table = {**keys.KEYS, **keys.PREDICTION_KEYS}
-        known = {key: spec for key, spec in table.items() if key in source}
-        keys.check({key: source[key] for key in known}, known)
+        keys.check(source, {key: spec for key, spec in table.items() if key in source})
         parser = Parser(source)
         self.in_channels = source["in_channels"]
         try:
@@ -75,19 +75,15 @@ class Predictor:
         Raises:
             ValueError: If the image has no affine of three directions, or other channels.
         """
-        if affine is None:
-            if not isinstance(image, MetaTensor):
-                raise ValueError("image: expected a MetaTensor or an affine, got neither. Give it.")
+        if affine is None and isinstance(image, MetaTensor):
             affine = image.affine.cpu().numpy()
         affine = np.array(affine, dtype=np.float64)
         if affine.shape != (4, 4) or not abs(np.linalg.det(affine)) > 0:
             raise ValueError(
-                f"affine: expected (4, 4) with three directions, got {affine.tolist()}."
+                f"affine: expected (4, 4) with three directions, got {affine.tolist()}. Give it."
             )
-        if isinstance(image, torch.Tensor):
-            image = image.detach().cpu().numpy()
         # a copy, since MONAI's normalisation works in place
-        voxels = torch.from_numpy(np.array(image, dtype=np.float32, order="C"))
+        voxels = torch.from_numpy(np.array(convert_to_numpy(image), dtype=np.float32, order="C"))
         voxels = voxels[None] if voxels.ndim == 3 else voxels
         if voxels.ndim != 4 or len(voxels) != self.in_channels:
             raise ValueError(
@@ -127,7 +123,7 @@ def load_networks(
     """The network of a run with its weights, and those of other runs beside it.
 
     Args:
-        bundle_root: Folder that relative paths start from: the run directory.
+        bundle_root: The run directory, which relative paths start from.
         network: On its device.
         weights: State dict of the network; a relative path is one in each run directory.
         ensemble: Other run directories.
@@ -148,9 +144,8 @@ def load_networks(
                 f"{other}: expected a run of the same plan, got another {', '.join(differing)}. "
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
-        allowed.check(
-            source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
-        )
+        targets = [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
+        allowed.check(source, targets)
         member = Parser(source).get_parsed_content("network_def")
         device = next(network.parameters()).device
         networks.append(precision.place(member) if precision else member.to(device))
@@ -173,7 +168,7 @@ def load_weights(network: torch.nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(load(path))
     except Exception as error:  # torch and pickle raise many kinds
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path}: expected the weights of this network, got: {reason[:200]}. Name another file."
+            f"{path}: expected the weights of this network, got: {reason}. Name another file."
         ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,26 +26,19 @@ class PredictionError(ValueError):
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The prediction for one image, on the grid of its file.
+    """The prediction for one image, on the grid of its file."""
 
-    Attributes:
-        labels: `(H, W, D)` uint8.
-        probabilities: `(num_classes, H, W, D)` float32 where asked for, else `None`.
-        affine: `(4, 4)` float64 of the file, to RAS mm.
-    """
-
-    labels: np.ndarray
-    probabilities: np.ndarray | None
-    affine: np.ndarray
+    labels: np.ndarray  # (H, W, D) uint8
+    probabilities: np.ndarray | None  # (num_classes, H, W, D) float32 where asked for
+    affine: np.ndarray  # (4, 4) float64 of the file, to RAS mm
 
 
 class Segmenter:
     """Predicts preprocessed images with one network, or the mean probabilities of several.
 
-    Logits are blended over windows, turned into probabilities, averaged over networks, interpolated
-    linearly to the file's voxels, and only then made labels, slab by slab. When the device runs
-    out of memory, prediction goes on with fewer windows at a time, and then with the sums in the
-    host's memory.
+    Probabilities are averaged over networks, interpolated linearly to the file's voxels, and only
+    then made labels, slab by slab. When the device runs out of memory, prediction goes on with
+    fewer windows at a time, and then with the sums in the host's memory.
 
     Args:
         networks: On the precision's device, with their weights loaded.
@@ -85,10 +78,10 @@ class Segmenter:
                 if not is_out_of_memory(error) or not self._lower_demands():
                     raise
             torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
-        if self.cleanup is None:
-            return found
-        cleaned = self.cleanup(found.labels, np.linalg.norm(found.affine[:3, :3], axis=0))
-        return Segmentation(cleaned, found.probabilities, found.affine)
+        if self.cleanup is not None:
+            spacing_mm = np.linalg.norm(found.affine[:3, :3], axis=0)
+            found = replace(found, labels=self.cleanup(found.labels, spacing_mm))
+        return found
 
     def _lower_demands(self) -> bool:
         """Ask for less memory; return whether that was possible."""
@@ -96,11 +89,11 @@ class Segmenter:
         if inferer.batch_size > 1:
             inferer.sw_batch_size = inferer.batch_size // 2
             log.warning("Out of memory: going on with %d windows at once", inferer.sw_batch_size)
-        elif self.precision.device.type != "cpu" and inferer.device is None:
-            inferer.device = torch.device("cpu")
-            log.warning("Out of memory: going on with sums in the host's memory")
-        else:
+            return True
+        if self.precision.device.type == "cpu" or inferer.device is not None:
             return False
+        inferer.device = torch.device("cpu")
+        log.warning("Out of memory: going on with sums in the host's memory")
         return True
 
     @torch.inference_mode()
@@ -109,8 +102,7 @@ class Segmenter:
         volume = image.as_tensor().to(self.precision.device)
         for network in self.networks:
             network.eval()
-        labels: torch.Tensor | None = None
-        probabilities: torch.Tensor | None = None
+        labels = probabilities = None
         finite: list[torch.Tensor] = []
         slabs = self.inferer.slabs(volume, [self._autocast(net) for net in self.networks])
         for axis, start, block in _join_slabs(slabs, finite):
@@ -129,11 +121,8 @@ class Segmenter:
                 f"expected finite logits in {self.precision.mode}, got NaN or infinity. "
                 "Predict with amp false; if that does not help, look at the image's intensities."
             )
-        return Segmentation(
-            labels.cpu().numpy(),
-            None if probabilities is None else probabilities.numpy(),
-            grid.affine,
-        )
+        kept = None if probabilities is None else probabilities.numpy()
+        return Segmentation(labels.cpu().numpy(), kept, grid.affine)
 
     def _autocast(self, network: torch.nn.Module) -> Network:
         def predict(windows: torch.Tensor) -> torch.Tensor:
@@ -158,10 +147,6 @@ class SlidingWindowLabels(SlidingWindow):
     Args:
         precision: Owns device and autocast.
         roi_size: As for `SlidingWindow`, like all that follow.
-        num_classes: See there.
-        sw_batch_size: See there.
-        overlap: See there.
-        max_blend_bytes: See there.
     """
 
     def __init__(
@@ -184,38 +169,30 @@ class SlidingWindowLabels(SlidingWindow):
         Args:
             inputs: `(B, C, H, W, D)` MetaTensor whose metadata hold the files' grid.
             network: Returns logits of windows.
-            args: Not used.
-            kwargs: Not used.
+            args: Not used, nor are `kwargs`.
+            kwargs: See there.
 
         Returns:
             `(B, 1, *shape of the files)` uint8, on the inputs' device.
         """
-        self._segmenter.networks = [network]
-        labels = torch.stack([self._labels(image) for image in decollate_batch(inputs)])
-        return labels.to(inputs.device)  # where the evaluator has the reference
-
-    def _labels(self, image: MetaTensor) -> torch.Tensor:
-        try:
-            labels = self._segmenter(image).labels
-        except PredictionError as error:
-            log.warning("Validation: %s", error)
-            labels = np.zeros(FileGrid(image).shape, dtype=np.uint8)
-        return torch.as_tensor(labels)[None]
+        self._segmenter.networks, found = [network], []
+        for image in decollate_batch(inputs):
+            try:
+                found.append(self._segmenter(image).labels)
+            except PredictionError as error:
+                log.warning("Validation: %s", error)
+                found.append(np.zeros(FileGrid(image).shape, dtype=np.uint8))
+        # on the device where the evaluator has the reference
+        return torch.as_tensor(np.stack(found)[:, None], device=inputs.device)
 
 
 def _join_slabs(
     slabs: Iterable[Slab], finite: list[torch.Tensor]
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Turn logits into mean probabilities, each slab with the last plane of the one before.
+    """Yield axis, first plane, and `(C, h, w, d)` mean probabilities of each slab.
 
-    Voxels of a file may lie between two slabs.
-
-    Args:
-        slabs: As `SlidingWindow.slabs` yields them.
-        finite: Gets for each slab, on its device, whether all of it is finite.
-
-    Yields:
-        Axis, first plane, and `(C, h, w, d)` float32 probabilities.
+    Each has the last plane of the one before, as voxels of a file may lie between two slabs.
+    `finite` gets for each, on its device, whether all logits are finite.
     """
     before: torch.Tensor | None = None
     for slab in slabs:

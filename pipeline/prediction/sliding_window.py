@@ -1,9 +1,8 @@
 """Sliding-window prediction that never holds the logits of all classes for a whole volume.
 
 Windows are visited plane by plane along the axis with the most windows. Once no later window
-reaches a slab of the volume, the slab is blended, yielded and forgotten, so that memory grows with
-the cross-section of the volume and not with its length. Where a slab of all classes is larger than
-`max_blend_bytes`, it is blended in the host's memory.
+reaches a slab of the volume, the slab is blended, yielded and forgotten: memory grows with the
+cross-section of the volume and not with its length.
 """
 
 from __future__ import annotations
@@ -31,12 +30,9 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Slab:
-    """Blended logits of consecutive planes of a volume.
+    """Blended logits of consecutive planes of a volume, from `start` on along `axis` (0 to 2).
 
-    Attributes:
-        axis: Axis of the volume, 0 to 2, that slabs follow one another along, in rising order.
-        start: First plane.
-        logits: `(M, C, h, w, d)` float32, one entry for each of M networks.
+    `logits` are `(M, C, h, w, d)` float32, of M networks; slabs follow in rising order.
     """
 
     axis: int
@@ -47,8 +43,7 @@ class Slab:
 class SlidingWindow(SlidingWindowInferer):
     """MONAI's SlidingWindowInferer with Gaussian weights, slab by slab, with mirror averaging.
 
-    Windows, weights and padding are MONAI's. Products and sums are float32 whatever the dtype of
-    the network's output.
+    Windows, weights and padding are MONAI's; products and sums are float32.
 
     Args:
         roi_size: Window in voxels.
@@ -95,23 +90,17 @@ class SlidingWindow(SlidingWindowInferer):
         Args:
             inputs: `(B, C, H, W, D)`.
             network: Returns logits `(B, num_classes, *roi_size)` of windows.
-            args: Passed on to the network.
-            kwargs: Passed on to the network.
+            args: Passed on to the network, as are `kwargs`.
+            kwargs: See there.
 
         Returns:
             `(B, num_classes, H, W, D)` float32, a MetaTensor if `inputs` is one.
         """
-
-        def predict(windows: torch.Tensor) -> torch.Tensor:
-            return network(windows, *args, **kwargs)
-
         volumes = convert_to_tensor(inputs)
-        whole = torch.empty(
-            (len(volumes), self.num_classes, *volumes.shape[2:]),
-            device=self.device or volumes.device,
-        )
+        shape = (len(volumes), self.num_classes, *volumes.shape[2:])
+        whole = torch.empty(shape, device=self.device or volumes.device)
         for volume, logits in zip(volumes, whole, strict=True):
-            for slab in self.slabs(volume, [predict]):
+            for slab in self.slabs(volume, [lambda windows: network(windows, *args, **kwargs)]):
                 length = slab.logits.shape[slab.axis + 2]
                 logits.narrow(slab.axis + 1, slab.start, length).copy_(slab.logits[0])
         return convert_to_dst_type(whole, inputs, dtype=torch.float32)[0]
@@ -123,16 +112,20 @@ class SlidingWindow(SlidingWindowInferer):
             volume: `(C, H, W, D)` on the networks' device.
             networks: As for `__call__`; all are given the same windows.
         """
-        padded, margins = self._pad(volume)
+        missing = [max(r - n, 0) for r, n in zip(self.window, volume.shape[1:], strict=True)]
+        margins = [n // 2 for n in missing]
+        # torch pads the last axis first
+        widths = [width for n in missing[::-1] for width in (n // 2, n - n // 2)]
+        padded = torch.nn.functional.pad(volume, widths)
         sizes = padded.shape[1:]
-        starts = [
-            window_starts(n, roi, self.window_overlap)
-            for n, roi in zip(sizes, self.window, strict=True)
-        ]
+        pairs = zip(sizes, self.window, strict=True)
+        starts = [window_starts(n, roi, self.window_overlap) for n, roi in pairs]
         axis = max(range(3), key=lambda a: sizes[a] / self.window[a])
-        weights = compute_importance_map(
-            self.window, self.mode, device=self._blend_device(volume, sizes, axis, len(networks))
-        )
+        plane = math.prod(sizes) // sizes[axis]
+        needed = 4 * len(networks) * self.num_classes * self.window[axis] * plane
+        is_small = needed <= self.max_blend_bytes
+        device = self.device or (volume.device if is_small else "cpu")
+        weights = compute_importance_map(self.window, self.mode, device=device)
         inside = [slice(m, m + n) for m, n in zip(margins, volume.shape[1:], strict=True)]
         across = [slice(None) if a == axis else part for a, part in enumerate(inside)]
         for start, blended in self._blend(padded, networks, starts, axis, weights):
@@ -141,16 +134,6 @@ class SlidingWindow(SlidingWindowInferer):
             if first < last:  # else there is nothing but padding
                 kept = blended[:, :, *across].narrow(axis + 2, first - start, last - first)
                 yield Slab(axis, first - margins[axis], kept)
-
-    def _blend_device(
-        self, volume: torch.Tensor, sizes: Sequence[int], axis: int, num_networks: int
-    ) -> torch.device | str:
-        """Return the device of the sums; `self.device` is what MONAI calls it."""
-        if self.device is not None:
-            return self.device
-        plane = math.prod(sizes) // sizes[axis]
-        needed = 4 * num_networks * self.num_classes * self.window[axis] * plane
-        return volume.device if needed <= self.max_blend_bytes else "cpu"
 
     def _blend(
         self,
@@ -165,12 +148,13 @@ class SlidingWindow(SlidingWindowInferer):
         edges = sorted({*starts[axis], *(start + roi for start in starts[axis])})
         waiting = list(itertools.pairwise(edges))
         live: list[_SlabSums] = []
+        channels = len(networks), self.num_classes
         for start, following in itertools.pairwise([*starts[axis], edges[-1]]):
             while waiting and waiting[0][0] < start + roi:
                 shape = list(padded.shape[1:])
                 first, stop = waiting.pop(0)
                 shape[axis] = stop - first
-                live.append(_SlabSums(axis, first, shape, len(networks), self.num_classes, weights))
+                live.append(_SlabSums(axis, first, shape, channels, weights))
             here = [[start] if a == axis else of_axis for a, of_axis in enumerate(starts)]
             corners = list(itertools.product(*here))
             for n in range(0, len(corners), self.batch_size):
@@ -185,22 +169,19 @@ class SlidingWindow(SlidingWindowInferer):
         corners: Sequence[tuple[int, ...]],
         networks: Sequence[Network],
     ) -> None:
-        cuts = [
-            tuple(slice(a, a + n) for a, n in zip(corner, self.window, strict=True))
-            for corner in corners
-        ]
+        """Add the logits of some windows, averaged over the mirror images, to all slabs."""
+        ends = [zip(corner, self.window, strict=True) for corner in corners]
+        cuts = [tuple(slice(start, start + n) for start, n in of_window) for of_window in ends]
         windows = torch.stack([padded[:, *cut] for cut in cuts])
         for number, network in enumerate(networks):
-            for cut, logits in zip(cuts, self._predict_mirrored(windows, network), strict=True):
+            if self.mirrors == [()]:
+                logits = network(windows)
+            else:
+                images = [network(windows.flip(a)).float().flip(a) for a in self.mirrors]
+                logits = torch.stack(images).mean(dim=0)
+            for cut, of_window in zip(cuts, logits, strict=True):
                 for sums in live:
-                    sums.add(number, cut, logits)
-
-    def _pad(self, volume: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Pad a volume to the size of a window at least; also return the margins before it."""
-        missing = [max(r - n, 0) for r, n in zip(self.window, volume.shape[1:], strict=True)]
-        # torch pads the last axis first
-        widths = [width for n in missing[::-1] for width in (n // 2, n - n // 2)]
-        return torch.nn.functional.pad(volume, widths), [n // 2 for n in missing]
+                    sums.add(number, cut, of_window)
 
     @property
     def batch_size(self) -> int:
@@ -209,28 +190,15 @@ class SlidingWindow(SlidingWindowInferer):
         fitting = self.max_blend_bytes // 8 // (4 * self.num_classes * voxels)
         return max(1, min(self.sw_batch_size, fitting, BATCH_VOXELS // voxels))
 
-    def _predict_mirrored(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
-        """Return logits of windows `(B, C, *roi_size)`, averaged over the mirror images."""
-        if self.mirrors == [()]:
-            return network(windows)
-        logits = [network(windows.flip(axes)).float().flip(axes) for axes in self.mirrors]
-        return torch.stack(logits).mean(dim=0)
-
 
 class _SlabSums:
     """Weighted sums of window logits in a slab of the padded volume, and sums of the weights."""
 
     def __init__(
-        self,
-        axis: int,
-        start: int,
-        shape: Sequence[int],
-        num_networks: int,
-        num_classes: int,
-        weights: torch.Tensor,
+        self, axis: int, start: int, shape: Sequence[int], channels: tuple[int, int], weights: Any
     ) -> None:
         self.axis, self.start, self.stop = axis, start, start + shape[axis]
-        self.weights = weights
+        self.weights, (num_networks, num_classes) = weights, channels
         # classes last in memory, as networks in channels-last format return them
         self.logits = weights.new_zeros((num_networks, *shape, num_classes)).movedim(-1, 1)
         self.total = weights.new_zeros(tuple(shape))
