@@ -146,7 +146,7 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
     folder = directory / "configs"
     configs = {name: old_names.translate(_read_config(folder / name)) for name in CONFIGS}
     for name in ("train.json", "inference.json"):
-        allowed.check(configs[name], allow)
+        allowed.check_names(configs[name], allow)
     weights = directory / "models" / "model.pt"
     if not weights.is_file():
         raise InputError(
