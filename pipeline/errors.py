@@ -40,32 +40,22 @@ class TrainingStopped(SystemExit):
     """A run that ended itself before it did damage: exit status 1, the reason already logged.
 
     A SystemExit, so that it ends `monai.bundle run` as quietly as `pipeline.run`.
-
-    Args:
-        diagnosis: What happened, where, and what to try.
     """
 
     def __init__(self, diagnosis: str) -> None:
-        self.diagnosis = diagnosis
-        super().__init__(1)
-
-    def __str__(self) -> str:
-        return self.diagnosis
+        super().__init__(diagnosis)
+        self.code = 1
 
 
 class TrainingInterrupted(SystemExit):
-    """A run that was told to end by a signal, and saved: the same command continues it.
-
-    The exit status is 75 (`EX_TEMPFAIL`: try again), or 0 under an elastic launcher such as
-    torchrun, which takes every other status for a crash.
-    """
+    """A run that was told to end by a signal, and saved: the same command continues it."""
 
     def __init__(self) -> None:
         super().__init__(interrupted_status())
 
 
 def interrupted_status() -> int:
-    """Exit status of an interrupted run; see `TrainingInterrupted`."""
+    """Exit status 75 (`EX_TEMPFAIL`: try again), or 0 under torchrun, where others are crashes."""
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
 
 
@@ -80,20 +70,19 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return one line about an exception: the object or step, what was said, and where.
+    """Return one line about an exception: the object or step, what was said, where, and notes.
 
     The object or step is the `config_id` that `pipeline.config.parser` notes at the exception.
-    Notes that were added to the exception follow in brackets.
     """
     cause = innermost(error)
     said = " ".join(str(cause).split())[:500]
-    frames = traceback.extract_tb(cause.__traceback__)
-    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-1:]]
-    details = ", ".join([*places, *getattr(cause, "__notes__", [])])
+    frames = traceback.extract_tb(cause.__traceback__)[-1:]
+    details = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    details += getattr(cause, "__notes__", [])
     name = getattr(error, "config_id", "")
     if (step := name.partition("#")[0]) in ("initialize", "run", "finalize"):
         name = step
-    return f"{f'{name}: ' if name else ''}{type(cause).__name__}: {said} ({details})"
+    return f"{name and f'{name}: '}{type(cause).__name__}: {said} ({', '.join(details)})"
 
 
 def print_failure(error: BaseException, log_file: Path | None = None) -> int:
@@ -106,8 +95,7 @@ def print_failure(error: BaseException, log_file: Path | None = None) -> int:
     Returns:
         The exit status: 2 for an `InputError`, else 1.
     """
-    cause = innermost(error)
-    if isinstance(cause, InputError):
+    if isinstance(cause := innermost(error), InputError):
         cause.tell()
         return 2
     if log_file is None or not log_file.parent.is_dir():
@@ -128,14 +116,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def require_choice(value: object, valid: Iterable[str], where: str) -> None:
-    """Refuse a value that is not one of the valid names.
-
-    Args:
-        where: The config key, for the message.
-
-    Raises:
-        InputError: If `value` is not one of them.
-    """
+    """Raise an InputError if the value of config key `where` is not one of the valid names."""
     valid = list(valid)
     if value not in valid:
         expected = f"expected one of {', '.join(valid)}, got {value!r}."
@@ -143,10 +124,7 @@ def require_choice(value: object, valid: Iterable[str], where: str) -> None:
 
 
 def describe_worker_failure(error: RuntimeError) -> str | None:
-    """Return one line where a loader worker died or hung; `None` for any other error.
-
-    torch raises it wherever the main process is at that moment.
-    """
+    """Return one line where a loader worker died or hung; `None` for any other error."""
     if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
         return None
     return (
@@ -158,12 +136,8 @@ def describe_worker_failure(error: RuntimeError) -> str | None:
 def as_bool(value: object, where: str) -> bool:
     """A JSON boolean, or the words 'true' and 'false' as `monai.bundle` passes them.
 
-    Args:
-        value: What the config holds.
-        where: The config key, for the message.
-
     Raises:
-        InputError: If `value` is neither.
+        InputError: If the value of config key `where` is neither.
     """
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"

@@ -1,9 +1,8 @@
 """Files that survive a crash, and the checkpoints that count.
 
-A write is *acknowledged* when its call has returned. A crash before that, of the process or of the
-machine, leaves the file as it was; a crash after that leaves the new file. A checkpoint is
-acknowledged by its line in `manifest.jsonl`, which is written, to the disk, after the checkpoint
-itself and before any older one is removed. The manifest exists before any checkpoint does.
+A write is *acknowledged* when its call has returned; a crash before that leaves the file as it was.
+A checkpoint is acknowledged by its line in `manifest.jsonl`, which is on the disk after the
+checkpoint itself and before any older one is removed. The manifest is there before any checkpoint.
 """
 
 from __future__ import annotations
@@ -45,8 +44,6 @@ class WriteError(OSError):
 def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a crash leaves the old one or the whole new one.
 
-    A temporary file in the same directory, fsync, rename, fsync of the directory.
-
     Raises:
         WriteError: If the system refuses; the file is then as it was, or whole.
     """
@@ -54,7 +51,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     try:
         _write(temporary, content, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.replace(temporary, path)
-        _sync(path.parent)
+        _write(path.parent, b"", os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,7 +59,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 
 def _write(path: Path, content: bytes | memoryview, flags: int) -> None:
-    """Write all bytes, to the disk."""
+    """Write all bytes, if any, and force the file or directory to the disk."""
     file = os.open(path, flags, 0o666)
     try:
         rest = memoryview(content)
@@ -73,12 +70,10 @@ def _write(path: Path, content: bytes | memoryview, flags: int) -> None:
         os.close(file)
 
 
-def _sync(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, to the disk; one that a crash has torn keeps its own."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    _write(path, b"\n" * torn + line.encode() + b"\n", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def make_directory(path: Path) -> None:
@@ -86,7 +81,7 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        _sync(path.parent)
+        _write(path.parent, b"", os.O_RDONLY)
 
 
 def save(content: Any, path: Path) -> None:
@@ -170,10 +165,7 @@ class CheckpointStore:
             if not self._manifest.exists():
                 write_durably(self._manifest, FIRST_LINE)
             write_durably(path, data)
-            lines = self._manifest.read_bytes()
-            torn = bool(lines) and not lines.endswith(b"\n")  # by a crash in the middle of a line
-            line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
-            _write(self._manifest, line, os.O_WRONLY | os.O_APPEND)
+            append_line(self._manifest, json.dumps(entry))
         except WriteError:
             raise
         except OSError as error:
@@ -196,18 +188,17 @@ class CheckpointStore:
         """
         if self._entries() or any(self.directory.glob("*.damaged")):
             return True
-        files = [*self.directory.glob("*.pt")]
         lines = self._manifest.read_bytes() if self._manifest.exists() else b""
         is_new = lines.startswith(FIRST_LINE) and lines.count(b"\n") == 1
-        return bool(files) and not (is_new and len(files) == 1)
+        return len([*self.directory.glob("*.pt")]) > is_new
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint whose bytes are those that were acknowledged, if any.
 
         A damaged one is renamed to `<name>.damaged`, with a warning, and the one before is tried.
         """
-        present, last = self._present(), next(reversed(self._entries()), None)
-        if last is not None and last not in present:
+        entries, present = self._entries(), self._present()
+        if entries and (last := [*entries][-1]) not in present:
             log.warning("%s IS MISSING; the one before is tried", self.directory / last)
         for name, entry in reversed(present.items()):
             path = self.directory / name
@@ -218,13 +209,12 @@ class CheckpointStore:
                 digest = str(error)
             if digest == entry["sha256"]:
                 return path
-            aside = path.with_name(name + ".damaged")
             with contextlib.suppress(OSError):
-                os.replace(path, aside)
+                os.replace(path, f"{path}.damaged")
             log.warning(
-                "%s IS DAMAGED: expected SHA-256 %.12s…, got %.40s. It is set aside as %s, and the "
-                "checkpoint before it is used.",
-                path, entry["sha256"], digest, aside.name,
+                "%s IS DAMAGED: expected SHA-256 %.12s…, got %.40s. It is set aside as %s.damaged, "
+                "and the checkpoint before it is used.",
+                path, entry["sha256"], digest, name,
             )  # fmt: skip
         return None
 

@@ -2,11 +2,9 @@
 
 An inference config predicts, with the values of the run that `--run_dir RUN` names.
 
-Composes and checks the config, then evaluates its `initialize`, `run` and `finalize`, as
-`python -m monai.bundle run` does with the same files and overrides. With `--replay_step N` it
-trains nothing, but looks again for what was not finite in a skipped step of the run that is there.
+`initialize`, `run` and `finalize` are evaluated as `python -m monai.bundle run` does. With
+`--replay_step N` nothing is trained, but a skipped step of the run that is there is replayed.
 `--allow NAME` lets `_target_` hold a name that is not on the list; see `pipeline.config.allowed`.
-
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
 
@@ -61,7 +59,9 @@ def main(words: Sequence[str] | None = None) -> int:
             if replays and distributed.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
         if replays:
-            print(json.dumps(replay(composed, step), indent=2))
+            with contextlib.redirect_stdout(sys.stderr):  # for what is logged
+                found = replay(composed, step)
+            print(json.dumps(found, indent=2))
         else:
             run_workflow(composed, trains)
     except InputError as error:
@@ -82,9 +82,8 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 def is_training(source: keys.Config) -> bool:
     """Whether a config trains; else it predicts."""
-    return not {"train", "lifecycle"}.isdisjoint(source) or {"prediction", "evaluator"}.isdisjoint(
-        source
-    )
+    predicts = not {"prediction", "evaluator"}.isdisjoint(source)
+    return not predicts or not {"train", "lifecycle"}.isdisjoint(source)
 
 
 def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], keys.Config]:
@@ -106,12 +105,13 @@ def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str],
     paths = {key: _paths(key, overrides[key]) for key in PATHS if key in overrides}
     first, *others = paths.pop("run_dir")
     read_inference_config(first)
+    members = [*others, *paths.pop("ensemble", [])]
     values = {key: value for key, value in overrides.items() if key not in PATHS}
-    values |= {key: os.path.abspath(path) for key, (path, *_) in paths.items() if key != "ensemble"}
-    if members := [*others, *paths.get("ensemble", [])]:
-        values["ensemble"] = [os.path.abspath(other) for other in members]
-    own = str(Path(first, CONFIG))
-    return [files[0], own, *files[1:]], {**values, "bundle_root": os.path.abspath(first)}
+    values |= {key: os.path.abspath(path) for key, (path,) in paths.items()}
+    if members:
+        values["ensemble"] = [os.path.abspath(member) for member in members]
+    values["bundle_root"] = os.path.abspath(first)
+    return [files[0], str(Path(first, CONFIG)), *files[1:]], values
 
 
 def _paths(key: str, value: Any) -> list[str]:
@@ -186,31 +186,21 @@ def run_workflow(composed: Composed, trains: bool = True) -> None:
                 lifecycle.release()
 
 
-def open_run(composed: Composed) -> tuple[Any, Any]:
-    """Return lifecycle and trainer of a run that is there, without handlers: nothing is written.
-
-    Raises:
-        InputError: If the run is not there or is another one, or an object refuses its arguments.
-    """
-    composed.override({"initialize": [], "train#handlers": []})
-    parser = make_parser(composed)
-    lifecycle = build(parser, "lifecycle")
-    lifecycle.open_stored_run()
-    return lifecycle, build(parser, "train::trainer")
-
-
 def replay(composed: Composed, step: object) -> dict[str, Any]:
-    """Replay a skipped step of the run that the config names; see `replay_kept`.
+    """Replay a skipped step of the run that the config names; nothing is written.
 
     Raises:
-        InputError: If there is no such run or step.
+        InputError: If there is no such run or step, or an object refuses its arguments.
     """
     if type(step) is not int:
         raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
     from pipeline.training.flight_recorder import replay_kept
 
-    lifecycle, trainer = open_run(composed)
-    return replay_kept(trainer, lifecycle.run_dir, step)
+    composed.override({"initialize": [], "train#handlers": []})
+    parser = make_parser(composed)
+    lifecycle = build(parser, "lifecycle")
+    lifecycle.open_stored_run()
+    return replay_kept(build(parser, "train::trainer"), lifecycle.run_dir, step)
 
 
 def help_text(source: keys.Config) -> str:

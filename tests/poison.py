@@ -99,10 +99,3 @@ class BreakingTransform:
         if data["image"].max() >= self.brightest:
             raise ZeroDivisionError("this transform is broken")
         return data
-
-
-class WrongNetwork(torch.nn.Conv3d):
-    """A network with a class too many."""
-
-    def __init__(self, out_channels: int, num_dense_layers: int, growth_rate: int) -> None:
-        super().__init__(1, out_channels + 1, 1)

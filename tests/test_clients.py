@@ -404,22 +404,17 @@ def label_trains(bundle: Path, cases: list[dict[str, str]], num_train: int, **ch
     return (bundle / stated).resolve()
 
 
-def datastore(dataset: Path, folder: Path) -> list[dict[str, str]]:
+@pytest.fixture
+def store(dataset: Path, tmp_path: Path) -> list[dict[str, str]]:
     """As `_fetch_datalist` makes it: images and labels, and nothing that names a case."""
-    cases = []
+    cases, folder = [], tmp_path / "store"
+    (folder / "labels/final").mkdir(parents=True)
     for path in sorted((dataset / "imagesTr").iterdir()):
         image, label = folder / path.name, folder / "labels/final" / path.name
-        label.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, image)
         shutil.copyfile(dataset / "labelsTr" / path.name, label)
         cases.append({"image": str(image), "label": str(label)})
     return cases
-
-
-@pytest.fixture
-def store(dataset: Path, tmp_path: Path) -> list[dict[str, str]]:
-    """A store of a test's own."""
-    return datastore(dataset, tmp_path / "store")
 
 
 def test_label_trains(bundle, store, monkeypatch):

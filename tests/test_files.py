@@ -68,25 +68,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return made
 
 
-def is_durable(calls: Calls, directory: Path, name: str, old: str) -> bool:
-    """Whether the checkpoint was on the disk and acknowledged before the old one went."""
-    order = calls.named(
-        ("write", name + ".tmp"), ("fsync", name + ".tmp"), ("replace", name),
-        ("fsync", directory.name), ("write", MANIFEST), ("fsync", MANIFEST), ("unlink", old),
-    )  # fmt: skip
-    return -1 not in order and order == sorted(order)
-
-
-def test_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path, calls):
-    store = CheckpointStore(tmp_path / "checkpoints")
-    for step in (1, 2):
-        store.save(content(step), f"step_{step}.pt")
-    calls.clear()
-    store.save(content(3), "step_3.pt")
-    assert is_durable(calls, store.directory, "step_3.pt", "step_1.pt")
-    assert [path.name for path in store.acknowledged()] == ["step_2.pt", "step_3.pt"]
-
-
 def test_directory_is_on_the_disk_before_what_is_saved_in_it(tmp_path, calls):
     CheckpointStore(tmp_path / "run" / "checkpoints").save(content(1), "step_1.pt")
     order = calls.named(

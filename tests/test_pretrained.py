@@ -216,26 +216,12 @@ def test_all_faults_of_layers_are_told_at_once(network, tmp_path):
     with pytest.raises(InputError) as refused:
         fit(tmp_path, network)
     assert [fault.split(" in w.pt. ")[0] for fault in refused.value.faults] == [
+        "init_weights: decoders.0.conv1.weight: expected finite values, got NaN or infinity",
         "init_weights: deepest.conv1.weight: expected float32 [4, 2, 3, 3, 3], got float32 [1, 2]",
         "init_weights: deepest.norm1.weight: expected float32 [4], got no such tensor",
         "init_weights: encoders.0.norm1.bias: expected float32 [2], got float16 [2]",
         "init_weights: encoders.0.norm2.weight: expected float32 [2], got float32 [2] that is not "
         "dense",
-        "init_weights: stranger: expected no such tensor, got float32 [4]",
-        "init_weights: decoders.0.conv1.weight: expected finite values, got NaN or infinity",
         "init_weights: head.bias: expected finite values, got NaN or infinity",
+        "init_weights: stranger: expected no such tensor, got float32 [4]",
     ]
-
-
-def test_reinit_head_of_a_network_without_one_is_refused(tmp_path):
-    network = torch.nn.Conv3d(1, 1, 1)
-    torch.save(network.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"^reinit_head: expected a network with layers head\.\*"):
-        fit(tmp_path, network, reinit_head=True)
-
-
-def test_path_is_looked_at_before_the_voxels(run, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("pipeline.data.data_module.preflight", pytest.fail)
-    (line,) = refused(capfd, run, tmp_path / "r", init_weights="nowhere/model.pt")
-    assert line.startswith("init_weights: expected a state dict or a checkpoint in ")
-    assert not (tmp_path / "r").exists()

@@ -97,7 +97,7 @@ thread.join()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", further("SIGINT"), further("SIGUSR1")])
-@pytest.mark.parametrize("moment", ["write_configs", "summarize"])
+@pytest.mark.parametrize("moment", ["write_configs", "summarize_run"])
 def test_signal_outside_of_training_ends_a_run_to_be_continued(
     run, tmp_path, monkeypatch, capfd, name, moment
 ):

@@ -109,7 +109,7 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
     configs = {name: old_names.translate(source) for name, source in sources.items()}
     inference = configs["inference.json"]
     for name in ("train.json", "inference.json"):
-        allowed.check(configs[name], allow)
+        allowed.check_names(configs[name], allow)
     weights = directory / "models" / "model.pt"
     if not weights.is_file():
         raise InputError(

@@ -144,7 +144,7 @@ def find(name: str) -> Any:
         return None
 
 
-def check(source: Any, allow: Collection[str] = ()) -> None:
+def check_names(source: Any, allow: Collection[str] = ()) -> None:
     """Refuse a merged config that names what configs may not name.
 
     Raises:

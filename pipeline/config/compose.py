@@ -150,7 +150,7 @@ def _read(file: str) -> tuple[Config, dict[Keys, int]]:
     if Path(file).suffix.lower() != ".json":  # MONAI goes by the name
         raise InputError(f"{file}: expected a file named *.json. Rename it.")
     try:
-        content, lines = read_json(Path(file).read_text(), file)
+        content, lines = parse_json(Path(file).read_text(), file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
@@ -161,7 +161,7 @@ def _read(file: str) -> tuple[Config, dict[Keys, int]]:
     return content, lines
 
 
-def read_json(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
+def parse_json(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
     """Return the content of a JSON text, and the line of each value by its path.
 
     The line of a value in an object is that of its key.

@@ -214,7 +214,7 @@ _SHOWN = {
 }
 
 
-def check(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
+def check_values(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
     """Compare top-level keys that are there with a table.
 
     Raises:

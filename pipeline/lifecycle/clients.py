@@ -6,8 +6,6 @@ Such a client continues with the network of a bundle, on data of its own: it nam
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipeline.config.keys import CLIENT_KEYS, Config
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
@@ -17,15 +15,11 @@ from pipeline.errors import InputError
 
 def given_data(source: Config) -> tuple[list[Case], list[Case]] | None:
     """Return the training and validation cases that an unevaluated config lists, if it does."""
-    train, validation = (_listed_cases(source.get(part)) for part in ("train", "validate"))
+    parts = (source.get(name) for name in ("train", "validate"))
+    datasets = [part.get("dataset") if isinstance(part, dict) else None for part in parts]
+    found = [one.get("data") if isinstance(one, dict) else None for one in datasets]
+    train, validation = (one if isinstance(one, list) else None for one in found)
     return None if train is None else (train, validation or [])
-
-
-def _listed_cases(part: Any) -> list[Case] | None:
-    """The cases that a part's dataset lists itself; the dataset may be a reference."""
-    dataset = part.get("dataset") if isinstance(part, dict) else None
-    data = dataset.get("data") if isinstance(dataset, dict) else None
-    return data if isinstance(data, list) else None
 
 
 def is_clients(source: Config) -> bool:

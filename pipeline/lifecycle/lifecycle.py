@@ -1,8 +1,8 @@
 """Controls one training run: lock, preflight, plan, resume, scores, report, summary.
 
 Every entry point uses it: `pipeline.run`, `monai.bundle run` and MONAI's clients. The config calls
-`enter` in `initialize` and `leave` in `finalize`; in between, other objects of the config take the
-run directory, the cases and the plan from it.
+`enter` in `initialize` and `leave` in `finalize`; other objects of the config take the run
+directory, the cases and the plan from it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from pipeline.lifecycle.stored_configs import (
     write_configs,
     write_docs,
 )
-from pipeline.lifecycle.summary import log_whereabouts, summarize
+from pipeline.lifecycle.summary import log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
 from pipeline.training.pretrained import PretrainedWeights
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -67,8 +68,7 @@ class Lifecycle:
         max_epochs: Epochs of the whole run; a run that has them all is finished.
         data_module: Reads the dataset.
         report: Whether to write `report/index.html` at the end.
-        init_weights: File of the weights that a new run begins with; see `PretrainedWeights`.
-        reinit_head: Whether the head of the network is random even so.
+        init_weights, reinit_head: Weights that a new run begins with; see `PretrainedWeights`.
         accept_changed_data: Whether a run continues although files of its cases were changed.
         process_group: Settings for several ranks. The first rank holds the run directory and writes
             into it; each of the others writes a log there, and predictions that are scored.
@@ -78,8 +78,7 @@ class Lifecycle:
     Attributes:
         directory: The run directory.
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
-        cases: The dataset's cases, after `enter`.
-        plan: The dataset's plan, after `enter`.
+        cases, plan: Of the dataset, after `enter`.
         checkpoint: File that the run continues from, or None, after `enter`.
         pretrained: The weights that a new run begins with, after `enter`.
     """
@@ -125,11 +124,6 @@ class Lifecycle:
         return self.directory.path
 
     @property
-    def is_entered(self) -> bool:
-        """Whether the cases and the plan are known."""
-        return hasattr(self, "plan")
-
-    @property
     def is_held(self) -> bool:
         """Whether this process is in the run, between `enter` and `leave`."""
         return self.directory.is_held
@@ -152,17 +146,16 @@ class Lifecycle:
     # --- the beginning
 
     def enter(self) -> None:
-        """Check config and data, then take the run directory.
+        """Check config and data, then take the run directory; a second call does nothing.
 
         Nothing is written into an existing run before everything has been found right. A second
-        call does nothing; a second object of the same process, as clients make by initializing
-        twice, continues with the directory that the first one holds.
+        object of the same process continues with the directory that the first one holds.
 
         Raises:
             SystemExit: With status 2 and a line per fault for a user's mistake, with status 0
                 if the run is finished.
         """
-        if self.is_entered:
+        if hasattr(self, "plan"):
             return
         try:
             with distributed.sync_errors():
@@ -184,7 +177,6 @@ class Lifecycle:
 
     def _open(self) -> None:
         """Take cases, plan and run directory, on all ranks."""
-        self._check_config()
         self.cases = self._load_cases()
         with distributed.sync_errors():  # before the first one begins
             self._require_same_on_all_ranks()
@@ -209,7 +201,6 @@ class Lifecycle:
         Raises:
             InputError: If there is no run, or the config is another run's.
         """
-        self._check_config()
         if not (self.run_dir / "configs" / "train.json").is_file():
             raise InputError(
                 f"output_dir: expected a run directory, found none in {self.run_dir}. "
@@ -220,16 +211,12 @@ class Lifecycle:
         self.plan = stored_plan(self.run_dir)
         require_same_classes(self.source, self.cases, self.plan)
 
-    def _check_config(self) -> None:
-        """Look for mistakes in a config of MONAI's commands; what it may name is their business."""
-        if not self.is_checked:
+    def _load_cases(self) -> Cases:
+        """Check the config and read the dataset, or the cases that a client has put there."""
+        if not self.is_checked:  # what a config of MONAI's commands may name is their business
             require_unaltered()
             validate.check(Composed(self.source), None, training=True)
-
-    def _load_cases(self) -> Cases:
-        """Read the dataset, or take the cases that a client has put in its place."""
-        given = given_data(self.source)
-        plan = None
+        given, plan = given_data(self.source), None
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network has to be that of the bundle, whatever the data are like
             plan = stored_plan(self.bundle_root)
@@ -240,21 +227,17 @@ class Lifecycle:
         if given is not None:
             self.dataset_dir = cases.root
             # a client that lists its cases means a new training, beside a finished one
-            first, resume, number = self.run_dir, self.directory.resume, 2
-            while resume == "auto" and (self.run_dir / "summary.json").is_file():
-                self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), resume)
+            first, number = self.run_dir, 2
+            while self.directory.resume == "auto" and (self.run_dir / "summary.json").is_file():
+                self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), "auto")
                 number += 1
         return cases
 
     def _require_same_on_all_ranks(self) -> None:
         mine = self.run_dir, self.source, self.cases.fingerprint
         run_dir, source, fingerprint = distributed.broadcast_object(mine)
-        differing = [
-            key
-            for keys_of_kind in keys.changes(source, self.source).values()
-            for key in keys_of_kind
-            if key.partition("#")[0] not in PLACES
-        ]
+        changed = chain.from_iterable(keys.changes(source, self.source).values())
+        differing = [key for key in changed if key.partition("#")[0] not in PLACES]
         if self.run_dir != run_dir:
             differing.append(f"output_dir ({self.run_dir})")
         if self.cases.fingerprint != fingerprint:
@@ -295,66 +278,70 @@ class Lifecycle:
             if continues:
                 checkpoint = self.directory.checkpoint()
                 self.pretrained.record = stored_record(self.run_dir).get("init_weights")
-                if changed := changed_cases(self.run_dir, self.cases, self._contents):
-                    log.warning("Continuing with changed files of %s", some(changed))
             write_configs(
-                self.run_dir,
-                self._portable,
-                self.cases,
-                plan,
-                found.fingerprint,
-                init_weights=self.pretrained.record,
-                contents=self._contents,
-            )
+                self.run_dir, self._portable, self.cases, plan, found.fingerprint,
+                init_weights=self.pretrained.record, contents=self._contents,
+                launch=distributed.launch_id(),
+            )  # fmt: skip
         return plan, checkpoint
 
     def _take_directory(self) -> None:
         if not self.is_held:
             self._require_same_run()
             self.directory.lock()
-            self._require_same_run()  # another process may have come and gone in between
+            # another process may have come and gone in between
+            for change in self._require_same_run():
+                log.info("Continuing with %s", change)
 
-    def _require_same_run(self) -> None:
-        """Refuse a directory that another run has begun in; end where this one is finished."""
+    def _require_same_run(self) -> list[str]:
+        """Refuse a directory that another run has begun in; end where this one is finished.
+
+        Returns:
+            What changed since the run there last started, and may.
+        """
         self.directory.require_usable()
         if not self.directory.has_begun():
-            return
+            return []
         require_todays_names(self.run_dir)
         changed = changed_cases(self.run_dir, self.cases, self._contents)
         known = None if changed else self.cases.fingerprint
-        for key in changes_since(self.run_dir, self._portable, known):
-            log.info("Continuing with a changed %s", key)
+        found = [f"a changed {key}" for key in changes_since(self.run_dir, self._portable, known)]
         self._end_if_finished(changed)
-        if changed and not self.accept_changed_data:
+        if not changed:
+            return found
+        if not self.accept_changed_data:
             raise InputError(
                 f"dataset_dir: expected the data that the run in {self.run_dir} began with, got "
                 f"changed files of {some(changed)}. Restore them, choose another output_dir, or go "
                 "on with --accept_changed_data."
             )
-        if changed:
-            require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
+        require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
+        return [*found, f"changed files of {some(changed)}"]
 
     def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
-        if summary and summary["progress"]["epoch"] >= self.max_epochs:
-            log.info("This run is finished; nothing to do.")
-            if changed:
-                log.warning(
-                    "Its data changed: files of %s. Weights and scores are of what there was; "
-                    "train on the new data with another output_dir.",
-                    some(changed),
-                )
-            log_whereabouts(self.run_dir, summary)
-            raise SystemExit(0)
+        if not summary or summary["progress"]["epoch"] < self.max_epochs:
+            return
+        log.info("This run is finished; nothing to do.")
+        if changed:
+            log.warning(
+                "Its data changed: files of %s. Weights and scores are of what there was; "
+                "train on the new data with another output_dir.",
+                some(changed),
+            )
+        log_whereabouts(self.run_dir, summary)
+        raise SystemExit(0)
+
+    def _parser(self, plan: Plan) -> Parser:
+        return Parser(deepcopy({**self.source, "plan": plan}))
 
     def _fit_pretrained(self, plan: Plan) -> None:
         """Compare the weights that the run begins with, if any, to the network of this plan."""
         if not self.pretrained.is_read:
             return
         try:
-            parser = Parser(deepcopy({**self.source, "plan": plan}))
-            network = parser.get_parsed_content("network_def")
+            network = self._parser(plan).get_parsed_content("network_def")
         except (RuntimeError, ValueError) as error:
             raise InputError(str(innermost(error))) from error
         self.pretrained.fit(network)
@@ -367,7 +354,7 @@ class Lifecycle:
             return plan
         names = ("network", "loss_function", "optimizer", "precision")
         with torch.random.fork_rng():
-            parser = Parser(deepcopy({**self.source, "plan": plan}))
+            parser = self._parser(plan)
             return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
 
     def _log_start(self) -> None:
@@ -381,10 +368,8 @@ class Lifecycle:
             log.info("  %s", line)
         log.info("Run directory %s", self.run_dir)
         if distributed.size() > 1:
-            log.info(
-                "Rank %d of %d; batches are divided among them",
-                distributed.rank(), distributed.size(),
-            )  # fmt: skip
+            rank, size = distributed.rank(), distributed.size()
+            log.info("Rank %d of %d; batches are divided among them", rank, size)
         self.pretrained.log()
 
     # --- the end
@@ -407,7 +392,7 @@ class Lifecycle:
 
     def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
         cases = self.cases
-        summary = summarize(
+        summary = summarize_run(
             trainer,
             self.run_dir,
             dataset_hash=cases.fingerprint,
@@ -427,11 +412,9 @@ class Lifecycle:
             from pipeline.reporting.report import write_report  # it takes a second to import
 
             self._try_to_write("report", write_report)
-        self.directory.forget_launch()
         log_whereabouts(self.run_dir, summary)
 
     def _try_to_write(self, what: str, write: Callable[[Path], object]) -> None:
-        """Write something whose failure must not fail the run."""
         try:
             write(self.run_dir)
         except Exception as error:
@@ -453,10 +436,8 @@ class Lifecycle:
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        """Content hashes of the files of all cases."""
         return contents_of(self.cases.all, self.cache_dir)
 
     @property
     def _portable(self) -> keys.Config:
-        """The config as a bundle in the run directory states it: paths relative to that root."""
         return portable(self.source, self.bundle_root, self.dataset_dir, self.run_dir)

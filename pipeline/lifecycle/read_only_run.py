@@ -1,7 +1,4 @@
-"""A finished run whose best network is evaluated, and in which nothing changes.
-
-`configs/evaluate.json` puts it in the place of the run's lifecycle.
-"""
+"""A finished run in the place of the run's lifecycle in `configs/evaluate.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class ReadOnlyRun(Lifecycle):
-    """The run directory, plan and data of a run, which it neither locks nor writes to.
+    """A run whose best network is evaluated, and which is neither locked nor written to.
 
     Arguments and attributes are those of `Lifecycle`.
     """
@@ -39,5 +36,5 @@ class ReadOnlyRun(Lifecycle):
         self.data_module.run_preflight(self.cases).require_sound()
 
     def _log_start(self) -> None:
-        log.info("Evaluating %s", self.best_model)
-        log.info("on %d validation cases of %s", len(self.cases.validation), self.cases.name)
+        where, number = self.cases.name, len(self.cases.validation)
+        log.info("Evaluating %s on %d validation cases of %s", self.best_model, number, where)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -21,6 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline import distributed
 from pipeline.errors import InputError
@@ -32,7 +32,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HEARTBEAT_S = 10.0
 WATCH_S = 35.0  # without a heartbeat for this long, a holder on another host is taken for dead
 # what a run may leave that dies before its run.json is written; `configs` is then empty
-BEGINNING = {".launch", ".lock", "log.txt", "run.json.tmp", "configs"}
+BEGINNING = {".lock", "log.txt", "run.json.tmp", "configs"}
 FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
 
 
@@ -49,10 +49,11 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, resume: str | bool) -> None:
-        self.path, self._launch = path, path / ".launch"
-        # where torchrun starts the processes anew, what is there is this run's own
-        self.resume = "auto" if resume is False and self._is_of_this_launch() else resume
+        self.path, self.resume = path, resume
         self.store = CheckpointStore(path / "checkpoints")
+        launch = distributed.launch_id()
+        if resume is False and launch and self._record().get("launch") == launch:
+            self.resume = "auto"  # torchrun starts the processes of this run anew
 
     @property
     def is_held(self) -> bool:
@@ -77,8 +78,6 @@ class RunDirectory:
         for folder in FOLDERS:
             for path in (self.path / folder).glob("*.tmp"):
                 path.unlink()  # of a write that was cut off
-        if (launch := distributed.launch_id()) is not None:
-            self._launch.write_text(launch)
 
     def follow(self) -> None:
         """Log into the directory, as a rank other than the first."""
@@ -96,14 +95,6 @@ class RunDirectory:
         if self.is_held:
             _HELD.pop(self.path).close()
 
-    def forget_launch(self) -> None:
-        """Make whatever starts after the end of this run another launch."""
-        self._launch.unlink(missing_ok=True)
-
-    def _is_of_this_launch(self) -> bool:
-        launch = distributed.launch_id()
-        return launch is not None and self._launch.is_file() and self._launch.read_text() == launch
-
     def require_usable(self) -> None:
         """Refuse a directory in which a run can neither start nor continue.
 
@@ -118,7 +109,7 @@ class RunDirectory:
                 f"output_dir: expected an empty directory with resume=false, got {self.path}. "
                 "Choose another output_dir."
             )
-        if occupied and not self._is_run():
+        if occupied and "fingerprint" not in self._record():
             raise InputError(
                 f"output_dir: expected an empty directory or one with the run.json of a run, got "
                 f"{self.path} with other files and no run.json. If this is a run, restore it; "
@@ -130,12 +121,12 @@ class RunDirectory:
                 "Use resume=auto to start one."
             )
 
-    def _is_run(self) -> bool:
-        """Whether there is the file that runs have and other bundles do not."""
+    def _record(self) -> dict[str, Any]:
+        """What `run.json` says, which runs have and other bundles do not."""
         try:
-            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
+            return dict(json.loads((self.path / "run.json").read_bytes()))
         except (OSError, ValueError, TypeError):
-            return False
+            return {}
 
     def has_begun(self) -> bool:
         """Whether there ever was a checkpoint, even if it was lost since."""
@@ -169,31 +160,26 @@ class RunDirectory:
         )
 
 
-class RunLog:
-    """Appends all that is logged to a file, until `close`.
-
-    Args:
-        path: Of the file.
-    """
+class RunLog(logging.FileHandler):
+    """Appends all that is logged to a file, until `close`."""
 
     def __init__(self, path: Path) -> None:
-        self._handler = logging.FileHandler(path)
-        self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(self._handler)
+        super().__init__(path)
+        self.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(self)
 
     def close(self) -> None:
         """Log no more."""
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        logging.getLogger().removeHandler(self)
+        super().close()
 
 
 class RunLock:
     """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
 
-    The kernel's lock on `.lock` tells at once whether a process of this host holds the directory,
-    and ends with that process. Some file systems do not pass such locks on to other hosts.
-    Therefore `.lock` also names the holder, which renews the file's modification time as a
-    heartbeat, and a holder on another host is refused or, without a heartbeat, replaced. Only
+    The kernel's lock on `.lock` ends with the process, but some file systems do not pass it on to
+    other hosts. Therefore `.lock` also names the holder, which renews the file's modification time
+    as a heartbeat; a holder on another host is respected or, without a heartbeat, replaced. Only
     changes of the time are compared: the clocks of the hosts need not agree.
 
     Args:
@@ -246,34 +232,27 @@ class RunLock:
         # Opened without truncation: what it says is the holder's until the lock is taken. Never
         # opened again after that: closing any descriptor of a file drops the process's locks on it.
         self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         with contextlib.ExitStack() as on_refusal:
             on_refusal.callback(self.file.close)
-            former = self._lock()
-            is_here = _holder(former).get("host", socket.gethostname()) == socket.gethostname()
-            if not is_here and watched is None:
-                return False
-            if not is_here and former != watched:
+            try:
+                # a record lock, unlike flock, is not inherited by loader workers that outlive us
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # and not a file system without locks
+                self._refuse(self._read())
+            former = self._read()
+            if _holder(former).get("host", here["host"]) != here["host"] and former != watched:
+                if watched is None:
+                    return False
                 self._refuse(former)  # another one came in between
             if former:
                 log.info("The run's former process, %s, is gone; replacing it", _name(former))
-            names = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-            self.content = json.dumps(names)
+            self.content = json.dumps(here)
             self.file.truncate(0)
             self.file.write(self.content)
             self.file.flush()
             on_refusal.pop_all()
         return True
-
-    def _lock(self) -> str:
-        """Take the kernel's lock; return what the former holder wrote."""
-        try:
-            # a record lock, unlike flock, is not inherited by loader workers that outlive us
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise  # such as a file system without locks
-            self._refuse(self._read())
-        return self._read()
 
     def _watch(self) -> str:
         """Return the name of a holder on another host that had no heartbeat for `WATCH_S`."""
@@ -311,7 +290,7 @@ class RunLock:
 _HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
 
 
-def _holder(content: str) -> dict[str, str | int]:
+def _holder(content: str) -> dict[str, Any]:
     """What `.lock` says: host, pid and token."""
     try:
         return dict(json.loads(content))
@@ -321,9 +300,7 @@ def _holder(content: str) -> dict[str, str | int]:
 
 def _name(content: str) -> str:
     holder = _holder(content)
-    if not holder:
-        return "an unknown process"
-    return f"process {holder.get('pid')} on {holder.get('host')}"
+    return "process {pid} on {host}".format(**holder) if holder else "an unknown process"
 
 
 @contextlib.contextmanager

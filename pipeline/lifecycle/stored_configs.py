@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,19 @@ def portable(
             return [relative(one) for one in path]
         return path and os.path.relpath(bundle_root / path, run_dir)
 
-    return {
-        **{k: value for k, value in source.items() if k not in ("_meta_", *keys.CLIENT_KEYS)},
-        **{key: relative(source[key]) for key in PATHS},
-        "bundle_root": ".",
-        "dataset_dir": os.path.relpath(dataset_dir, run_dir),
-        # without `#`, which monai.bundle replaces
-        "output_dir": f"../{run_dir.name}_again".replace("#", ""),
-        **({"accept_changed_data": False} if "accept_changed_data" in source else {}),
-    }
+    kept = {key: value for key, value in source.items() if key not in ("_meta_", *keys.CLIENT_KEYS)}
+    if "accept_changed_data" in kept:
+        kept["accept_changed_data"] = False
+    return (
+        kept
+        | {key: relative(source[key]) for key in PATHS}
+        | {
+            "bundle_root": ".",
+            "dataset_dir": os.path.relpath(dataset_dir, run_dir),
+            # without `#`, which monai.bundle replaces
+            "output_dir": f"../{run_dir.name}_again".replace("#", ""),
+        }
+    )
 
 
 def write_configs(
@@ -56,24 +60,26 @@ def write_configs(
     Args:
         source: The config of the run, `portable`.
         fingerprint: Of the training and validation cases.
-        record: What else `run.json` says: `init_weights` that the run began with, and `contents`
-            of the files of its cases; see `contents_of`.
+        record: What else `run.json` says: `init_weights` that the run began with, `contents` of
+            the files of its cases (see `contents_of`), and the `launch` of torchrun.
     """
     target = run_dir / "configs"
     make_directory(target)
-    write_json(run_dir / "run.json", {"fingerprint": cases.fingerprint, **record})
-    write_json(run_dir / "plan.json", plan.as_dict())
-    write_json(target / "train.json", source)
-    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
     inference, metadata, evaluate = (
         json.loads((TEMPLATES / f"{name}.json").read_text())
         for name in ("inference", "metadata", "evaluate")
     )
     trained_on = training_range(fingerprint) if fingerprint else None
-    inference = run_inference_config(inference, source, cases, plan, trained_on)
-    write_json(target / "inference.json", inference)
-    write_json(target / "evaluate.json", {"output_dir": ".", **evaluate})
-    write_json(target / "metadata.json", run_metadata(metadata, source, cases, plan))
+    for path, content in {  # run.json first: without it there is no run
+        run_dir / "run.json": {"fingerprint": cases.fingerprint, **record},
+        run_dir / "plan.json": plan.as_dict(),
+        target / "train.json": source,
+        target / "inference.json": run_inference_config(inference, source, cases, plan, trained_on),
+        target / "evaluate.json": {"output_dir": ".", **evaluate},
+        target / "metadata.json": run_metadata(metadata, source, cases, plan),
+    }.items():
+        write_json(path, content)
+    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
 
 
 def write_docs(run_dir: Path) -> None:
@@ -89,28 +95,29 @@ def write_docs(run_dir: Path) -> None:
     write_durably(card, render_model_card(run_dir).encode())
 
 
+def _read(path: Path, make: Callable[..., Any] = dict) -> Any:
+    """Read a JSON object of the run there, as keyword arguments of `make`."""
+    try:
+        return make(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the {path.stem} of the run there, got: {error}. Restore it, or "
+            "choose another output_dir."
+        ) from error
+
+
 def stored_plan(run_dir: Path) -> Plan:
     """Read the plan that the run there was begun with.
 
     Raises:
         InputError: If it is not there or is none.
     """
-    path = run_dir / "plan.json"
-    try:
-        return Plan(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: expected the plan of the run there, got: {error}. Restore it, or choose "
-            "another output_dir."
-        ) from error
+    return _read(run_dir / "plan.json", Plan)
 
 
 def stored_record(run_dir: Path) -> dict[str, Any]:
-    """Read `run.json` of the run there; nothing where it cannot be read."""
-    try:
-        return dict(json.loads((run_dir / "run.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}  # `changes_since` refuses such a run
+    """Read `run.json` of the run there; raises as `stored_plan`."""
+    return _read(run_dir / "run.json")
 
 
 def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> list[str]:
@@ -137,15 +144,9 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
     Raises:
         InputError: If it would be another run, or what there was cannot be read.
     """
-    try:
-        stored = json.loads((run_dir / "configs" / "train.json").read_text())
-        former = {"init_weights": None, "reinit_head": False, **old_names.translate(stored)}
-        known = fingerprint and json.loads((run_dir / "run.json").read_text())["fingerprint"]
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{run_dir}: expected configs/train.json and run.json of the run there, got: "
-            f"{error}. Restore them, or choose another output_dir."
-        ) from error
+    stored = _read(run_dir / "configs" / "train.json")
+    former = {"init_weights": None, "reinit_head": False, **old_names.translate(stored)}
+    known = fingerprint and stored_record(run_dir)["fingerprint"]
     planned = stored_plan(run_dir).as_dict()
     if old_names.translate(stored) != stored:  # of an earlier version, with objects of its own
         plain = [key for key, spec in keys.KEYS.items() if "object" not in spec.types]

@@ -18,7 +18,9 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 log = logging.getLogger(__name__)
 
 
-def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -> dict[str, Any]:
+def summarize_run(
+    trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any
+) -> dict[str, Any]:
     """Return the result of a run, its precision, versions and device as plain values for JSON.
 
     Args:
@@ -30,14 +32,16 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
         "best_mean_dice": progress.best_metric,
         "best_epoch": progress.best_epoch,
         "last_mean_dice": progress.last_metric,
-        "scores": final_scores(run_dir),
+        "scores": _final_scores(run_dir),
         "epochs": progress.epoch,
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
         "wall_time_s": round(progress.wall_time_s, 1),
         **trainer.describe(),
         "training_data": loader.describe() if hasattr(loader, "describe") else None,
-        "device_name": device_name(device),
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "trial_step": trainer.trial_step,
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "peak_reserved_bytes": trainer.peak_reserved_bytes,
@@ -53,8 +57,8 @@ def summarize(trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any) -
     }
 
 
-def final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Read mean Dice and its interval, for each split and weights that were scored."""
+def _final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Mean Dice and its interval, for each split and weights that were scored."""
     found = {}
     for path in sorted((run_dir / "scores").glob("*/summary.json")):
         summary = json.loads(path.read_text())
@@ -65,27 +69,19 @@ def final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
     """Log how good the run became and, as one would type it here, where its results are."""
     here, python = _shown(run_dir), _shown(Path(sys.executable))
-    if summary["best_epoch"] is not None and (run_dir / "models" / "model.pt").exists():
+    has_model = (run_dir / "models" / "model.pt").exists()
+    title = "model" if summary["best_epoch"] is None else "best model"
+    if has_model and title == "best model":
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
-        log.info("  best model   %s/models/model.pt", here)
-    elif (run_dir / "models" / "model.pt").exists():
+    elif has_model:
         log.info("There was no validation; the model is the last network")
-        log.info("  model        %s/models/model.pt", here)
     log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
-    for name, title in (("report/index.html", "report"), ("scores", "scores")):
+    places = {title: "models/model.pt", "report": "report/index.html", "scores": "scores"}
+    for what, name in {**places, "summary": "summary.json", "log": "log.txt"}.items():
         if (run_dir / name).exists():
-            log.info("  %-12s %s/%s", title, here, name)
-    log.info("  summary      %s/summary.json", here)
-    log.info("  log          %s/log.txt", here)
+            log.info("  %-12s %s/%s", what, here, name)
     log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
 
 
 def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the card or the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()

@@ -48,9 +48,9 @@ class Predictor:
             raise InputError(f"Predictor: expected keys of {CONFIG}, got {', '.join(unknown)}.")
         members = [*others, *values.pop("ensemble", [])]
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
-        allowed.check(source, allow)
+        allowed.check_names(source, allow)
         table = {**keys.KEYS, **keys.PREDICTION_KEYS}
-        keys.check(source, {key: spec for key, spec in table.items() if key in source})
+        keys.check_values(source, {key: spec for key, spec in table.items() if key in source})
         parser = Parser(source)
         self.in_channels = source["in_channels"]
         try:
@@ -145,7 +145,7 @@ def load_networks(
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
         targets = [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
-        allowed.check(source, targets)
+        allowed.check_names(source, targets)
         member = Parser(source).get_parsed_content("network_def")
         device = next(network.parameters()).device
         networks.append(precision.place(member) if precision else member.to(device))

@@ -36,6 +36,10 @@ from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
+# of a group too, where the scheduler cycles the momentum
+MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
+
 
 def checkpoints(directory: Path) -> list[Path]:
     """Return the acknowledged checkpoints in `directory`, oldest first."""
@@ -71,8 +75,8 @@ class CheckpointHandler:
     the files from before stay. Of several ranks all restore, and the first one saves.
 
     Args:
-        run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where
-            no validation ever was, as with fold `all`) and `models/last.pt`.
+        run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where no validation ever
+            was, as with fold `all`) and `models/last.pt`.
         validator: Its key metric decides which network is the best.
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
@@ -91,11 +95,8 @@ class CheckpointHandler:
         lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep=keep)
-        self.models = Path(run_dir) / "models"
-        self.validator = validator
-        self.every = every
-        self.checkpoint = checkpoint
-        self.lost = lost
+        self.models, self.validator = Path(run_dir) / "models", validator
+        self.every, self.checkpoint, self.lost = every, checkpoint, lost
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
@@ -115,11 +116,10 @@ class CheckpointHandler:
     def _check_room(self, trainer: MixedPrecisionTrainer) -> None:
         """Refuse to start where the files to come do not fit: weights, and Adam's two moments."""
         weights = 4 * sum(p.numel() for p in trainer.network.parameters())
-        wanted = 3 * weights * (self.store.keep + 1) + 2 * weights
         present = [*self.store.acknowledged(), *self.models.glob("*.pt")]
+        wanted = 3 * weights * (self.store.keep + 1) + 2 * weights
         wanted -= sum(path.stat().st_size for path in present)
-        free = shutil.disk_usage(self.models).free
-        if free < wanted:
+        if (free := shutil.disk_usage(self.models).free) < wanted:
             raise InputError(
                 f"{self.models.parent}: expected {wanted} bytes free for checkpoints and models, "
                 f"got {free}. Make room or choose another output_dir."
@@ -129,11 +129,10 @@ class CheckpointHandler:
         """Save by count, at an epoch's last step, and before an interruption."""
         progress = trainer.progress
         pending = progress.phase == EPOCH_END_PENDING
-        if not (pending or progress.step % self.every == 0 or trainer.interrupted):
-            return
-        if trainer.diagnosis is None:  # a run that stops is not continued behind the stop
-            self._save_checkpoint(trainer, "_pending" if pending else "")
-        trainer.agree()
+        if pending or progress.step % self.every == 0 or trainer.interrupted:
+            if trainer.diagnosis is None:  # a run that stops is not continued behind the stop
+                self._save_checkpoint(trainer, "_pending" if pending else "")
+            trainer.agree()
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Keep the network if validation found it the best, and save the epoch as complete."""
@@ -173,11 +172,7 @@ class CheckpointHandler:
         self._write(trainer, content, name, lambda: self.store.save(content, name))
 
     def _write(
-        self,
-        trainer: MixedPrecisionTrainer,
-        content: dict[str, Any],
-        name: str,
-        write: Callable[[], object],
+        self, trainer: MixedPrecisionTrainer, content: Any, name: str, write: Callable[[], object]
     ) -> None:
         """Call `write`, or stop training where `content` is not finite or cannot be written."""
         if not distributed.is_main():
@@ -214,21 +209,12 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     if trainer.scaler and scaler:
         trainer.scaler.load_state_dict(scaler)
     elif trainer.scaler:
-        log.warning(
-            "The checkpoint has no scaler state (trained in %s): the loss scale starts at %g",
-            mode, trainer.scaler.get_scale(),
-        )  # fmt: skip
+        text = "The checkpoint has no scaler state (trained in %s): the loss scale starts at %g"
+        log.warning(text, mode, trainer.scaler.get_scale())
     elif scaler:
-        log.warning(
-            "The checkpoint's scaler state is not used: training goes on in %s without loss "
-            "scaling (it was %s)", trainer.precision.mode, mode,
-        )  # fmt: skip
+        text = "The checkpoint's scaler state is not used: training goes on in %s (it was %s)"
+        log.warning(text, trainer.precision.mode, mode)
     trainer.restore(checkpoint["progress"])
-
-
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-# of a group too, where the scheduler cycles the momentum
-MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 
 
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
@@ -275,17 +261,13 @@ def _scale_rates(groups: list[dict[str, Any]], scheduler: Any, factor: float) ->
 def non_finite(content: Any, name: str = "") -> list[str]:
     """Name the floats and tensors in nested dictionaries and lists that are not finite.
 
-    Args:
-        content: Tensors and plain values.
-        name: Of `content` itself.
-
     Returns:
-        Names such as `network.head.weight`; empty if all is finite.
+        Names such as `network.head.weight`, below that of `content`; empty if all is finite.
     """
     if isinstance(content, dict | list | tuple):
         children = content.items() if isinstance(content, dict) else enumerate(content)
-        below = [(f"{name}.{key}" if name else str(key), child) for key, child in children]
-        return [found for path, child in below for found in non_finite(child, path)]
+        prefix = f"{name}." if name else ""
+        return [found for key, child in children for found in non_finite(child, f"{prefix}{key}")]
     if isinstance(content, torch.Tensor):
         finite = not content.is_floating_point() or bool(content.isfinite().all())
     else:

@@ -1,12 +1,9 @@
 """The flight recorder: what was wrong with each skipped step, and when to stop.
 
-`overflow.jsonl` in the run directory gets one line per skipped step; it is only ever appended to,
-so a step that is taken again after a resume has another line. For the first few of them
-`overflow/step_<step>.pt` keeps the weights, so that the step can be replayed later.
-
-The trainer's forward pass is a function of batch and weights. So a step that failed is repeated
-under observation, and one that succeeds costs nothing. Repeating it leaves buffers and gradients of
-the trainer as they were.
+`overflow.jsonl` in the run directory gets one line per skipped step, again for a step taken again.
+For the first few of them `overflow/step_<step>.pt` keeps the weights for `--replay_step`. A step
+that failed is run again under observation, so that one that succeeds costs nothing; buffers and
+gradients of the trainer stay as they were.
 """
 
 from __future__ import annotations
@@ -15,13 +12,10 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +26,7 @@ from torch import nn
 
 from pipeline import distributed
 from pipeline.errors import STOPS, InputError
-from pipeline.files import load, save
+from pipeline.files import append_line, load, save
 from pipeline.precision import StepStats
 from pipeline.training.progress import EPOCH_END_PENDING
 from pipeline.training.snapshot import buffers_kept
@@ -43,54 +37,23 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-class Stage(StrEnum):
-    """Where in a step a tensor is met, in the order of time."""
-
-    WEIGHTS = "weights"
-    INPUT = "input"
-    FORWARD = "forward"
-    STATISTICS = "statistics"
-    LOSS = "loss"
-    BACKWARD = "backward"
-    NOT_REPLAYED = "not replayed"
-
-
+# What to try, by the stage of a step at which a tensor was not finite; in the order of time.
 ADVICE: dict[str | None, str] = {
-    Stage.WEIGHTS: "The weights themselves are not finite: an earlier step with finite gradients "
+    "weights": "The weights themselves are not finite: an earlier step with finite gradients "
     "was too long. Lower learning_rate.",
-    Stage.INPUT: "The network's input is not finite: look at the voxels of these cases and at your "
+    "input": "The network's input is not finite: look at the voxels of these cases and at your "
     "own transforms; mend them or leave the cases out, with another output_dir.",
-    Stage.FORWARD: "An activation left the range of {mode}: in an early module look at "
+    "forward": "An activation left the range of {mode}: in an early module look at "
     "normalization and the range of the images, in a later one lower learning_rate{other}.",
-    Stage.STATISTICS: "A layer's running statistics left the range of float32, though its output "
+    "statistics": "A layer's running statistics left the range of float32, though its output "
     "did not: look at normalization and at the range of these cases' images.",
-    Stage.LOSS: "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
-    Stage.BACKWARD: "Only gradients left the range of {mode}: lower learning_rate{other}.",
-    Stage.NOT_REPLAYED: "The batch could not be run again, see the warning before. For lack of "
+    "loss": "Only the loss is not finite: look at the cases' labels, and lower learning_rate.",
+    "backward": "Only gradients left the range of {mode}: lower learning_rate{other}.",
+    "not replayed": "The batch could not be run again, see the warning before. For lack of "
     "memory: lower batch_size.",
     None: "Run again, the step was finite: only the norm of its gradients overflowed (lower "
     "learning_rate), or something outside network and loss spoilt them.",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Where numbers stopped being finite when a group of micro-batches was run again.
-
-    Attributes:
-        stage: `not replayed` if that failed; `None` if everything was finite.
-        module: Name of the first module whose output (in `backward`: the gradient of whose output
-            or weights; in `weights` and `statistics`: a weight or buffer of which) was not finite;
-            `image` for the input, `loss_function` for the loss.
-        case_ids: Cases of the micro-batch whose part of that tensor was not finite.
-        max_abs_activation: Name of each module without children to its output's largest finite
-            |activation|, `None` where there was none.
-    """
-
-    stage: Stage | None = None
-    module: str | None = None
-    case_ids: list[str] = field(default_factory=list)
-    max_abs_activation: dict[str, float | None] = field(default_factory=dict)
 
 
 class FlightRecorder:
@@ -108,9 +71,8 @@ class FlightRecorder:
     def __init__(
         self, run_dir: str | Path, *, max_consecutive_skips: int = 10, overflow_keep: int = 5
     ) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir, self.overflow_keep = Path(run_dir), overflow_keep
         self.max_consecutive_skips = max_consecutive_skips
-        self.overflow_keep = overflow_keep
         self._recent: deque[dict[str, Any]] = deque(maxlen=max_consecutive_skips)
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
@@ -145,48 +107,43 @@ class FlightRecorder:
         if stats.applied:
             return
         try:
-            finding = first_non_finite(trainer, trainer.group, stats.loss_scale)
+            found = first_non_finite(trainer, trainer.group, stats.loss_scale)
         except Exception as error:  # of any kind: the step is skipped, training may go on
             log.warning("The skipped step could not be run again: %s", error)
-            finding = Finding(Stage.NOT_REPLAYED)
-        found = distributed.all_gather_object(describe(finding, trainer.group))
+            found = describe(trainer.group, "not replayed")
+        of_ranks = distributed.all_gather_object(found)
         if distributed.is_main():
-            record = self._record(trainer, stats, found)
-            self._stop_if_hopeless(trainer, record)
+            self._record(trainer, stats, merge_ranks(of_ranks))
+            self._stop_if_hopeless(trainer)
         trainer.agree()
 
     def _record(
-        self, trainer: MixedPrecisionTrainer, stats: StepStats, found: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, trainer: MixedPrecisionTrainer, stats: StepStats, found: dict[str, Any]
+    ) -> None:
         """Write a line about the step, and its weights if there is room for them."""
-        progress = trainer.progress
+        loss, norm = (x if math.isfinite(x) else str(x) for x in (stats.loss, stats.grad_norm))
         record = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": progress.step,
-            "epoch": (progress.step - 1) // trainer.steps_per_epoch + 1,
+            "step": trainer.progress.step,
+            "epoch": (trainer.progress.step - 1) // trainer.steps_per_epoch + 1,
             "precision": trainer.precision.mode,
             "loss_scale": stats.loss_scale,
-            "loss": _number(stats.loss),
-            "grad_norm": _number(stats.grad_norm),
-            **merge_ranks(found),
+            "loss": loss,
+            "grad_norm": norm,
+            **found,
+            "kept": self._keep(trainer, stats, found),
         }
-        record["kept"] = self._keep(trainer, stats, record)
-        with open(self.run_dir / "overflow.jsonl", "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                torn = file.read() != b"\n"  # by a crash in the middle of a line
-                file.write(b"\n" * torn)
-            file.write(json.dumps(record).encode() + b"\n")
+        self._recent.append(record)
+        append_line(self.run_dir / "overflow.jsonl", json.dumps(record))
         log.warning(
             "Step %d skipped: not finite first in %s (%s), cases %s, loss scale %g%s",
             record["step"], record["first_module"], record["stage"],
             ", ".join(record["non_finite_cases"]) or "none", record["loss_scale"],
             "" if distributed.size() == 1 or record["rank"] is None else f", rank {record['rank']}",
         )  # fmt: skip
-        return record
 
     def _keep(
-        self, trainer: MixedPrecisionTrainer, stats: StepStats, record: dict[str, Any]
+        self, trainer: MixedPrecisionTrainer, stats: StepStats, found: dict[str, Any]
     ) -> str | None:
         path = self.run_dir / "overflow" / f"step_{trainer.progress.step:09d}.pt"
         if len(list(path.parent.glob("step_*.pt"))) >= self.overflow_keep and not path.exists():
@@ -197,13 +154,12 @@ class FlightRecorder:
             "loss_scale": stats.loss_scale,
             "precision": trainer.precision.mode,
             "network": trainer.network.state_dict(),
-            "found": [record["stage"] and str(record["stage"].value), record["first_module"]],
+            "found": [found["stage"], found["first_module"]],
         }
         save(content, path)
         return str(path.relative_to(self.run_dir))
 
-    def _stop_if_hopeless(self, trainer: MixedPrecisionTrainer, record: dict[str, Any]) -> None:
-        self._recent.append(record)
+    def _stop_if_hopeless(self, trainer: MixedPrecisionTrainer) -> None:
         progress = trainer.progress
         scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
         length = trainer.state.max_epochs * trainer.steps_per_epoch
@@ -245,38 +201,53 @@ def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dic
     loader.sampler.start = kept["first_sample"]
     batches = [batch for _, batch in zip(range(trainer.accumulation_steps), loader, strict=False)]
     scale = kept["loss_scale"] if trainer.scaler else 1.0
-    finding = first_non_finite(trainer, batches, scale)
+    found = first_non_finite(trainer, batches, scale)
     return {
         "step": step,
         "recorded_in": kept["precision"],
         "replayed_in": trainer.precision.mode,
         "loss_scale": scale,
-        "same_as_recorded": [finding.stage, finding.module] == kept["found"],
-        **describe(finding, batches),
+        "same_as_recorded": [found["stage"], found["first_module"]] == kept["found"],
+        **found,
     }
 
 
-def describe(finding: Finding, group: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return a finding and the batch it was made in, as plain values."""
+def describe(
+    group: Iterable[Batch],
+    stage: str | None = None,
+    module: str | None = None,
+    cases: Iterable[str] = (),
+    largest: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """Return a group of micro-batches, and where its numbers stopped being finite, for JSON.
+
+    Args:
+        stage: Of `ADVICE`; `None` if everything was finite.
+        module: Name of the first module whose output (in `backward`: the gradient of whose output
+            or weights; in `weights` and `statistics`: a weight or buffer of which) was not finite;
+            `image` for the input, `loss_function` for the loss.
+        cases: Those of the micro-batch whose part of that tensor was not finite.
+        largest: Name of each module without children to its output's largest finite |activation|,
+            `None` where there was none.
+    """
     return {
         "samples": [n for b in group if "number" in b for n in b["number"].tolist()],
         "case_ids": [case for batch in group for case in batch.get("case_id", [])],
         "origins": [origin.tolist() for batch in group for origin in batch.get("origin", [])],
-        "stage": finding.stage,
-        "first_module": finding.module,
-        "non_finite_cases": finding.case_ids,
-        "max_abs_activation": finding.max_abs_activation,
+        "stage": stage,
+        "first_module": module,
+        "non_finite_cases": [*cases],
+        "max_abs_activation": largest or {},
     }
 
 
 def merge_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge what `describe` returns on each rank into one description of the step.
 
-    Stage, module and activations are of the `rank` whose finding is the earliest in a step; `rank`
-    is `None` where nothing was found.
+    Stage, module and activations are of the `rank` whose stage is the earliest; without one `rank`
+    is `None`.
     """
-    stages = list(Stage)
-    order = [stages.index(one["stage"]) if one["stage"] else len(stages) for one in found]
+    order = [list(ADVICE).index(one["stage"]) for one in found]
     rank = order.index(min(order))
     of_all = ("samples", "case_ids", "origins", "non_finite_cases")
     whole = {key: [value for one in found for value in one[key]] for key in of_all}
@@ -302,27 +273,18 @@ def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
     weights = "the weights are those of the last applied step" if applied else "no step was applied"
     other = ", or train with amp_dtype=bfloat16 or amp=false, which reach to 3e38 (float16: 65504)"
     advice = ADVICE[stage].format(mode=mode, other=other if mode == "float16" else "")
-    if stage == Stage.BACKWARD and mode == "float16" and scale > 1 and not applied:
-        advice = (
-            "The loss scale is still too high for this loss: begin with --precision#init_scale "
-            f"{scale:g}."
-        )
-    return "\n".join(
-        [
-            f"step {last['step']}: expected finite loss and gradients, got {skips} skipped steps "
-            f"in a row{low}. {STOPS}; {weights}.",
-            f"  first module not finite: {where}",
-            f"  cases: {listed}{' and more' if len(cases) > 5 else ''}",
-            f"  what to try: {advice}",
-            "  details: overflow.jsonl in the run directory. Changed as advised, the command goes "
-            "on from the newest checkpoint, or anew where there is none yet.",
-        ]
+    if stage == "backward" and mode == "float16" and scale > 1 and not applied:
+        advice = "The loss scale is still too high for this loss: begin with "
+        advice += f"--precision#init_scale {scale:g}."
+    return (
+        f"step {last['step']}: expected finite loss and gradients, got {skips} skipped steps "
+        f"in a row{low}. {STOPS}; {weights}.\n"
+        f"  first module not finite: {where}\n"
+        f"  cases: {listed}{' and more' if len(cases) > 5 else ''}\n"
+        f"  what to try: {advice}\n"
+        "  details: overflow.jsonl in the run directory. Changed as advised, the command goes "
+        "on from the newest checkpoint, or anew where there is none yet."
     )
-
-
-def _number(value: float) -> float | str:
-    """A value for JSON, which has no NaN and no infinity."""
-    return value if math.isfinite(value) else str(value)
 
 
 def gradients(
@@ -344,16 +306,16 @@ def gradients(
     Returns:
         One float32 tensor per trained parameter of the network, zero where it takes no part.
     """
-    parameters = trained_parameters(trainer.network)
-    total = [torch.zeros_like(p) for p in parameters]
     network, parts_of_loss = trainer.network, len(batches) * distributed.size()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
     with buffers_kept(network), distributed.local_only(network), probe or contextlib.nullcontext():
         for batch in batches:
             if probe:
                 probe.batch = batch
             loss = trainer.forward(batch, autocast(), {})
             if probe:
-                probe.see(Stage.LOSS, "loss_function", loss.detach())
+                probe.see("loss", "loss_function", loss.detach())
             scaled = loss * (loss_scale / parts_of_loss)
             parts = torch.autograd.grad(scaled, parameters, allow_unused=True)
             for whole, part in zip(total, parts, strict=True):
@@ -363,39 +325,29 @@ def gradients(
     return total
 
 
-def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not frozen."""
-    return [p for p in network.parameters() if p.requires_grad]
-
-
 def first_non_finite(
     trainer: MixedPrecisionTrainer, batches: Sequence[Batch], loss_scale: float
-) -> Finding:
-    """Run a group once more, forward and backward, and find the first tensor that is not finite.
+) -> dict[str, Any]:
+    """Run a group once more, forward and backward, and `describe` what was not finite first.
 
     The trainer has the weights and `loss_scale` is that of the step in question.
     """
     probe = NonFiniteProbe(trainer.network)
     gradients(trainer, batches, trainer.precision.autocast, loss_scale, probe)
-    return probe.finding()
+    return describe(batches, *probe.finding())
 
 
 def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
-    """Return the share of gradient elements that are zero now, but not in float32.
+    """Return the share of this rank's gradient elements that are zero, but not in float32.
 
     Call it between backward pass and optimizer step. TF32 follows the run's setting.
     """
+    scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
+    lowered = gradients(trainer, trainer.group, trainer.precision.autocast, scale)
     exact = gradients(trainer, trainer.group, contextlib.nullcontext)
-    lowered = [parameter.grad for parameter in trained_parameters(trainer.network)]
-    if distributed.size() > 1:  # those are the sums of all ranks
-        scale = trainer.scaler.get_scale() if trainer.scaler else 1.0
-        lowered = list(gradients(trainer, trainer.group, trainer.precision.autocast, scale))
-    lost, elements = torch.zeros((), device=trainer.state.device), 0
-    for gradient, reference in zip(lowered, exact, strict=True):
-        if gradient is not None:
-            lost += ((gradient == 0) & (reference != 0)).sum()
-            elements += reference.numel()
-    return lost.item() / max(elements, 1)
+    pairs = zip(lowered, exact, strict=True)
+    lost = sum(((gradient == 0) & (reference != 0)).sum() for gradient, reference in pairs)
+    return float(lost) / max(sum(reference.numel() for reference in exact), 1)
 
 
 class NonFiniteProbe:
@@ -413,7 +365,7 @@ class NonFiniteProbe:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.batch: Batch = {}
-        self._notes: list[tuple[Stage, str, Batch, torch.Tensor]] = []
+        self._notes: list[tuple[str, str, Batch, torch.Tensor]] = []
         self._largest: dict[str, torch.Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -423,10 +375,9 @@ class NonFiniteProbe:
             look = partial(self._output, name or "network")
             self._handles.append(module.register_forward_hook(look))
             for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    continue
-                look = partial(self.see, Stage.BACKWARD, name or "network")
-                self._handles.append(parameter.register_hook(look))
+                if parameter.requires_grad:
+                    look = partial(self.see, "backward", name or "network")
+                    self._handles.append(parameter.register_hook(look))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -436,47 +387,44 @@ class NonFiniteProbe:
     def _input(self, network: nn.Module, args: tuple) -> None:
         for name, module in network.named_modules():
             for parameter in module.parameters(recurse=False):
-                self.see(Stage.WEIGHTS, name or "network", parameter.detach())
+                self.see("weights", name or "network", parameter.detach())
         for image in _floating(args):
-            self.see(Stage.INPUT, "image", image, by_sample=True)
+            self.see("input", "image", image, by_sample=True)
 
     def _output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         for tensor in _floating(output if isinstance(output, list | tuple) else [output]):
-            self._activation(name, module, tensor)
+            activation = tensor.detach()
+            self.see("forward", name, activation, by_sample=True)
+            if next(module.children(), None) is None:  # others repeat their last child
+                largest = activation.abs().where(activation.isfinite(), -1).amax().float()
+                self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
+            if tensor.requires_grad:  # before a ReLU in place, whose own tensor it then is
+                tensor.register_hook(partial(self.see, "backward", name, by_sample=True))
         for buffer in _floating(module.buffers(recurse=False)):
-            self.see(Stage.STATISTICS, name, buffer)
+            self.see("statistics", name, buffer)
 
-    def _activation(self, name: str, module: nn.Module, output: torch.Tensor) -> None:
-        activation = output.detach()
-        self.see(Stage.FORWARD, name, activation, by_sample=True)
-        if next(module.children(), None) is None:  # others repeat their last child
-            largest = activation.abs().where(activation.isfinite(), -1).amax().float()
-            before = self._largest.get(name, largest)
-            self._largest[name] = torch.maximum(before, largest)
-        if output.requires_grad:  # before a ReLU in place, whose own tensor it then is
-            output.register_hook(partial(self.see, Stage.BACKWARD, name, by_sample=True))
-
-    def see(
-        self, stage: Stage, name: str, tensor: torch.Tensor, *, by_sample: bool = False
-    ) -> None:
+    def see(self, stage: str, name: str, tensor: torch.Tensor, *, by_sample: bool = False) -> None:
         """Note which samples of `tensor` are not finite; all of them if it has no batch axis."""
-        bad, samples = ~tensor.isfinite(), len(self.batch["seed"])
+        bad, samples = ~tensor.isfinite(), len(self.batch["image"])
         by_sample = by_sample and tensor.dim() > 0 and len(tensor) == samples
         flags = bad.reshape(samples, -1).any(1) if by_sample else bad.any().expand(samples)
         self._notes.append((stage, name, self.batch, flags))
 
-    def finding(self) -> Finding:
-        """The first note of something not finite. Waits for the device."""
+    def finding(self) -> tuple[str | None, str | None, list[str], dict[str, float | None]]:
+        """The first note of something not finite, as arguments of `describe`."""
         values = {name: value.item() for name, value in self._largest.items()}
         largest = {name: value if value >= 0 else None for name, value in values.items()}
         for stage, name, batch, flags in self._notes:
             if flags.any():
                 cases = zip(batch.get("case_id", []), flags.tolist(), strict=False)
-                return Finding(stage, name, [case for case, bad in cases if bad], largest)
-        return Finding(max_abs_activation=largest)
+                return stage, name, [case for case, bad in cases if bad], largest
+        return None, None, [], largest
 
 
 def _floating(values: Iterable[Any]) -> list[torch.Tensor]:
     """The floating-point tensors among `values` that have an element."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return [
+        value
+        for value in values
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline import distributed
 from pipeline.drawing import outline_slice
-from pipeline.files import write_json
+from pipeline.files import nan_to_none, write_json
 from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.flight_recorder import underflow_fraction
 from pipeline.training.progress import EPOCH_END_PENDING
@@ -40,8 +41,7 @@ class TensorBoardHandler:
 
     Args:
         run_dir: The event files go into its `tensorboard/`.
-        validator: Its key metric is `val/mean_dice`; details of the classes come from its
-            `state.metric_details`.
+        validator: Its key metric and `state.metric_details` are shown.
         log_every: Optimizer steps between two points of the training curves.
         underflow_every: Optimizer steps between two measurements of underflow, each of which
             costs a step in float32; 0 makes none.
@@ -55,10 +55,8 @@ class TensorBoardHandler:
         log_every: int = 10,
         underflow_every: int = 0,
     ) -> None:
-        self.directory = Path(run_dir) / "tensorboard"
-        self.validator = validator
-        self.log_every = log_every
-        self.underflow_every = underflow_every
+        self.directory, self.validator = Path(run_dir) / "tensorboard", validator
+        self.log_every, self.underflow_every = log_every, underflow_every
         self._writer: SummaryWriter | None = None
         self._present: set[str] = set()  # tags that have a point at the current step
 
@@ -117,14 +115,10 @@ class TensorBoardHandler:
         assert stats is not None
         if stats.applied and progress.step % self.log_every:
             return
-        points = {
-            "train/loss": stats.loss,
-            "LR": self._lr,
-            "AMP/loss_scale": stats.loss_scale,
-            "AMP/skipped_steps": progress.skipped_steps,
-            "AMP/grad_norm": stats.grad_norm,
-            "AMP/max_abs_logit": stats.max_abs_logit,
-        }
+        points = {"train/loss": stats.loss, "LR": self._lr}
+        points["AMP/skipped_steps"] = progress.skipped_steps
+        for name in ("loss_scale", "grad_norm", "max_abs_logit"):
+            points[f"AMP/{name}"] = getattr(stats, name)
         for tag, value in points.items():
             self.writer.add_scalar(tag, value, progress.step)
 
@@ -141,21 +135,24 @@ class TensorBoardHandler:
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Write the validation's metrics, if there was one at the end of this epoch."""
-        state, writer = self.validator.state, self.writer
         metric = metric_at_end_of(trainer.progress.epoch, self.validator)
         if metric is not None:
-            classes = state.metric_details[state.key_metric_name]["classes"]
+            classes = _details(self.validator)["classes"]
             points = {"val/mean_dice": metric} | {f"val/dice_{n}": v for n, v in classes.items()}
             for tag, value in points.items():
                 if tag not in self._present:
-                    writer.add_scalar(tag, value, trainer.progress.step)
-        writer.flush()
+                    self.writer.add_scalar(tag, value, trainer.progress.step)
+        self.writer.flush()
         self._present = set()
 
     def close(self, trainer: MixedPrecisionTrainer) -> None:
         """Close the event file; further training opens another."""
         self.writer.close()
         self._writer = None
+
+
+def _details(validator: Evaluator) -> dict[str, Any]:
+    return validator.state.metric_details[validator.state.key_metric_name]
 
 
 class ScoreHandler:
@@ -170,8 +167,7 @@ class ScoreHandler:
     """
 
     def __init__(self, run_dir: str | Path, validator: Evaluator) -> None:
-        self.path = Path(run_dir) / "validation.json"
-        self.validator = validator
+        self.path, self.validator = Path(run_dir) / "validation.json", validator
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to epochs of `trainer`."""
@@ -180,19 +176,15 @@ class ScoreHandler:
 
     def after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         """Write the scores, if there was a validation at the end of this epoch."""
-        progress, state = trainer.progress, self.validator.state
+        progress = trainer.progress
         if metric_at_end_of(progress.epoch, self.validator) is None:
             return
-        details = state.metric_details[state.key_metric_name]
+        details = _details(self.validator)
         cases = {
-            case_id: {
-                name: None if np.isnan(value) else value
-                for name, value in zip(details["classes"], dice, strict=True)
-            }
+            case_id: dict(zip(details["classes"], map(nan_to_none, dice), strict=True))
             for case_id, dice in details["cases"].items()
         }
-        content = {"epoch": progress.epoch, "step": progress.step, "cases": cases}
-        write_json(self.path, content)
+        write_json(self.path, {"epoch": progress.epoch, "step": progress.step, "cases": cases})
 
 
 class ConsoleHandler:
@@ -209,11 +201,10 @@ class ConsoleHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to steps and epochs of `trainer`."""
-        if not distributed.is_main():
-            return
-        trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
-        trainer.add_event_handler(Events.COMPLETED, self.close)
+        if distributed.is_main():
+            trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+            trainer.add_event_handler(Events.COMPLETED, self.close)
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Move the bar by one step."""
@@ -232,19 +223,17 @@ class ConsoleHandler:
         """Print one line about the epoch that ended."""
         progress, max_epochs = trainer.progress, trainer.state.max_epochs
         metric = metric_at_end_of(progress.epoch, self.validator)
-        parts = [f"epoch {progress.epoch}/{max_epochs}", f"step {progress.step}"]
-        if self._losses:
-            parts.append(f"loss {np.mean(self._losses):.4f}")
-        if metric is not None:
-            parts.append(f"mean Dice {metric:.4f}")
-        if progress.skipped_steps:
-            parts.append(f"skipped steps {progress.skipped_steps}")
-        seconds = trainer.elapsed_s
-        remaining = seconds / progress.epoch * (max_epochs - progress.epoch)
-        parts.append(f"{seconds:.0f} s, about {remaining:.0f} s left")
+        remaining = trainer.elapsed_s / progress.epoch * (max_epochs - progress.epoch)
+        parts = [
+            f"epoch {progress.epoch}/{max_epochs}, step {progress.step}",
+            f"loss {np.mean(self._losses):.4f}" if self._losses else "",
+            f"mean Dice {metric:.4f}" if metric is not None else "",
+            f"skipped steps {progress.skipped_steps}" if progress.skipped_steps else "",
+            f"{trainer.elapsed_s:.0f} s, about {remaining:.0f} s left",
+        ]
         self._losses.clear()
         with tqdm.external_write_mode():
-            log.info(", ".join(parts))
+            log.info(", ".join(filter(None, parts)))
 
     def close(self, trainer: MixedPrecisionTrainer) -> None:
         """Close the bar, so that what follows begins on a line of its own."""

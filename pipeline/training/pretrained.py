@@ -68,7 +68,7 @@ class PretrainedWeights:
         """
         assert self.path is not None
         assert self._file is not None
-        (sha256, given), own, file = self._file, network.state_dict(), self.path.name
+        (sha256, given), own = self._file, network.state_dict()
         head = [name for name in own if name.startswith(HEAD)] if self.reinit_head else []
         if self.reinit_head and not head:
             raise InputError(
@@ -77,25 +77,17 @@ class PretrainedWeights:
             )
         if self.reinit_head:
             given = {name: value for name, value in given.items() if not name.startswith(HEAD)}
-        shapes = {name: _describe(value) for name, value in own.items() if name not in head}
-        found = {name: _describe(value) for name, value in given.items()}
-        faults = [
-            f"init_weights: {name}: expected {shapes.get(name, 'no such tensor')}, got "
-            f"{found.get(name, 'no such tensor')} in {file}. "
-            + (
-                "Use reinit_head=true to draw the head anew."
-                if name.startswith(HEAD)
-                else "Name weights of this network, or set network_def to theirs."
-            )
-            for name in sorted({*shapes, *found})
-            if shapes.get(name) != found.get(name)
-        ]
-        faults += [
-            f"init_weights: {name}: expected finite values, got NaN or infinity in {file}. "
-            "Name other weights."
-            for name in given
-            if shapes.get(name) == found[name] and non_finite(given[name], name)
-        ]
+        faults = []
+        for name in sorted({*own, *given} - {*head}):
+            expected, found = _describe(own.get(name)), _describe(given.get(name))
+            remedy = "Name weights of this network, or set network_def to theirs."
+            if name.startswith(HEAD):
+                remedy = "Use reinit_head=true to draw the head anew."
+            if expected == found and non_finite(given[name]):
+                expected, found, remedy = "finite values", "NaN or infinity", "Name other weights."
+            if expected != found:
+                where = f"init_weights: {name}: expected {expected}, got {found}"
+                faults.append(f"{where} in {self.path.name}. {remedy}")
         if faults:
             raise InputError(*faults)
         self.tensors, self._file = dict(given), None
@@ -104,13 +96,10 @@ class PretrainedWeights:
     def log(self) -> None:
         """Say in the log what the network begins with."""
         if self.tensors is not None and self.record is not None and self.path is not None:
-            log.info(
-                "Weights of %d tensors from %s (SHA-256 %s); drawn anew: %s",
-                self.record["num_tensors"],
-                self.path.name,
-                self.record["sha256"],
-                ", ".join(self.record["drawn_anew"]) or "none",
-            )
+            anew = ", ".join(self.record["drawn_anew"]) or "none"
+            sha256, number = self.record["sha256"], len(self.tensors)
+            text = "Weights of %d tensors from %s (SHA-256 %s); drawn anew: %s"
+            log.info(text, number, self.path.name, sha256, anew)
 
 
 def _read_weights(path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
@@ -127,20 +116,20 @@ def _read_weights(path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
         ) from None
     if isinstance(content, dict) and {"schema_version", "network"} <= content.keys():
         content = content["network"]
-    is_state_dict = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
-    )
-    if not is_state_dict or not content:
-        held = ", ".join(map(str, [*content][:5])) if isinstance(content, dict) else ""
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in entries):
+        held = f" of {', '.join(str(name) for name, _ in [*entries][:5])}" if entries else ""
         raise InputError(
             f"init_weights: expected tensors by name in {path}, got a {type(content).__name__}"
-            f"{f' of {held}' if held else ''}. Name a state dict, or save that part of it alone."
+            f"{held}. Name a state dict, or save that part of it alone."
         )
     return hashlib.sha256(data).hexdigest(), content
 
 
-def _describe(value: torch.Tensor) -> str:
+def _describe(value: torch.Tensor | None) -> str:
     """Everything that two tensors must have in common for one to replace the other."""
+    if value is None:
+        return "no such tensor"
     kind = str(value.dtype).removeprefix("torch.")
     dense = value.layout == torch.strided and not value.is_meta
     return f"{kind} {list(value.shape)}{'' if dense else ' that is not dense'}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -276,23 +275,4 @@ def test_sigterm_to_the_launchers_ends_all_ranks_at_one_step(nodes, whole):
         assert "Traceback" not in nodes.log(rank)
     assert [launcher.wait() for launcher in nodes.launch()] == [0, 0]
     assert nodes.sessions()[1][0] == step + 1
-    check_is_whole(nodes, whole)
-
-
-def test_ranks_killed_at_any_time_lose_nothing(dataset, whole, tmp_path):
-    nodes, rng = Nodes(tmp_path, dataset, pause_s=0.3), random.Random(3)
-    try:
-        pair = nodes.launch(restarts=20)
-        for number in range(6):
-            before = len(nodes.steps())
-            if number % 2:  # while it starts
-                time.sleep(rng.uniform(0, 6))
-            else:
-                wait_for(lambda before=before: len(nodes.steps()) > before, WITHIN_S)
-                time.sleep(rng.uniform(0, 0.6))
-            rng.choice(pair).kill_worker()
-        assert [launcher.wait() for launcher in pair] == [0, 0]
-    finally:
-        nodes.kill()
-    assert len(nodes.sessions()) >= 4
     check_is_whole(nodes, whole)

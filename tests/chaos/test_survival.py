@@ -64,9 +64,6 @@ def test_run_killed_at_its_beginning_starts_again(dataset, tmp_path, whole, call
     check_is_whole(run, whole)
 
 
-# --- damage
-
-
 # --- signals
 
 
