@@ -82,7 +82,7 @@ def innermost(error: BaseException) -> BaseException:
 def describe_failure(error: BaseException) -> str:
     """Return one line about an exception: the object or step, what was said, and where.
 
-    The object or step is the `config_id` that `pipeline.config.parser` notes at the exception.
+    The object or step is the `config_id` that `pipeline.config.compose` notes at the exception.
     Notes that were added to the exception follow in brackets.
     """
     cause = innermost(error)

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, TINY
 
 from pipeline.config import keys
 from pipeline.config.compose import Composed, compose_located
-from pipeline.config.validate import check
+from pipeline.config.validate import check_config
 from pipeline.errors import InputError
 
 OVERLAYS = ("evaluate.json", "multi_gpu.json")  # merged over a training config
@@ -33,7 +33,7 @@ def in_the_repository(at_the_root):
 
 def faults_of(composed: Composed, **options: Any) -> list[str]:
     try:
-        check(composed, **options)
+        check_config(composed, **options)
     except InputError as error:
         return list(error.faults)
     return []
@@ -237,7 +237,7 @@ LEGAL = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_config_as_it_is_has_no_fault(file):
-    check(compose_located([str(file)], {}))
+    check_config(compose_located([str(file)], {}))
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -247,11 +247,11 @@ def test_legal_overlay_has_no_fault(tmp_path, name):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_has_no_fault(name):
-    check(compose_located([AMP, f"configs/{name}"], {}), training=True)
+    check_config(compose_located([AMP, f"configs/{name}"], {}), training=True)
 
 
 def test_config_with_overrides_has_no_fault():
-    check(compose_located([AMP], {**TINY, "learning_rate": 1, "amp": "true"}), training=True)
+    check_config(compose_located([AMP], {**TINY, "learning_rate": 1, "amp": "true"}), training=True)
 
 
 def test_config_under_monai_bundle_is_checked_but_for_its_names():

@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
 from pipeline.bundle.metadata import TEMPLATES
 from pipeline.config import allowed, old_names
+from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
-from pipeline.config.parser import Parser
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
 from pipeline.prediction.predictor import load_weights, read_inference_config
@@ -146,7 +146,7 @@ def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun
     folder = directory / "configs"
     configs = {name: old_names.translate(_read_config(folder / name)) for name in CONFIGS}
     for name in ("train.json", "inference.json"):
-        allowed.check(configs[name], allow)
+        allowed.check_names(configs[name], allow)
     weights = directory / "models" / "model.pt"
     if not weights.is_file():
         raise InputError(

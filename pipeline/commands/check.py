@@ -15,8 +15,7 @@ from typing import Any
 
 from pipeline.commands.command import CommandParser
 from pipeline.config import allowed, validate
-from pipeline.config.compose import compose_located, parse_overrides
-from pipeline.config.parser import Parser
+from pipeline.config.compose import Parser, compose_located, parse_overrides
 from pipeline.errors import InputError
 from pipeline.files import write_json
 
@@ -47,8 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"--json: expected a file in a folder that is there, got {options.json}."
             )
-        composed = compose_located([options.config], overrides, allow)
-        validate.check(composed, allow, training=True)
+        composed = compose_located([options.config], overrides)
+        validate.check_config(composed, allow, training=True)
         return check_dataset(composed.source, options.plan, options.json)
     except InputError as error:
         error.tell()

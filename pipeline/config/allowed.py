@@ -14,13 +14,13 @@ import argparse
 import pydoc
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from monai.bundle import ConfigComponent, ReferenceResolver
+from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
 from pipeline.config.keys import MARKS, Path, walk
-from pipeline.config.parser import Parser
 from pipeline.errors import InputError, nearest
 
 LISTED = {  # classes and functions by module; those of MONAI may be named without it
@@ -144,7 +144,7 @@ def find(name: str) -> Any:
         return None
 
 
-def check(source: Any, allow: Collection[str] = ()) -> None:
+def check_names(source: Any, allow: Collection[str] = ()) -> None:
     """Refuse a merged config that names what configs may not name.
 
     Raises:
@@ -273,10 +273,11 @@ class _Guard:
 
 def _resolve(name: str, written: str) -> str:
     """A string with its relative ids resolved; `OUTSIDE` where they lead out of the config."""
-    try:
-        return Parser.resolve_relative_ids(name, written)
-    except ValueError:
-        return OUTSIDE
+    if not written.startswith(MARKS):
+        return written
+    with suppress(ValueError):
+        return str(ConfigParser.resolve_relative_ids(name, written))
+    return OUTSIDE
 
 
 def read_uses(path: Path, written: str) -> list[tuple[str, str]]:

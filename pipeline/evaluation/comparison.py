@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.issues import some
 from pipeline.data.cases import case_name
+from pipeline.data.issues import some
 from pipeline.errors import InputError, nearest
 from pipeline.evaluation.statistics import Arm
 

@@ -20,9 +20,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, config_of_monai, require_unaltered
+from pipeline.config.compose import Composed, Parser, config_of_monai, require_unaltered
 from pipeline.config.old_names import require_todays_names
-from pipeline.config.parser import Parser
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
@@ -224,7 +223,7 @@ class Lifecycle:
         """Look for mistakes in a config of MONAI's commands; what it may name is their business."""
         if not self.is_checked:
             require_unaltered()
-            validate.check(Composed(self.source), None, training=True)
+            validate.check_config(Composed(self.source), None, training=True)
 
     def _load_cases(self) -> Cases:
         """Read the dataset, or take the cases that a client has put in its place."""

@@ -12,8 +12,8 @@ import torch
 from monai.data import MetaTensor
 
 from pipeline.config import allowed, keys, old_names
+from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
-from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.files import load
 from pipeline.precision import Precision
@@ -47,10 +47,10 @@ class Predictor:
             raise InputError(f"Predictor: expected keys of {CONFIG}, got {', '.join(unknown)}.")
         members = [*others, *values.pop("ensemble", [])]
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
-        allowed.check(source, allow)
+        allowed.check_names(source, allow)
         table = {**keys.KEYS, **keys.PREDICTION_KEYS}
         known = {key: spec for key, spec in table.items() if key in source}
-        keys.check({key: source[key] for key in known}, known)
+        keys.check_values({key: source[key] for key in known}, known)
         parser = Parser(source)
         self.in_channels = source["in_channels"]
         try:
@@ -148,7 +148,7 @@ def load_networks(
                 f"{other}: expected a run of the same plan, got another {', '.join(differing)}. "
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
-        allowed.check(
+        allowed.check_names(
             source, [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
         )
         member = Parser(source).get_parsed_content("network_def")
