@@ -176,7 +176,6 @@ class _Checker:
                 self.note_mismatch(at, *found)
 
     def note_mismatch(self, path: Path, below: Path, expected: str) -> None:
-        """Blame a value, or the reference to it where the value is right by itself."""
         place, via = self.follow(path, *below)
         node, value = self.nodes[place], self.value(place)
         is_made, is_key = isinstance(value, type), len(place) == 1 and place[0] in keys.KEYS
