@@ -128,8 +128,7 @@ def is_allowed(name: str, allow: Collection[str] = ()) -> bool:
         return True
     packages = tuple(f"{package}." for package in allow if name.startswith(f"{package}."))
     target = find(name) if packages else None
-    # what a package has imported from elsewhere is not its own
-    module = f"{getattr(target, '__module__', '')}."
+    module = f"{getattr(target, '__module__', '')}."  # what a package imports is not its own
     return bool(packages) and (target is None or module.startswith(packages))
 
 
@@ -179,8 +178,7 @@ class _Guard:
     def follow(self, name: str, seen: tuple[str, ...] = ()) -> tuple[str, str | None]:
         """Where the references of an id end, and the class of its object as `MEMBERS` names it.
 
-        The class is empty if it is not known, and `None` if the id is missing, its references form
-        a circle, or a value that it is made from is refused.
+        The class is empty if not known; `None`: nothing is there, a circle, or a refused value.
         """
         if name not in self.nodes or name in seen:
             return name, None
@@ -263,7 +261,6 @@ class _Guard:
 
 
 def _resolve(name: str, written: str) -> str:
-    """A string with its relative ids resolved; `OUTSIDE` where they lead out of the config."""
     if not written.startswith(MARKS):
         return written
     with suppress(ValueError):

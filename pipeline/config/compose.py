@@ -47,11 +47,7 @@ class Resolver(ReferenceResolver):
 
 
 class Parser(ConfigParser):
-    """Evaluates a config.
-
-    Args:
-        source: The config, which is changed.
-    """
+    """Evaluates a config, and changes it."""
 
     def __init__(self, source: Any) -> None:
         super().__init__(source)
@@ -99,22 +95,19 @@ class Composed:
         self.places = kept | {path + at: place for at, place in places.items()}
 
     def override(self, values: Config) -> None:
-        """Put the values of a command line in the place of those of the files.
-
-        Args:
-            values: Value by key; `a#b` names a part.
+        """Put values in the place of those of the files; the key `a#b` names a part.
 
         Raises:
             InputError: One line for each key that has no place in the config.
         """
         parser = ConfigParser(self.source)
-        paths = {key: tuple(ReferenceResolver.split_id(key)) for key in values}
         faults = []
-        for key, path in paths.items():
+        for key, value in values.items():
+            path = tuple(ReferenceResolver.split_id(key))
             if fault := _place_fault(self.source, path):
                 faults.append(f"--{key}: {fault}")
                 continue
-            parser[key] = values[key]
+            parser[key] = value
             self.put(path, {(): f"--{key}"})
         if faults:
             raise InputError(*faults)

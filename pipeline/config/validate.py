@@ -135,13 +135,12 @@ class _Checker:
                 self.note((*path, "_target_"), fault, path)
                 continue
             hints, required = _signature_of(target)
-            required = [] if node.keys() & {"_mode_", "_disabled_"} else required
-            self.check_arguments(path, target.__name__, hints, required)
+            is_made = not node.keys() & {"_mode_", "_disabled_"}
+            self.check_arguments(path, target.__name__, hints, required if is_made else [])
             if not self.is_broken(path) and hasattr(target, "find_setting_faults"):
                 given = {key: self.value((*path, key)) for key in node if key in hints}
                 for below, fault in target.find_setting_faults(**given):
-                    place, _ = self.follow(path, *below)
-                    if self.value(place) is not Any:
+                    if self.value(place := self.follow(path, *below)[0]) is not Any:
                         self.note(place, fault)
 
     def target(self, node: dict[str, Any]) -> Any:
@@ -194,14 +193,14 @@ class _Checker:
         """Where a chain of plain references ends, and the place of the last of them."""
         if below:
             return self.follow((*self.follow(path, *below[:-1])[0], below[-1]))
-        last, seen = None, [path]
+        seen: list[Path] = []
         while str(self.nodes.get(path)).startswith("@") and self.references[path]:
             target, _ = self.references[path][0]
-            if target in seen or target not in self.nodes:
+            if target in (*seen, path) or target not in self.nodes:
                 break
-            last, path = path, target
             seen.append(path)
-        return path, last
+            path = target
+        return path, seen[-1] if seen else None
 
     def value(self, path: Path, seen: tuple[Path, ...] = ()) -> Any:
         """What a path holds once it is resolved: plain values, classes for objects, or `Any`."""
@@ -214,8 +213,8 @@ class _Checker:
             return {key: self.value((*path, key), seen) for key in node}
         if isinstance(node, list):
             return [self.value((*path, str(n)), seen) for n in range(len(node))]
-        if not isinstance(node, str) or not self.references[path]:
-            return Any if isinstance(node, str) and node.startswith(MARKS) else node
+        if not self.references.get(path):
+            return Any if str(node).startswith(MARKS) else node
         target, member = self.references[path][0]
         value = self.value(target, seen)
         value = _class_of_member(value, member) if member else value
@@ -359,7 +358,7 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_describe, inner)))
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
+        return f"one of {', '.join(map(repr, inner))}"
     return str(WORDS.get(origin or hint) or getattr(hint, "__name__", "another type"))
 
 
