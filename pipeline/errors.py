@@ -72,7 +72,8 @@ def innermost(error: BaseException) -> BaseException:
 def describe_failure(error: BaseException) -> str:
     """Return one line about an exception: the object or step, what was said, where, and notes.
 
-    The object or step is the `config_id` that `pipeline.config.parser` notes at the exception.
+    The object or step is the `config_id` that `pipeline.config.compose` notes at the exception.
+    Notes that were added to the exception follow in brackets.
     """
     cause = innermost(error)
     said = " ".join(str(cause).split())[:500]

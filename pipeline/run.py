@@ -22,8 +22,13 @@ from typing import Any
 
 from pipeline import distributed
 from pipeline.config import allowed, keys, old_names, validate
-from pipeline.config.compose import Composed, compose_located, parse_overrides
-from pipeline.config.parser import Parser, Resolver
+from pipeline.config.compose import (
+    Composed,
+    Parser,
+    Resolver,
+    compose_located,
+    parse_overrides,
+)
 from pipeline.errors import InputError, describe_failure, innermost, print_failure
 
 USAGE = (
@@ -55,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
             replays = trains and "replay_step" in overrides
             step = overrides.pop("replay_step") if replays else None
             composed.override(overrides)
-            validate.check(composed, allow, training=trains)
+            validate.check_config(composed, allow, training=trains)
             if replays and distributed.size() > 1:
                 raise InputError("--replay_step: expected one process, got several. Use python.")
         if replays:

@@ -78,15 +78,12 @@ def test_check_finds_all_faults_at_once_and_blames_no_other_case(check, broken, 
     assert check(broken, "--plan", "--json", tmp_path / "r.json") == 2
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
-    assert [(f["case_id"], f["check"]) for f in report["faults"]] == [
-        ("case_000", "unpaired"),
-        ("case_001", "unreadable"),
-        ("case_002", "finite"),
-        ("case_003", "affine"),
-    ]
-    assert [(f["case_id"], f["check"]) for f in report["warnings"]] == [
-        ("case_005", "no_foreground")
-    ]
+    found = {f["case_id"]: f["check"] for f in report["faults"] + report["warnings"]}
+    assert found == {
+        "case_000": "unpaired", "case_001": "unreadable", "case_002": "finite",
+        "case_003": "affine", "case_005": "no_foreground",
+    }  # fmt: skip
+    assert [f["case_id"] for f in report["warnings"]] == ["case_005"]
     assert "case_004" not in out
     assert "Plan:" not in out
     assert "plan" not in report
@@ -102,16 +99,8 @@ def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
 
 def test_check_passes_what_can_be_read_when_off(check, broken):
     excluded = '["case_000", "case_001"]'
-    words = [
-        broken,
-        "--preflight",
-        "off",
-        "--exclude",
-        excluded,
-        "--class_names",
-        '["a", "b", "c"]',
-    ]
-    assert check(*words, "--num_folds", 3) == 0
+    words = ("--exclude", excluded, "--class_names", '["a", "b", "c"]', "--num_folds", 3)
+    assert check(broken, "--preflight", "off", *words) == 0
 
 
 def test_check_does_without_excluded_cases(check, broken, capsys):
@@ -151,12 +140,8 @@ def test_check_helps(capsys):
         (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),
         (["{data}", "--exclude", "nobody"], "--exclude: expected a list of strings"),
         (["{data}", "--exclude", '["nobody"]'], "exclude: expected cases of the dataset, got"),
-        (
-            ["{data}", "--preflight", "none"],
-            '--preflight: expected one of "full", "fast", "off", got',
-        ),
+        (["{data}", "--preflight", "none"], '--preflight: expected one of "full", "fast", "off",'),
         (["{data}", "--config", "no.json"], "no.json: expected a config file, found none."),
-        (["{data}", "--memory_budget_bytes", "10"], "memory_budget_bytes: expected "),
     ],
 )
 def test_check_answers_a_mistake_in_one_line(

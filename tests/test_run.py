@@ -14,7 +14,7 @@ from conftest import REPOSITORY, make_dataset, write_dataset_json
 from engines import snapshot
 
 from pipeline.config import keys
-from pipeline.config.compose import compose
+from pipeline.config.compose import compose_located
 from pipeline.run import main
 
 CONFIG = "configs/amp.json"
@@ -75,10 +75,10 @@ def test_saved_config_is_the_merged_source(run, tmp_path, dataset):
 def test_overlay_files_are_merged_in_order(run, tmp_path):
     (tmp_path / "a.json").write_text('{"max_epochs": 7, "train#trainer#grad_clip": 3.0}')
     (tmp_path / "b.json").write_text('{"seed": 5}')
-    source = compose(
+    source = compose_located(
         ["configs/amp.json", str(tmp_path / "a.json"), str(tmp_path / "b.json")],
         {"max_epochs": 2, "augmentation#spatial#flip#prob": 0.25},
-    )
+    ).source
     assert (source["max_epochs"], source["seed"]) == (2, 5)
     assert source["train"]["trainer"]["grad_clip"] == 3.0
     assert source["augmentation"]["spatial"]["flip"]["prob"] == 0.25

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
 from pipeline.bundle.metadata import TEMPLATES
 from pipeline.config import allowed, old_names
+from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
-from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.prediction.predictor import load_weights, read_inference_config
 

@@ -133,8 +133,8 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
         faults.append("command line: expected a config file first, got none. See --help.")
     if faults:
         raise InputError(*faults)
-    composed = compose_located(files, overrides, allow)
-    validate.check(composed, allow, training=True)
+    composed = compose_located(files, overrides)
+    validate.check_config(composed, allow, training=True)
     source = composed.source
     if source["fold"] == "all":
         raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")

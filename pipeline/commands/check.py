@@ -15,8 +15,7 @@ from typing import Any
 
 from pipeline.commands.command import CommandParser
 from pipeline.config import allowed, validate
-from pipeline.config.compose import compose_located, parse_overrides
-from pipeline.config.parser import Parser
+from pipeline.config.compose import Parser, compose_located, parse_overrides
 from pipeline.errors import InputError
 from pipeline.files import write_json
 
@@ -24,31 +23,21 @@ CONFIG = "configs/amp.json"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Check a dataset; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Check a dataset; returns the exit status."""
     parser = CommandParser("check", __doc__)
     parser.add_argument("dataset_dir", metavar="DATASET_DIR", help="the dataset")
-    parser.add_argument(
-        "--plan", action="store_true", help="show the values that are auto, and why"
-    )
+    parser.add_argument("--plan", action="store_true", help="show values that are auto, and why")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     parser.add_argument("--config", metavar="FILE", default=CONFIG, help=f"instead of {CONFIG}")
     try:
         allow, words = allowed.split_allow(sys.argv[1:] if words is None else words)
         options, rest = parser.parse_known_args(words)
-        overrides = {
-            **parse_overrides(rest),
-            "dataset_dir": str(Path(options.dataset_dir).resolve()),
-        }
-        if options.json is not None and not options.json.parent.is_dir():
-            raise InputError(
-                f"--json: expected a file in a folder that is there, got {options.json}."
-            )
-        composed = compose_located([options.config], overrides, allow)
-        validate.check(composed, allow, training=True)
+        dataset = str(Path(options.dataset_dir).resolve())
+        overrides = {**parse_overrides(rest), "dataset_dir": dataset}
+        if options.json and not options.json.parent.is_dir():
+            raise InputError(f"--json: expected a file in a folder that is, got {options.json}.")
+        composed = compose_located([options.config], overrides)
+        validate.check_config(composed, allow, training=True)
         return check_dataset(composed.source, options.plan, options.json)
     except InputError as error:
         error.tell()
@@ -59,7 +48,6 @@ def check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -
     """Check the dataset of a config, and print what was found; returns the exit status.
 
     Args:
-        source: The merged config.
         wants_plan: Whether to print the plan as well.
         file: Gets the report as JSON, if given.
 
@@ -84,20 +72,15 @@ def check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -
         try:
             write_json(file, report)
         except OSError as error:
-            raise InputError(
-                f"--json: expected a file that can be written, got: {error}."
-            ) from None
+            message = f"--json: expected a file that can be written, got: {error}."
+            raise InputError(message) from None
     if refusal is not None:
         raise refusal
     return 2 if found.faults else 0
 
 
 def make_table(found: Any) -> list[str]:
-    """The lines of the report: faults, warnings, and one line that counts them.
-
-    Args:
-        found: A `Preflight`.
-    """
+    """The lines of a `Preflight`: faults, warnings, and one line that counts them."""
     cases = found.cases
     counts = {side: len(getattr(cases, side)) for side in ("train", "validation", "test")}
     sides = ", ".join(f"{count} {side}" for side, count in counts.items())

@@ -14,13 +14,13 @@ import argparse
 import pydoc
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from monai.bundle import ConfigComponent, ReferenceResolver
+from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
 from pipeline.config.keys import MARKS, Path, walk
-from pipeline.config.parser import Parser
 from pipeline.errors import InputError, nearest
 
 LISTED = {  # classes and functions by module; those of MONAI may be named without it
@@ -128,8 +128,7 @@ def is_allowed(name: str, allow: Collection[str] = ()) -> bool:
         return True
     packages = tuple(f"{package}." for package in allow if name.startswith(f"{package}."))
     target = find(name) if packages else None
-    # what a package has imported from elsewhere is not its own
-    module = f"{getattr(target, '__module__', '')}."
+    module = f"{getattr(target, '__module__', '')}."  # what a package imports is not its own
     return bool(packages) and (target is None or module.startswith(packages))
 
 
@@ -145,18 +144,13 @@ def find(name: str) -> Any:
 
 
 def check_names(source: Any, allow: Collection[str] = ()) -> None:
-    """Refuse a merged config that names what configs may not name.
-
-    Raises:
-        InputError: One line for each place.
-    """
-    found = [f"{'#'.join(path)}: {fault}" for path, fault in find_faults(source, allow)]
-    if found:
+    """Raise an `InputError` with a line for each place that names what configs may not name."""
+    if found := [f"{'#'.join(path)}: {fault}" for path, fault in find_faults(source, allow)]:
         raise InputError(*found)
 
 
 def find_faults(source: Any, allow: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
-    """Yield the path of each refused value, and what is expected there; see `check`."""
+    """Yield the path of each refused value, and what is expected there."""
     guard = _Guard(source, allow)
     for path, value in walk(source):
         if isinstance(value, str) and path[-1:] != ("_target_",):
@@ -184,8 +178,7 @@ class _Guard:
     def follow(self, name: str, seen: tuple[str, ...] = ()) -> tuple[str, str | None]:
         """Where the references of an id end, and the class of its object as `MEMBERS` names it.
 
-        The class is empty if it is not known, and `None` if the id is missing, its references form
-        a circle, or a value that it is made from is refused.
+        The class is empty if not known; `None`: nothing is there, a circle, or a refused value.
         """
         if name not in self.nodes or name in seen:
             return name, None
@@ -206,7 +199,6 @@ class _Guard:
         return (name if is_expression else end), of_used
 
     def check_string(self, name: str, written: str) -> str | None:
-        """Why a string is refused, or `None`."""
         text = _resolve(name, written)
         if text == OUTSIDE:
             return f"expected a relative id within the config, got {written!r}. Use fewer #."
@@ -214,18 +206,15 @@ class _Guard:
             return f"expected no macro, got {written!r}. Write the value, or refer to it by @."
         if not text.startswith("$"):
             return None
-        uses = read_uses((name,), written)
-        reasons = [self._refuse_member(*use) for use in uses]
-        if not uses:
-            chain = re.match(r"\$@[\w:]+\.(\w+\..*?)(\(|$)", text)
-            reasons = [f"reaches for {chain[1]!r}." if chain else "has another form."]
+        chain = re.match(r"\$@[\w:]+\.(\w+\..*?)(\(|$)", text)
+        reasons = [self._refuse_member(*use) for use in read_uses((name,), written)] or [
+            f"reaches for {chain[1]!r}." if chain else "has another form."
+        ]
         reason = next(filter(None, reasons), None)
-        hint = "Write @id, $@id.attribute or $@id.method(@id, 1)."
-        what = f"expected an expression on an id, got {written!r}"
-        return reason and f"{what}, which {reason} {hint}"
+        what = f"expected an expression on an id, got {written!r}, which {reason}"
+        return reason and f"{what} Write @id, $@id.attribute or $@id.method(@id, 1)."
 
     def _refuse_member(self, name: str, member: str) -> str:
-        """Why a member of an id's object may not be used; empty if it may."""
         end, kind = self.follow(name)
         known = MEMBERS.get(kind or "", {})
         if not member or kind in (None, USERS) or member in known:
@@ -253,9 +242,9 @@ class _Guard:
             restricted = RESTRICTED.get(target.rpartition(".")[2], {})
         elif not is_allowed(target, self.allow):
             near = nearest(target, [*NAMES, *self.allow])
-            hint = f"{near} " if near.startswith("Did") else ""
-            fault = f"expected a class or function of the list, got '{target}'. "
-            yield "_target_", f"{fault}{hint}If you trust it: --allow {target}"
+            hint = f"{near} If" if near.startswith("Did") else "If"
+            fault = f"expected a class or function of the list, got '{target}'. {hint} you trust it"
+            yield "_target_", f"{fault}: --allow {target}"
         for key in restricted.keys() & node.keys():
             pattern, reason = restricted[key]
             end, kind = self.follow(f"{name}::{key}")
@@ -272,19 +261,17 @@ class _Guard:
 
 
 def _resolve(name: str, written: str) -> str:
-    """A string with its relative ids resolved; `OUTSIDE` where they lead out of the config."""
-    try:
-        return Parser.resolve_relative_ids(name, written)
-    except ValueError:
-        return OUTSIDE
+    if not written.startswith(MARKS):
+        return written
+    with suppress(ValueError):
+        return str(ConfigParser.resolve_relative_ids(name, written))
+    return OUTSIDE
 
 
 def read_uses(path: Path, written: str) -> list[tuple[str, str]]:
-    """Read a reference or expression.
+    """Each id in a reference or expression, with the `attribute` or `method()` used of it.
 
-    Returns:
-        Each id in it with the `attribute` or `method()` that is used of it: first the object of
-        the expression, then its arguments. Nothing for text, and for another form of expression.
+    The object of the expression is the first. Nothing for text, and for another form of expression.
     """
     text = ReferenceResolver.normalize_id(_resolve("::".join(path), written))
     if not (EXPRESSION.fullmatch(text) or re.fullmatch(_ID, text)):
@@ -298,10 +285,8 @@ def override_fault(key: str, value: Any) -> str | None:
         special = next((part for part in path if part in SPECIAL), None)
         text = inner if isinstance(inner, str) else ""
         if special or text.lstrip().startswith(MARKS) or OBJECT.search(text):
-            return (
-                f"--{key}: expected a JSON value or a plain string, got {special or text!r}. "
-                "Expressions and references belong into a file, `_target_` likewise."
-            )
+            got = f"--{key}: expected a JSON value or a plain string, got {special or text!r}."
+            return f"{got} Expressions and references belong into a file, `_target_` likewise."
     return None
 
 

@@ -1,7 +1,8 @@
 """One config out of files and a command line, as MONAI's ConfigParser composes it.
 
 `compose_located` also remembers on which line of which file each value stands. `Parser` evaluates
-the result, and `config_of_monai` finds the config where MONAI's own commands evaluate it.
+the result and leaves text as it was written, where MONAI's own puts `::` in the place of every `#`.
+`config_of_monai` finds the config where MONAI's own commands evaluate it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import json
 import re
 from bisect import bisect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,46 @@ from monai.bundle.utils import merge_kv
 from pipeline.config import allowed, old_names
 from pipeline.config.keys import KEYS, MARKS, Config, read_word
 from pipeline.config.keys import Path as Keys
-from pipeline.config.parser import Resolver
 from pipeline.errors import InputError, nearest
 
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')  # of JSON
+
+
+class Resolver(ReferenceResolver):
+    """Resolves references and expressions, and touches nothing else."""
+
+    @classmethod
+    def update_refs_pattern(cls, value: str, refs: dict) -> Any:
+        """Return what a string stands for; text stands for itself."""
+        return super().update_refs_pattern(value, refs) if value.startswith(MARKS) else value
+
+    def _resolve_one_item(self, id: str, *args: Any, **kwargs: Any) -> Any:
+        """Note at an exception, as `config_id`, which item of the config raised it."""
+        try:
+            return super()._resolve_one_item(id, *args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "config_id"):
+                error.config_id = id.replace("::", "#")  # type: ignore[attr-defined]
+            raise
+
+
+class Parser(ConfigParser):
+    """Evaluates a config, and changes it."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(source)
+        self.ref_resolver = Resolver()
+
+    @classmethod
+    def resolve_relative_ids(cls, id: str, value: str) -> str:
+        """Return a string with absolute ids; text has none."""
+        return super().resolve_relative_ids(id, value) if value.startswith(MARKS) else value
+
+    def evaluate(self, name: str) -> None:
+        """Evaluate an expression or each one of a list, as MONAI's ConfigWorkflow does."""
+        steps = self.get(name) or []
+        for n in range(len(steps)) if isinstance(steps, list) else [None]:
+            self.get_parsed_content(name if n is None else f"{name}::{n}")
 
 
 @dataclass
@@ -58,22 +95,19 @@ class Composed:
         self.places = kept | {path + at: place for at, place in places.items()}
 
     def override(self, values: Config) -> None:
-        """Put the values of a command line in the place of those of the files.
-
-        Args:
-            values: Value by key; `a#b` names a part.
+        """Put values in the place of those of the files; the key `a#b` names a part.
 
         Raises:
             InputError: One line for each key that has no place in the config.
         """
         parser = ConfigParser(self.source)
-        paths = {key: tuple(ReferenceResolver.split_id(key)) for key in values}
         faults = []
-        for key, path in paths.items():
+        for key, value in values.items():
+            path = tuple(ReferenceResolver.split_id(key))
             if fault := _place_fault(self.source, path):
                 faults.append(f"--{key}: {fault}")
                 continue
-            parser[key] = values[key]
+            parser[key] = value
             self.put(path, {(): f"--{key}"})
         if faults:
             raise InputError(*faults)
@@ -108,22 +142,7 @@ def parse_overrides(words: Sequence[str]) -> Config:
     return overrides
 
 
-def compose(files: Sequence[str], overrides: Config, allow: Collection[str] = ()) -> Config:
-    """Return the merged config alone; see `compose_located`.
-
-    Raises:
-        InputError: As there, and if the config says what configs may not say.
-    """
-    merged = compose_located(files, overrides, allow)
-    faults = [merged.tell(*fault) for fault in allowed.find_faults(merged.source, allow)]
-    if faults:
-        raise InputError(*faults)
-    return merged.source
-
-
-def compose_located(
-    files: Sequence[str], overrides: Config, allow: Collection[str] = ()
-) -> Composed:
+def compose_located(files: Sequence[str], overrides: Config) -> Composed:
     """Merge config files in order, then overrides, as MONAI's ConfigParser does.
 
     Raises:
@@ -142,54 +161,38 @@ def compose_located(
 
 
 def _read(file: str) -> tuple[Config, dict[Keys, int]]:
-    """Return the content of a file and the line of each value."""
-    if not Path(file).is_file():
-        known = [str(path) for path in Path(file).parent.glob("*.json")]
+    """The content of a file, and the line of each value by its path (of the key in an object)."""
+    path = Path(file)
+    if not path.is_file():
+        known = [str(other) for other in path.parent.glob("*.json")]
         hint = nearest(file, known) if known else "Check the path."
         raise InputError(f"{file}: expected a config file, found none. {hint}")
-    if Path(file).suffix.lower() != ".json":  # MONAI goes by the name
+    if path.suffix.lower() != ".json":  # MONAI goes by the name
         raise InputError(f"{file}: expected a file named *.json. Rename it.")
-    try:
-        content, lines = parse_json(Path(file).read_text(), file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
-    if Path(file).absolute().parents[1].joinpath("run.json").is_file():  # of a stored run
-        content = old_names.translate(content)
-        lines = {tuple(old_names.TOP_LEVEL.get(key, key) for key in at): lines[at] for at in lines}
-    return content, lines
-
-
-def parse_json(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
-    """Return the content of a JSON text, and the line of each value by its path.
-
-    The line of a value in an object is that of its key.
-
-    Raises:
-        InputError: If it is not JSON, or an object has a key twice: one line for each.
-    """
-    try:
-        content = json.loads(text)
-        found = [*_lines(text)]
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} in column {error.colno}"
-        raise InputError(
-            f"{name}:{error.lineno}: expected JSON, got: {reason}. Mend the file."
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
-        raise InputError(f"{name}: expected JSON, got: {error}. Mend the file.") from None
     lines: dict[Keys, int] = {(): 1}
     faults = []
-    for path, line in found:
-        if path in lines:
-            faults.append(
-                f"{name}:{line}: {'#'.join(path)}: expected a key once in an object, got it "
-                f"on line {lines[path]} too. Remove one."
-            )
-        lines[path] = line
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+        for at, line in _lines(text):
+            if at in lines:
+                faults.append(
+                    f"{file}:{line}: {'#'.join(at)}: expected a key once in an object, got it "
+                    f"on line {lines[at]} too. Remove one."
+                )
+            lines[at] = line
+    except (ValueError, RecursionError) as error:  # of huge numbers and deep nesting, too
+        place, reason = file, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            place, reason = f"{file}:{error.lineno}", f"{error.msg} in column {error.colno}"
+        raise InputError(f"{place}: expected JSON, got: {reason}. Mend the file.") from None
+    if not isinstance(content, dict):
+        faults = [f"{file}: expected a JSON object, got a {type(content).__name__}."]
     if faults:
         raise InputError(*faults)
+    if path.absolute().parents[1].joinpath("run.json").is_file():  # of a stored run
+        content = old_names.translate(content)
+        lines = {tuple(old_names.TOP_LEVEL.get(key, key) for key in at): lines[at] for at in lines}
     return content, lines
 
 
@@ -225,18 +228,20 @@ def _merge(
     adding = key.startswith("+")
     path = tuple(ReferenceResolver.split_id(key[adding:]))
     node: Any = merged.source
+    fault = ""
     for part in path if adding else path[:-1]:
-        valid = _keys(node)
-        if part not in valid:
-            raise InputError(f"{places[()]}: {key}: {_unknown(part, valid)}")
-        node = node[part] if isinstance(node, dict) else node[int(part)]
+        if part not in (valid := _children(node)):
+            raise InputError(f"{places[()]}: {key}: {_unknown(part, list(valid))}")
+        node = valid[part]
     if adding and not (isinstance(value, (dict, list)) and type(value) is type(node)):
         kind = "object" if isinstance(node, dict) else "list"
-        raise InputError(f"{places[()]}: {key}: expected a {kind}, got {json.dumps(value)[:60]}.")
-    if not adding and isinstance(node, list) and path[-1] not in _keys(node):
-        raise InputError(f"{places[()]}: {key}: expected 0 to {len(node) - 1}, got '{path[-1]}'.")
-    if not adding and not isinstance(node, (dict, list)):
-        raise InputError(f"{places[()]}: {key}: expected a key of an object, got {node!r} there.")
+        fault = f"expected a {kind}, got {json.dumps(value)[:60]}."
+    elif not adding and isinstance(node, list) and path[-1] not in _children(node):
+        fault = f"expected 0 to {len(node) - 1}, got '{path[-1]}'."
+    elif not adding and not isinstance(node, (dict, list)):
+        fault = f"expected a key of an object, got {node!r} there."
+    if fault:
+        raise InputError(f"{places[()]}: {key}: {fault}")
     offset = len(node) if adding and isinstance(node, list) else 0
     merge_kv(parser, key, deepcopy(value))
     if not adding:
@@ -250,14 +255,14 @@ def _place_fault(source: Config, path: Keys) -> str | None:
     """Why an override has no place: it neither exists nor may be an argument of its object."""
     node: Any = source
     for depth, part in enumerate(path):
-        valid = [*KEYS, *source] if depth == 0 else _keys(node)
+        known = _children(node)
+        valid = known if depth else {**KEYS, **known}
         is_argument = isinstance(node, dict) and "_target_" in node  # `validate` knows which
         if part not in valid and not is_argument:
-            return _unknown(part, valid)
-        missing = isinstance(node, dict) and part not in node
-        if missing and depth < len(path) - 1:
+            return _unknown(part, list(valid))
+        if part not in known and depth < len(path) - 1:
             return f"expected '{part}' to be set before its parts."
-        node = None if missing else node[part] if isinstance(node, dict) else node[int(part)]
+        node = known.get(part)
     return None
 
 
@@ -267,11 +272,11 @@ def _unknown(part: str, valid: list[str]) -> str:
     return f"{part} was renamed to {new}" if new else f"expected a known key, got '{part}'. {hint}"
 
 
-def _keys(node: Any) -> list[str]:
-    """Keys below `node`."""
+def _children(node: Any) -> dict[str, Any]:
+    """What is directly below `node`, by key."""
     if isinstance(node, list):
-        return [str(n) for n in range(len(node))]
-    return list(node) if isinstance(node, dict) else []
+        return {str(n): child for n, child in enumerate(node)}
+    return node if isinstance(node, dict) else {}
 
 
 def config_of_monai() -> Composed:
@@ -309,10 +314,10 @@ def require_unaltered() -> None:
 
 
 def _resolver_at_work() -> ReferenceResolver | None:
-    """Return the resolver that is building an object or evaluating an expression, if any.
+    """The resolver that is building an object or evaluating an expression, if any.
 
-    MONAI hands a component its arguments only, and a reference to the whole config would be
-    circular. But the resolver is on the call stack, and its root item is the merged config.
+    MONAI hands a component its arguments only; but the resolver, which has the merged config, is on
+    the call stack.
     """
     frame = inspect.currentframe()
     while frame and not isinstance(frame.f_locals.get("self"), ReferenceResolver):

@@ -1,12 +1,8 @@
 """Configs: the table of keys, and what a change of one means.
 
-A config is one JSON object as MONAI's ConfigParser reads it. Its top-level keys stand in `KEYS`
-with their type, their class and what they mean. The class says what a change does to a run that
-is continued:
-
-    identity     another run: refused, the keys named
-    continuable  logged and taken
-    free         taken silently; it changes where things are, not what they are
+A config is one JSON object as MONAI's ConfigParser reads it. The class of a key says what a change
+does to a run that is continued: `identity` makes another run, which is refused; `continuable` is
+logged and taken; `free` is taken silently, since it changes where things are, not what they are.
 """
 
 from __future__ import annotations
@@ -40,11 +36,7 @@ IDENTITY, CONTINUABLE, FREE = "identity", "continuable", "free"
 
 
 def _read_table(text: str) -> dict[str, Key]:
-    """Read rows `key | types | class | meaning`.
-
-    Types may end with the least number (`>=1`), or be the only values that are valid, as JSON; a
-    key with `?` may be left out.
-    """
+    """Types may end with the least number, or be the valid values as JSON; `?`: optional."""
     table = {}
     for row in text.strip().splitlines():
         name, types, kind, meaning = (part.strip() for part in row.split("|", 3))
@@ -169,42 +161,30 @@ handlers | list | free | handlers of the evaluator
 evaluator | object | free | predicts whole volumes in all class channels, for clients
 """)
 
-# keys of command lines alone
-WORDS_OF_COMMANDS = {
+WORDS_OF_COMMANDS = {  # keys of command lines alone
     **dict.fromkeys(("run_dir", "ensemble"), "path paths null"),
     **dict.fromkeys(("config", "json", "output"), "path"),
     **dict.fromkeys(("metric", "case_column", "class_column", "person_column"), "str"),
 }
 
-# that MONAI's clients add: their name of the run
-CLIENT_KEYS = ("run_name",)
+CLIENT_KEYS = ("run_name",)  # that MONAI's clients add
 
 # where the class of a nested key differs from that of its top-level key
-NESTED = {
-    "network_def::recompute_levels": CONTINUABLE,
-    "train::trainer::initial_weights": FREE,  # init_weights says whose they are
-    "train::trainer::max_epochs": CONTINUABLE,
-    "train::trainer::cuda_graph": CONTINUABLE,
-    "loss_function::backend": CONTINUABLE,
-    "optimizer::fused": CONTINUABLE,
-    "train::trainer::replica": FREE,
-    "train::trainer::grad_clip": CONTINUABLE,
-    "train::handlers": FREE,
-    "train::dataloader::device": CONTINUABLE,
-    "train::dataloader::num_workers": CONTINUABLE,
-    "train::dataloader::cache_on_device": CONTINUABLE,
-    "train::dataloader::timeout_s": CONTINUABLE,
-    "train::trainer::grace_s": FREE,
-    "validate::dataset::num_classes": FREE,  # in older runs' configs they are not yet
-    "validate::dataset::ignore_value": FREE,
+_NESTED = {
+    CONTINUABLE: """network_def::recompute_levels loss_function::backend optimizer::fused
+        train::trainer::max_epochs train::trainer::cuda_graph train::trainer::grad_clip
+        train::dataloader::device train::dataloader::num_workers train::dataloader::timeout_s
+        train::dataloader::cache_on_device""",
+    # init_weights says whose initial weights are; the last two are not in configs of older runs
+    FREE: """train::trainer::initial_weights train::trainer::replica train::trainer::grace_s
+        train::handlers validate::dataset::num_classes validate::dataset::ignore_value""",
 }
+NESTED = {name: kind for kind, names in _NESTED.items() for name in names.split()}
 
-WORDS = ("auto", "all")  # that stand for themselves
 _TYPES = {
     "str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list,
     "object": dict, "null": type(None),
 }  # fmt: skip
-
 _SHOWN = {
     "triple": "[x, y, z], each above 0",
     "path": "a path",
@@ -215,11 +195,7 @@ _SHOWN = {
 
 
 def check_values(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
-    """Compare top-level keys that are there with a table.
-
-    Raises:
-        InputError: One line for each value of another type.
-    """
+    """Raise an `InputError` with a line for each value that is not as a table says."""
     if found := [f"{key}: {fault}" for key, fault in find_key_faults(source, keys)]:
         raise InputError(*found)
 
@@ -235,12 +211,11 @@ def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[
         if spec.choices and value not in spec.choices:
             shown = ", ".join(map(json.dumps, spec.choices))
             yield key, f"expected one of {shown}, got {json.dumps(value)}. Correct it."
-        elif not is_one_of(value, spec.types):
+        elif not _is_one_of(value, spec.types):
             expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
             yield key, f"expected {expected} ({spec.meaning}), got {json.dumps(value)}. Correct it."
         elif spec.least is not None and not isinstance(value, str) and value < spec.least:
-            expected = f"expected at least {spec.least} ({spec.meaning})"
-            yield key, f"{expected}, got {value}. Correct it."
+            yield key, f"expected at least {spec.least} ({spec.meaning}), got {value}. Correct it."
 
 
 def read_word(key: str, word: str) -> Any:
@@ -254,7 +229,7 @@ def read_word(key: str, word: str) -> Any:
         value = json.loads(word)
     except (ValueError, RecursionError):
         value = word
-    if {"str", "path"} & {*types.split()} and not is_one_of(value, types):
+    if {"str", "path"} & {*types.split()} and not _is_one_of(value, types):
         value = word
     if "path" not in types:
         return value
@@ -263,29 +238,25 @@ def read_word(key: str, word: str) -> Any:
     return marked if isinstance(value, list) else marked[0]
 
 
-def is_one_of(value: Any, types: str) -> bool:
-    """Whether a value is of one of the types of a `Key`."""
+def _is_one_of(value: Any, types: str) -> bool:
     return any(_is_a(value, name) for name in types.split())
 
 
 def _is_a(value: Any, name: str) -> bool:
     if isinstance(value, bool) and name != "bool":
         return False  # Python counts booleans among the integers
-    if name == "triple":
-        numbers = isinstance(value, list) and all(_is_a(n, "float") and n > 0 for n in value)
-        return numbers and len(value) == 3
-    if name in WORDS:
+    if name in ("auto", "all"):  # which stand for themselves
         return bool(value == name)
-    if name in ("names", "paths"):
-        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if name in _TYPES:
+        return isinstance(value, _TYPES[name])  # type: ignore[arg-type]
+    if not isinstance(value, list):
+        return False
+    if name == "triple":
+        return len(value) == 3 and all(_is_a(n, "float") and n > 0 for n in value)
     if name == "strides":
-        return isinstance(value, list) and bool(value) and all(map(_is_stride, value))
-    return isinstance(value, _TYPES[name])  # type: ignore[arg-type]
-
-
-def _is_stride(value: Any) -> bool:
-    steps = value if isinstance(value, list) and len(value) == 3 else [value]
-    return all(_is_a(step, "int") and step > 0 for step in steps)
+        steps = [n for one in value for n in (one if _is_a(one, "triple") else [one])]
+        return bool(steps) and all(_is_a(n, "int") and n > 0 for n in steps)
+    return all(isinstance(word, str) for word in value)
 
 
 def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -298,20 +269,19 @@ def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def _leaves(source: Config) -> dict[str, Any]:
     """Values by id that contain no others; an empty list or object is one."""
+    found = {"::".join(path): value for path, value in walk(source)}
     return {
-        "::".join(path): value
-        for path, value in walk(source)
+        name: value
+        for name, value in found.items()
         if not (isinstance(value, (dict, list)) and value)
     }
 
 
-def kind_of(path: str) -> str:
+def _kind_of(path: str) -> str:
     """Class of a possibly nested key such as `train::trainer::max_epochs`."""
-    inside = [nested for nested in NESTED if (path + "::").startswith(nested + "::")]
-    if inside:
-        return NESTED[max(inside, key=len)]
     top = path.split("::")[0]
-    return KEYS[top].kind if top in KEYS else FREE
+    inside = (kind for name, kind in NESTED.items() if f"{path}::".startswith(f"{name}::"))
+    return next(inside, KEYS[top].kind if top in KEYS else FREE)
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
@@ -320,11 +290,11 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {IDENTITY: [], CONTINUABLE: [], FREE: []}
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
-            found[kind_of(path)].append(path.replace("::", "#"))
+            found[_kind_of(path)].append(path.replace("::", "#"))
     return found
 
 
 def identity_hash(source: Config) -> str:
     """SHA-256 over all identity values: equal for runs that would train the same model."""
-    values = {path: value for path, value in _leaves(source).items() if kind_of(path) == IDENTITY}
+    values = {path: value for path, value in _leaves(source).items() if _kind_of(path) == IDENTITY}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -58,10 +58,9 @@ def translate(node: Any, key: str = "") -> Any:
     """A config that an earlier version stored, with today's names."""
     if isinstance(node, list):
         return [translate(one, key="list") for one in node]
-    if isinstance(node, str) and node.startswith(("@", "$")):
-        for old, new in EXPRESSIONS.items():
-            node = re.sub(old, new, node)
     if isinstance(node, str):
+        for old, new in EXPRESSIONS.items() if node.startswith(("@", "$")) else ():
+            node = re.sub(old, new, node)
         module, _, name = node.rpartition(".")
         return TARGETS.get(node) or (f"{TARGETS[module]}.{name}" if module in TARGETS else node)
     if not isinstance(node, dict):
@@ -82,11 +81,7 @@ def renamed(name: str, owner: str = "") -> str | None:
 
 
 def require_todays_names(run_dir: Path) -> None:
-    """Refuse to continue a run that an earlier version began.
-
-    Raises:
-        InputError: If its config holds earlier names.
-    """
+    """Raise an `InputError` if the config of a run holds earlier names: it is not continued."""
     source = json.loads((run_dir / "configs" / "train.json").read_text())
     if translate(source) != source:
         raise InputError(

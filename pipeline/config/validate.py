@@ -6,14 +6,14 @@ the nearest valid name. Only root causes are reported: nothing is concluded from
 
 from __future__ import annotations
 
-import collections.abc as abc
 import graphlib
 import inspect
 import json
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections import abc
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any, Literal, Union
@@ -45,15 +45,14 @@ WORDS = {
 }  # fmt: skip
 
 
-def check(
-    composed: Composed, allow: Collection[str] | None = (), *, training: bool | None = None
+def check_config(
+    composed: Composed, allow: abc.Collection[str] | None = (), *, training: bool | None = None
 ) -> None:
     """Look for mistakes in a config.
 
     Args:
         composed: The config, and where its values come from.
-        allow: Names that `--allow` gives; `None`: any `_target_` and expression, as under
-            `monai.bundle`.
+        allow: Names that `--allow` gives; `None`: any, as under `monai.bundle`.
         training: Whether the config must have every key of `keys.KEYS`; by default if it has a
             `train` or a `lifecycle`.
 
@@ -64,19 +63,17 @@ def check(
     checker.check_names()
     checker.check_keys(training)
     checker.check_objects()
-    checker.check_references()
     checker.check_strings()
     checker.check_circles()
     order = {path: n for n, path in enumerate(composed.places)}
-    faults = sorted(checker.faults.items(), key=lambda fault: order.get(fault[0], -1))
-    if faults:
+    if faults := sorted(checker.faults.items(), key=lambda fault: order.get(fault[0], -1)):
         raise InputError(*(composed.tell(*fault) for fault in faults))
 
 
 class _Checker:
     """The values of a config, the references between them, and the faults found so far."""
 
-    def __init__(self, composed: Composed, allow: Collection[str] | None) -> None:
+    def __init__(self, composed: Composed, allow: abc.Collection[str] | None) -> None:
         self.composed, self.allow = composed, allow
         source = {key: value for key, value in composed.source.items() if key != "_meta_"}
         self.nodes = dict(keys.walk(source))
@@ -94,20 +91,18 @@ class _Checker:
         self.broken |= {path, *broken}
 
     def is_broken(self, path: Path) -> bool:
-        """Whether something is wrong at a path, or with what contains it."""
         return any(path[:n] in self.broken for n in range(len(path) + 1))
 
     def check_names(self) -> None:
         for path, node in self.nodes.items():
             keys_ = node if isinstance(node, dict) else {}
-            owner = str(keys_.get("_target_", path[-1] if path else "")).rpartition(".")[2]
+            owner = str(keys_.get("_target_", "".join(path[-1:]))).rpartition(".")[2]
             for key in keys_:
                 if new := old_names.renamed(key, owner):
                     self.note((*path, key), f"{key} was renamed to {new}", (*path, new))
-        source, allow = self.composed.source, self.allow
-        for path, fault in () if allow is None else allowed.find_faults(source, allow):
-            is_special = path[-1:] and path[-1].startswith("_")
-            self.note(path, fault, path[:-1] if is_special else path)
+        if self.allow is not None:
+            for path, fault in allowed.find_faults(self.composed.source, self.allow):
+                self.note(path, fault, path[:-1] if "".join(path[-1:]).startswith("_") else path)
 
     def check_keys(self, training: bool | None) -> None:
         source = self.composed.source
@@ -118,9 +113,8 @@ class _Checker:
         used = {target[0] for found in self.references.values() for target, _ in found}
         missing = used.union(needed) - source.keys()
         for key in source:
-            if key in (*known, "_meta_", *keys.CLIENT_KEYS):
-                continue
-            if (training or key not in used) and not self.is_broken((key,)):
+            is_known = key in (*known, "_meta_", *keys.CLIENT_KEYS)
+            if not (is_known or self.is_broken((key,))) and (training or key not in used):
                 near = _closest(key, missing)
                 fault = f"expected a known key, got '{key}'. {nearest(key, near or known)}"
                 self.note((key,), fault, *((one,) for one in near))
@@ -133,35 +127,31 @@ class _Checker:
     def check_objects(self) -> None:
         """The class of each object is there, and takes the arguments that are given."""
         for path, node in self.nodes.items():
-            name = node.get("_target_") if isinstance(node, dict) else None
-            if not isinstance(name, str) or name.startswith(MARKS) or self.is_broken(path):
+            name = str(node.get("_target_", "@")) if isinstance(node, dict) else "@"
+            if name.startswith(MARKS) or self.is_broken(path):
                 continue
             if (target := self.target(node)) is None:
                 fault = f"expected a class or function that is there, got '{name}'. Check the name."
                 self.note((*path, "_target_"), fault, path)
                 continue
-            hints, required = signature_of(target)
-            required = [] if node.keys() & {"_mode_", "_disabled_"} else required
-            self.check_arguments(path, target.__name__, hints, required)
+            hints, required = _signature_of(target)
+            is_made = not node.keys() & {"_mode_", "_disabled_"}
+            self.check_arguments(path, target.__name__, hints, required if is_made else [])
             if not self.is_broken(path) and hasattr(target, "find_setting_faults"):
                 given = {key: self.value((*path, key)) for key in node if key in hints}
                 for below, fault in target.find_setting_faults(**given):
-                    place, _ = self.follow(path, *below)
-                    if self.value(place) is not Any:
+                    if self.value(place := self.follow(path, *below)[0]) is not Any:
                         self.note(place, fault)
 
     def target(self, node: dict[str, Any]) -> Any:
         """The class or function of an object; `None` if there is none, or it is not allowed."""
-        name = node["_target_"]
-        if not isinstance(name, str) or name.startswith(MARKS):
-            return None
+        name = str(node["_target_"])
         is_allowed = self.allow is None or allowed.is_allowed(name, self.allow)
-        return allowed.find(name) if is_allowed else None
+        return allowed.find(name) if is_allowed and not name.startswith(MARKS) else None
 
     def check_arguments(
-        self, path: Path, name: str, hints: dict[str, Any], required: Collection[str]
+        self, path: Path, name: str, hints: dict[str, Any], required: abc.Collection[str]
     ) -> None:
-        """Arguments are known, of the right types, and those that are required are there."""
         given = [key for key in self.nodes[path] if not key.startswith("_")]
         missing = [key for key in required if key not in given]
         unknown = [key for key in given if key not in hints and "**" not in hints]
@@ -181,11 +171,10 @@ class _Checker:
             place, _ = self.follow(at)
             if typing.is_typeddict(hint) and isinstance(self.nodes.get(place), dict):
                 self.check_arguments(place, key, _hints_of(hint), hint.__required_keys__)
-            elif not self.is_broken(at) and (found := find_mismatch(self.value(at), hint)):
+            elif not self.is_broken(at) and (found := _find_mismatch(self.value(at), hint)):
                 self.note_mismatch(at, *found)
 
     def note_mismatch(self, path: Path, below: Path, expected: str) -> None:
-        """Blame a value, or the reference to it where the value is right by itself."""
         place, via = self.follow(path, *below)
         node, value = self.nodes[place], self.value(place)
         is_made, is_key = isinstance(value, type), len(place) == 1 and place[0] in keys.KEYS
@@ -204,14 +193,14 @@ class _Checker:
         """Where a chain of plain references ends, and the place of the last of them."""
         if below:
             return self.follow((*self.follow(path, *below[:-1])[0], below[-1]))
-        last, seen = None, [path]
+        seen: list[Path] = []
         while str(self.nodes.get(path)).startswith("@") and self.references[path]:
             target, _ = self.references[path][0]
-            if target in seen or target not in self.nodes:
+            if target in (*seen, path) or target not in self.nodes:
                 break
-            last, path = path, target
             seen.append(path)
-        return path, last
+            path = target
+        return path, seen[-1] if seen else None
 
     def value(self, path: Path, seen: tuple[Path, ...] = ()) -> Any:
         """What a path holds once it is resolved: plain values, classes for objects, or `Any`."""
@@ -224,15 +213,15 @@ class _Checker:
             return {key: self.value((*path, key), seen) for key in node}
         if isinstance(node, list):
             return [self.value((*path, str(n)), seen) for n in range(len(node))]
-        if not isinstance(node, str) or not self.references[path]:
-            return Any if isinstance(node, str) and node.startswith(MARKS) else node
+        if not self.references.get(path):
+            return Any if str(node).startswith(MARKS) else node
         target, member = self.references[path][0]
         value = self.value(target, seen)
         value = _class_of_member(value, member) if member else value
         return Any if value == "auto" else value  # which stands for a value that is chosen later
 
-    def check_references(self) -> None:
-        """The id of each reference is there; of several references to a missing one the first."""
+    def check_strings(self) -> None:
+        """Ids are there (the first reference to a missing one is told); no mark was forgotten."""
         ids = ["#".join(path) for path in self.nodes if path]
         for path, found in self.references.items():
             for target, _ in found:
@@ -243,13 +232,10 @@ class _Checker:
                 hint = f"Did you mean '@{near[0]}' ({place})?" if place else "Name one."
                 fault = f"expected an id that is there, got '@{'#'.join(target)}'. {hint}"
                 self.note(path, fault, target)
-
-    def check_strings(self) -> None:
-        """No `$` or `@` was forgotten."""
-        for path, value in self.nodes.items():
-            if not isinstance(value, str) or path[-1] in allowed.SPECIAL or self.is_broken(path):
+            value = self.nodes[path]
+            if path[-1] in allowed.SPECIAL or self.is_broken(path):
                 continue
-            if value.startswith("@") and not self.references[path]:
+            if value.startswith("@") and not found:
                 fault = f"expected @id, got {_show(value)}. With attributes: '${value}'."
                 self.note(path, fault)
             target = tuple(value.split("#"))
@@ -259,7 +245,6 @@ class _Checker:
                 self.note(path, f"{fault} Did you mean '@{value}'?")
 
     def check_circles(self) -> None:
-        """No value needs itself."""
         graph = {path: {target for target, _ in found} for path, found in self.references.items()}
         for path in self.nodes.keys() - {()}:
             graph.setdefault(path[:-1], set()).add(path)
@@ -272,16 +257,15 @@ class _Checker:
 
 
 @cache
-def signature_of(target: Any) -> tuple[dict[str, Any], list[str]]:
+def _signature_of(target: Any) -> tuple[dict[str, Any], list[str]]:
     """Types of the arguments of a class or function, and the names of those that are required.
 
     `**kwargs` that go to the base class are followed; `**` stands for others.
     """
     hints: dict[str, Any] = {}
     required: list[str] = []
-    functions = [target]
-    if inspect.isclass(target):
-        functions = [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
+    bases = target.__mro__ if inspect.isclass(target) else ()
+    functions = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [target]
     for function in filter(inspect.isfunction, functions):
         hints.pop("**", None)
         for name, one in inspect.signature(function).parameters.items():
@@ -301,15 +285,12 @@ def signature_of(target: Any) -> tuple[dict[str, Any], list[str]]:
 
 @cache
 def _hints_of(thing: Any) -> dict[str, Any]:
-    """Type hints of a function or class; none if one of them cannot be evaluated."""
-    try:
+    with suppress(NameError, TypeError, AttributeError, SyntaxError):
         return typing.get_type_hints(thing)
-    except (NameError, TypeError, AttributeError, SyntaxError):
-        return {}
+    return {}
 
 
 def _returned(target: Any) -> Any:
-    """The class of what a call gives, or `Any`."""
     return target if inspect.isclass(target) else _class_of(_hints_of(target).get("return"))
 
 
@@ -325,17 +306,14 @@ def _class_of(hint: Any) -> Any:
     return plain if inspect.isclass(plain) and plain is not types.UnionType else Any
 
 
-def find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
-    """Where below a value of a config, and what is expected there, if it is not of a type.
-
-    A class stands for an object of it. A type of a kind that is not known here takes everything.
-    """
+def _find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
+    """Where below a value, and what is expected there; a class stands for an object of it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     plain, is_object, fits = origin or hint, isinstance(value, type), True
     if inner == (bool, str):  # see errors.as_bool
-        return find_mismatch(value, bool)
+        return _find_mismatch(value, bool)
     if origin in (Union, types.UnionType):
-        found = [find_mismatch(value, option) for option in inner]
+        found = [_find_mismatch(value, option) for option in inner]
         fits = None in found
         if deeper := [fault for fault in found if fault and fault[0] and not fits]:
             return deeper[0]
@@ -346,14 +324,13 @@ def find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
         if isinstance(value, list) and (len(inner) == 1 or inner[1:] == (...,)):
             elements, inner = {str(n): one for n, one in enumerate(value)}, (None, inner[0])
         for key, element in elements.items():
-            if fault := find_mismatch(element, inner[1]):
+            if fault := _find_mismatch(element, inner[1]):
                 return (key, *fault[0]), fault[1]
         fits = _fits_object(value, plain) if is_object else _fits_value(value, plain)
     return None if fits else ((), _describe(hint))
 
 
 def _fits_value(value: Any, plain: Any) -> bool:
-    """Whether a plain value may stand where a class is annotated."""
     if plain is bool and isinstance(value, str):
         return value.lower() in ("true", "false")
     if plain is str and isinstance(value, list):  # MONAI often takes several
@@ -362,7 +339,6 @@ def _fits_value(value: Any, plain: Any) -> bool:
 
 
 def _fits_object(given: type, plain: Any) -> bool:
-    """Whether an object of a class may stand where another is annotated."""
     if plain in (abc.Callable, Engine):
         name = "attach" if plain is Engine else "__call__"
         return any(name in vars(base) for base in given.__mro__)
@@ -382,11 +358,10 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_describe, inner)))
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
+        return f"one of {', '.join(map(repr, inner))}"
     return str(WORDS.get(origin or hint) or getattr(hint, "__name__", "another type"))
 
 
 def _show(value: Any) -> str:
-    """A value in a message, not too long."""
     text = f"a {value.__name__}" if isinstance(value, type) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

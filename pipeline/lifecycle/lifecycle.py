@@ -21,9 +21,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, config_of_monai, require_unaltered
+from pipeline.config.compose import Composed, Parser, config_of_monai, require_unaltered
 from pipeline.config.old_names import require_todays_names
-from pipeline.config.parser import Parser
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
@@ -215,7 +214,7 @@ class Lifecycle:
         """Check the config and read the dataset, or the cases that a client has put there."""
         if not self.is_checked:  # what a config of MONAI's commands may name is their business
             require_unaltered()
-            validate.check(Composed(self.source), None, training=True)
+            validate.check_config(Composed(self.source), None, training=True)
         given, plan = given_data(self.source), None
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network has to be that of the bundle, whatever the data are like

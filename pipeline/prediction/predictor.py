@@ -13,8 +13,8 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_numpy
 
 from pipeline.config import allowed, keys, old_names
+from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
-from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.files import load
 from pipeline.precision import Precision
