@@ -285,7 +285,7 @@ class _NormReLU(torch.autograd.Function):
             mean, rstd = _moments(x, norm, per_image)
         out = torch.empty_like(x)
         tile, grid = _tiles(rows, channels, images)
-        norm_activation.norm_relu[grid](
+        norm_activation.norm_relu_kernel[grid](
             x, out, mean, rstd, weight, bias, rows, channels, PER_IMAGE=per_image, **tile
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -379,7 +379,7 @@ class _UpsampleConcat(torch.autograd.Function):
         # of ratios that divide evenly no output lies on an input, where rounding would decide
         exact = all(o == i or o % (2 * i) == 0 for o, i in ((size[0], d_in), (size[1], h_in)))
         counts = [-(-o // i) + (0 if exact else 2) for o, i in ((size[0], d_in), (size[1], h_in))]
-        norm_activation.upsample[grid](
+        norm_activation.upsample_kernel[grid](
             x, out, d_in, h_in, w_in, *size, new, new + channels, NUM_Z=counts[0],
             NUM_Y=counts[1], FIRST=0 if exact else -1, **tile,
         )  # fmt: skip

@@ -49,6 +49,9 @@ ONE_HOT = {"softmax": True, "to_onehot_y": True}
 DATA = {"_target_": "Dataset", "data": []}
 SAVED = {"save_dir": "x", "save_dict": {"network": "@network"}}
 # where a user puts each listed class of other packages, with its arguments; [] adds it to a list
+DECAY = {
+    "_target_": "torch.optim.lr_scheduler.ExponentialLR", "optimizer": "@optimizer", "gamma": 0.9,
+}  # fmt: skip
 USES: dict[str, tuple[str, Any]] = {
     "ignite.handlers.EMAHandler": (HANDLERS, [{"model": "@network", "momentum": 0.01}]),
     "ignite.metrics.Average": (METRIC, {"loss": {}}),
@@ -103,8 +106,21 @@ USES: dict[str, tuple[str, Any]] = {
     "torch.optim.SGD": ("optimizer", {
         "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
         "nesterov": True}),
-    "torch.optim.lr_scheduler.StepLR": (
-        "lr_scheduler", {"optimizer": "@optimizer", "step_size": 9}),
+    **{
+        f"torch.optim.lr_scheduler.{name}": (
+            "lr_scheduler", {"optimizer": "@optimizer", **arguments})
+        for name, arguments in {
+            "CosineAnnealingLR": {"T_max": 9},
+            "ExponentialLR": {"gamma": 0.9},
+            "LinearLR": {"total_iters": 9},
+            "MultiStepLR": {"milestones": [3, 9]},
+            "OneCycleLR": {"max_lr": 0.1, "total_steps": 9},
+            "PolynomialLR": {"total_iters": 9},
+            "StepLR": {"step_size": 9},
+            "SequentialLR": {"schedulers": [DECAY, DECAY], "milestones": [3]},
+        }.items()
+    },
+    "torch.optim.lr_scheduler.ChainedScheduler": ("lr_scheduler", {"schedulers": [DECAY, DECAY]}),
     "torch.utils.data.DataLoader": ("validate::dataloader", {"dataset": DATA, "batch_size": 1}),
 }  # fmt: skip
 

@@ -158,7 +158,7 @@ def test_cache_removes_no_file_of_others(train, tmp_path):
         (folder / name).write_bytes(b"precious" * 40_000)
         os.utime(folder / name, (time.time() - 90_000,) * 2)
     before = contents(folder)
-    left = folder / f"{digest}.{32 * '0'}.tmp"  # of a writer that died
+    left = folder / f".{32 * '0'}.{digest}.safetensors"  # of a writer that died
     left.touch()
     os.utime(left, (time.time() - 90_000,) * 2)
     for n, spacing in enumerate(([1, 1, 1], [1, 1, 2])):  # the second set makes the first one go

@@ -82,7 +82,7 @@ def moments(
 
 
 @triton.jit
-def norm_relu(
+def norm_relu_kernel(
     x, out, mean, rstd, weight, bias, num_rows, channels, PER_IMAGE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -281,7 +281,7 @@ def _outputs(j, n, size_in, size_out):
 
 
 @triton.jit
-def upsample(
+def upsample_kernel(
     x, out, d_in, h_in, w_in, d_out, h_out, w_out, channels, out_stride,
     NUM_Z: tl.constexpr, NUM_Y: tl.constexpr, FIRST: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import save_net_with_metadata
+from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch.export import Dim, ExportedProgram
 
 from pipeline.config.keys import Config
@@ -130,7 +130,7 @@ class NetworkExporter:
             more_extra_files=extra,
         )
         _remove_debug_files(path)
-        return {"method": method}, torch.jit.load(path)
+        return {"method": method}, load_net_with_metadata(str(path))[0]
 
     def _write_onnx(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         try:

@@ -61,7 +61,8 @@ LISTED = {  # classes and functions by module; those of MONAI may be named witho
     "pipeline.training.trainer": "MixedPrecisionTrainer",
     "pipeline.training.trial": "TrialStep",
     "torch.optim": "AdamW SGD",
-    "torch.optim.lr_scheduler": "StepLR",
+    "torch.optim.lr_scheduler": """ChainedScheduler CosineAnnealingLR ExponentialLR LinearLR
+        MultiStepLR OneCycleLR PolynomialLR SequentialLR StepLR""",
     "torch.utils.data": "DataLoader",
     "transforms.augment": "Augment",
     "transforms.cleanup": "Cleanup",

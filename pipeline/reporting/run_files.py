@@ -68,9 +68,12 @@ class SplitScores:
             KeyError: If `cases.json` does not name them.
         """
         root, files = self.directory.parents[1], _read_json(self.directory / "cases.json")[case]
-        image = files["image"] if isinstance(files["image"], str) else files["image"][0]
+        image, label = (
+            root / (paths if isinstance(paths, str) else paths[0])
+            for paths in (files["image"], files["label"])
+        )
         pred = self.directory / f"{case}.nii.gz"
-        return {"image": root / image, "label": root / files["label"], "pred": pred}
+        return {"image": image, "label": label, "pred": pred}
 
 
 @dataclass(frozen=True)
