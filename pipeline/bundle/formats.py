@@ -26,6 +26,7 @@ from monai.data import load_net_with_metadata, save_net_with_metadata
 from torch.export import Dim, ExportedProgram
 
 from pipeline.config.keys import Config
+from pipeline.training.protocols import HasReduction
 
 NetworkFunction = Callable[[torch.Tensor], torch.Tensor]
 ExportFacts = dict[str, Any]
@@ -52,7 +53,7 @@ class NetworkExporter:
         self, network: torch.nn.Module, in_channels: int, roi_size: Sequence[int], embedded: Config
     ) -> None:
         self.network, self.embedded = network.eval(), embedded
-        self.multiples = tuple(getattr(network, "reduction", roi_size))
+        self.multiples = tuple(network.reduction if isinstance(network, HasReduction) else roi_size)
         first = [math.ceil(n / m) * m for n, m in zip(roi_size, self.multiples, strict=True)]
         second = [first[0] + self.multiples[0], *first[1:]]
         third = [min(n, 2 * m) for n, m in zip(first, self.multiples, strict=True)]

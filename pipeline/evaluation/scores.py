@@ -13,7 +13,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
-from pipeline import distributed
+from pipeline.data.content import map_threads
 from pipeline.data.issues import some
 from pipeline.data.pairs import Pair, read_pair
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
 from pipeline.files import nan_to_none, replace_file
-from pipeline.progress_bar import ProgressBar
 
 Voxels = np.ndarray | torch.Tensor
 Row = dict[str, Any]
@@ -207,15 +205,12 @@ def score_files(
 
     rows: list[Row] = []
     refused = {}
-    with ThreadPoolExecutor(num_threads) as pool:
-        total, enabled = len(pairs), distributed.is_main()
-        found = pool.map(score, pairs)
-        bar = ProgressBar(found, desc="Scoring", total=total, enabled=enabled)
-        for (case_id, *_), result in zip(pairs, bar, strict=True):
-            if isinstance(result, str):
-                refused[case_id] = result
-            else:
-                rows += result
+    found = map_threads(score, pairs, "Scoring", num_threads)
+    for (case_id, *_), result in zip(pairs, found, strict=True):
+        if isinstance(result, str):
+            refused[case_id] = result
+        else:
+            rows += result
     return rows, refused
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import monai
 import torch
 
+from pipeline.training.protocols import DescribesItself
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def summarize_run(
         "skipped_steps": progress.skipped_steps,
         "wall_time_s": round(progress.wall_time_s, 1),
         **trainer.describe(),
-        "training_data": loader.describe() if hasattr(loader, "describe") else None,
+        "training_data": loader.describe() if isinstance(loader, DescribesItself) else None,
         "device_name": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine(),

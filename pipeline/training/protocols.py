@@ -20,7 +20,7 @@ class HasOutChannels(Protocol):
 
 @runtime_checkable
 class HasReduction(Protocol):
-    """A network that pads its input to multiples of `reduction`, in voxels for each axis."""
+    """A network whose exports take sizes in multiples of `reduction`, in voxels for each axis."""
 
     reduction: Sequence[int]
 
