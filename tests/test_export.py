@@ -38,7 +38,7 @@ from pipeline.prediction.predictor import Predictor
 from pipeline.run import main as run_main
 
 PERSON, HOST = "zq_radiologist", "zq-scanner7"
-MOST_MODULES = 36  # that a bundle packs
+MOST_MODULES = 25  # that a bundle packs
 
 
 class Export:
@@ -118,7 +118,7 @@ def test_packed_code_is_what_prediction_and_evaluation_need(export):
         ".".join(path.relative_to(folder).with_suffix("").parts): path
         for path in folder.rglob("*.py")
     }
-    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan")
+    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan", "data.preflight")
     assert not [name for name in modules if name.startswith(tuple(f"pipeline.{r}" for r in rooms))]
     code = [name for name in modules if not name.endswith("__init__")]
     assert export.facts["code"]["num_modules"] == len(code) <= MOST_MODULES
