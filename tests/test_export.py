@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -45,20 +45,12 @@ class Export:
     """An exported tiny run."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
         self.dataset, self.run, self.bundle = root / "zq_data", root / "runs" / "r", root / "out/b"
-
-    @property
-    def zip(self) -> Path:
-        return Path(f"{self.bundle}.zip")
+        self.root, self.zip = root, Path(f"{self.bundle}.zip")
 
     @property
     def facts(self) -> dict[str, Any]:
         return json.loads((self.bundle / "export.json").read_text())
-
-    @property
-    def package(self) -> str:
-        return self.facts["code"]["package"]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +64,11 @@ def export(tmp_path_factory) -> Export:
         patch.setenv("HOME", str(root / "home" / PERSON))
         patch.setattr(socket, "gethostname", lambda: HOST)
         patch.setattr(platform, "node", lambda: HOST)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         there = Export(root)
         make_dataset(there.dataset)
         settings = {"exclude": ["tiny_006"], "group_pattern": "^(tiny_00.)", "final_scores": True}
         assert run_tiny(there.dataset, there.run, **settings) == 0
         assert main([str(there.run), "--output", str(there.bundle)]) == 0
-        torch.set_num_threads(threads)
     return there
 
 
@@ -97,7 +86,7 @@ def files_in(folder: Path) -> list[str]:
 
 def test_bundle_holds_what_a_bundle_has(export):
     files = files_in(export.bundle)
-    package = export.package
+    package = export.facts["code"]["package"]
     assert [name for name in files if not name.startswith(package)] == [
         "LICENSE", "configs/evaluate.json", "configs/evaluate_files.json", "configs/inference.json",
         "configs/logging.conf", "configs/metadata.json", "configs/train.json", "docs/README.md",
@@ -113,7 +102,8 @@ def test_bundle_holds_what_a_bundle_has(export):
 
 def test_packed_code_is_what_prediction_and_evaluation_need(export):
     """Of other rooms there is nothing, and each module that is imported is there."""
-    folder = export.bundle / export.package
+    package = export.facts["code"]["package"]
+    folder = export.bundle / package
     modules = {
         ".".join(path.relative_to(folder).with_suffix("").parts): path
         for path in folder.rglob("*.py")
@@ -127,7 +117,7 @@ def test_packed_code_is_what_prediction_and_evaluation_need(export):
             if isinstance(node, ast.ImportFrom):
                 own, _, module = str(node.module).partition(".")
                 assert own not in ("pipeline", "transforms", "networks")
-                if own == export.package:
+                if own == package:
                     assert f"{module}.__init__" in modules or module in modules, (path, module)
 
 
@@ -138,7 +128,6 @@ def test_export_says_how_each_format_compares(export):
         assert of["made"] is True
         assert of["max_abs_difference"] <= 1e-3
         assert of["bytes"] == (export.bundle / "models" / of["file"]).stat().st_size
-    assert facts["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_weights_are_the_runs_bit_for_bit(export):
@@ -161,7 +150,6 @@ def test_zip_is_the_bundle_as_monai_reads_it(export):
     inference = json.loads((export.bundle / "configs/inference.json").read_text())
     for path in (export.zip, export.bundle, export.bundle / "models/model.ts"):
         parser = load_bundle_config(str(path), "inference.json")
-        assert parser["_meta_"]["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
         assert {k: v for k, v in parser.get().items() if k != "_meta_"} == inference, path
 
 
@@ -178,16 +166,9 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-class Away(NamedTuple):
-    """What the bundle made in a place where nothing else is, and said of its evaluation."""
-
-    folder: Path
-    said: str
-
-
 @pytest.fixture(scope="module")
-def away(export, tmp_path_factory) -> Away:
-    """It predicts and evaluates there, one after the other in one process."""
+def away(export, tmp_path_factory) -> tuple[Path, str]:
+    """What the bundle made where nothing else is, and said of its evaluation, in one process."""
     folder = tmp_path_factory.mktemp("away")
     with zipfile.ZipFile(export.zip) as archive:
         archive.extractall(folder)
@@ -205,7 +186,7 @@ def away(export, tmp_path_factory) -> Away:
     done = python(folder / "b", "-c", TWO_COMMANDS, json.dumps(commands))
     assert done.returncode == 0, done.stderr
     assert files_in(folder / "b") == before
-    return Away(folder, done.stdout.split("---")[1])
+    return folder / "p", done.stdout.split("---")[1]
 
 
 def test_bundle_predicts_elsewhere_as_the_run_does(export, away, tmp_path, monkeypatch):
@@ -215,14 +196,14 @@ def test_bundle_predicts_elsewhere_as_the_run_does(export, away, tmp_path, monke
     assert run_main(["configs/inference.json", "--run_dir", str(export.run), *words]) == 0
     assert len(files_in(own)) == 6
     for name in files_in(own):
-        one, other = (nib.load(folder / name) for folder in (own, away.folder / "p"))
+        one, other = (nib.load(folder / name) for folder in (own, away[0]))
         assert np.array_equal(one.dataobj, other.dataobj)
         assert np.array_equal(one.affine, other.affine)
 
 
 def test_bundle_evaluates_elsewhere_as_the_run_did(export, away):
     validation = json.loads((export.run / "summary.json").read_text())["best_mean_dice"]
-    assert f"mean_dice {validation:.4f}" in away.said
+    assert f"mean_dice {validation:.4f}" in away[1]
 
 
 def test_bundle_trains_as_the_run_does_where_the_package_is(export, tmp_path, monkeypatch):
@@ -408,8 +389,7 @@ def test_modules_are_found_through_functions_and_packages(tmp_path, monkeypatch)
     assert [*found] == [
         "pipeline", "pipeline.a", "pipeline.b", "pipeline.d", "transforms", "transforms.c",
     ]  # fmt: skip
-    facts = write_modules(tmp_path / "p", "p", found)
-    assert facts == {"num_modules": 4, "num_lines": 5}
+    assert write_modules(tmp_path / "p", "p", found) == 4
     assert (tmp_path / "p/transforms/c.py").read_text() == "from p.pipeline.d import x\n"
 
 
@@ -437,17 +417,7 @@ def copied(export, tmp_path) -> Path:
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Set values by `a__b` keys; `None` removes."""
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        *above, last = key.split("__")
-        node = content
-        for part in above:
-            node = node[part]
-        node[last] = value
-        if value is None:
-            del node[last]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_weights(run: Path, prefix: str = "", factor: float = 1.0) -> None:
@@ -457,35 +427,23 @@ def change_weights(run: Path, prefix: str = "", factor: float = 1.0) -> None:
 
 
 INFERENCE, METADATA = "configs/inference.json", "configs/metadata.json"
-SWAPPED = {"0": "background", "1": "bright", "2": "dim"}
-IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "outputs__pred"))
+AFTER = [{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]
 
 
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
         (lambda run: (run / "models/model.pt").unlink(),
-         "model.pt: expected the best network of the run, found none. Finish the run"),
+         "model.pt: expected the weights of a trained network, found none."),
         (lambda run: change_weights(run, prefix="other."),
          "model.pt: expected the weights of this network, got: "),
-        (lambda run: change_weights(run, factor=torch.nan),
-         "expected finite weights, got NaN or infinity"),
         (lambda run: (run / INFERENCE).unlink(), "run_dir: expected the directory of a run, got "),
         (lambda run: (run / METADATA).write_text("["),
          "metadata.json: expected a config of the run, got: "),
-        (lambda run: change_json(run / METADATA, **{f"{IMAGE}__num_channels": 2}),
-         "metadata.json: network_data_format: expected 1 image channels and the"),
-        (lambda run: change_json(run / METADATA, **{f"{PRED}__channel_def": SWAPPED}),
-         "and the classes background, dim, bright, as the weights have it, got"),
-        (lambda run: change_json(run / INFERENCE, class_names=["background", "dim"]),
-         "class_names of one network, got: 3 classes of the weights. Correct"),
-        (lambda run: change_json(run / INFERENCE, network_def=None),
-         "expected network_def, in_channels, roi_size and"),
-        (lambda run: change_json(run / INFERENCE, network_def___target_="os.system"),
+        (lambda run: change_json(run / INFERENCE, network_def=None), "network_def: expected "),
+        (lambda run: change_json(run / INFERENCE, network_def={"_target_": "os.system"}),
          "network_def#_target_: expected a class or function of the list"),
-        (lambda run: change_json(
-            run / INFERENCE,
-            transforms_after=[{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]),
+        (lambda run: change_json(run / INFERENCE, transforms_after=AFTER),
          "inference.json: transforms_after: expected no path, got one."),
         (lambda run: shutil.copytree(run / "models", run.parent / "r_bundle"),
          "--output: expected an empty folder or none, and no zip of it, got "),
@@ -501,12 +459,6 @@ def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys)
     assert expected in told
     assert "somebody" not in told
     assert (files_in(copied.parent), sorted(copied.parent.iterdir())) == before
-
-
-def test_bad_command_is_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "r"), "--formats", "torchscrip"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("command line: argument --formats: invalid choice: 'torchscrip'")
 
 
 def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatch):
@@ -531,7 +483,8 @@ def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.bundle.package.shutil.make_archive", fail)
-    assert main([str(copied), "--formats", "torchscript"]) == 130
+    with pytest.raises(KeyboardInterrupt):
+        main([str(copied), "--formats", "torchscript"])
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 
 
@@ -542,12 +495,10 @@ def test_empty_output_directory_is_taken_and_the_card_is_made_anew(copied, tmp_p
     assert "tiny_004" not in (out / "docs/README.md").read_text()
 
 
-def test_class_that_is_allowed_by_name_is_said_to_be_needed(copied, tmp_path, capsys):
-    change_json(
-        copied / "configs/train.json", loss_function={"_target_": "mypackage.losses.MyLoss"}
-    )
+def test_class_that_is_allowed_by_name_is_exported(copied, capsys):
+    loss = {"_target_": "mypackage.losses.MyLoss"}
+    change_json(copied / "configs/train.json", loss_function=loss)
     words = [str(copied), "--formats", "torchscript"]
     assert main(words) == 2
     assert "loss_function#_target_" in capsys.readouterr().err
     assert main([*words, "--allow", "mypackage.losses.MyLoss"]) == 0
-    assert "Needed from elsewhere: mypackage.losses.MyLoss" in capsys.readouterr().out

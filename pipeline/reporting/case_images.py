@@ -33,19 +33,12 @@ LONG_SIDE = 480  # pixels
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """A case on the grid of its image, with axes R, A, S.
+    """A case on the grid of its image, `(H, W, D)` along the axes R, A, S."""
 
-    Attributes:
-        image: `(H, W, D)` grey values of the first channel.
-        label: `(H, W, D)` integers; 0 where it is ignored.
-        pred: `(H, W, D)` integers; 0 where the label is ignored or there is no prediction.
-        spacing_mm: Voxel size along the axes.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    pred: np.ndarray
-    spacing_mm: np.ndarray
+    image: np.ndarray  # grey values of the first channel
+    label: np.ndarray  # integers; 0 where it is ignored
+    pred: np.ndarray  # integers; 0 where the label is ignored or there is no prediction
+    spacing_mm: np.ndarray  # voxel size along the axes
 
     @cached_property
     def counts(self) -> list[np.ndarray]:
@@ -71,18 +64,14 @@ class CaseVolumes:
     @cached_property
     def window(self) -> tuple[float, float]:
         """Grey values that are drawn black and white."""
-        values = self.image[self.box].ravel()
-        few = values[:: len(values) // 1_000_000 + 1]  # a percentile of a million is good enough
-        low, high = np.percentile(few, [0.2, 99.8]).tolist()
+        low, high = np.percentile(self.image[self.box], [0.2, 99.8]).tolist()
         return low, max(high, low + 1e-6)
 
 
 def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> CaseVolumes:
-    """Read a case from its files.
+    """Read a case from its files `image` (one, or one per channel), `label` and, if any, `pred`.
 
-    Args:
-        paths: `image` (one, or one per channel), `label` and, if there is one, `pred`.
-        ignore_value: Label of voxels that are neither drawn nor compared.
+    Voxels whose label is `ignore_value` are neither drawn nor compared.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -117,15 +106,14 @@ def draw_plane(case: CaseVolumes, name: str) -> Image.Image:
     across, up = (n for n in range(3) if n != axis)
     sides = [(s.stop - s.start) * mm for s, mm in zip(case.box, case.spacing_mm, strict=True)]
     scale = LONG_SIDE / max(sides)  # pixels per mm
-    index: list[Any] = [case.place(axis)] * 3
+    voxels: list[Any] = [[case.place(axis)]] * 3
     for n in (across, up):  # the nearest voxels, the high ends at the upper left
-        first, voxels = case.box[n].start, case.box[n].stop - case.box[n].start
         pixels = max(round(sides[n] * scale), 30)  # a slab of a few mm needs a width to be seen
-        index[n] = first + ((np.arange(pixels)[::-1] + 0.5) * voxels / pixels).astype(int)
-    index[across], index[up] = index[across][None, :], index[up][:, None]
-    image, label, pred = (v[tuple(index)] for v in (case.image, case.label, case.pred))
-    grey = np.interp(image, case.window, (0, 255))
-    rgb = np.repeat(grey[..., None], 3, axis=2)
+        ends = case.box[n].stop, case.box[n].start
+        voxels[n] = np.linspace(*ends, 2 * pixels + 1)[1::2].astype(int)
+    planes = (volume[np.ix_(*voxels)] for volume in (case.image, case.label, case.pred))
+    image, label, pred = (plane.squeeze(axis).T for plane in planes)
+    rgb = np.repeat(np.interp(image, case.window, (0, 255))[..., None], 3, axis=2)
     if case.pred.any():
         differs = label != pred
         rgb[differs] += OPACITY * (np.array(ImageColor.getrgb(DIFFERENCE)) - rgb[differs])
@@ -140,12 +128,11 @@ def _draw_marks(picture: Image.Image, sides: tuple[str, ...], scale: float) -> N
     """Draw the directions left, right, above and below, and a length in mm at the foot."""
     draw = ImageDraw.Draw(picture)
     width, height = picture.size
-    look: dict[str, Any] = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+    look: Any = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
     ends = ((6, height / 2), (width - 6, height / 2), (width / 2, 6), (width / 2, height - 6))
     for end, letter, anchor in zip(ends, sides, ("lm", "rm", "mt", "mb"), strict=True):
         draw.text(end, letter, font_size=24, anchor=anchor, **look)
     length = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(width / scale / 3, 1))
     start, foot = 0.03 * width, 0.97 * height
-    for colour, line in (("black", 6), ("white", 3)):
-        draw.line((start, foot, start + length * scale, foot), fill=colour, width=line)
+    draw.line((start, foot, start + length * scale, foot), fill="white", width=3)
     draw.text((width - 8, height - 8), f"{length} mm", font_size=18, anchor="rb", **look)
