@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import runpy
 import shutil
 import socket
@@ -98,9 +97,6 @@ def bundle(request) -> Path:
     return REPOSITORY if request.param == "repository" else request.getfixturevalue("finished")
 
 
-# --- MONAI's own commands
-
-
 def test_verify_metadata_accepts_the_metadata(bundle, cli):
     words = ("--meta_file", "configs/metadata.json", "--filepath", str(SCHEMA))
     cli("verify_metadata", *words, cwd=bundle)
@@ -121,9 +117,6 @@ def test_ckpt_export_makes_a_torchscript_of_the_best_network(finished, cli, tmp_
     image = torch.randn(1, 1, 16, 32, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(script(image), network(image), rtol=0, atol=1e-5)
-
-
-# --- check_properties
 
 
 def test_train_workflow_lacks_nothing(finished, tmp_path, monkeypatch, before):
@@ -158,9 +151,6 @@ def test_inference_workflow_lacks_nothing(finished, monkeypatch, before):
     assert files_of(finished) == before
 
 
-# --- run
-
-
 def test_monai_bundle_run_trains_beside_the_run(finished, before):
     words = ("--config_file", "configs/train.json", "--report", "false")
     assert monai_bundle(*words, cwd=finished).returncode == 0
@@ -181,27 +171,21 @@ def test_monai_bundle_run_evaluates_and_changes_nothing(finished, before):
 def test_monai_bundle_run_predicts(finished, data, before, tmp_path):
     words = ("--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
     assert monai_bundle(*words, cwd=finished).returncode == 0
-    images = sorted((data / "imagesTr").iterdir())
-    for path in images:
-        assert nib.load(tmp_path / "out" / path.name).shape == nib.load(path).shape
-    assert len(list((tmp_path / "out").iterdir())) == len(images)
+    names = {path.name for path in (data / "imagesTr").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
     # what was predicted of the validation cases to be scored is the same
     for path in (finished / "scores/validation_best").glob("*.nii.gz"):
         ours, theirs = (nib.load(p).get_fdata() for p in (path, tmp_path / "out" / path.name))
-        np.testing.assert_array_equal(ours, theirs)
+        assert np.array_equal(ours, theirs)
     assert files_of(finished) == before
-
-
-# --- evaluate.json by the other entry, and its bad input
 
 
 def test_evaluation_takes_the_plan_of_the_run_to_other_data(
     finished, tmp_path, monkeypatch, before, capfd
 ):
     other = make_dataset(tmp_path / "other", num_cases=9)
-    (tmp_path / "cache").mkdir()
     monkeypatch.chdir(finished)
-    words = ["--dataset_dir", str(other), "--cache_dir", str(tmp_path / "cache")]
+    words = [f"--dataset_dir={other}", f"--cache_dir={tmp_path}"]
     assert main([*EVALUATE, *words]) == 0
     assert "on 3 validation cases of tiny" in capfd.readouterr().out
     assert files_of(finished) == before
@@ -209,13 +193,7 @@ def test_evaluation_takes_the_plan_of_the_run_to_other_data(
 
 @pytest.fixture
 def a_copy(finished, tmp_path) -> Path:
-    copy = tmp_path / "runs" / "copy"
-    shutil.copytree(finished, copy)
-    source = json.loads((copy / "configs/train.json").read_text())
-    for key in ("dataset_dir", "cache_dir"):
-        source[key] = os.path.relpath(finished / source[key], copy)
-    (copy / "configs/train.json").write_text(json.dumps(source))
-    return copy
+    return shutil.copytree(finished, finished.with_name(tmp_path.name))
 
 
 @pytest.mark.parametrize(
@@ -237,22 +215,6 @@ def test_evaluation_is_refused_in_one_line(a_copy, monkeypatch, capfd, words, me
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert not (a_copy / "nowhere").exists()
-
-
-# --- both entries do the same
-
-
-def test_monai_bundle_run_ends_with_the_same_weights(run, tmp_path, dataset):
-    assert run(tmp_path / "ours") == 0
-    words = tiny_words(dataset, tmp_path / "theirs")
-    done = monai_bundle("--config_file", "configs/amp.json", *words)
-    assert done.returncode == 0, done.stderr
-    assert_equal_weights(tmp_path / "ours", tmp_path / "theirs")
-    ours, theirs = (
-        json.loads((tmp_path / who / "summary.json").read_text()) for who in ("ours", "theirs")
-    )
-    for key in ("config_hash", "last_mean_dice"):
-        assert ours[key] == theirs[key]
 
 
 def test_monai_bundle_run_says_a_mistake_in_one_line_and_status_2(tmp_path):
@@ -282,22 +244,17 @@ def test_monai_bundle_run_tells_a_failure_in_one_line(tmp_path, dataset):
 class AsksForConfig:
     """A component that MONAI's own parser builds."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.found = number, config_of_monai().source
+    def __init__(self) -> None:
+        self.found = config_of_monai().source
 
 
 def test_config_of_monai_is_the_merged_config_that_is_being_resolved(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "__name__", "test_bundle")
-    source = {"a": {"_target_": "test_bundle.AsksForConfig", "number": "@b"}, "b": 1}
-    parser = ConfigParser(source)
+    parser = ConfigParser({"a": {"_target_": "test_bundle.AsksForConfig"}, "b": 1})
     parser.update({"b": 2})
-    built = parser.get_parsed_content("a")
-    assert (built.number, built.found) == (2, {**source, "b": 2})
+    assert parser.get_parsed_content("a").found == {**parser.get(), "b": 2}
     with pytest.raises(RuntimeError, match="expected to be built from a config"):
-        AsksForConfig(1)
-
-
-# --- the metadata of a run is true for that run
+        AsksForConfig()
 
 
 def test_metadata_of_a_run_contradicts_nothing_there(finished):
@@ -314,8 +271,7 @@ def test_metadata_of_a_run_contradicts_nothing_there(finished):
     found = network.eval()(torch.zeros(1, image["num_channels"], *image["spatial_shape"]))
     assert found.shape == (1, pred["num_channels"], *pred["spatial_shape"])
     assert str(found.dtype) == f"torch.{pred['dtype']}"
-    names = read["inference"]["class_names"]
-    assert pred["channel_def"] == {str(n): name for n, name in enumerate(names)}
+    assert [*pred["channel_def"].values()] == read["inference"]["class_names"]
     assert image["channel_def"] == {"0": "CT"}  # as dataset.json has it
     assert image["modality"] == "CT"
     assert image["spatial_shape"] == pred["spatial_shape"] == read["inference"]["roi_size"]
@@ -329,19 +285,13 @@ def test_metadata_of_a_run_contradicts_nothing_there(finished):
     assert "runs" not in json.dumps(metadata)
 
 
-@pytest.mark.parametrize(
-    ("names", "modality"),
-    [
-        (["ct"], "CT"), (["T2", "ADC"], "MR"), (["CT", "PET"], "CT, PT"), (["noNorm"], "n/a"),
-        (None, "n/a"),
-    ],
-)  # fmt: skip
-def test_modality_is_what_the_dataset_says(names, modality):
-    assert modality_of(names) == modality
+def test_modality_is_what_the_dataset_says():
+    for names, modality in {("ct",): "CT", ("T2", "ADC"): "MR", ("CT", "PET"): "CT, PT"}.items():
+        assert modality_of(names) == modality
+    assert modality_of(["noNorm"]) == modality_of(None) == "n/a"
 
 
 def test_metadata_requires_every_package_that_the_code_imports():
-    """What is imported and is neither Python's own nor ours comes with a package named there."""
     imported = set()
     for folder in ("pipeline", "transforms", "networks"):
         for path in (REPOSITORY / folder).rglob("*.py"):
@@ -349,13 +299,11 @@ def test_metadata_requires_every_package_that_the_code_imports():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module] if isinstance(node, ast.ImportFrom) else []
                 imported |= {name.split(".")[0] for name in names}
-    ours = {"pipeline", "transforms", "networks"}
     providers = importlib.metadata.packages_distributions()
-    foreign = imported - ours - sys.stdlib_module_names
+    foreign = imported - {"pipeline", "transforms", "networks"} - sys.stdlib_module_names
     needed = {providers.get(name, [name])[0] for name in foreign}
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     stated = {*metadata["required_packages_version"], "monai", "torch", "numpy"}
     # matplotlib's own, what writes an export's other formats, and what comes with torch for CUDA
     apart = {"pillow", "onnx", "onnxruntime", "onnxscript", "triton"}
-    assert needed - apart - stated == set()
-    assert stated - needed == {"fire"}  # of the command line
+    assert needed - apart == stated - {"fire"}  # of the command line

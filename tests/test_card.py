@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPOSITORY, make_dataset, run_tiny, write_dataset_json
+from conftest import REPOSITORY, finished_run, make_dataset, write_dataset_json
 
 from pipeline.reporting.model_card import render_model_card
 
@@ -21,13 +20,8 @@ def finished(tmp_path_factory) -> Path:
     root = make_dataset(tmp_path_factory.mktemp("secret_place"))
     facts = {"licence": "CC-BY-SA 4.0", "reference": "A hospital, 2020", "name": "livers"}
     write_dataset_json(root, CASE_IDS, modality={"0": "CT"}, **facts)
-    out = tmp_path_factory.mktemp("runs") / "r"
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        values = {"test_fraction": 0.2, "num_folds": 2, "final_scores": True, "preflight": "full"}
-        assert run_tiny(root, out, **values) == 0
-    return out
+    values = {"test_fraction": 0.2, "num_folds": 2, "final_scores": True, "preflight": "full"}
+    return finished_run(root, tmp_path_factory.mktemp("runs") / "r", **values)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +31,7 @@ def card(finished) -> str:
 
 @pytest.fixture
 def a_copy(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def change(path: Path, **values: object) -> None:
@@ -120,3 +113,19 @@ def test_card_keeps_the_words_of_a_dataset_on_their_line(a_copy):
     card = render_model_card(a_copy)
     assert "\n# Injected" not in card
     assert "x # Injected \\| a \\<b\\>" in card
+
+
+def test_card_is_of_the_latest_end_of_a_run(run, tmp_path):
+    for epochs in (1, 2):
+        assert run(tmp_path / "r", max_epochs=epochs) == 0
+        assert f"in {epochs} epochs, " in (tmp_path / "r/docs/README.md").read_text()
+
+
+def test_run_outlives_a_card_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("pipeline.lifecycle.stored_configs.render_model_card", fail)
+    assert run(tmp_path / "r", max_epochs=1) == 0
+    assert "docs: expected to write it, got: no room" in capsys.readouterr().out
+    assert (tmp_path / "r/summary.json").exists()
