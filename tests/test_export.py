@@ -364,7 +364,7 @@ AFTER = [{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]
     ("spoil", "expected"),
     [
         (lambda run: (run / "models/model.pt").unlink(),
-         "model.pt: expected the weights of a trained network, found none."),
+         "model.pt: expected the weights of "),
         (lambda run: change_weights(run, prefix="other."),
          "model.pt: expected the weights of this network, got: "),
         (lambda run: (run / INFERENCE).unlink(), "run_dir: expected the directory of a run, got "),

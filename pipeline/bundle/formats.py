@@ -34,7 +34,7 @@ OPSET = 20
 LOGIT_TOLERANCE = 1e-3
 AXES = ("height", "width", "depth")
 SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
-FOLDERS_BEFORE_FILE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # before the name of a file
+FOLDERS_BEFORE_FILE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # they stand before a file name
 
 
 class NetworkExporter:
@@ -72,7 +72,7 @@ class NetworkExporter:
             Facts for `export.json` and the network that was read back, or a `reason` and `None`.
         """
         path = folder / FORMATS[name]
-        logging.disable(logging.WARNING)  # the results of compilers are compared
+        logging.disable(logging.WARNING)  # their results are compared
         try:
             with warnings.catch_warnings(action="ignore"), torch.no_grad():
                 facts, network = getattr(self, f"_write_{name}")(path)
@@ -89,7 +89,7 @@ class NetworkExporter:
             "file": path.name,
             **facts,
             "max_abs_difference": difference,
-            "multiples": self.multiples,  # which the spatial axes are multiples of
+            "multiples": self.multiples,  # spatial axes have these as factors
             "shapes": [list(image.shape) for image in self.inputs],
             "bytes": path.stat().st_size,
         }, network
@@ -103,14 +103,14 @@ class NetworkExporter:
     def _write_torchscript(self, path: Path) -> tuple[ExportFacts, NetworkFunction]:
         try:
             method, scripted = "script", torch.jit.script(self.network)
-        except Exception:  # many kinds, for what the language lacks
+        except Exception:  # TorchScript raises many kinds
             method, scripted = "trace", torch.jit.trace(self.network, self.inputs[0])
         extra = {name: json.dumps(config).encode() for name, config in self.embedded.items()}
         extra.pop("metadata.json", None)  # MONAI writes it
         save_net_with_metadata(
             scripted,
             str(path),
-            include_config_vals=False,  # a time, and versions that the metadata have
+            include_config_vals=False,  # these are a time and versions that the metadata have
             meta_values=self.embedded.get("metadata.json", {}),
             more_extra_files=extra,
         )
@@ -137,7 +137,7 @@ class NetworkExporter:
         assert program is not None
         model = program.model_proto
         for node in model.graph.node:
-            node.ClearField("metadata_props")  # what it was made from
+            node.ClearField("metadata_props")  # they name the source code
         onnx.checker.check_model(model)
         onnx.save(model, str(path))
         options = onnxruntime.SessionOptions()
@@ -156,11 +156,11 @@ class NetworkExporter:
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network as `torch.export` reads it, without the places of its source."""
+        """Return the network as `torch.export` reads it, without the places of its source."""
         axes: dict[int, Any] = {0: Dim("batch")}
         for axis, (name, multiple) in enumerate(zip(AXES, self.multiples, strict=True), start=2):
             axes[axis] = Dim(name) if multiple == 1 else multiple * Dim(name)
-        # a size of one, of a batch or in multiples, would be taken for a constant
+        # torch.export takes a size of one, of a batch or in multiples, for a constant
         size = [2 * multiple for multiple in self.multiples]
         example = torch.zeros(2, self.inputs[0].shape[1], *size)
         program = torch.export.export(self.network, (example,), dynamic_shapes=(axes,))
@@ -173,7 +173,7 @@ class NetworkExporter:
 
 
 def _remove_debug_files(path: Path) -> None:
-    """Remove from a TorchScript archive which line of which file its code comes from."""
+    """Remove files and lines of the source code from a TorchScript archive."""
     kept = path.with_suffix(".stripped")
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(kept, "w") as target:
         for entry in archive.infolist():

@@ -1,4 +1,4 @@
-"""Metadata and inference config of a run directory, which is a MONAI bundle."""
+"""Makes metadata and inference config of a run directory, which is a MONAI bundle."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipeline.data.plan import Plan
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"networks.dense_unet.DenseUNet": "Dense U-Net"}
-# DICOM's name of a modality, and what datasets call it
+# DICOM's name of a modality, and the names that datasets use
 MODALITIES = {
     "CT": "CT CTA CBCT",
     "MR": "MR MRI T1 T1N T1W T1C T1CE T1GD T2 T2W T2F FLAIR T2FLAIR ADC DWI SWI PD PDW",
     "PT": "PT PET",
     "US": "US ULTRASOUND",
 }
-SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's channel names, too
+SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # channel names of nnU-Net
 
 
 def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:

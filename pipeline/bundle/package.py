@@ -32,21 +32,21 @@ ROOT = TEMPLATES.parent
 ROOTS = ("pipeline", "transforms", "networks")
 OVERLAY = Path(__file__).with_name("evaluate_files.json")
 TARGET = r'_target_": "([^"]+)"'
-PACKED = ("inference.json", "evaluate_files.json")  # configs whose code the bundle has
-# keys, of a config or of its parts, that hold paths, cases or what depends on them
+PACKED = ("inference.json", "evaluate_files.json")  # the bundle has the code of these configs
+# These keys, of a config or of its parts, hold paths, cases or values that depend on them.
 PRIVATE = {
     "bundle_root", "dataset_dir", "output_dir", "cache_dir", "data_roots", "exclude", "split_file",
     "group_pattern", "init_weights", "reinit_head", "input", "ensemble", "weights", "data",
     "case_id",
 }  # fmt: skip
-# parts of a training config in which a client may have put paths: the template's are taken then
+# A client may have put paths into these parts of a training config: the template's are taken then.
 TRAIN_PARTS = {"data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring"}
 PATH_IN_TEXT = re.compile(r"""(?:^|[\s'"=(,])(?:~|\.\.?)?[\\/]|[A-Za-z]:[\\/](?!/)""")
 INIT = '"""Code for prediction and evaluation; the bundle\'s root must be on `sys.path`."""\n'
 
 
 class TrainedRun(NamedTuple):
-    """A run directory, its configs by file name, and its best network on the CPU."""
+    """It holds a run directory, its configs by file name, and its best network on the CPU."""
 
     directory: Path
     configs: dict[str, Config]
@@ -197,7 +197,7 @@ def _select(template: Config, source: Config, name: str) -> Config:
 
 
 def is_safe(value: Any) -> bool:
-    """Whether a value of a config has neither a path in it nor a private key with a value."""
+    """Return whether a value of a config has neither a path nor a private key with a value."""
     if isinstance(value, dict):
         are_references = (str(value[key]).startswith(("@", "$")) for key in value.keys() & PRIVATE)
         return all(are_references) and all(map(is_safe, value.values()))
@@ -227,7 +227,7 @@ def find_modules(names: Iterable[str]) -> dict[str, Path]:
     waiting = list(names)
     while waiting:
         module = waiting.pop()
-        while module and module not in files:  # a class, a function, or another package
+        while module and module not in files:  # it is a class, a function, or another package
             module = module.rpartition(".")[0]
         if not module or module in found:
             continue
@@ -242,10 +242,10 @@ def find_modules(names: Iterable[str]) -> dict[str, Path]:
 
 
 def rename_modules(text: str, package: str, modules: Iterable[str]) -> str:
-    """Put `package.` before the names of its modules, and of what is in them, in a text."""
+    """Put `package.` before names of its modules, and of their members, in a text."""
     packed = "|".join(re.escape(name) for name in modules if "." in name)
     from_root = rf"(?<=from )(?:{'|'.join(ROOTS)}) import "
-    # what follows a dot or a slash is of another package, or an attribute
+    # a name after a dot or a slash is of another package, or an attribute
     return re.sub(rf"(?<![\w./])(?=(?:{packed})\b|{from_root})", f"{package}.", text)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a case: the three planes, with label and prediction outlined, to scale in mm.
+"""Draws the three planes of a case to scale in mm, with label and prediction outlined.
 
 The planes are those of the voxel grid that are nearest to axial, coronal and sagittal, in the
 radiological convention: the patient's right is on the left of the picture, and anterior is on the
@@ -22,7 +22,7 @@ from transforms.load import VolumeReader
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # index of the axis through the plane, of RAS
 DIRECTIONS = (("R", "L"), ("A", "P"), ("S", "I"))  # at the high and the low end of each axis
-# readable on grey, and distinguishable with red-green colour blindness
+# These are readable on grey, and distinguishable with red-green colour blindness.
 LABEL, PREDICTION, DIFFERENCE = "#4db2ff", "#ffb000", "#ff3b5c"
 LABEL_WIDTH, PREDICTION_WIDTH = 4, 2  # pixels
 OPACITY = 0.38  # of DIFFERENCE
@@ -33,7 +33,7 @@ LONG_SIDE = 480  # pixels
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """A case on the grid of its image, `(H, W, D)` along the axes R, A, S."""
+    """It holds a case on the grid of its image, `(H, W, D)` along the axes R, A, S."""
 
     image: np.ndarray  # grey values of the first channel
     label: np.ndarray  # integers; 0 where it is ignored
@@ -42,13 +42,13 @@ class CaseVolumes:
 
     @cached_property
     def counts(self) -> list[np.ndarray]:
-        """For each axis, the number of labelled or predicted voxels in each slice across it."""
+        """Count labelled or predicted voxels in each slice across each axis."""
         found = (self.label > 0) | (self.pred > 0)
         return [np.count_nonzero(found, axis=others) for others in ((1, 2), (0, 2), (0, 1))]
 
     @cached_property
     def box(self) -> tuple[slice, ...]:
-        """Region that is shown: label and prediction with a margin, or everything without them."""
+        """Return the region to show: label and prediction with a margin, or all without them."""
         box = []
         for counts, mm in zip(self.counts, self.spacing_mm, strict=True):
             places = np.flatnonzero(counts if counts.any() else counts + 1)
@@ -57,13 +57,13 @@ class CaseVolumes:
         return tuple(box)
 
     def place(self, axis: int) -> int:
-        """Index of the slice across an axis that holds most of label and prediction."""
+        """Return the index of the slice across an axis with most of label and prediction."""
         counts = self.counts[axis]
         return int(counts.argmax()) if counts.any() else len(counts) // 2
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """Grey values that are drawn black and white."""
+        """Return the grey values that are drawn black and white."""
         low, high = np.percentile(self.image[self.box], [0.2, 99.8]).tolist()
         return low, max(high, low + 1e-6)
 
@@ -91,7 +91,7 @@ def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> Case
 
 
 def _read_ras(path: Any) -> tuple[np.ndarray, np.ndarray]:
-    """First channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
+    """Return the first channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
     image = nib.as_closest_canonical(VolumeReader().read(path))
     return np.asanyarray(image.dataobj).reshape(*image.shape[:3], -1)[..., 0], image.affine
 

@@ -1,4 +1,4 @@
-"""Figures of a run and of its scores.
+"""Plots the curves of a run and its scores.
 
 Each `plot_` function returns a matplotlib `Figure` without pyplot, so that it needs no window and
 leaves no state behind. A notebook that shows one takes `STYLE` into `matplotlib.rcParams`.
@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
 def to_svg(figure: Figure, alt: str) -> str:
     """Return a figure as an SVG element with real text; `alt` says what it shows."""
     content = io.StringIO()
-    # long curves are small files, simplified by up to a pixel
+    # simplified by up to a pixel, long curves are small files
     style = STYLE | {"svg.fonttype": "none", "path.simplify_threshold": 1.0}
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(style):
@@ -134,7 +134,7 @@ def _axes_over_steps(y: str, curves: Curves, height: float = 2.9) -> tuple[Figur
 
 
 def _finite_points(curves: Curves, tag: str) -> np.ndarray:
-    """`(N, 2)` steps and values of a curve; the loss of a skipped step may be `nan`."""
+    """Return `(N, 2)` steps and values of a curve; the loss of a skipped step may be `nan`."""
     points = curves.get(tag, np.empty((0, 2)))
     return points[np.isfinite(points).all(axis=1)]
 

@@ -1,6 +1,6 @@
-"""The model card of a run, `docs/README.md`, from `templates/model_card.md`.
+"""Makes the model card of a run, `docs/README.md`, from `templates/model_card.md`.
 
-It is made from the run's own files. It states counts, ranges and means, but nothing of a single
+It reads the run's own files. It states counts, ranges and means, but nothing of a single
 case, no path and no command line.
 """
 

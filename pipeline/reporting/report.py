@@ -1,4 +1,4 @@
-"""The report of a run: `report/index.html` in its directory, one file without scripts.
+"""Writes the report of a run: `report/index.html` in its directory, one file without scripts.
 
 The page is `templates/report.html`; this module draws its figures and pictures and formats numbers.
 All of it comes from the run directory alone, and the page says what is missing there.

@@ -26,7 +26,7 @@ from pipeline.evaluation.scores import Row, read_scores
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Scores of the cases of one split, predicted with one set of weights.
+    """It holds the scores of the cases of one split, predicted with one set of weights.
 
     `rows` has the rows of `metrics.csv` by case id and class name. The case with the lowest mean
     Dice comes first; cases without a Dice come last.
@@ -40,23 +40,23 @@ class SplitScores:
     tolerance_mm: float | None  # of the normalised surface Dice, where it is known
 
     def by_class(self, measure: str) -> dict[str, np.ndarray]:
-        """Class name to the values of a measure in all cases, `nan` where it is undefined."""
+        """Return the values of a measure in all cases by class name, `nan` where undefined."""
         return {
             name: np.array([case.get(name, {}).get(measure, np.nan) for case in self.rows.values()])
             for name in self.class_names
         }
 
     def means(self, measure: str) -> dict[str, float]:
-        """Case id to the mean over the classes that the measure is defined for, else `nan`."""
+        """Return the mean over the classes with a defined value by case id, `nan` without any."""
         table = np.array([*self.by_class(measure).values()])
         return dict(zip(self.rows, mean_of_defined(table, axis=0).tolist(), strict=True))
 
     def ranked(self) -> list[str]:
-        """Ids of the cases that have a Dice, the worst case first."""
+        """Return ids of the cases that have a Dice, the worst case first."""
         return [case for case, mean in self.means("dice").items() if not math.isnan(mean)]
 
     def find_files(self, case: str) -> dict[str, Path]:
-        """Paths of `image` (first channel), `label` and `pred`; `KeyError` if they are unknown."""
+        """Return paths of `image` (first channel), `label`, `pred`; `KeyError` if unknown."""
         root, files = self.directory.parents[1], _read_json(self.directory / "cases.json")[case]
         image, label = (str(np.atleast_1d(files[key])[0]) for key in ("image", "label"))
         pred = self.directory / f"{case}.nii.gz"
@@ -65,7 +65,7 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory."""
+    """It holds the contents of a run directory."""
 
     directory: Path  # as it was given
     summary: dict[str, Any]  # `summary.json`; empty if the run has not ended
@@ -76,12 +76,12 @@ class Run:
     scores: dict[tuple[str, str], SplitScores]  # by split and weights
 
     def best_scores(self, split: str) -> SplitScores | None:
-        """Scores of the best weights, or of the last weights if there are no others."""
+        """Return scores of the best weights, or of the last weights if there are no others."""
         return self.scores.get((split, "best")) or self.scores.get((split, "last"))
 
     @property
     def class_names(self) -> list[str]:
-        """Foreground classes; the place in this list decides the colour of a class."""
+        """Return the foreground classes; their order decides their colours."""
         return self.plan.get("class_names", [])[1:]
 
 
