@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -26,9 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError, TrainingStopped, as_bool
-from pipeline.signals import SIGNALS, signal_handlers
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed at once
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,19 @@ def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[
     if signals:
         signal.raise_signal(signals[0])
     return [value for value, _, _ in messages]
+
+
+@contextlib.contextmanager
+def signal_handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+    """Inside, signals have these handlers; outside of the main thread, nothing happens."""
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def explain_lost_rank(error: RuntimeError) -> str | None:

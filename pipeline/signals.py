@@ -6,13 +6,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from pipeline.distributed import SIGNALS, signal_handlers
 from pipeline.errors import TrainingInterrupted, interrupted_status
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
@@ -62,16 +60,3 @@ def interruptible_at_once() -> Iterator[None]:
 
     with signal_handlers(dict.fromkeys(SIGNALS, end)):
         yield
-
-
-@contextlib.contextmanager
-def signal_handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
-    """Inside, signals have these handlers; outside of the main thread, nothing happens."""
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)

@@ -172,22 +172,15 @@ def run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
-    """A command of the product in this process.
-
-    `command("run", "configs/amp.json", "--key", "value")` returns the exit status and everything
-    that was printed. Tests that use it know no module of the package by its path.
-    """
+def command(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., tuple[int, str]]:
+    """`command("run", "configs/amp.json", "--key", "value")` → exit status, all that is printed."""
     monkeypatch.chdir(REPOSITORY)
 
     def call(name: str, *words: object) -> tuple[int, str]:
         capfd.readouterr()
+        module = "pipeline.run" if name == "run" else f"pipeline.commands.{name}"
         try:
-            status = import_module(
-                "pipeline.run" if name == "run" else f"pipeline.commands.{name}"
-            ).main([str(word) for word in words])
+            status = import_module(module).main([str(word) for word in words])
         except SystemExit as end:
             status = end.code
         captured = capfd.readouterr()
@@ -198,10 +191,7 @@ def command(
 
 @pytest.fixture
 def train(command: Callable[..., tuple[int, str]], dataset: Path) -> Callable[..., tuple[int, str]]:
-    """`command("run", ...)` with the tiny settings: `train(output_dir, "overlay.json", key=value)`.
-
-    The dataset is the tiny one where `dataset_dir` names no other.
-    """
+    """`command("run", ...)` with the tiny settings: `train(output_dir, "a.json", key=value)`."""
 
     def call(output_dir: Path, *files: object, **changes: Any) -> tuple[int, str]:
         words = tiny_words(dataset, output_dir, **changes)
@@ -219,24 +209,19 @@ def samples(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     iteration = MixedPrecisionTrainer._iteration
 
     def spy(self: MixedPrecisionTrainer, engine: Any, batch: dict) -> Any:
-        for case_id, origin, seed in zip(
-            batch["case_id"], batch["origin"].tolist(), batch["seed"].tolist(), strict=True
-        ):
-            seen.append({"case_id": case_id, "origin": origin, "seed": seed})
+        rows = zip(batch["case_id"], batch["origin"].tolist(), batch["seed"].tolist(), strict=True)
+        seen.extend(dict(zip(("case_id", "origin", "seed"), row, strict=True)) for row in rows)
         return iteration(self, engine, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
         patch.setattr(MixedPrecisionTrainer, "_iteration", spy)
         out = tmp_path_factory.mktemp("samples") / "r"
-        assert run_tiny(dataset, out, amp=False, max_epochs=4, val_interval=4) == 0
+        finished_run(dataset, out, amp=False, max_epochs=4, val_interval=4)
     return seen
 
 
 @pytest.fixture
-def poisoned(
-    run: Callable[..., int], samples: list[dict[str, Any]], tmp_path: Path
-) -> Callable[..., int]:
+def poisoned(run: Callable[..., int], samples: Any, tmp_path: Path) -> Callable[..., int]:
     """`run`, with `value` in one voxel of the training samples `numbers`, or of all samples."""
 
     def run_poisoned(

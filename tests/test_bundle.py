@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import runpy
 import shutil
 import socket
@@ -25,21 +24,13 @@ import torch
 from conftest import REPOSITORY, finished_run, make_dataset, tiny_words, write_dataset_json
 from forked import monai_bundle
 from monai.bundle import ConfigParser, create_workflow
-from monai.data import MetaTensor
 
-from pipeline.bundle.metadata import modality_of, run_metadata
+from pipeline.bundle.metadata import modality_of
 from pipeline.config.compose import config_of_monai
-from pipeline.data.dataset import Cases
-from pipeline.data.plan import Plan
 from pipeline.run import main
 
 SCHEMA = REPOSITORY / "pipeline/bundle/metadata_schema.json"
 EVALUATE = ["configs/train.json", "configs/evaluate.json"]
-AMP, INFERENCE, METADATA = (
-    json.loads((REPOSITORY / f"configs/{name}.json").read_text())
-    for name in ("amp", "inference", "metadata")
-)
-
 pytestmark = [
     # MONAI says of every config that it executes what it says
     pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning"),
@@ -79,6 +70,12 @@ def before(finished) -> dict[str, bytes]:
     return files_of(finished)
 
 
+def assert_equal_weights(*runs: Path) -> None:
+    ours, theirs = (torch.load(run / "models/last.pt", weights_only=True) for run in runs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -100,53 +97,26 @@ def bundle(request) -> Path:
     return REPOSITORY if request.param == "repository" else request.getfixturevalue("finished")
 
 
-# --- verify_metadata
-
-
 def test_verify_metadata_accepts_the_metadata(bundle, cli):
-    cli(
-        "verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", str(SCHEMA),
-        cwd=bundle,
-    )  # fmt: skip
-
-
-# --- verify_net_in_out
-
-
-NET = (
-    "verify_net_in_out", "network_def", "--meta_file", "configs/metadata.json", "--config_file",
-    "configs/inference.json", "--device", "cpu",
-)  # fmt: skip
+    words = ("--meta_file", "configs/metadata.json", "--filepath", str(SCHEMA))
+    cli("verify_metadata", *words, cwd=bundle)
 
 
 def test_verify_net_in_out_accepts_the_network(bundle, cli):
-    cli(*NET, cwd=bundle)
+    words = ("--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json")
+    cli("verify_net_in_out", "network_def", *words, "--device", "cpu", cwd=bundle)
 
 
-# --- ckpt_export and load_bundle_config
-
-
-@pytest.fixture
-def exported(finished, cli, tmp_path) -> Path:
-    path = tmp_path / "model.ts"
-    cli(
-        "ckpt_export", "network_def", "--filepath", str(path), "--config_file",
-        "configs/inference.json", cwd=finished,
-    )  # fmt: skip
-    return path
-
-
-def test_ckpt_export_makes_a_torchscript_of_the_best_network(exported, finished):
+def test_ckpt_export_makes_a_torchscript_of_the_best_network(finished, cli, tmp_path):
+    words = ("--filepath", str(tmp_path / "model.ts"), "--config_file", "configs/inference.json")
+    cli("ckpt_export", "network_def", *words, cwd=finished)
     source = json.loads((finished / "configs/inference.json").read_text())
     network = ConfigParser(source).get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(finished / "models/model.pt", weights_only=True))
-    script = torch.jit.load(exported).eval()
+    script = torch.jit.load(tmp_path / "model.ts").eval()
     image = torch.randn(1, 1, 16, 32, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(script(image), network(image), rtol=0, atol=1e-5)
-
-
-# --- check_properties
 
 
 def test_train_workflow_lacks_nothing(finished, tmp_path, monkeypatch, before):
@@ -177,12 +147,8 @@ def test_inference_workflow_lacks_nothing(finished, monkeypatch, before):
     monkeypatch.chdir(finished)
     workflow = create_workflow(config_file="configs/inference.json", workflow_type="infer")
     assert workflow.check_properties() == []
-    assert workflow.version == METADATA["version"]
     assert workflow.channel_def == {"0": "background", "1": "dim", "2": "bright"}
     assert files_of(finished) == before
-
-
-# --- run
 
 
 def test_monai_bundle_run_trains_beside_the_run(finished, before):
@@ -190,10 +156,7 @@ def test_monai_bundle_run_trains_beside_the_run(finished, before):
     assert monai_bundle(*words, cwd=finished).returncode == 0
     again = finished.parent / "r_again"
     assert files_of(finished) == before
-    weights = [
-        torch.load(folder / "models/last.pt", weights_only=True) for folder in (finished, again)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert_equal_weights(finished, again)
     for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/evaluate.json"):
         assert (again / name).read_text()
 
@@ -208,25 +171,12 @@ def test_monai_bundle_run_evaluates_and_changes_nothing(finished, before):
 def test_monai_bundle_run_predicts(finished, data, before, tmp_path):
     words = ("--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
     assert monai_bundle(*words, cwd=finished).returncode == 0
-    images = sorted((data / "imagesTr").iterdir())
-    for path in images:
-        assert nib.load(tmp_path / "out" / path.name).shape == nib.load(path).shape
-    assert len(list((tmp_path / "out").iterdir())) == len(images)
+    names = {path.name for path in (data / "imagesTr").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
     # what was predicted of the validation cases to be scored is the same
     for path in (finished / "scores/validation_best").glob("*.nii.gz"):
         ours, theirs = (nib.load(p).get_fdata() for p in (path, tmp_path / "out" / path.name))
-        np.testing.assert_array_equal(ours, theirs)
-    assert files_of(finished) == before
-
-
-# --- evaluate.json by the other entry, and its bad input
-
-
-def test_pipeline_run_evaluates(finished, monkeypatch, capfd, before):
-    monkeypatch.chdir(finished)
-    assert main(EVALUATE) == 0
-    best = json.loads((finished / "summary.json").read_text())["best_mean_dice"]
-    assert f"mean_dice {best:.4f}" in capfd.readouterr().out
+        assert np.array_equal(ours, theirs)
     assert files_of(finished) == before
 
 
@@ -234,9 +184,8 @@ def test_evaluation_takes_the_plan_of_the_run_to_other_data(
     finished, tmp_path, monkeypatch, before, capfd
 ):
     other = make_dataset(tmp_path / "other", num_cases=9)
-    (tmp_path / "cache").mkdir()
     monkeypatch.chdir(finished)
-    words = ["--dataset_dir", str(other), "--cache_dir", str(tmp_path / "cache")]
+    words = [f"--dataset_dir={other}", f"--cache_dir={tmp_path}"]
     assert main([*EVALUATE, *words]) == 0
     assert "on 3 validation cases of tiny" in capfd.readouterr().out
     assert files_of(finished) == before
@@ -244,13 +193,7 @@ def test_evaluation_takes_the_plan_of_the_run_to_other_data(
 
 @pytest.fixture
 def a_copy(finished, tmp_path) -> Path:
-    copy = tmp_path / "runs" / "copy"
-    shutil.copytree(finished, copy)
-    source = json.loads((copy / "configs/train.json").read_text())
-    for key in ("dataset_dir", "cache_dir"):
-        source[key] = os.path.relpath(finished / source[key], copy)
-    (copy / "configs/train.json").write_text(json.dumps(source))
-    return copy
+    return shutil.copytree(finished, finished.with_name(tmp_path.name))
 
 
 @pytest.mark.parametrize(
@@ -272,34 +215,6 @@ def test_evaluation_is_refused_in_one_line(a_copy, monkeypatch, capfd, words, me
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert not (a_copy / "nowhere").exists()
-
-
-# --- both entries do the same
-
-
-def test_monai_bundle_run_ends_with_the_same_weights(run, tmp_path, dataset):
-    assert run(tmp_path / "ours") == 0
-    words = tiny_words(dataset, tmp_path / "theirs")
-    done = monai_bundle("--config_file", "configs/amp.json", *words)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (
-        torch.load(tmp_path / who / "models/last.pt", weights_only=True)
-        for who in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    a, b = (
-        json.loads((tmp_path / w / "configs/train.json").read_text()) for w in ("ours", "theirs")
-    )
-    for source in (a, b):
-        for key in ("output_dir", "final_scores", "report"):  # 'false' there is a word
-            source.pop(key)
-    assert a == b
-    summaries = [
-        json.loads((tmp_path / w / "summary.json").read_text()) for w in ("ours", "theirs")
-    ]
-    assert summaries[0]["config_hash"] == summaries[1]["config_hash"]
-    assert summaries[0]["last_mean_dice"] == summaries[1]["last_mean_dice"]
 
 
 def test_monai_bundle_run_says_a_mistake_in_one_line_and_status_2(tmp_path):
@@ -329,22 +244,17 @@ def test_monai_bundle_run_tells_a_failure_in_one_line(tmp_path, dataset):
 class AsksForConfig:
     """A component that MONAI's own parser builds."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.found = number, config_of_monai().source
+    def __init__(self) -> None:
+        self.found = config_of_monai().source
 
 
 def test_config_of_monai_is_the_merged_config_that_is_being_resolved(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "__name__", "test_bundle")
-    source = {"a": {"_target_": "test_bundle.AsksForConfig", "number": "@b"}, "b": 1}
-    parser = ConfigParser(source)
+    parser = ConfigParser({"a": {"_target_": "test_bundle.AsksForConfig"}, "b": 1})
     parser.update({"b": 2})
-    built = parser.get_parsed_content("a")
-    assert (built.number, built.found) == (2, {**source, "b": 2})
+    assert parser.get_parsed_content("a").found == {**parser.get(), "b": 2}
     with pytest.raises(RuntimeError, match="expected to be built from a config"):
-        AsksForConfig(1)
-
-
-# --- the metadata of a run is true for that run
+        AsksForConfig()
 
 
 def test_metadata_of_a_run_contradicts_nothing_there(finished):
@@ -361,12 +271,10 @@ def test_metadata_of_a_run_contradicts_nothing_there(finished):
     found = network.eval()(torch.zeros(1, image["num_channels"], *image["spatial_shape"]))
     assert found.shape == (1, pred["num_channels"], *pred["spatial_shape"])
     assert str(found.dtype) == f"torch.{pred['dtype']}"
-    names = read["inference"]["class_names"]
-    assert pred["channel_def"] == {str(n): name for n, name in enumerate(names)}
+    assert [*pred["channel_def"].values()] == read["inference"]["class_names"]
     assert image["channel_def"] == {"0": "CT"}  # as dataset.json has it
     assert image["modality"] == "CT"
     assert image["spatial_shape"] == pred["spatial_shape"] == read["inference"]["roi_size"]
-    assert image["value_range"][0] < image["value_range"][1]
     assert metadata["task"] == "Segmentation of dim, bright"
     assert metadata["data_license"] == "CC-BY-SA 4.0"
     for key, package in (("monai", "monai"), ("pytorch", "torch"), ("numpy", "numpy")):
@@ -377,69 +285,13 @@ def test_metadata_of_a_run_contradicts_nothing_there(finished):
     assert "runs" not in json.dumps(metadata)
 
 
-def metadata_of(
-    normalization: Any = "zscore", channels: Any = ("CT",), description: Any = (), **source: Any
-) -> dict[str, Any]:
-    """Of a run on a dataset that is not there."""
-    cases = Cases(
-        name="liver",
-        train=[],
-        validation=[],
-        fingerprint="",
-        description=dict(description),
-        channel_names=channels,
-    )
-    plan = Plan(
-        spacing=[1, 1, 1], crop_empty_borders=False, normalization=normalization,
-        roi_size=[8, 8, 8], strides=[2], class_names=["background", "liver"],
-        in_channels=len(channels or "1"), num_classes=2,
-    )  # fmt: skip
-    template = json.loads((REPOSITORY / "configs/metadata.json").read_text())
-    return run_metadata(template, {**AMP, **source}, cases, plan)
-
-
-def image_of(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return metadata_of(*args, **kwargs)["network_data_format"]["inputs"]["image"]
-
-
-CLIPS = [
-    {"clip": [-100, 300], "mean": 40.0, "std": 25.0},
-    {"clip": [0, 1], "mean": 0.5, "std": 0.125},
-]
-
-
-@pytest.mark.parametrize("clips", [CLIPS[:1], CLIPS], ids=["one channel", "two channels"])
-def test_value_range_is_what_the_network_is_given(clips):
-    image = image_of(clips, channels=["CT"] * len(clips))
-    parser = ConfigParser(
-        {
-            **INFERENCE, "normalization": clips, "spacing": [1, 1, 1], "roi_size": [8, 8, 8],
-            "in_channels": len(clips),
-        }
-    )  # fmt: skip
-    voxels = torch.randn(len(clips), 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e4
-    meta = {"original_affine": np.eye(4), "spatial_shape": np.array([8, 8, 8])}
-    volume = {"image": MetaTensor(voxels, affine=torch.eye(4), meta=meta)}
-    given = parser.get_parsed_content("preprocessing").regularize(volume)["image"]
-    low, high = image["value_range"]
-    assert (low, high) == pytest.approx((float(given.min()), float(given.max())), abs=1e-5)
-    assert low == (-100 - 40) / 25
-
-
-@pytest.mark.parametrize(
-    ("names", "modality"),
-    [
-        (["ct"], "CT"), (["T2", "ADC"], "MR"), (["CT", "PET"], "CT, PT"), (["noNorm"], "n/a"),
-        (None, "n/a"),
-    ],
-)  # fmt: skip
-def test_modality_is_what_the_dataset_says(names, modality):
-    assert modality_of(names) == modality
-    assert image_of(channels=names)["modality"] == modality
+def test_modality_is_what_the_dataset_says():
+    for names, modality in {("ct",): "CT", ("T2", "ADC"): "MR", ("CT", "PET"): "CT, PT"}.items():
+        assert modality_of(names) == modality
+    assert modality_of(["noNorm"]) == modality_of(None) == "n/a"
 
 
 def test_metadata_requires_every_package_that_the_code_imports():
-    """What is imported and is neither Python's own nor ours comes with a package named there."""
     imported = set()
     for folder in ("pipeline", "transforms", "networks"):
         for path in (REPOSITORY / folder).rglob("*.py"):
@@ -447,13 +299,11 @@ def test_metadata_requires_every_package_that_the_code_imports():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module] if isinstance(node, ast.ImportFrom) else []
                 imported |= {name.split(".")[0] for name in names}
-    ours = {"pipeline", "transforms", "networks"}
     providers = importlib.metadata.packages_distributions()
-    foreign = imported - ours - sys.stdlib_module_names
+    foreign = imported - {"pipeline", "transforms", "networks"} - sys.stdlib_module_names
     needed = {providers.get(name, [name])[0] for name in foreign}
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     stated = {*metadata["required_packages_version"], "monai", "torch", "numpy"}
     # matplotlib's own, what writes an export's other formats, and what comes with torch for CUDA
     apart = {"pillow", "onnx", "onnxruntime", "onnxscript", "triton"}
-    assert needed - apart - stated == set()
-    assert stated - needed == {"fire"}  # of the command line
+    assert needed - apart == stated - {"fire"}  # of the command line

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPOSITORY, make_dataset, run_tiny, write_dataset_json
+from conftest import REPOSITORY, finished_run, make_dataset, write_dataset_json
 
 from pipeline.reporting.model_card import render_model_card
 
@@ -21,13 +20,8 @@ def finished(tmp_path_factory) -> Path:
     root = make_dataset(tmp_path_factory.mktemp("secret_place"))
     facts = {"licence": "CC-BY-SA 4.0", "reference": "A hospital, 2020", "name": "livers"}
     write_dataset_json(root, CASE_IDS, modality={"0": "CT"}, **facts)
-    out = tmp_path_factory.mktemp("runs") / "r"
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        values = {"test_fraction": 0.2, "num_folds": 2, "final_scores": True, "preflight": "full"}
-        assert run_tiny(root, out, **values) == 0
-    return out
+    values = {"test_fraction": 0.2, "num_folds": 2, "final_scores": True, "preflight": "full"}
+    return finished_run(root, tmp_path_factory.mktemp("runs") / "r", **values)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +31,7 @@ def card(finished) -> str:
 
 @pytest.fixture
 def a_copy(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def change(path: Path, **values: object) -> None:
@@ -53,12 +46,12 @@ def test_card_tells_what_the_run_was(card, finished):
     for words in (
         "# Dense U-Net, livers\n", "segment dim, bright", "| 1 | dim |", "| 2 | bright |",
         "Modality: CT", "Channels: 0: CT", "1 x 1 x 1.5 mm (left-right",
-        "| Resampled to | 1 x 1 x 1 mm |", "16 x 16 x 8 voxels",
+        "Resampled to 1 x 1 x 1 mm", "16 x 16 x 8 voxels",
         f"clipped to {low:.4g} to {high:.4g}, minus {clip['mean']:.4g}, over {clip['std']:.4g}",
-        "| Cases | 2 for training, 2 for validation, 2 for the test |",
-        "| Steps | 4 in 2 epochs, 0 skipped |", "| Precision | float32, without loss scaling |",
-        "(cpu) |", f"| Time | {summary['wall_time_s']:.0f} s |",
-        f"| Weights | of epoch {summary['best_epoch']}, the best by validation |",
+        "Cases: 2 for training, 2 for validation, 2 for the test\n",
+        "Steps: 4 in 2 epochs, 0 skipped", f"in {summary['wall_time_s']:.0f} s",
+        "Precision: float32, without loss scaling", "(cpu), torch ",
+        f"Weights: of epoch {summary['best_epoch']}, the best by validation",
         "configs/inference.json --input", "['configs/train.json','configs/evaluate.json']",
         "Predictor(", "not a medical device", "Apache-2.0; see `LICENSE`",
         "Data: A hospital, 2020; licence: CC-BY-SA 4.0.",
@@ -120,3 +113,19 @@ def test_card_keeps_the_words_of_a_dataset_on_their_line(a_copy):
     card = render_model_card(a_copy)
     assert "\n# Injected" not in card
     assert "x # Injected \\| a \\<b\\>" in card
+
+
+def test_card_is_of_the_latest_end_of_a_run(run, tmp_path):
+    for epochs in (1, 2):
+        assert run(tmp_path / "r", max_epochs=epochs) == 0
+        assert f"in {epochs} epochs, " in (tmp_path / "r/docs/README.md").read_text()
+
+
+def test_run_outlives_a_card_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("pipeline.lifecycle.stored_configs.render_model_card", fail)
+    assert run(tmp_path / "r", max_epochs=1) == 0
+    assert "docs: expected to write it, got: no room" in capsys.readouterr().out
+    assert (tmp_path / "r/summary.json").exists()

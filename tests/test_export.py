@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -26,60 +26,43 @@ from monai.bundle import ConfigWorkflow, load_bundle_config
 from safetensors.torch import load_file
 
 from pipeline.bundle.formats import NetworkExporter
-from pipeline.bundle.package import (
-    find_modules,
-    is_safe,
-    make_package_name,
-    rename_modules,
-    write_modules,
-)
+from pipeline.bundle.package import is_safe, make_package_name, rename_modules
 from pipeline.commands.export import main
 from pipeline.prediction.predictor import Predictor
 from pipeline.run import main as run_main
 
 PERSON, HOST = "zq_radiologist", "zq-scanner7"
-MOST_MODULES = 36  # that a bundle packs
+MOST_MODULES = 25  # that a bundle packs
 
 
 class Export:
     """An exported tiny run."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
         self.dataset, self.run, self.bundle = root / "zq_data", root / "runs" / "r", root / "out/b"
-
-    @property
-    def zip(self) -> Path:
-        return Path(f"{self.bundle}.zip")
+        self.root, self.zip = root, Path(f"{self.bundle}.zip")
 
     @property
     def facts(self) -> dict[str, Any]:
         return json.loads((self.bundle / "export.json").read_text())
 
-    @property
-    def package(self) -> str:
-        return self.facts["code"]["package"]
-
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Export:
     """A finished run on data of its own, some of whose keys name cases, and its bundle."""
+    root = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        root = tmp_path_factory.mktemp("export")
         for name in ("USER", "LOGNAME"):
             patch.setenv(name, PERSON)
         patch.setenv("HOME", str(root / "home" / PERSON))
         patch.setattr(socket, "gethostname", lambda: HOST)
         patch.setattr(platform, "node", lambda: HOST)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         there = Export(root)
         make_dataset(there.dataset)
         settings = {"exclude": ["tiny_006"], "group_pattern": "^(tiny_00.)", "final_scores": True}
         assert run_tiny(there.dataset, there.run, **settings) == 0
         assert main([str(there.run), "--output", str(there.bundle)]) == 0
-        torch.set_num_threads(threads)
     return there
 
 
@@ -97,7 +80,7 @@ def files_in(folder: Path) -> list[str]:
 
 def test_bundle_holds_what_a_bundle_has(export):
     files = files_in(export.bundle)
-    package = export.package
+    package = export.facts["code"]["package"]
     assert [name for name in files if not name.startswith(package)] == [
         "LICENSE", "configs/evaluate.json", "configs/evaluate_files.json", "configs/inference.json",
         "configs/logging.conf", "configs/metadata.json", "configs/train.json", "docs/README.md",
@@ -113,32 +96,30 @@ def test_bundle_holds_what_a_bundle_has(export):
 
 def test_packed_code_is_what_prediction_and_evaluation_need(export):
     """Of other rooms there is nothing, and each module that is imported is there."""
-    folder = export.bundle / export.package
+    package = export.facts["code"]["package"]
+    folder = export.bundle / package
     modules = {
-        ".".join(path.relative_to(folder).with_suffix("").parts): path
-        for path in folder.rglob("*.py")
+        ".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")
     }
-    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan")
+    rooms = ("reporting", "bundle", "lifecycle", "commands", "run", "data.plan", "data.preflight")
     assert not [name for name in modules if name.startswith(tuple(f"pipeline.{r}" for r in rooms))]
     code = [name for name in modules if not name.endswith("__init__")]
     assert export.facts["code"]["num_modules"] == len(code) <= MOST_MODULES
-    for path in modules.values():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                own, _, module = str(node.module).partition(".")
-                assert own not in ("pipeline", "transforms", "networks")
-                if own == export.package:
-                    assert f"{module}.__init__" in modules or module in modules, (path, module)
+    nodes = (n for path in folder.rglob("*.py") for n in ast.walk(ast.parse(path.read_text())))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            own, _, module = str(node.module).partition(".")
+            assert own not in ("pipeline", "transforms", "networks")
+            assert own != package or {f"{module}.__init__", module} & modules, module
 
 
 def test_export_says_how_each_format_compares(export):
-    facts = export.facts
-    assert facts["formats"].keys() == {"torchscript", "onnx", "torch_export"}
-    for of in facts["formats"].values():
+    formats = export.facts["formats"]
+    assert formats.keys() == {"torchscript", "onnx", "torch_export"}
+    for of in formats.values():
         assert of["made"] is True
         assert of["max_abs_difference"] <= 1e-3
         assert of["bytes"] == (export.bundle / "models" / of["file"]).stat().st_size
-    assert facts["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_weights_are_the_runs_bit_for_bit(export):
@@ -152,16 +133,13 @@ def test_weights_are_the_runs_bit_for_bit(export):
 
 def test_zip_is_the_bundle_as_monai_reads_it(export):
     with zipfile.ZipFile(export.zip) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries if not entry.is_dir()]
+        names = [entry for entry in archive.namelist() if not entry.endswith("/")]
         assert sorted(names) == [f"b/{n}" for n in files_in(export.bundle)]
         for entry in names:
-            own = export.bundle.parent / entry
-            assert archive.read(entry) == own.read_bytes()
+            assert archive.read(entry) == (export.bundle.parent / entry).read_bytes()
     inference = json.loads((export.bundle / "configs/inference.json").read_text())
     for path in (export.zip, export.bundle, export.bundle / "models/model.ts"):
         parser = load_bundle_config(str(path), "inference.json")
-        assert parser["_meta_"]["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
         assert {k: v for k, v in parser.get().items() if k != "_meta_"} == inference, path
 
 
@@ -178,23 +156,17 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-class Away(NamedTuple):
-    """What the bundle made in a place where nothing else is, and said of its evaluation."""
-
-    folder: Path
-    said: str
-
-
 @pytest.fixture(scope="module")
-def away(export, tmp_path_factory) -> Away:
-    """It predicts and evaluates there, one after the other in one process."""
+def away(export, tmp_path_factory) -> tuple[Path, str]:
+    """What the bundle made where nothing else is, and said of its evaluation, in one process."""
     folder = tmp_path_factory.mktemp("away")
     with zipfile.ZipFile(export.zip) as archive:
         archive.extractall(folder)
     assert python(folder / "b", "-c", "import pipeline").returncode != 0  # there is no repository
     (folder / "images").mkdir()
-    for path in (export.run / "scores/validation_best").glob("*.nii.gz"):
-        shutil.copyfile(export.dataset / "imagesTr" / path.name, folder / "images" / path.name)
+    for name in files_in(export.run / "scores/validation_best"):
+        if name.endswith(".nii.gz"):
+            shutil.copyfile(export.dataset / "imagesTr" / name, folder / "images" / name)
     images = str(export.dataset / "imagesTr")
     pairs = ["--input", str(folder / "images"), "--labels", str(export.dataset / "labelsTr")]
     commands = [
@@ -205,7 +177,7 @@ def away(export, tmp_path_factory) -> Away:
     done = python(folder / "b", "-c", TWO_COMMANDS, json.dumps(commands))
     assert done.returncode == 0, done.stderr
     assert files_in(folder / "b") == before
-    return Away(folder, done.stdout.split("---")[1])
+    return folder / "p", done.stdout.split("---")[1]
 
 
 def test_bundle_predicts_elsewhere_as_the_run_does(export, away, tmp_path, monkeypatch):
@@ -215,49 +187,36 @@ def test_bundle_predicts_elsewhere_as_the_run_does(export, away, tmp_path, monke
     assert run_main(["configs/inference.json", "--run_dir", str(export.run), *words]) == 0
     assert len(files_in(own)) == 6
     for name in files_in(own):
-        one, other = (nib.load(folder / name) for folder in (own, away.folder / "p"))
+        one, other = (nib.load(folder / name) for folder in (own, away[0]))
         assert np.array_equal(one.dataobj, other.dataobj)
         assert np.array_equal(one.affine, other.affine)
 
 
 def test_bundle_evaluates_elsewhere_as_the_run_did(export, away):
     validation = json.loads((export.run / "summary.json").read_text())["best_mean_dice"]
-    assert f"mean_dice {validation:.4f}" in away.said
+    assert f"mean_dice {validation:.4f}" in away[1]
 
 
 def test_bundle_trains_as_the_run_does_where_the_package_is(export, tmp_path, monkeypatch):
-    same = {"dataset_dir": export.dataset, "max_epochs": 1, "cache_dir": tmp_path / "c"}
+    same = [f"--dataset_dir={export.dataset}", f"--cache_dir={tmp_path / 'c'}", "--max_epochs=1"]
     # what is reset in the bundle, since it names cases
-    reset = {"exclude": "[]", "group_pattern": "null"}
+    reset = ["--exclude=[]", "--group_pattern=null"]
     states = []
-    for root, more in ((export.run, reset), (export.bundle, {})):
-        out = tmp_path / root.name
+    for root, more in ((export.run, reset), (export.bundle, [])):
         monkeypatch.chdir(root)
-        values = {**same, **more, "output_dir": out}
-        words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        assert run_main(["configs/train.json", *words]) == 0
+        out = tmp_path / root.name
+        assert run_main(["configs/train.json", *same, *more, f"--output_dir={out}"]) == 0
         states.append(torch.load(out / "models/last.pt", weights_only=True))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.fixture
-def imports_as_before() -> Iterator[None]:
-    before, modules = sys.path[:], set(sys.modules)
-    yield
-    sys.path[:] = before
-    for name in set(sys.modules) - modules:
-        if name.split("_")[0] in ("r", "other"):
-            del sys.modules[name]
-
-
-@pytest.mark.usefixtures("imports_as_before")
 def test_two_bundles_live_in_one_process(export, tmp_path, monkeypatch):
     other = shutil.copytree(export.run, tmp_path / "other")
     change_weights(other, factor=2.0)
     assert main([str(other), "--formats", "torchscript"]) == 0
     packages = []
     for bundle in (export.bundle, tmp_path / "other_bundle"):
-        sys.path.insert(0, str(bundle))  # as a client does that only initializes
+        monkeypatch.syspath_prepend(bundle)  # as a client does that only initializes
         monkeypatch.chdir(bundle)
         workflow = ConfigWorkflow(
             str(bundle / "configs/inference.json"), workflow_type="inference", logging_file=False,
@@ -278,14 +237,11 @@ def test_two_bundles_live_in_one_process(export, tmp_path, monkeypatch):
     assert errors.innermost(mistake) is mistake  # it knows that it is its own
     predictor = importlib.import_module(f"{packages[0]}.pipeline.prediction.predictor")
     image = nib.load(next((export.dataset / "imagesTr").iterdir()))
-    found = predictor.Predictor(export.bundle, device="cpu")(
-        np.asarray(image.dataobj), image.affine
+    found, expected = (
+        make(root, device="cpu")(image.get_fdata(), image.affine)
+        for make, root in ((predictor.Predictor, export.bundle), (Predictor, export.run))
     )
-    expected = Predictor(export.run, device="cpu")(np.asarray(image.dataobj), image.affine)
     assert torch.equal(found, expected)
-
-
-# what must not leave
 
 
 def everything_in(content: bytes) -> Iterator[bytes]:
@@ -337,23 +293,20 @@ def test_configs_say_neither_places_nor_cases(export):
 
 def test_client_s_cases_and_weights_do_not_leave(copied):
     cases = [{"image": "/somewhere/a.nii.gz", "label": "b.nii.gz", "case_id": "tiny_004"}]
-    path = copied / "configs/train.json"
-    source = json.loads(path.read_text())
-    for part in ("train", "validate"):
-        source[part]["dataset"]["data"] = cases
+    source = json.loads((copied / "configs/train.json").read_text())
     loader = {"_target_": "CheckpointLoader", "load_path": "/somewhere/model.pt"}
     source["train"]["handlers"].insert(0, loader)
+    source["validate"]["dataset"]["data"] = cases
     source["data_module"]["split"]["exclude"] = ["case_7"]
-    source["learning_rate"] = 0.25
-    path.write_text(json.dumps(source))
-    out = copied.parent / "o"
+    changes = {key: source[key] for key in ("train", "validate", "data_module")}
+    change_json(copied / "configs/train.json", learning_rate=0.25, **changes)
+    (copied / "docs/README.md").write_text(f"Worst: tiny_004, in {copied}")
+    (out := copied.parent / "o").mkdir()  # an empty one is taken
     assert main([str(copied), "--formats", "torchscript", "--output", str(out)]) == 0
+    assert "tiny_004" not in (out / "docs/README.md").read_text()
     found = json.loads((out / "configs/train.json").read_text())
     template = json.loads((REPOSITORY / "configs/amp.json").read_text())
-    for part in ("train", "validate"):
-        assert found[part]["dataset"]["data"] == template[part]["dataset"]["data"]
-        assert found[part]["handlers"] == template[part]["handlers"]
-    assert found["data_module"]["split"]["exclude"] == "@exclude"
+    assert {key: found[key] for key in changes} == {key: template[key] for key in changes}
     assert found["learning_rate"] == 0.25
 
 
@@ -370,64 +323,21 @@ def test_value_is_safe_without_a_place_and_without_a_case():
     assert [value for value in safe if not is_safe(value)] == []
 
 
-# code under another name
-
-
-def test_modules_are_renamed_where_they_are_named():
-    renamed = '''"""Of `+pipeline.errors`."""
-from +pipeline import errors
-from +pipeline.errors import (
-    InputError,
-)
-import +pipeline.errors as e
-from monai.transforms import Compose
-from +transforms.preprocess import preprocessing
-A = {"+pipeline.errors": "InputError"}
-B = "python -m pipeline.run", "monai.transforms.Compose", "+networks.dense_unet.DenseUNet"
+def test_only_modules_are_renamed():
+    renamed = """from +pipeline import errors
+from +pipeline.errors import InputError
+A = {"+pipeline.errors": "InputError"}, "+networks.dense_unet.DenseUNet"
+B = "python -m pipeline.run", "monai.transforms.Compose"
 def f(transforms): return transforms.append(1), self.transforms.preprocess
-'''
+"""
     modules = ["pipeline", "pipeline.errors", "transforms.preprocess", "networks.dense_unet"]
     source, expected = renamed.replace("+", ""), renamed.replace("+", "p_1.")
     assert rename_modules(source, "p_1", modules) == expected
 
 
-def test_modules_are_found_through_functions_and_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.bundle.package.ROOT", tmp_path)
-
-    def write(name: str, text: str = "") -> None:
-        path = tmp_path / f"{name.replace('.', '/')}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    for name in ("pipeline.__init__", "transforms.__init__", "pipeline.unused", "pipeline.d"):
-        write(name)
-    write("pipeline.a", "def f():\n    from pipeline import b\n")
-    write("pipeline.b", "import transforms.c as c\nSAID = 'pipeline.unused'\n")
-    write("transforms.c", "from pipeline.d import x\n")
-    found = find_modules(["pipeline.a.A", "monai.transforms.Compose"])
-    assert [*found] == [
-        "pipeline", "pipeline.a", "pipeline.b", "pipeline.d", "transforms", "transforms.c",
-    ]  # fmt: skip
-    facts = write_modules(tmp_path / "p", "p", found)
-    assert facts == {"num_modules": 4, "num_lines": 5}
-    assert (tmp_path / "p/transforms/c.py").read_text() == "from p.pipeline.d import x\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("Hippocampus", "hippocampus_1a2b3c4d"),
-        ("Task04 left-right", "task04_left_right_1a2b3c4d"),
-        ("2024", "bundle_2024_1a2b3c4d"),
-        ("…", "bundle_1a2b3c4d"),
-    ],
-)
-def test_package_name_is_an_identifier(name, expected):
-    assert make_package_name(name, "1a2b3c4d5e6f") == expected
-    assert expected.isidentifier()
-
-
-# what goes wrong
+def test_package_name_is_an_identifier():
+    for name, expected in {"Task04 left-right": "task04_left_right", "2024": "bundle_2024"}.items():
+        assert make_package_name(name, "1a2b3c4d5e6f") == f"{expected}_1a2b3c4d"
 
 
 @pytest.fixture
@@ -437,17 +347,7 @@ def copied(export, tmp_path) -> Path:
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Set values by `a__b` keys; `None` removes."""
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        *above, last = key.split("__")
-        node = content
-        for part in above:
-            node = node[part]
-        node[last] = value
-        if value is None:
-            del node[last]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_weights(run: Path, prefix: str = "", factor: float = 1.0) -> None:
@@ -457,35 +357,23 @@ def change_weights(run: Path, prefix: str = "", factor: float = 1.0) -> None:
 
 
 INFERENCE, METADATA = "configs/inference.json", "configs/metadata.json"
-SWAPPED = {"0": "background", "1": "bright", "2": "dim"}
-IMAGE, PRED = (f"network_data_format__{part}" for part in ("inputs__image", "outputs__pred"))
+AFTER = [{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]
 
 
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
         (lambda run: (run / "models/model.pt").unlink(),
-         "model.pt: expected the best network of the run, found none. Finish the run"),
+         "model.pt: expected the weights of "),
         (lambda run: change_weights(run, prefix="other."),
          "model.pt: expected the weights of this network, got: "),
-        (lambda run: change_weights(run, factor=torch.nan),
-         "expected finite weights, got NaN or infinity"),
         (lambda run: (run / INFERENCE).unlink(), "run_dir: expected the directory of a run, got "),
         (lambda run: (run / METADATA).write_text("["),
          "metadata.json: expected a config of the run, got: "),
-        (lambda run: change_json(run / METADATA, **{f"{IMAGE}__num_channels": 2}),
-         "metadata.json: network_data_format: expected 1 image channels and the"),
-        (lambda run: change_json(run / METADATA, **{f"{PRED}__channel_def": SWAPPED}),
-         "and the classes background, dim, bright, as the weights have it, got"),
-        (lambda run: change_json(run / INFERENCE, class_names=["background", "dim"]),
-         "class_names of one network, got: 3 classes of the weights. Correct"),
-        (lambda run: change_json(run / INFERENCE, network_def=None),
-         "expected network_def, in_channels, roi_size and"),
-        (lambda run: change_json(run / INFERENCE, network_def___target_="os.system"),
+        (lambda run: change_json(run / INFERENCE, network_def=None), "network_def: expected "),
+        (lambda run: change_json(run / INFERENCE, network_def={"_target_": "os.system"}),
          "network_def#_target_: expected a class or function of the list"),
-        (lambda run: change_json(
-            run / INFERENCE,
-            transforms_after=[{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]),
+        (lambda run: change_json(run / INFERENCE, transforms_after=AFTER),
          "inference.json: transforms_after: expected no path, got one."),
         (lambda run: shutil.copytree(run / "models", run.parent / "r_bundle"),
          "--output: expected an empty folder or none, and no zip of it, got "),
@@ -503,12 +391,6 @@ def test_bad_run_is_one_line_and_leaves_nothing(spoil, expected, copied, capsys)
     assert (files_in(copied.parent), sorted(copied.parent.iterdir())) == before
 
 
-def test_bad_command_is_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "r"), "--formats", "torchscrip"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("command line: argument --formats: invalid choice: 'torchscrip'")
-
-
 def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatch):
     def write(*_: Any) -> Any:
         raise RuntimeError(f"no such operator\n in {REPOSITORY}/networks/dense_unet.py")
@@ -518,10 +400,8 @@ def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatc
     assert main([str(copied), "--formats", "torchscript", "onnx", "--output", str(out)]) == 1
     captured = capsys.readouterr()
     assert captured.err == "onnx: not made: no such operator in dense_unet.py\n"
-    facts = json.loads((out / "export.json").read_text())
-    reason = "no such operator in dense_unet.py"
-    assert facts["formats"]["onnx"] == {"made": False, "reason": reason}
-    assert (out / "models/model.ts").is_file()
+    made = json.loads((out / "export.json").read_text())["formats"]
+    assert (made["torchscript"]["made"], made["onnx"]["made"]) == (True, False)
     assert not (out / "models/model.onnx").exists()
     assert Path(f"{out}.zip").is_file()
 
@@ -531,23 +411,15 @@ def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.bundle.package.shutil.make_archive", fail)
-    assert main([str(copied), "--formats", "torchscript"]) == 130
+    with pytest.raises(KeyboardInterrupt):
+        main([str(copied), "--formats", "torchscript"])
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 
 
-def test_empty_output_directory_is_taken_and_the_card_is_made_anew(copied, tmp_path):
-    (copied / "docs/README.md").write_text(f"Worst: tiny_004, in {copied}")
-    (out := tmp_path / "empty").mkdir()
-    assert main([str(copied), "--formats", "torchscript", "--output", str(out)]) == 0
-    assert "tiny_004" not in (out / "docs/README.md").read_text()
-
-
-def test_class_that_is_allowed_by_name_is_said_to_be_needed(copied, tmp_path, capsys):
-    change_json(
-        copied / "configs/train.json", loss_function={"_target_": "mypackage.losses.MyLoss"}
-    )
+def test_class_that_is_allowed_by_name_is_exported(copied, capsys):
+    loss = {"_target_": "mypackage.losses.MyLoss"}
+    change_json(copied / "configs/train.json", loss_function=loss)
     words = [str(copied), "--formats", "torchscript"]
     assert main(words) == 2
     assert "loss_function#_target_" in capsys.readouterr().err
     assert main([*words, "--allow", "mypackage.losses.MyLoss"]) == 0
-    assert "Needed from elsewhere: mypackage.losses.MyLoss" in capsys.readouterr().out

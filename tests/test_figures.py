@@ -5,6 +5,7 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import ImageColor
 from scipy import ndimage
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,8 +15,8 @@ from pipeline.reporting.run_files import read_curves
 
 def largest_white(picture: np.ndarray) -> tuple[slice, slice]:
     """Rows and columns of the largest white thing; letters are smaller."""
-    found, count = ndimage.label((picture > 200).all(axis=2))
-    sizes = ndimage.sum_labels(found > 0, found, range(1, count + 1))
+    found, _ = ndimage.label((picture > 200).all(axis=2))
+    sizes = np.bincount(found.ravel())[1:]
     return ndimage.find_objects(found)[int(np.argmax(sizes))]
 
 
@@ -46,10 +47,7 @@ def write(tmp_path, name: str, ras: np.ndarray, spacing=(1, 1, 1), axes: str = "
     return path
 
 
-# --- pictures
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA"])
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR"])
 def test_plane_shows_right_anterior_superior_at_the_upper_left(tmp_path, axes):
     image, label = np.zeros((40, 36, 30), np.int16), np.zeros((40, 36, 30), np.uint8)
     image[30:38, 26:34, 20:28] = 100  # right, anterior, superior
@@ -82,41 +80,29 @@ def test_plane_is_to_scale_in_mm(tmp_path):
         assert width / height == pytest.approx(expected, rel=0.06)  # a pixel or two
 
 
-def test_plane_tints_what_differs_also_where_only_the_class_does():
+def test_plane_outlines_both_and_tints_what_differs_also_where_only_the_class_does():
     label = np.zeros((30, 30, 30), int)
     label[5:15, 5:15, 5:15], label[16:26, 5:15, 5:15] = 1, 2
     swapped = np.choose(label, [0, 2, 1])
     assert tinted(draw_plane(volumes(label, label))) == 0
     assert tinted(draw_plane(volumes(label, swapped))) > 5_000
     half = label * (np.arange(30) > 9)[:, None, None]
-    assert tinted(draw_plane(volumes(label, half))) > 1_000
+    picture = draw_plane(volumes(label, half))
+    assert tinted(picture) > 1_000
+    for colour in (case_images.LABEL, case_images.PREDICTION):
+        assert (picture == ImageColor.getrgb(colour)).all(axis=2).sum() > 100
 
 
-def test_case_has_no_prediction_where_the_label_is_ignored(tmp_path):
+def test_case_has_no_prediction_where_the_label_is_ignored_and_none_on_another_grid(tmp_path):
     label = np.zeros((6, 5, 4), np.uint8)
     label[0], label[1] = 255, 1
     paths = {key: write(tmp_path, key, label) for key in ("image", "label")}
-    paths["pred"] = write(tmp_path, "pred", np.ones_like(label))
-    case = case_images.read_case(paths, 255)
-    assert case.label[:2].max(axis=(1, 2)).tolist() == [0, 1]
-    assert case.pred[:2].max(axis=(1, 2)).tolist() == [0, 1]
-
-
-def test_case_is_refused_when_its_prediction_is_on_another_grid(tmp_path):
-    zeros = np.zeros((8, 8, 8), np.uint8)
-    paths = {key: write(tmp_path, key, zeros) for key in ("image", "label")}
-    paths["pred"] = write(tmp_path, "pred", zeros, (1, 1, 2))
+    case = case_images.read_case({**paths, "pred": write(tmp_path, "pred", label**0)}, 255)
+    for voxels in (case.label, case.pred):
+        assert voxels[:2].max(axis=(1, 2)).tolist() == [0, 1]
+    paths["pred"] = write(tmp_path, "pred", label, (1, 1, 2))
     with pytest.raises(ValueError, match="expected pred and image on one grid"):
         case_images.read_case(paths)
-
-
-def test_plane_outlines_label_and_prediction_in_their_colours():
-    label, pred = np.zeros((2, 30, 30, 30), int)
-    label[5:15, 5:15, 5:15], pred[5:15, 10:25, 5:15] = 1, 1
-    picture = draw_plane(volumes(label, pred))
-    for colour in (case_images.LABEL, case_images.PREDICTION):
-        wanted = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
-        assert (picture == wanted).all(axis=2).sum() > 100
 
 
 def test_case_has_the_first_of_its_channels(tmp_path):
@@ -130,13 +116,11 @@ def test_case_has_the_first_of_its_channels(tmp_path):
         np.testing.assert_array_equal(case.image, first)
 
 
-# --- plots
-
-
 def test_curves_are_those_of_the_event_files_without_what_was_lost(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(1, 7):
             writer.add_scalar("train/loss", step, step)
+    next(tmp_path.iterdir()).rename(tmp_path / "events.out.tfevents.0.first")
     with SummaryWriter(str(tmp_path), purge_step=4) as writer:  # as after a resume
         writer.add_scalar("train/loss", 40, 4)
     curve = read_curves(tmp_path)["train/loss"]
@@ -151,7 +135,6 @@ def test_loss_leaves_out_what_is_not_finite():
     logged, smooth, skipped = ax.lines
     assert len(logged.get_xdata()) == 199
     assert np.isfinite(smooth.get_ydata()).all()
-    assert np.ptp(np.diff(smooth.get_ydata())) < np.ptp(np.diff(logged.get_ydata()))
     assert skipped.get_xdata().tolist() == [50]
 
 
@@ -167,7 +150,7 @@ def test_boxes_are_the_quartiles_of_what_is_defined():
 
 
 def test_long_curves_are_small_files():
-    steps = np.arange(100_000)
-    noise = np.random.default_rng(0).normal(size=len(steps))
-    figure = figures.plot_loss({"train/loss": np.column_stack([steps, noise])}, steps.tolist())
+    points = np.random.default_rng(0).normal(size=(100_000, 2))
+    points[:, 0] = np.arange(len(points))
+    figure = figures.plot_loss({"train/loss": points}, range(len(points)))
     assert len(figures.to_svg(figure, "x")) < 100_000

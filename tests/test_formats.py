@@ -37,7 +37,6 @@ def made(tmp_path_factory) -> dict[str, Any]:
     found = {name: maker.export(name, folder) for name in FORMATS}
     return {
         "folder": folder,
-        "maker": maker,
         "facts": {name: facts for name, (facts, _) in found.items()},
         "networks": {name: network for name, (_, network) in found.items()},
     }
@@ -55,11 +54,10 @@ def test_format_gives_the_networks_logits_for_other_sizes_and_batches(made, name
 
 
 def test_formats_are_compared_on_three_sizes_and_batches(made):
-    assert "multiples of 4, 4, 2" in made["facts"]["torch_export"]["constraint"]
-    shapes = made["facts"]["onnx"]["shapes"]
-    assert len({tuple(shape[2:]) for shape in shapes}) == 3
-    assert len({shape[0] for shape in shapes}) == 3
-    assert [16, 16, 8] in [shape[2:] for shape in shapes]
+    assert made["facts"]["torch_export"]["multiples"] == (4, 4, 2)
+    batches, _, *sizes = zip(*made["facts"]["onnx"]["shapes"], strict=True)
+    assert len({*batches}) == len({*zip(*sizes, strict=True)}) == 3
+    assert (16, 16, 8) in zip(*sizes, strict=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -76,9 +74,7 @@ def test_file_names_no_place_of_this_machine(made, name):
 
 def test_torchscript_embeds_metadata_and_configs(made):
     path = str(made["folder"] / "model.ts")
-    parser = load_bundle_config(path, "inference.json")
-    assert parser["_meta_"]["name"] == "a"
-    assert parser["overlap"] == 0.5
+    assert load_bundle_config(path, "inference.json")["overlap"] == 0.5
     _, metadata, extra = load_net_with_metadata(path, more_extra_files=["inference.json"])
     assert metadata == EMBEDDED["metadata.json"]  # no time, no versions of its own
     assert json.loads(extra["inference.json"]) == EMBEDDED["inference.json"]
@@ -110,34 +106,29 @@ class Unscriptable(torch.nn.Module):
         return torch.cat([image, 2 * image], dim=1)
 
 
-def test_torchscript_is_traced_where_it_cannot_be_scripted(tmp_path):
-    exporter = NetworkExporter(Unscriptable(), 1, [4, 4, 4], {})
-    facts, network = exporter.export("torchscript", tmp_path)
-    assert facts["method"] == "trace"
-    assert network(torch.ones(1, 1, 2, 2, 2)).shape == (1, 2, 2, 2, 2)
-
-
-class Frozen(Unscriptable):
-    """What a trace takes for a constant: the size of what it saw."""
+class Frozen(torch.nn.Module):
+    """A trace takes the size of what it saw for a constant."""
 
     def forward(self, image: torch.Tensor, **options: Any) -> torch.Tensor:
         return image + torch.arange(int(image.shape[0])).max()
 
 
-def test_trace_that_is_good_for_one_size_only_is_refused_and_removed(tmp_path):
+def test_torchscript_is_traced_where_it_cannot_be_scripted(tmp_path):
+    exporter = NetworkExporter(Unscriptable(), 1, [4, 4, 4], {})
+    facts, network = exporter.export("torchscript", tmp_path)
+    assert facts["method"] == "trace"
+    assert network(torch.ones(1, 1, 2, 2, 2)).shape == (1, 2, 2, 2, 2)
     facts, network = NetworkExporter(Frozen(), 1, [4, 4, 4], {}).export("torchscript", tmp_path)
-    assert network is None
-    assert facts["made"] is False
-    assert "expected logits within 0.001" in facts["reason"]
+    assert (network, facts["made"]) == (None, False)  # the trace is good for one size only
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda logits: logits + 0.002, "difference of 0.002"),
-        (lambda logits: logits * float("nan"), "difference of nan"),
-        (lambda logits: logits[:, :1], "expected logits [1, 3, 16, 16, 8], got [1, 1, 16, 16, 8]"),
+        (lambda logits: logits + 0.002, "difference: 0.002"),
+        (lambda logits: logits * float("nan"), "difference: nan"),
+        (lambda logits: logits[:, :1], "shape"),
     ],
 )
 def test_other_logits_are_refused(change, expected, tmp_path, monkeypatch):

@@ -45,15 +45,10 @@ def test_notebooks_run_and_show_every_figure(
     finished_run: Path, dataset: Path, tmp_path, monkeypatch
 ):
     """One after the other in one kernel, since most of their time goes by with imports."""
-    for key, value in {
-        "RUN_DIR": finished_run,
-        "DATASET_DIR": dataset,
-        "CACHE_DIR": tmp_path / "cache",
-        "IPYTHONDIR": tmp_path / "ipython",
-        "JUPYTER_RUNTIME_DIR": tmp_path / "runtime",
-        "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": REPOSITORY,
-    }.items():
+    places = {"RUN_DIR": finished_run, "DATASET_DIR": dataset, "PYTHONPATH": REPOSITORY}
+    for key in ("CACHE_DIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        places[key] = tmp_path / key
+    for key, value in places.items():
         monkeypatch.setenv(key, str(value))
     together, cells_of = nbformat.v4.new_notebook(), {}
     for name in NAMES:

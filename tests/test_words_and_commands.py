@@ -171,8 +171,8 @@ def test_normalization_as_it_is_documented(command, train, dataset, tmp_path, ch
 def test_prediction_says_what_to_type(command):
     status, told = command("predict", "runs/there")
     assert status == 2
-    assert told.startswith("command line: expected a run, ")
-    assert "usage: python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR" in told
+    assert "arguments are required: INPUT, OUTPUT_DIR. usage: " in told
+    assert "python -m pipeline predict [-h] RUN_DIR INPUT OUTPUT_DIR" in told
     status, told = command("predict", "--help")
     assert (status, "RUN_DIR INPUT OUTPUT_DIR" in told) == (0, True)
 

@@ -1,10 +1,9 @@
-"""Metadata and inference config of a run directory, which is a MONAI bundle."""
+"""Makes metadata and inference config of a run directory, which is a MONAI bundle."""
 
 from __future__ import annotations
 
 import contextlib
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,14 +18,14 @@ from pipeline.data.plan import Plan
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"networks.dense_unet.DenseUNet": "Dense U-Net"}
-# DICOM's name of a modality, and what datasets call it
+# DICOM's name of a modality, and the names that datasets use
 MODALITIES = {
     "CT": "CT CTA CBCT",
     "MR": "MR MRI T1 T1N T1W T1C T1CE T1GD T2 T2W T2F FLAIR T2FLAIR ADC DWI SWI PD PDW",
     "PT": "PT PET",
     "US": "US ULTRASOUND",
 }
-SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # nnU-Net's channel names, too
+SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # channel names of nnU-Net
 
 
 def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:
@@ -36,38 +35,30 @@ def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> 
     """
     metadata = deepcopy(template)
     packages = metadata["required_packages_version"]
-    for name in packages:
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+            packages[package] = version(package)
     network = source["network_def"]["_target_"]
-    short = NETWORKS.get(network, network.rpartition(".")[2])
-    kind = "3D U-Net with a dense bottleneck" if network in NETWORKS else short
+    name = NETWORKS.get(network, network.rpartition(".")[2])
     classes = ", ".join(plan.class_names[1:])
     metadata |= {
         "changelog": {metadata["version"]: f"Trained on {cases.name}"},
-        "name": f"{short}, {cases.name}",
+        "name": f"{name}, {cases.name}",
         "monai_version": monai.__version__,
         "pytorch_version": torch.__version__.split("+")[0],
         "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
         "task": f"Segmentation of {classes}",
-        "description": f"A {kind}, trained on {cases.name} to segment {classes}.",
+        "description": f"A {name}, trained on {cases.name} to segment {classes}.",
         "data_source": cases.description.get("reference", cases.name).lstrip("$@%"),
         "data_license": cases.description.get("licence", "not stated by the dataset").lstrip("$@%"),
     }
-    _describe_tensors(metadata["network_data_format"], source, cases, plan)
-    return metadata
-
-
-def _describe_tensors(data_format: Config, source: Config, cases: Cases, plan: Plan) -> None:
-    """State the network's input and output."""
-    image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
+    tensors = metadata["network_data_format"]
+    image, pred = tensors["inputs"]["image"], tensors["outputs"]["pred"]
     names = cases.channel_names or ["image"] * plan.in_channels
     image |= {
         "spatial_shape": list(plan.roi_size),
         "modality": modality_of(cases.channel_names),
         "num_channels": plan.in_channels,
-        "value_range": _value_range(source, plan),
         "channel_def": {str(n): name for n, name in enumerate(names)},
     }
     pred |= {
@@ -75,6 +66,7 @@ def _describe_tensors(data_format: Config, source: Config, cases: Cases, plan: P
         "num_channels": len(plan.class_names),
         "channel_def": {str(n): name for n, name in enumerate(plan.class_names)},
     }
+    return metadata
 
 
 def modality_of(channel_names: Sequence[str] | None) -> str:
@@ -84,33 +76,13 @@ def modality_of(channel_names: Sequence[str] | None) -> str:
     return ", ".join(dict.fromkeys(codes.get(n.upper(), n) for n in declared)) or "n/a"
 
 
-def _value_range(source: Config, plan: Plan) -> list[float]:
-    """Return the range of the network's input; empty, as the specification says, if unknown.
-
-    It is known if all channels are clipped. Windows that extend beyond a volume contain zeros.
-    """
-    steps = source["preprocessing"]
-    is_last = not source["transforms_after"] and steps.get("after") == "@transforms_after"
-    given = plan.normalization
-    channels = [given] if isinstance(given, str | Mapping) else given
-    clipped = [one for one in channels if isinstance(one, Mapping)]
-    is_planned = steps.get("normalization") == "$@plan.normalization"
-    if not (is_last and is_planned and len(clipped) == len(channels)):
-        return []
-    ends = [(end - one["mean"]) / one["std"] for one in clipped for end in one["clip"]]
-    return [min(0.0, *ends), max(0.0, *ends)]
-
-
 def run_inference_config(
     template: Config, source: Config, cases: Cases, plan: Plan, trained_on: Config | None
 ) -> Config:
     """Return `configs/inference.json` of a run: the repository's, with the run's own values.
 
-    Args:
-        template: The repository's inference config.
-        source: The run's config; its values, and those of the plan, are taken for known keys.
-        cases: The run's dataset.
-        trained_on: Ranges of the training images, to warn of others.
+    Values of the run's config `source` and of its plan are taken for known keys; `trained_on` has
+    the ranges of the training images, to warn of others.
     """
     own = ("initialize", "run", "finalize", "device", "output_dir", "dataset_dir", "plan", "cases")
     values = {**source, **plan.as_dict()}

@@ -1,9 +1,8 @@
 """Exports a run as a bundle that predicts and evaluates without this repository.
 
 The modules that prediction and evaluation need are copied to a package that no other bundle has, so
-that two bundles can be used in one process. `train.json` and `evaluate.json` need this package.
-Nothing of the data or of the machine leaves: a config is the repository's template with those
-values of the run that are known and safe; paths and lists of cases are never taken.
+that two bundles can be used in one process. A config is the repository's template with those values
+of the run that are known and have no path in them, so that nothing of data or machine leaves.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ import ast
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,35 +24,33 @@ from safetensors.torch import save_file
 from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
 from pipeline.bundle.metadata import TEMPLATES
 from pipeline.config import allowed, old_names
-from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
-from pipeline.errors import InputError, innermost
-from pipeline.prediction.predictor import load_weights, read_inference_config
+from pipeline.errors import InputError
+from pipeline.prediction.predictor import Predictor, read_inference_config
 
 ROOT = TEMPLATES.parent
 ROOTS = ("pipeline", "transforms", "networks")
+OVERLAY = Path(__file__).with_name("evaluate_files.json")
 TARGET = r'_target_": "([^"]+)"'
-PACKED = ("inference.json", "evaluate_files.json")  # configs whose code the bundle has
-STATED_SIZES = ("inputs#image#num_channels", "outputs#pred#channel_def")  # by the metadata
-STATED_LIBRARIES = ("torch", "monai", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime")
-# keys, of a config or of its parts, that hold paths, cases or what depends on them
+PACKED = ("inference.json", "evaluate_files.json")  # the bundle has the code of these configs
+# These keys, of a config or of its parts, hold paths, cases or values that depend on them.
 PRIVATE = {
     "bundle_root", "dataset_dir", "output_dir", "cache_dir", "data_roots", "exclude", "split_file",
     "group_pattern", "init_weights", "reinit_head", "input", "ensemble", "weights", "data",
     "case_id",
 }  # fmt: skip
-# parts of a training config in which a client may have put paths; the template has others
-TRAIN_PARTS = ("data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring")
+# A client may have put paths into these parts of a training config: the template's are taken then.
+TRAIN_PARTS = {"data_module", "lifecycle", "cases", "cache", "train", "validate", "scoring"}
 PATH_IN_TEXT = re.compile(r"""(?:^|[\s'"=(,])(?:~|\.\.?)?[\\/]|[A-Za-z]:[\\/](?!/)""")
 INIT = '"""Code for prediction and evaluation; the bundle\'s root must be on `sys.path`."""\n'
 
 
 class TrainedRun(NamedTuple):
-    """A run whose configs, metadata and best weights agree."""
+    """It holds a run directory, its configs by file name, and its best network on the CPU."""
 
     directory: Path
-    configs: dict[str, Config]  # by file name
-    network: torch.nn.Module  # with the best weights, on the CPU
+    configs: dict[str, Config]
+    network: torch.nn.Module
 
 
 def export_run(
@@ -79,11 +73,10 @@ def export_run(
         The content of `export.json`.
 
     Raises:
-        InputError: If the run has no best network or contradicts itself, or a setting that the
-            bundle needs has a path in it, or there are files at `output`.
+        InputError: If the run has no best network or a path in its settings, or `output` is used.
         OSError: If it cannot be written.
     """
-    run = load_trained_run(run_dir, allow)
+    run = _load_run(run_dir, allow)
     zipped = Path(f"{output}.zip")
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free or zipped.exists():
@@ -92,41 +85,24 @@ def export_run(
             f"{zipped if is_free else output}. Choose another, or remove it."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        bundle = Path(folder, output.name)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        bundle = Path(temporary, output.name)
         facts = _write_bundle(bundle, run, render_card, formats)
-        archive = shutil.make_archive(f"{folder}/zip", "zip", folder, bundle.name)
+        archive = shutil.make_archive(f"{temporary}/zip", "zip", temporary, bundle.name)
         os.replace(bundle, output)
         os.replace(archive, zipped)
     return facts
 
 
-def load_trained_run(directory: Path, allow: Collection[str] = ()) -> TrainedRun:
-    """Read a run directory, and check that its files agree; see `export_run`."""
-    folder = directory / "configs"
+def _load_run(directory: Path, allow: Sequence[str]) -> TrainedRun:
     sources = {"inference.json": read_inference_config(directory)}
-    sources |= {name: _read_config(folder / name) for name in ("train.json", "metadata.json")}
+    for name in ("train.json", "metadata.json"):
+        sources[name] = _read_config(directory / "configs" / name)
     configs = {name: old_names.translate(source) for name, source in sources.items()}
-    inference = configs["inference.json"]
-    for name in ("train.json", "inference.json"):
-        allowed.check_names(configs[name], allow)
-    weights = directory / "models" / "model.pt"
-    if not weights.is_file():
-        raise InputError(
-            f"{weights}: expected the best network of the run, found none. Finish the run, or "
-            "name one that has it."
-        )
-    network = _load_network(inference, weights, folder / "inference.json")
-    in_channels, class_names = inference["in_channels"], inference["class_names"]
-    metadata = Parser(configs["metadata.json"])
-    stated = [metadata.get(f"network_data_format#{key}") for key in STATED_SIZES]
-    if stated != [in_channels, {str(n): name for n, name in enumerate(class_names)}]:
-        raise InputError(
-            f"{folder / 'metadata.json'}: network_data_format: expected {in_channels} image "
-            f"channels and the classes {', '.join(class_names)}, as the weights have it, got "
-            "others. Correct it."
-        )
-    return TrainedRun(directory, configs, network)
+    allowed.check_names(configs["train.json"], allow)
+    best = {"weights": "models/model.pt", "device": "cpu", "memory_format": "contiguous"}
+    predictor = Predictor(directory, allow=allow, ensemble=[], **best)
+    return TrainedRun(directory, configs, predictor.segmenter.networks[0])
 
 
 def _read_config(path: Path) -> Config:
@@ -138,30 +114,6 @@ def _read_config(path: Path) -> Config:
         ) from None
 
 
-def _load_network(inference: Config, weights: Path, where: Path) -> torch.nn.Module:
-    """Load the network, and check that the config states its channels, size and classes."""
-    try:
-        parser = Parser({**inference, "device": "cpu", "amp": False})
-        network = parser.get_parsed_content("network_def").eval()
-        load_weights(network, weights)
-        with torch.no_grad():
-            logits = network(torch.zeros(1, inference["in_channels"], *inference["roi_size"]))
-        if logits.shape[1] != len(inference["class_names"]):
-            raise ValueError(f"{logits.shape[1]} classes of the weights")
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        if isinstance(cause := innermost(error), InputError):
-            raise cause from error
-        raise InputError(
-            f"{where}: expected network_def, in_channels, roi_size and class_names of one network, "
-            f"got: {' '.join(str(cause).split())[:200]}. Correct it."
-        ) from error
-    if not all(torch.isfinite(one).all() for one in network.state_dict().values()):
-        raise InputError(
-            f"{weights}: expected finite weights, got NaN or infinity. Train it again."
-        )
-    return network
-
-
 def _write_bundle(
     bundle: Path, run: TrainedRun, render_card: Callable[[Path, str], str], formats: Sequence[str]
 ) -> ExportFacts:
@@ -169,18 +121,16 @@ def _write_bundle(
     models = bundle / "models"
     for folder in (models, bundle / "configs", bundle / "docs"):
         folder.mkdir(parents=True)
-    weights = _write_weights(models, run.network)
-    package = make_package_name(run.directory.name, weights["sha256"])
+    digest = _write_weights(models, run.network)
+    package = make_package_name(run.directory.name, digest)
     configs = select_configs(run, package)
-    names = {name: re.findall(TARGET, json.dumps(config)) for name, config in configs.items()}
-    packed = [target for name in PACKED for target in names[name]]
-    modules = find_modules(["pipeline.prediction.predictor", *packed])
-    code = {"package": package, **write_modules(bundle / package, package, modules)}
-    for name in PACKED:
-        configs[name] = json.loads(rename_modules(json.dumps(configs[name]), package, modules))
-    unlisted = {n for found in names.values() for n in found if not allowed.is_allowed(n)}
-    if foreign := sorted(n for n in unlisted if n.split(".")[0] not in ROOTS):
-        code["not_packed"] = foreign
+    texts = {name: json.dumps(configs[name]) for name in PACKED}
+    targets = re.findall(TARGET, "".join(texts.values()))
+    modules = find_modules(["pipeline.prediction.predictor", *targets])
+    num_modules = write_modules(bundle / package, package, modules)
+    code = {"package": package, "num_modules": num_modules}
+    for name, text in texts.items():
+        configs[name] = json.loads(rename_modules(text, package, modules))
     for name, config in configs.items():
         path = bundle / ("" if name == "plan.json" else "configs") / name
         path.write_text(json.dumps(config, indent=2) + "\n")
@@ -190,40 +140,26 @@ def _write_bundle(
     del configs["plan.json"]
     in_channels, roi_size = (configs["inference.json"][key] for key in ("in_channels", "roi_size"))
     exporter = NetworkExporter(run.network, in_channels, roi_size, embedded=configs)
-    libraries = {name: version(name) for name in STATED_LIBRARIES if find_spec(name)}
-    facts = {
-        "code": code,
-        "weights": weights,
-        "formats": {name: exporter.export(name, models)[0] for name in formats},
-        "versions": {"python": platform.python_version(), **libraries},
-    }
+    made = {name: exporter.export(name, models)[0] for name in formats}
+    facts = {"code": code, "weights": {"sha256": digest}, "formats": made}
     (bundle / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 
-def _write_weights(folder: Path, network: torch.nn.Module) -> ExportFacts:
-    """Write `model.pt`, a plain state dict, and the same tensors as `model.safetensors`."""
+def _write_weights(folder: Path, network: torch.nn.Module) -> str:
+    """Write `model.pt`, a plain state dict, and `model.safetensors`; return the latter's hash."""
     state = {name: one.detach().contiguous().clone() for name, one in network.state_dict().items()}
-    plain, safe = folder / "model.pt", folder / "model.safetensors"
-    torch.save(state, plain)
-    save_file(state, safe, {"format": "pt"})
-    digest = hashlib.sha256(safe.read_bytes()).hexdigest()
-    return {"sha256": digest, "bytes": {file.name: file.stat().st_size for file in (plain, safe)}}
+    torch.save(state, folder / "model.pt")
+    save_file(state, safe := folder / "model.safetensors", {"format": "pt"})
+    return hashlib.sha256(safe.read_bytes()).hexdigest()
 
 
 def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
-    """Return the configs of a bundle by file name, made from the repository's templates.
-
-    Raises:
-        InputError: One line for each setting of the run that the bundle needs and that has a path
-            in it.
-    """
-    own, source = Path(__file__).with_name, run.configs
-    files = [TEMPLATES / f"{name}.json" for name in ("amp", "inference", "evaluate")]
-    files += [own("evaluate_files.json"), own("metadata_schema.json")]
-    amp, inference, evaluate, overlay, schema = (json.loads(file.read_text()) for file in files)
+    """Return the configs of a bundle by file name, made from the repository's templates."""
+    names, source = ("amp", "inference", "evaluate", "metadata"), run.configs
+    files = [*(TEMPLATES / f"{name}.json" for name in names), OVERLAY]
+    amp, inference, evaluate, metadata, overlay = (json.loads(f.read_text()) for f in files)
     optional = {"process_group": None} if "process_group" in source["train.json"] else {}
-    metadata = {k: v for k, v in source["metadata.json"].items() if k in schema["properties"]}
     path = run.directory / "plan.json"
     plan = _read_config(path) if path.is_file() else {}  # runs of older versions have none
     overlay["evaluator#key_val_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
@@ -246,36 +182,22 @@ def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
 
 
 def _select(template: Config, source: Config, name: str) -> Config:
-    """Return the template with the values of a run's config that are known and safe."""
-    found, faults = dict(template), []
-    for key in template.keys() & source.keys() - PRIVATE - {"device"}:
-        if name == "train.json" and key in TRAIN_PARTS:
-            found[key] = _select_part(source[key], template[key])
-        elif is_safe(source[key]):
-            found[key] = source[key]
-        else:
-            faults.append(f"{name}: {key}: expected no path, got one. Take it out.")
-    if faults:
-        raise InputError(*sorted(faults))
-    return found
+    """Return the template with the values of a run's config that are known and safe.
 
-
-def _select_part(value: Any, default: Any) -> Any:
-    """Return a part of a training config, with the template's values for what is not safe."""
-    if is_safe(value):
-        return value
-    if not (isinstance(value, dict) and isinstance(default, dict)):
-        return default
-    return {
-        key: default.get(key, f"@{key}")
-        if key in PRIVATE
-        else _select_part(child, default.get(key))
-        for key, child in value.items()
-    }
+    Raises:
+        InputError: One line for each setting that has a path in it and no substitute.
+    """
+    known = template.keys() & source.keys() - PRIVATE - {"device"}
+    safe = {key for key in known if is_safe(source[key])}
+    if unsafe := sorted(known - safe - TRAIN_PARTS):
+        raise InputError(
+            *(f"{name}: {key}: expected no path, got one. Take it out." for key in unsafe)
+        )
+    return template | {key: source[key] for key in safe}
 
 
 def is_safe(value: Any) -> bool:
-    """Whether a value of a config has neither a path in it nor a private key with a value."""
+    """Return whether a value of a config has neither a path nor a private key with a value."""
     if isinstance(value, dict):
         are_references = (str(value[key]).startswith(("@", "$")) for key in value.keys() & PRIVATE)
         return all(are_references) and all(map(is_safe, value.values()))
@@ -305,7 +227,7 @@ def find_modules(names: Iterable[str]) -> dict[str, Path]:
     waiting = list(names)
     while waiting:
         module = waiting.pop()
-        while module and module not in files:  # a class, a function, or another package
+        while module and module not in files:  # it is a class, a function, or another package
             module = module.rpartition(".")[0]
         if not module or module in found:
             continue
@@ -320,22 +242,19 @@ def find_modules(names: Iterable[str]) -> dict[str, Path]:
 
 
 def rename_modules(text: str, package: str, modules: Iterable[str]) -> str:
-    """Put `package.` before the names of its modules, and of what is in them, in a text."""
+    """Put `package.` before names of its modules, and of their members, in a text."""
     packed = "|".join(re.escape(name) for name in modules if "." in name)
     from_root = rf"(?<=from )(?:{'|'.join(ROOTS)}) import "
-    # what follows a dot or a slash is of another package, or an attribute
+    # a name after a dot or a slash is of another package, or an attribute
     return re.sub(rf"(?<![\w./])(?=(?:{packed})\b|{from_root})", f"{package}.", text)
 
 
-def write_modules(folder: Path, package: str, modules: Mapping[str, Path]) -> ExportFacts:
-    """Write modules as a package; return their number, `__init__` apart, and that of lines."""
+def write_modules(folder: Path, package: str, modules: Mapping[str, Path]) -> int:
+    """Write modules as a package; return their number, `__init__` apart."""
     folder.mkdir()
     (folder / "__init__.py").write_text(INIT)
-    sources = {file.relative_to(ROOT): file.read_text() for file in modules.values()}
-    for path, source in sources.items():
-        target = folder / path
+    for file in modules.values():
+        target = folder / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(rename_modules(source, package, modules))
-    num_lines = sum(source.count("\n") for source in sources.values())
-    num_modules = sum(path.name != "__init__.py" for path in sources)
-    return {"num_modules": num_modules, "num_lines": num_lines}
+        target.write_text(rename_modules(file.read_text(), package, modules))
+    return sum(file.name != "__init__.py" for file in modules.values())

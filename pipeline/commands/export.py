@@ -1,9 +1,8 @@
 """Export a run as a MONAI bundle that predicts and evaluates without this repository.
 
-The folder gets configs, weights (also as safetensors), the formats, the model card and the packed
-code; a zip beside it gets the same. Each format is read back, and its logits for three random
-inputs are compared with the PyTorch network's; `export.json` has the figures. Paths and case ids
-are left out. `onnx` needs the packages of the extra `export`.
+The folder, and a zip beside it, gets configs, weights, the formats, the model card and the packed
+code, without paths and case ids. The logits of each format are compared with the network's;
+`export.json` has the figures. `onnx` needs the packages of the extra `export`.
 
 Exit status: 0 done, 1 a format could not be made (the rest is there), 2 a mistake in the input.
 """
@@ -11,7 +10,6 @@ Exit status: 0 done, 1 a format could not be made (the rest is there), 2 a mista
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,27 +38,17 @@ def _run(options: argparse.Namespace) -> int:
     allow, _ = allowed.split_allow([f"--allow={name}" for name in options.allow])
     run_dir = options.run_dir.absolute()
     output = options.output or run_dir.with_name(f"{run_dir.name}_bundle")
-    # a terminated process cleans up like an interrupted one
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         facts = export_run(run_dir, output, render_model_card, options.formats, allow)
     except OSError as error:
         expected = "--output: expected a folder that can be written"
         raise InputError(f"{expected}, got: {error}. Choose another.") from None
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     code, formats = facts["code"], facts["formats"]
-    print(f"Package {code['package']}: {code['num_modules']} modules, {code['num_lines']:,} lines")
+    print(f"Package {code['package']}: {code['num_modules']} modules")
     for name, of in formats.items():
         if of["made"]:
-            difference = of["max_abs_difference"]
-            print(f"{name}: {of['bytes']:,} bytes, logits differ by {difference:.1e} at most")
+            print(f"{name}: {of['bytes']:,} bytes, logits differ by {of['max_abs_difference']:.1e}")
         else:
             print(f"{name}: not made: {of['reason']}", file=sys.stderr)
-    if "not_packed" in code:
-        print(f"Needed from elsewhere: {', '.join(code['not_packed'])}")
     print(f"Written: {output} and {output}.zip", flush=True)
     return 0 if all(of["made"] for of in formats.values()) else 1

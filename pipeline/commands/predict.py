@@ -16,25 +16,17 @@ from pipeline.commands.command import CommandParser, run_parsed
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Predict; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Predict, given the words after the command or this process's; return the exit status."""
     parser = CommandParser("predict", __doc__)
-    parser.usage = "python -m pipeline predict RUN_DIR INPUT OUTPUT_DIR [--key value ...]"
-    add, paths = parser.add_argument, "RUN_DIR INPUT OUTPUT_DIR"
-    what = "run or bundle; NIfTI file, DICOM series, or folder; folder of labels"
-    add("paths", nargs="*", metavar=paths, help=what)
-    keys = "keys of configs/inference.json"
-    add("options", nargs=argparse.REMAINDER, metavar="--key value ...", help=keys)
+    add, keys = parser.add_argument, "keys of configs/inference.json"
+    add("run_dir", metavar="RUN_DIR", help="run or bundle")
+    add("input", metavar="INPUT", help="NIfTI file, DICOM series, or folder of these")
+    add("output_dir", metavar="OUTPUT_DIR", help="folder for the label maps")
+    rest = add("options", nargs=argparse.REMAINDER, metavar="--key value ...", help=keys)
+    rest.required = False
 
     def predict(given: argparse.Namespace) -> int:
-        if len(given.paths) != 3:
-            expected = "expected a run, what to predict, and a folder for the labels"
-            parser.error(f"{expected}, got {len(given.paths)} words")
-        names = ("run_dir", "input", "output_dir")
-        words = [f"--{name}={path}" for name, path in zip(names, given.paths, strict=True)]
-        return run.main([str(run.LOGGING.with_name("inference.json")), *words, *given.options])
+        paths = [f"--{name}={getattr(given, name)}" for name in ("run_dir", "input", "output_dir")]
+        return run.main([str(run.LOGGING.with_name("inference.json")), *paths, *given.options])
 
     return run_parsed(parser, words, predict)

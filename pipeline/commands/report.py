@@ -1,8 +1,5 @@
 """Write the report of a run, `report/index.html` in its directory: one file that opens offline.
 
-It shows curves, scores of all cases, pictures of three of them, precision, plan, skipped steps, and
-the command that makes the run again.
-
 Exit status: 0 written, 1 it could not be written, 2 a mistake on the command line.
 """
 

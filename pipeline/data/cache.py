@@ -36,9 +36,8 @@ from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.content import HASHES, ContentHashes, map_threads, sha256_of
-from pipeline.data.issues import require, some
 from pipeline.data.plan import Plan
-from pipeline.errors import InputError, innermost
+from pipeline.errors import InputError, innermost, require, some
 from pipeline.files import replace_file
 from transforms import preprocess
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.issues import DatasetIssue, make_issue, refuse, require
+from pipeline.errors import DatasetIssue, make_issue, refuse, require
 from transforms.load import dicom_files
 
 Case = dict[str, Any]

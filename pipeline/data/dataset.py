@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, resolve_paths
-from pipeline.data.issues import refuse, require
 from pipeline.data.layouts import read_layout
 from pipeline.data.splits import GroupPattern, Split, split_by_file, split_by_hash
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, refuse, require
 from transforms.load import dicom_files
 
 

@@ -9,8 +9,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.cache import CachedCases
-from pipeline.data.issues import require
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,7 @@ from pipeline.data.cases import (
     resolve_paths,
     split_channel,
 )
-from pipeline.data.issues import DatasetIssue, make_issue, refuse, require, some
-from pipeline.errors import InputError, nearest
+from pipeline.errors import DatasetIssue, InputError, make_issue, nearest, refuse, require, some
 
 TABLES = ("cases.csv", "cases.json")
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))

@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 
 from pipeline.data.cases import Case, files_of
-from pipeline.data.issues import DatasetIssue, make_issue
+from pipeline.errors import DatasetIssue, make_issue
 from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.load import DicomError, read_geometry, read_series
 

@@ -8,9 +8,8 @@ import numpy as np
 from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import ENDINGS, case_name
-from pipeline.data.issues import require
 from pipeline.data.nifti import Header, VolumeError, read_header, read_voxels
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from transforms.grid import TOLERANCE_MM, align
 from transforms.preprocess import MAX_VALUE, round_labels
 

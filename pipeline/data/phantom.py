@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from pipeline.data.issues import require
+from pipeline.errors import require
 
 FloatArray = NDArray[np.float64]
 

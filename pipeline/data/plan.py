@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.dataset import Cases
-from pipeline.data.issues import require
 from pipeline.data.memory import RESERVE, TrainingStep, triples
 from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from transforms.augment import resolve_flip_axes
 
 AUTO = "auto"

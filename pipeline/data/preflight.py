@@ -16,7 +16,6 @@ from typing import Any
 from pipeline.data.cases import Case
 from pipeline.data.content import map_threads
 from pipeline.data.dataset import Cases
-from pipeline.data.issues import DatasetIssue, make_issue, refuse, some
 from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
 from pipeline.data.statistics import (
     CaseStatistics,
@@ -25,6 +24,7 @@ from pipeline.data.statistics import (
     make_fingerprint,
     measure_case,
 )
+from pipeline.errors import DatasetIssue, make_issue, refuse, some
 from transforms.load import DicomError
 
 SIDES = ("train", "validation", "test")

@@ -22,7 +22,7 @@ from pipeline import distributed
 from pipeline.data.cache import VolumeCache
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.device_cache import DeviceCache
-from pipeline.data.issues import require
+from pipeline.errors import require
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"

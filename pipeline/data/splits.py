@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case
-from pipeline.data.issues import DatasetIssue, refuse, require
 from pipeline.data.layouts import load_json
-from pipeline.errors import InputError, nearest
+from pipeline.errors import DatasetIssue, InputError, nearest, refuse, require
 
 GroupPattern = str | Callable[[str], str] | None
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.cases import case_name
-from pipeline.data.issues import some
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, some
 from pipeline.evaluation.statistics import Arm
 
 Key = tuple[str, str]  # case id, class

@@ -23,9 +23,8 @@ from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
 from pipeline.data.content import map_threads
-from pipeline.data.issues import some
 from pipeline.data.pairs import Pair, read_pair
-from pipeline.errors import InputError
+from pipeline.errors import InputError, some
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
 from pipeline.files import nan_to_none, replace_file

@@ -27,11 +27,10 @@ from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
 from pipeline.data.dataset import Cases
-from pipeline.data.issues import some
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
 from pipeline.distributed import DistributedSettings
-from pipeline.errors import InputError, TrainingStopped, as_bool, innermost, print_failure
+from pipeline.errors import InputError, TrainingStopped, as_bool, innermost, print_failure, some
 from pipeline.files import write_json
 from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
 from pipeline.lifecycle.run_directory import RunDirectory, explain_os_errors

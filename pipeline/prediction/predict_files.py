@@ -14,24 +14,24 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
 from pipeline.config.compose import require_unaltered
 from pipeline.config.keys import Config
 from pipeline.data.cases import Case, paths_of
-from pipeline.data.issues import some
 from pipeline.data.nifti import check_headers
-from pipeline.errors import InputError, as_bool, innermost
-from pipeline.files import make_directory
-from pipeline.prediction.nifti_output import is_prediction, save_like
+from pipeline.errors import InputError, as_bool, innermost, some
+from pipeline.files import make_directory, replace_file
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
-from pipeline.progress_bar import ProgressBar
+from transforms.load import read_geometry
 from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,14 @@ FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
 KINDS = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
+
+# fields of a NIfTI header that say where voxels are, beside `pixdim`
+GRID_FIELDS = [
+    "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units",
+]  # fmt: skip
+
+MARK = b"segmentation by mixed-precision-segmentation"  # in the description of predictions
 
 Outcomes = list[tuple[str, str | None]]  # case ids, and the reason if it was not predicted
 
@@ -116,8 +124,9 @@ class Prediction:
         """Predict cases; each is added to `done`, so that an interruption knows how far it came."""
         # the redirection replaces the console's handler, also one that was silenced
         is_main = distributed.is_main()
-        with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
-            for case in ProgressBar(cases, desc="Predicting", enabled=is_main):
+        with logging_redirect_tqdm() if is_main else contextlib.nullcontext():
+            disable = None if is_main else True  # None: where there is no terminal
+            for case in tqdm(cases, "Predicting", unit="case", disable=disable):
                 try:
                     self._predict(case)
                     done.append((case["case_id"], None))
@@ -227,3 +236,45 @@ def describe_fault(error: BaseException) -> str:
         return "expected a volume that fits into the device's memory, got more. Use device cpu."
     error = innermost(error)
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_prediction(path: Path) -> bool:
+    """Return whether a file was written by `save_like`, which may then overwrite it."""
+    try:
+        header: Any = nib.load(path).header
+        return bool(header["descrip"] == MARK)
+    except Exception:  # nibabel raises many kinds for what is no image
+        return False
+
+
+def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
+    """Write a volume on the grid of another file.
+
+    Header fields of a NIfTI file that place its voxels are kept bit for bit: sform and qform with
+    their codes, pixdim, units. For a DICOM series, its affine becomes sform and qform, in mm.
+
+    Args:
+        voxels: `(H, W, D)`, or `(H, W, D, classes)`, on the grid of `source`.
+        source: NIfTI file, or folder with a DICOM series.
+        path: File to write, `.nii` or `.nii.gz`; it is written whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    image: Any
+    if Path(source).is_dir():
+        _, affine = read_geometry(str(source))
+        image = nib.Nifti1Image(voxels, affine)
+        image.set_sform(affine, code="scanner")
+        image.set_qform(affine, code="scanner")
+        image.header.set_xyzt_units("mm")
+    else:
+        like: Any = nib.load(source)
+        header = type(like)(voxels, None, dtype=voxels.dtype).header
+        for field in GRID_FIELDS:
+            header[field] = like.header[field]
+        header["pixdim"][:4] = like.header["pixdim"][:4]
+        image = type(like)(voxels, None, header)
+    image.header["descrip"] = MARK
+    with replace_file(path) as temporary:
+        nib.save(image, temporary)

@@ -1,4 +1,4 @@
-"""Pictures of a case: the three planes, with label and prediction outlined, to scale in mm.
+"""Draws the three planes of a case to scale in mm, with label and prediction outlined.
 
 The planes are those of the voxel grid that are nearest to axial, coronal and sagittal, in the
 radiological convention: the patient's right is on the left of the picture, and anterior is on the
@@ -22,7 +22,7 @@ from transforms.load import VolumeReader
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # index of the axis through the plane, of RAS
 DIRECTIONS = (("R", "L"), ("A", "P"), ("S", "I"))  # at the high and the low end of each axis
-# readable on grey, and distinguishable with red-green colour blindness
+# These are readable on grey, and distinguishable with red-green colour blindness.
 LABEL, PREDICTION, DIFFERENCE = "#4db2ff", "#ffb000", "#ff3b5c"
 LABEL_WIDTH, PREDICTION_WIDTH = 4, 2  # pixels
 OPACITY = 0.38  # of DIFFERENCE
@@ -33,29 +33,22 @@ LONG_SIDE = 480  # pixels
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """A case on the grid of its image, with axes R, A, S.
+    """It holds a case on the grid of its image, `(H, W, D)` along the axes R, A, S."""
 
-    Attributes:
-        image: `(H, W, D)` grey values of the first channel.
-        label: `(H, W, D)` integers; 0 where it is ignored.
-        pred: `(H, W, D)` integers; 0 where the label is ignored or there is no prediction.
-        spacing_mm: Voxel size along the axes.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    pred: np.ndarray
-    spacing_mm: np.ndarray
+    image: np.ndarray  # grey values of the first channel
+    label: np.ndarray  # integers; 0 where it is ignored
+    pred: np.ndarray  # integers; 0 where the label is ignored or there is no prediction
+    spacing_mm: np.ndarray  # voxel size along the axes
 
     @cached_property
     def counts(self) -> list[np.ndarray]:
-        """For each axis, the number of labelled or predicted voxels in each slice across it."""
+        """Count labelled or predicted voxels in each slice across each axis."""
         found = (self.label > 0) | (self.pred > 0)
         return [np.count_nonzero(found, axis=others) for others in ((1, 2), (0, 2), (0, 1))]
 
     @cached_property
     def box(self) -> tuple[slice, ...]:
-        """Region that is shown: label and prediction with a margin, or everything without them."""
+        """Return the region to show: label and prediction with a margin, or all without them."""
         box = []
         for counts, mm in zip(self.counts, self.spacing_mm, strict=True):
             places = np.flatnonzero(counts if counts.any() else counts + 1)
@@ -64,25 +57,21 @@ class CaseVolumes:
         return tuple(box)
 
     def place(self, axis: int) -> int:
-        """Index of the slice across an axis that holds most of label and prediction."""
+        """Return the index of the slice across an axis with most of label and prediction."""
         counts = self.counts[axis]
         return int(counts.argmax()) if counts.any() else len(counts) // 2
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """Grey values that are drawn black and white."""
-        values = self.image[self.box].ravel()
-        few = values[:: len(values) // 1_000_000 + 1]  # a percentile of a million is good enough
-        low, high = np.percentile(few, [0.2, 99.8]).tolist()
+        """Return the grey values that are drawn black and white."""
+        low, high = np.percentile(self.image[self.box], [0.2, 99.8]).tolist()
         return low, max(high, low + 1e-6)
 
 
 def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> CaseVolumes:
-    """Read a case from its files.
+    """Read a case from its files `image` (one, or one per channel), `label` and, if any, `pred`.
 
-    Args:
-        paths: `image` (one, or one per channel), `label` and, if there is one, `pred`.
-        ignore_value: Label of voxels that are neither drawn nor compared.
+    Voxels whose label is `ignore_value` are neither drawn nor compared.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -102,7 +91,7 @@ def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> Case
 
 
 def _read_ras(path: Any) -> tuple[np.ndarray, np.ndarray]:
-    """First channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
+    """Return the first channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
     image = nib.as_closest_canonical(VolumeReader().read(path))
     return np.asanyarray(image.dataobj).reshape(*image.shape[:3], -1)[..., 0], image.affine
 
@@ -117,15 +106,14 @@ def draw_plane(case: CaseVolumes, name: str) -> Image.Image:
     across, up = (n for n in range(3) if n != axis)
     sides = [(s.stop - s.start) * mm for s, mm in zip(case.box, case.spacing_mm, strict=True)]
     scale = LONG_SIDE / max(sides)  # pixels per mm
-    index: list[Any] = [case.place(axis)] * 3
+    voxels: list[Any] = [[case.place(axis)]] * 3
     for n in (across, up):  # the nearest voxels, the high ends at the upper left
-        first, voxels = case.box[n].start, case.box[n].stop - case.box[n].start
         pixels = max(round(sides[n] * scale), 30)  # a slab of a few mm needs a width to be seen
-        index[n] = first + ((np.arange(pixels)[::-1] + 0.5) * voxels / pixels).astype(int)
-    index[across], index[up] = index[across][None, :], index[up][:, None]
-    image, label, pred = (v[tuple(index)] for v in (case.image, case.label, case.pred))
-    grey = np.interp(image, case.window, (0, 255))
-    rgb = np.repeat(grey[..., None], 3, axis=2)
+        ends = case.box[n].stop, case.box[n].start
+        voxels[n] = np.linspace(*ends, 2 * pixels + 1)[1::2].astype(int)
+    planes = (volume[np.ix_(*voxels)] for volume in (case.image, case.label, case.pred))
+    image, label, pred = (plane.squeeze(axis).T for plane in planes)
+    rgb = np.repeat(np.interp(image, case.window, (0, 255))[..., None], 3, axis=2)
     if case.pred.any():
         differs = label != pred
         rgb[differs] += OPACITY * (np.array(ImageColor.getrgb(DIFFERENCE)) - rgb[differs])
@@ -140,12 +128,11 @@ def _draw_marks(picture: Image.Image, sides: tuple[str, ...], scale: float) -> N
     """Draw the directions left, right, above and below, and a length in mm at the foot."""
     draw = ImageDraw.Draw(picture)
     width, height = picture.size
-    look: dict[str, Any] = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+    look: Any = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
     ends = ((6, height / 2), (width - 6, height / 2), (width / 2, 6), (width / 2, height - 6))
     for end, letter, anchor in zip(ends, sides, ("lm", "rm", "mt", "mb"), strict=True):
         draw.text(end, letter, font_size=24, anchor=anchor, **look)
     length = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(width / scale / 3, 1))
     start, foot = 0.03 * width, 0.97 * height
-    for colour, line in (("black", 6), ("white", 3)):
-        draw.line((start, foot, start + length * scale, foot), fill=colour, width=line)
+    draw.line((start, foot, start + length * scale, foot), fill="white", width=3)
     draw.text((width - 8, height - 8), f"{length} mm", font_size=18, anchor="rb", **look)

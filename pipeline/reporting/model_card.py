@@ -1,6 +1,6 @@
-"""The model card of a run, `docs/README.md`, from `templates/model_card.md`.
+"""Makes the model card of a run, `docs/README.md`, from `templates/model_card.md`.
 
-It is made from the run's own files. It states counts, ranges and means, but nothing of a single
+It reads the run's own files. It states counts, ranges and means, but nothing of a single
 case, no path and no command line.
 """
 
@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-
-NORMALIZATION_TEXTS = {
-    "zscore": "mean 0 and deviation 1 in each volume",
-    "percentile_zscore": "clipped to percentiles 0.5 and 99.5, mean 0, deviation 1 in each volume",
-}
 
 
 def render_model_card(run_dir: Path, package: str = "") -> str:
@@ -29,10 +24,12 @@ def render_model_card(run_dir: Path, package: str = "") -> str:
         package: Name of the code packed with an exported bundle; empty for a run directory.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If a file is no JSON.
+        OSError, ValueError: If a file cannot be read or is no JSON.
     """
-    summary = run_dir / "summary.json"
+    scores = {}  # by split, of the best weights or, without these, of the last
+    for split, weights in itertools.product(("test", "validation"), ("last", "best")):
+        if found := _read(run_dir / "scores" / f"{split}_{weights}" / "summary.json", {}):
+            scores[split] = {**found, "weights": weights}
     environment = Environment(  # without autoescape: the filter `plain` escapes what a dataset says
         loader=PackageLoader("pipeline.reporting"), trim_blocks=True, lstrip_blocks=True
     )
@@ -45,30 +42,21 @@ def render_model_card(run_dir: Path, package: str = "") -> str:
     return environment.get_template("model_card.md").render(
         metadata=_read(run_dir / "configs" / "metadata.json"),
         inference=_read(run_dir / "configs" / "inference.json"),
-        summary=_read(summary) if summary.is_file() else {},
-        scores=_read_scores(run_dir / "scores"),
+        summary=_read(run_dir / "summary.json", {}),
+        scores=scores,
         package=package,
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def _read_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Summaries by split, of the best weights or, without these, of the last."""
-    found: dict[str, dict[str, Any]] = {}
-    for split, weights in itertools.product(("test", "validation"), ("last", "best")):
-        if (path := folder / f"{split}_{weights}" / "summary.json").is_file():
-            found[split] = {**_read(path), "weights": weights}
-    return found
+def _read(path: Path, default: Any = None) -> Any:
+    return json.loads(path.read_text()) if default is None or path.is_file() else default
 
 
 def _format_normalization(given: Any) -> str:
+    if isinstance(given, str):
+        return given
     if isinstance(given, list):
         return "; ".join(dict.fromkeys(map(_format_normalization, given)))
-    if not isinstance(given, Mapping):
-        return NORMALIZATION_TEXTS.get(given, str(given))
     clip = _format_range(given["clip"])
     return f"clipped to {clip}, minus {given['mean']:.4g}, over {given['std']:.4g}"
 

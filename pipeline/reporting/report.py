@@ -1,4 +1,4 @@
-"""The report of a run: `report/index.html` in its directory, one file without scripts.
+"""Writes the report of a run: `report/index.html` in its directory, one file without scripts.
 
 The page is `templates/report.html`; this module draws its figures and pictures and formats numbers.
 All of it comes from the run directory alone, and the page says what is missing there.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import shlex
 from datetime import timedelta
@@ -26,16 +25,14 @@ from pipeline.reporting.run_files import Run, SplitScores, read_run
 # measure: name with unit, format
 SHOWN_MEASURES = {"dice": ("Dice", ".3f"), "hd95_mm": ("HD95, mm", ".1f"), "nsd": ("NSD", ".3f")}
 NONE = "\N{EN DASH}"  # in place of an unknown value
+WORDS = {"True": "yes", "False": "no", "None": NONE, "": NONE}
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write the report of a run, completely or not at all.
+    """Write the report of a run, completely or not at all, and return the path of the page.
 
     Args:
         run_dir: Run directory; the run may be unfinished.
-
-    Returns:
-        Path of the page.
 
     Raises:
         InputError: If it is no run directory.
@@ -68,29 +65,27 @@ def _environment() -> Environment:
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))) if seconds else NONE,
         "mean": lambda values: mean_of_defined(np.array([*values])),
         "number": _format_number,
-        "rounded": _format_json,
-        "word": lambda value: {True: "yes", False: "no"}.get(value, value or NONE),
+        "word": lambda value: WORDS.get(str(value), value),
     }
     functions = (choose_cases, make_case_table, draw_boxes, draw_curves, draw_planes, shlex.quote)
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"MEASURES": SHOWN_MEASURES, "NONE": NONE, "case_images": case_images}
+    environment.globals |= {"MEASURES": SHOWN_MEASURES, "case_images": case_images}
     return environment
 
 
-def make_case_table(scores: SplitScores) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return head, rows (the cases and their mean) and CSS classes of a table of all scores."""
-    columns, of_classes = [("Case", "", [*scores.rows, "Mean"])], []
+def make_case_table(scores: SplitScores) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows, which are the cases and their mean, of a table of all scores."""
+    columns = {"Case": [*scores.rows, "Mean"]}
     for measure, (label, form) in SHOWN_MEASURES.items():
         means = np.array([*scores.means(measure).values()])
-        columns.append((f"Mean {label}", "number", _format_column(means, form)))
+        columns[f"Mean {label}"] = _format_column(means, form)
         for name, values in scores.by_class(measure).items():
             cells = _format_column(values, form)
             for place, case in enumerate(scores.rows.values()):
                 if (status := case.get(name, {}).get("status", "scored")) != "scored":
                     cells[place] = f"{status} {cells[place].strip(NONE)}"
-            of_classes.append((f"{label.partition(',')[0]} {name}", f"number {measure}", cells))
-    head, classes, cells_of = zip(*columns, *of_classes, strict=True)
-    return list(head), [list(row) for row in zip(*cells_of, strict=True)], list(classes)
+            columns[f"{label.partition(',')[0]} {name}"] = cells
+    return [*columns], [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def draw_curves(run: Run) -> dict[str, str]:
@@ -99,7 +94,7 @@ def draw_curves(run: Run) -> dict[str, str]:
     if "val/mean_dice" in run.curves:
         title = "Dice at each validation during training, by class."
         drawn[title] = figures.plot_dice(run.curves, run.class_names)
-    if run.has_loss_scale:
+    if (run.curves.get("AMP/loss_scale", np.ones((1, 2)))[:, 1] != 1).any():
         title = "Loss scale, which is halved at each skipped step."
         drawn[title] = figures.plot_loss_scale(run.curves, run.skipped)
     drawn["Learning rate."] = figures.plot_learning_rate(run.curves)
@@ -114,8 +109,7 @@ def draw_boxes(scores: SplitScores) -> dict[str, str]:
         undefined = [f"{name} in {n}" for name, v in values.items() if (n := np.isnan(v).sum())]
         caption = f"{label.split(',')[0]} of every case, by class. Box: quartiles; line: median."
         caption += f" Undefined and left out: {', '.join(undefined)}." if undefined else ""
-        figure = figures.plot_boxes(values, label, limit)
-        drawn[caption] = figures.to_svg(figure, f"{scores.split} cases: {caption}")
+        drawn[caption] = figures.to_svg(figures.plot_boxes(values, label, limit), caption)
     return drawn
 
 
@@ -143,9 +137,3 @@ def _format_number(value: Any, form: str) -> str:
 
 def _format_column(values: np.ndarray, form: str) -> list[str]:
     return [_format_number(value, form) for value in (*values, mean_of_defined(values))]
-
-
-def _format_json(value: Any) -> str:
-    """JSON with at most five digits of each number with a fraction."""
-    rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
-    return json.dumps(rounded, ensure_ascii=False)

@@ -26,99 +26,67 @@ from pipeline.evaluation.scores import Row, read_scores
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Scores of the cases of one split, predicted with one set of weights.
+    """It holds the scores of the cases of one split, predicted with one set of weights.
 
-    Attributes:
-        directory: Folder of `metrics.csv`, `cases.json` and the predictions.
-        split: `validation` or `test`.
-        weights: `best` or `last`.
-        rows: Case id to class name to row of `metrics.csv`; the lowest mean Dice comes first, cases
-            without a Dice come last.
-        class_names: Foreground classes, by label value.
-        tolerance_mm: Of the normalised surface Dice; `None` if it is not known.
+    `rows` has the rows of `metrics.csv` by case id and class name. The case with the lowest mean
+    Dice comes first; cases without a Dice come last.
     """
 
-    directory: Path
-    split: str
-    weights: str
+    directory: Path  # of `metrics.csv`, `cases.json` and the predictions
+    split: str  # validation or test
+    weights: str  # best or last
     rows: Mapping[str, Mapping[str, Row]]
-    class_names: list[str]
-    tolerance_mm: float | None
+    class_names: list[str]  # foreground, by label value
+    tolerance_mm: float | None  # of the normalised surface Dice, where it is known
 
     def by_class(self, measure: str) -> dict[str, np.ndarray]:
-        """Class name to the values of a measure in all cases, `nan` where it is undefined."""
+        """Return the values of a measure in all cases by class name, `nan` where undefined."""
         return {
             name: np.array([case.get(name, {}).get(measure, np.nan) for case in self.rows.values()])
             for name in self.class_names
         }
 
     def means(self, measure: str) -> dict[str, float]:
-        """Case id to the mean over the classes that the measure is defined for, else `nan`."""
+        """Return the mean over the classes with a defined value by case id, `nan` without any."""
         table = np.array([*self.by_class(measure).values()])
         return dict(zip(self.rows, mean_of_defined(table, axis=0).tolist(), strict=True))
 
     def ranked(self) -> list[str]:
-        """Ids of the cases that have a Dice, the worst case first."""
+        """Return ids of the cases that have a Dice, the worst case first."""
         return [case for case, mean in self.means("dice").items() if not math.isnan(mean)]
 
     def find_files(self, case: str) -> dict[str, Path]:
-        """Paths of `image` (of the first channel), `label` and `pred` of a case.
-
-        Raises:
-            KeyError: If `cases.json` does not name them.
-        """
+        """Return paths of `image` (first channel), `label`, `pred`; `KeyError` if unknown."""
         root, files = self.directory.parents[1], _read_json(self.directory / "cases.json")[case]
-        image, label = (
-            root / (paths if isinstance(paths, str) else paths[0])
-            for paths in (files["image"], files["label"])
-        )
+        image, label = (str(np.atleast_1d(files[key])[0]) for key in ("image", "label"))
         pred = self.directory / f"{case}.nii.gz"
-        return {"image": image, "label": label, "pred": pred}
+        return {"image": root / image, "label": root / label, "pred": pred}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory.
+    """It holds the contents of a run directory."""
 
-    Attributes:
-        directory: Path as it was given.
-        summary: `summary.json`; empty if the run has not ended.
-        plan: `plan.json`.
-        config: `configs/train.json`.
-        curves: TensorBoard tag to `(N, 2)` steps and values.
-        skipped: `overflow.jsonl`: skipped step to its latest record, in the order of steps.
-        scores: Scores by split and weights.
-    """
-
-    directory: Path
-    summary: dict[str, Any]
-    plan: dict[str, Any]
-    config: dict[str, Any]
-    curves: dict[str, np.ndarray]
-    skipped: dict[int, dict[str, Any]]
-    scores: dict[tuple[str, str], SplitScores]
+    directory: Path  # as it was given
+    summary: dict[str, Any]  # `summary.json`; empty if the run has not ended
+    plan: dict[str, Any]  # `plan.json`
+    config: dict[str, Any]  # `configs/train.json`
+    curves: dict[str, np.ndarray]  # TensorBoard tag to `(N, 2)` steps and values
+    skipped: dict[int, dict[str, Any]]  # skipped step to its latest record, in order of steps
+    scores: dict[tuple[str, str], SplitScores]  # by split and weights
 
     def best_scores(self, split: str) -> SplitScores | None:
-        """Scores of the best weights, or of the last weights if there are no others."""
+        """Return scores of the best weights, or of the last weights if there are no others."""
         return self.scores.get((split, "best")) or self.scores.get((split, "last"))
 
     @property
-    def has_loss_scale(self) -> bool:
-        """Whether the loss was scaled, by the curve of the scale."""
-        return bool((self.curves.get("AMP/loss_scale", np.ones((1, 2)))[:, 1] != 1).any())
-
-    @property
     def class_names(self) -> list[str]:
-        """Foreground classes; the place in this list decides the colour of a class."""
+        """Return the foreground classes; their order decides their colours."""
         return self.plan.get("class_names", [])[1:]
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Read a run directory.
-
-    Raises:
-        InputError: If it has no `configs/train.json`.
-    """
+    """Read a run directory; raises `InputError` if it has no `configs/train.json`."""
     directory = Path(run_dir)
     if not (directory / "configs" / "train.json").is_file():
         raise InputError(
