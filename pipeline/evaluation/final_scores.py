@@ -24,8 +24,7 @@ from pipeline.errors import TrainingStopped, as_bool
 from pipeline.evaluation.scores import Row, score_files, write_scores
 from pipeline.files import make_directory, write_json
 from pipeline.precision import Precision
-from pipeline.prediction.nifti_output import save_like
-from pipeline.prediction.predict_files import FAULTS, describe_fault
+from pipeline.prediction.predict_files import FAULTS, describe_fault, save_like
 from pipeline.prediction.predictor import load_weights
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
