@@ -28,17 +28,10 @@ def write_series(
     change: Change = no_change,
     prefix: str = "IM",
 ) -> Path:
-    """One file per slice, names and Instance Numbers shuffled.
+    """Write `stored` `(H, W, D)`, one file per slice, names and Instance Numbers shuffled.
 
-    Args:
-        folder: Made if need be.
-        stored: `(H, W, D)` integers; the first axis runs along a row of a slice.
-        affine: `(4, 4)` to RAS mm.
-        slope: Rescale Slope of all slices.
-        intercept: Rescale Intercept of all slices.
-        without: Slices that are left out.
-        change: Called with each slice and its number before it is written.
-        prefix: Of the file names.
+    The first axis runs along a row of a slice; `affine` is to RAS mm. `change` is called with each
+    slice, but for those of `without`, and its number before it is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1, -1, 1, 1]) @ affine

@@ -3,7 +3,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 
 from transforms.augment import INTENSITY, Augment, margin_size, resolve_flip_axes
@@ -13,6 +12,7 @@ SPACING = (1.0, 1.5, 3.0)
 NO_SPACE = {"rotation": {"prob": 0}, "scale": {"prob": 0}, "flip": {"prob": 0}}
 NO_INTENSITY = {name: {"prob": 0} for name in INTENSITY}
 ALL_INTENSITY = {name: {"prob": 1} for name in INTENSITY}
+SOMETIMES = {name: {"prob": 0.5} for name in INTENSITY}
 MOVED = {"rotation": {"prob": 1}, "scale": {"prob": 1}, "flip": {"prob": 0.5}}
 
 
@@ -82,27 +82,6 @@ def test_augment_agrees_with_scipy_when_rotated_scaled_and_flipped(flip_axes):
     assert set(label.unique().tolist()) == {0, 1, 255}
 
 
-def test_augment_keeps_a_sphere_a_sphere_when_voxels_are_anisotropic():
-    scale, radius_mm = 1.3, 8.0
-    spatial = {"rotation": {"prob": 1}, "scale": {"prob": 1, "range": [scale, scale]}}
-    augment = Augment((32, 24, 12), spacing=SPACING, spatial=spatial, intensity=NO_INTENSITY)
-
-    def distance_mm(size):
-        axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(size, SPACING, strict=True)]
-        return np.sqrt(sum(x**2 for x in np.meshgrid(*axes, indexing="ij")))
-
-    sphere = torch.from_numpy(distance_mm(augment.input_size) < radius_mm).to(torch.uint8)
-    distance = torch.from_numpy(distance_mm(augment.input_size)).float()
-    batch = {"image": distance[None, None], "label": sphere[None, None], "seed": torch.tensor([3])}
-    image, label = augment(batch)
-    expected = distance_mm(augment.roi_size)
-    # nearest: off by at most half a voxel's diagonal, as magnified
-    sure = np.abs(expected - radius_mm * scale) > np.linalg.norm(SPACING) / 2 * scale
-    assert (label[0, 0].numpy() == (expected < radius_mm * scale))[sure].all()
-    assert 0 < sure.mean() < 1
-    assert np.abs(image[0, 0].numpy() * scale - expected)[expected > 6].max() < 0.5
-
-
 @pytest.mark.parametrize("kwargs", [{"spatial": NO_SPACE, "intensity": NO_INTENSITY}, {}])
 def test_augment_returns_the_input_exactly_when_off(kwargs):
     augment = Augment(ROI, enabled=bool(kwargs), **kwargs)
@@ -125,16 +104,6 @@ def test_augment_crops_the_centre_exactly_when_nothing_is_drawn():
     assert torch.equal(label, central(batch["label"], ROI))
 
 
-def test_augment_resamples_to_the_centre_when_the_drawn_affine_is_the_identity():
-    spatial = {"rotation": {"prob": 1, "degrees": 0}, "scale": {"prob": 0}, "flip": {"prob": 0}}
-    augment = Augment(ROI, spatial=spatial, intensity=NO_INTENSITY)
-    assert augment.input_size == ROI
-    batch = make_batch(ROI, [1])
-    image, label = augment(batch)
-    assert torch.allclose(image, batch["image"], atol=1e-5)
-    assert torch.equal(label, batch["label"])
-
-
 @pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
 def test_augment_flips_exactly(axes):
     augment = Augment(
@@ -149,9 +118,11 @@ def test_augment_flips_exactly(axes):
     assert torch.equal(batch["image"], before)
 
 
-@pytest.mark.parametrize("kwargs", [{"spatial": MOVED, "intensity": ALL_INTENSITY}, {}])
-def test_augment_depends_on_the_seed_alone(kwargs):
-    augment = Augment(ROI, spacing=SPACING, **kwargs)
+@pytest.mark.parametrize("intensity", [ALL_INTENSITY, SOMETIMES, {}])
+@pytest.mark.parametrize("roi", [(5, 7, 3), ROI])  # 105 voxels: no whole number of vectors
+def test_augment_depends_on_the_seed_alone(roi, intensity):
+    spatial = {name: {"prob": 0.6} for name in ("rotation", "scale", "flip")}
+    augment = Augment(roi, spacing=SPACING, spatial=spatial, intensity=intensity)
     batch = make_batch(augment.input_size, [0, 1, 2, 3])
     batch["seed"] = torch.tensor([7, -3, 2**62, 11])
     image, label = augment(batch)
@@ -163,76 +134,6 @@ def test_augment_depends_on_the_seed_alone(kwargs):
         alone = augment({key: value[i : i + 1] for key, value in batch.items()})
         assert torch.equal(alone[0][0], image[i])
         assert torch.equal(alone[1][0], label[i])
-
-
-def one_by_one(augment, image, label, draw):
-    """A sample as the module's first version made it, each operation on this sample alone."""
-    space = (1, 2, 3)
-    if draw.matrix is None:
-        for axis, n in enumerate(augment.roi_size, start=1):
-            image, label = (x.narrow(axis, (x.shape[axis] - n) // 2, n) for x in (image, label))
-        image, label = (x.flip([axis + 1 for axis in draw.flips]) for x in (image, label))
-    else:
-        matrix = draw.matrix * [-1 if axis in draw.flips else 1 for axis in range(3)]
-        ramps = [torch.arange(n) - (n - 1) / 2 for n in augment.roi_size]
-        columns = []
-        for row, n in zip(matrix.tolist(), augment.input_size, strict=True):
-            h, w, d = (ramp * (2 * entry / n) for ramp, entry in zip(ramps, row, strict=True))
-            columns.append(h[:, None, None] + w[:, None] + d)
-        grid = torch.stack(columns[::-1], -1)[None]
-        image, label = (
-            F.grid_sample(x[None].float(), grid, mode, align_corners=False)[0].to(x.dtype)
-            for x, mode in ((image, "bilinear"), (label, "nearest"))
-        )
-
-    def gamma(x, value):
-        low, high = x.amin(space, True), x.amax(space, True)
-        raised = ((x - low) / (high - low).clamp(min=1e-7)) ** value
-        (std, mean), (s, m) = (torch.std_mean(y, space, keepdim=True) for y in (x, raised))
-        return (raised - m) * (std / s.clamp(min=1e-7)) + mean
-
-    for name, value in draw.intensity.items():
-        if name == "noise":
-            generator = torch.Generator().manual_seed(draw.noise_seed)
-            image = image + value * torch.randn(image.shape, generator=generator)
-        elif name == "blur":
-            radius = int(4 * value + 0.5)
-            weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / value) ** 2)
-            weights = (weights / weights.sum()).tolist()
-            for axis in space:
-                index = torch.arange(-radius, image.shape[axis] + radius)
-                padded = image.index_select(axis, index.clamp(0, image.shape[axis] - 1))
-                length, image = image.shape[axis], torch.zeros_like(image)
-                for start, weight in enumerate(weights):
-                    image.add_(padded.narrow(axis, start, length), alpha=weight)
-        elif name == "contrast":
-            low, high, mean = (f(image, space, True) for f in (torch.amin, torch.amax, torch.mean))
-            image = ((image - mean) * value + mean).clamp(low, high)
-        elif name == "brightness":
-            image = image * value
-        else:
-            image = gamma(image, value) if name == "gamma" else -gamma(-image, value)
-    return image, label
-
-
-SOMETIMES = {name: {"prob": 0.5} for name in INTENSITY}
-
-
-@pytest.mark.parametrize("roi", [(5, 7, 3), ROI])  # 105 voxels: no whole number of vectors
-@pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_augment_of_a_batch_is_that_of_each_sample_bit_for_bit(roi, num_channels, batch_size):
-    spatial = {name: {"prob": 0.4} for name in ("rotation", "scale", "flip")}
-    augment = Augment(roi, spacing=SPACING, spatial=spatial, intensity=SOMETIMES)
-    for first in range(0, 4 * batch_size, batch_size):
-        seeds = [*range(first, first + batch_size)]
-        batch = make_batch(augment.input_size, seeds, num_channels)
-        images, labels = augment(batch)
-        for n, seed in enumerate(seeds):
-            draw = augment.draw(seed)
-            image, label = one_by_one(augment, batch["image"][n], batch["label"][n], draw)
-            assert torch.equal(images[n], image), draw
-            assert torch.equal(labels[n], label), draw
 
 
 def test_draw_is_made_of_single_draws_in_their_order():
@@ -257,13 +158,6 @@ def test_draw_is_made_of_single_draws_in_their_order():
         if draw.matrix is not None:
             matrix = np.diag(1 / np.array(SPACING)) @ turn(angles * turned) @ np.diag(SPACING)
             np.testing.assert_allclose(draw.matrix, matrix / (scale or 1), atol=1e-12)
-
-
-def test_augment_differs_between_seeds():
-    augment = Augment(ROI, spatial=MOVED, intensity=ALL_INTENSITY)
-    image, label = augment(make_batch(augment.input_size, [0, 0]) | {"seed": torch.tensor([1, 2])})
-    assert (image[0] - image[1]).abs().mean() > 0.01
-    assert not torch.equal(label[0], label[1])
 
 
 def test_augment_leaves_global_random_states_alone():
@@ -341,33 +235,6 @@ def test_intensity_stays_finite_when_an_image_is_constant(name):
     assert np.abs(result - 3).max() < 1e-5
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), SPACING])
-def test_input_size_is_enough_for_extreme_draws_and_no_larger_than_needed(spacing):
-    scale = {"prob": 1, "range": [0.7, 0.7]}
-    needed = np.zeros(3)
-    input_size = Augment(ROI, spacing=spacing, spatial={"scale": scale}).input_size
-    ones = {"image": torch.ones(1, 1, *input_size)}
-    ones["label"] = torch.ones(1, 1, *input_size, dtype=torch.uint8)
-    rng = np.random.default_rng(0)
-    signs = np.stack(np.meshgrid(*[[-30, 0, 30]] * 3), -1).reshape(-1, 3)
-    for degrees in (*signs, *rng.uniform(-30, 30, (60, 3))):
-        rotation = {"prob": 1, "degrees": [[d, d] for d in degrees.tolist()]}
-        exact = Augment(
-            ROI,
-            spacing=spacing,
-            spatial={"scale": scale, "rotation": rotation},
-            intensity=NO_INTENSITY,
-        )
-        needed = np.maximum(needed, exact.input_size)
-        exact.input_size = input_size
-        image, label = exact(ones | {"seed": torch.tensor([0])})
-        assert image.min() > 1 - 1e-4
-        assert label.min() == 1
-    assert (needed <= input_size).all()
-    assert (input_size - needed <= 2).all()
-    assert ((np.array(input_size) - ROI) % 2 == 0).all()
-
-
 @pytest.mark.parametrize("degrees", [[-180, 180], [-90, 90], [-30, 30], [10, 25]])
 def test_margin_size_bounds_what_a_random_search_finds(degrees):
     degrees = np.broadcast_to(degrees, (3, 2))
@@ -380,6 +247,7 @@ def test_margin_size_bounds_what_a_random_search_finds(degrees):
         reach = np.abs(turn(angle)) @ half
         max_reach = np.maximum(max_reach, reach)
     size = np.array(margin_size(ROI, spacing, degrees, 0.7))
+    assert ((size - ROI) % 2 == 0).all()
     found = np.array(ROI) + 2 * (max_reach / 0.7 - half) / spacing
     assert (size >= found - 1e-6).all()
     assert (size <= found + 4).all()
@@ -390,22 +258,6 @@ def test_augment_works_on_a_thin_roi():
     image, _ = augment(make_batch(augment.input_size, [0, 1]))
     assert image.shape == (2, 2, 1, 8, 8)
     assert image.isfinite().all()
-
-
-def test_draw_honours_probabilities_and_ranges():
-    augment = Augment(ROI, flip_axes=[0, 2], spatial={"scale": {"prob": 0}})
-    draws = [augment.draw(seed) for seed in range(4000)]
-    for name, settings in INTENSITY.items():
-        values = [d.intensity[name] for d in draws if name in d.intensity]
-        assert abs(len(values) / 4000 - settings["prob"]) < 0.03
-        low, high = next(value for key, value in settings.items() if key != "prob")
-        assert low <= min(values) < low + 0.1 * (high - low)
-        assert high >= max(values) > high - 0.1 * (high - low)
-        if "range" in settings:
-            assert abs(np.mean(np.array(values) < 1) - 0.5) < 0.1
-    assert abs(np.mean([d.matrix is not None for d in draws]) - 0.2) < 0.03
-    flips = np.array([[axis in d.flips for axis in range(3)] for d in draws]).mean(0)
-    assert np.abs(flips - [0.5, 0, 0.5]).max() < 0.03
 
 
 SIDED = [
@@ -449,18 +301,13 @@ def test_resolve_flip_axes_refuses_what_is_no_axis(axes):
         ({"spatial": {"rotation": 30}}, r"spatial#rotation: expected a mapping .* got 30"),
         ({"spatial": [1]}, r"augment#spatial: expected a mapping"),
         ({"spatial": {"flip": {"prob": 1.5}}}, r"flip#prob: expected a probability .* got 1.5"),
-        ({"spatial": {"flip": {"prob": True}}}, r"flip#prob: .* got True"),
         ({"spatial": {"scale": {"range": [0, 1]}}}, r"scale#range: .* 0 < lo <= hi, got \[0, 1\]"),
         ({"spatial": {"scale": {"range": [2, 1]}}}, r"leave it out for \[0.7, 1.4\]"),
         ({"spatial": {"rotation": {"degrees": [1, -1]}}}, r"rotation#degrees: .*lo <= hi"),
         ({"spatial": {"rotation": {"degrees": 200}}}, r"within -180..180"),
         ({"spatial": {"rotation": {"degrees": [[1, 2], [3]]}}}, r"rotation#degrees"),
         ({"intensity": {"noise": {"std": [-1, 1]}}}, r"noise#std: .*0 <= lo"),
-        ({"intensity": {"blur": {"sigma": "1"}}}, r"blur#sigma: .* got '1'"),
         ({"intensity": {"gamma": {"range": [1, float("inf")]}}}, r"gamma#range"),
-        ({"roi_size": [8, 8]}, r"roi_size: expected three whole numbers above 0, got \[8, 8\]"),
-        ({"roi_size": [8, 8, 8.0]}, r"roi_size"),
-        ({"spacing": [1, 0, 1]}, r"spacing: expected three sizes in mm above 0"),
         ({"enabled": "false"}, r"enabled: expected true or false, got 'false'"),
     ],
 )
@@ -470,14 +317,14 @@ def test_augment_refuses_bad_settings(kwargs, message):
 
 
 def test_augment_names_every_fault_in_a_line_of_its_own():
-    with pytest.raises(ValueError, match="spacing") as error:
-        Augment(ROI, spacing="x", spatial={"spin": {}}, intensity={"gamma": {"prob": -1}})
+    with pytest.raises(ValueError, match="spatial") as error:
+        Augment(ROI, enabled="x", spatial={"spin": {}}, intensity={"gamma": {"prob": -1}})
     assert len(str(error.value).splitlines()) == 3
 
 
 def test_augment_refuses_a_crop_of_another_size_and_missing_seeds():
     augment = Augment(ROI)
-    with pytest.raises(ValueError, match=r"image: expected a spatial size of .*, got \(12, 15, 10"):
+    with pytest.raises(ValueError, match=r"expected a spatial size of .*'image': \(12, 15, 10"):
         augment(make_batch(ROI, [1]))
     batch = make_batch(augment.input_size, [1, 2])
     with pytest.raises(ValueError, match=r"seed: .* got None"):

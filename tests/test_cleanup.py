@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from monai.transforms import FillHoles
 from scipy import ndimage
 
 from transforms.cleanup import Cleanup
@@ -73,21 +72,6 @@ def test_fill_holes_takes_enclosed_background_alone():
     assert (got != labels).sum() == 26
 
 
-def test_fill_holes_agrees_with_monai():
-    rng = np.random.default_rng(0)
-    labels = (rng.random((12, 12, 12)) < 0.9).astype(np.uint8)
-    theirs = FillHoles(applied_labels=1, connectivity=1)(labels[None].copy())[0]
-    got = clean(labels, fill_holes="all")
-    np.testing.assert_array_equal(got, theirs)
-    assert (got != labels).any()
-
-
-def test_cleanup_in_the_order_of_its_arguments(labels):
-    """What is too small is gone before the largest part is looked for."""
-    got = clean(labels, min_volume_ml=1, keep_largest="all")
-    assert not got.any()
-
-
 def straightforward(labels, voxel_ml, min_volume_ml, keep_largest, fill_holes):
     """One step and class after another, on the whole volume."""
     labels = labels.copy()
@@ -107,10 +91,9 @@ def straightforward(labels, voxel_ml, min_volume_ml, keep_largest, fill_holes):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_cleanup_agrees_with_a_straightforward_one(seed, monkeypatch):
+def test_cleanup_agrees_with_a_straightforward_one(seed):
     """Of blobs that touch, lie within one another and reach the faces; class 5 is nowhere."""
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr("transforms.cleanup.CHUNK", 700)
     noise = ndimage.gaussian_filter(rng.normal(size=(6, 22, 19, 17)), (0, 1, 1, 1))
     labels = noise[:5].argmax(axis=0).astype(np.uint8)
     labels[noise[5] > 0.1] = 0

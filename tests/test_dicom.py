@@ -1,19 +1,13 @@
-import pickle
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from dicom_series import write_series
-from monai.data import MetaTensor, decollate_batch, list_data_collate
-from monai.transforms import LoadImaged, SaveImage
+from monai.transforms import LoadImaged
 from pydicom.uid import JPEG2000, RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
 from transforms.load import DicomError, LoadVolumesd, dicom_files, read_series
-from transforms.postprocess import ToOriginalGridd
-from transforms.preprocess import preprocessing
 
 # RAS directions of a row, of a column and from slice to slice
 AXIAL = [(-1, 0, 0), (0, -1, 0), (0, 0, 1)]  # head first, supine: a row runs to the left
@@ -169,7 +163,7 @@ def cut_off(one, k):
         (other_orientation, r"expected slices of one ImageOrientationPatient, got several"),
         (skewed, r"expected rows at right angles to columns"),
         (other_spacing, r"expected slices of one PixelSpacing, got several"),
-        (other_shape, r"expected slices of one shape, got \[\(5, 6\), \(6, 5\)\]"),
+        (other_shape, r"expected slices of one Rows, got several"),
         (same_place, r"expected slices at different places, got two at one"),
         (uneven, r"expected slices at even distances, got 2\.700 to 4\.700 mm"),
         (tilted, r"got a shift of 4\.800 mm \(a tilted gantry\)"),
@@ -239,28 +233,11 @@ def test_load_volumes_puts_channels_first(tmp_path, stored):
     np.testing.assert_allclose(got, affine, atol=1e-5)
 
 
-class Touch:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.npy", "a.npz", "a.pkl", "a"])
-def test_volumes_never_unpickle(tmp_path, name):
-    (tmp_path / name).write_bytes(pickle.dumps(Touch(tmp_path / "unpickled")))
-    with pytest.raises(Exception, match=r"\.nii|work out file type|header"):
-        read_volume(str(tmp_path / name))
-    assert not (tmp_path / "unpickled").exists()
-
-
-def test_volumes_refuse_what_is_no_nifti_file(tmp_path, stored):
-    nib.save(nib.MGHImage(stored.astype(np.int16), np.eye(4)), tmp_path / "a.mgz")
-    with pytest.raises(ValueError, match=r"^expected a \.nii or \.nii\.gz file, got a\.mgz"):
-        read_volume(tmp_path / "a.mgz")
+@pytest.mark.parametrize("name", ["a.mgz", "a.npy", "a.pkl", "a"])
+def test_volumes_refuse_what_is_no_nifti_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"^expected a \.nii or \.nii\.gz file, got {name}"):
+        read_volume(tmp_path / name)
 
 
 def test_volumes_have_the_affine_that_nibabel_gives_them_when_header_fields_disagree(
@@ -293,52 +270,3 @@ def test_load_volumes_loads_nifti_as_monai_does(tmp_path, stored, channels, dtyp
         assert got.meta.keys() == want.meta.keys()
         for key, value in want.meta.items():
             np.testing.assert_array_equal(got.meta[key], value)
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_preprocessing_loads_a_dicom_series_as_it_loads_nifti(tmp_path, stored, channels):
-    # not oblique: there Spacing's choice of origin hangs on the last digits of the affine
-    affine = affine_of(SAGITTAL)
-    files, folders = [], []
-    for n in range(channels):
-        files.append(save(tmp_path / f"{n}.nii.gz", (stored + n).astype(np.float32), affine))
-        folders.append(str(write_series(tmp_path / f"series{n}", stored + n, affine)))
-    process = preprocessing((1.03, 1.03, 1.03), keys=["image"])  # 1 mm: 3.5 voxels, a tie
-    for expected, got in ((files, folders), (files[0], folders[0])):
-        want, image = (process({"image": paths})["image"] for paths in (expected, got))
-        assert isinstance(image, MetaTensor)
-        assert image.shape[0] == (channels if isinstance(got, list) else 1)
-        torch.testing.assert_close(image.as_tensor(), want.as_tensor(), atol=1e-3, rtol=1e-3)
-        np.testing.assert_allclose(image.affine, want.affine, atol=1e-4)
-
-
-def test_prediction_on_a_dicom_series_comes_back_on_its_grid(tmp_path):
-    """A ball in mm, drawn on the preprocessed grid, is the ball in mm on the slices' grid."""
-    affine = affine_of(SAGITTAL, (10, 20, -15))
-    shape = (24, 20, 9)
-    centre = affine @ [*(np.array(shape) / 2), 1]
-
-    def ball(shape, affine):
-        places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-        return np.linalg.norm(places @ affine[:3, :3].T + affine[:3, 3] - centre[:3], axis=-1) < 6
-
-    inside = ball(shape, affine)
-    # a folder's name with dots, as the UIDs that archives name folders by
-    folder = write_series(tmp_path / "1.2.840.10", np.where(inside, 500, -500), affine)
-    case = {"case_id": "1.2.840.10", "image": str(folder)}
-    data = preprocessing((1, 1, 1), keys=["image"])(case)
-    image = data["image"]
-    foreground = torch.as_tensor(ball(image.shape[1:], image.affine.numpy())).float()
-    data["pred"] = torch.stack([10 - 20 * foreground, 20 * foreground - 10])
-    (decollated,) = decollate_batch(list_data_collate([data]))
-    pred = ToOriginalGridd()(decollated)["pred"]
-    assert pred.shape == (1, *shape)
-    np.testing.assert_allclose(pred.affine, affine, atol=1e-4)
-    found = pred[0].numpy() == 1
-    assert 2 * (found & inside).sum() / (found.sum() + inside.sum()) > 0.95
-    SaveImage(tmp_path / "out", "pred", separate_folder=False, resample=False, print_log=False)(
-        pred
-    )
-    file = nib.load(tmp_path / "out" / "1.2.840.10_pred.nii.gz")
-    np.testing.assert_array_equal(np.asarray(file.dataobj), found)
-    np.testing.assert_allclose(file.affine, affine, atol=1e-4)

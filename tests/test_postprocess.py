@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from test_transforms import GRIDS, make_affine
 
-from transforms.postprocess import INDEX_VALUES, FileGrid
+from transforms.postprocess import FileGrid
 
 FILE, SOURCE = (13, 11, 12), (17, 9, 14)
 SHEAR = np.array([[1, 0.3, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -41,11 +41,11 @@ def expected(volume, own, affine):
 def written(grid, slabs):
     whole = torch.full((3, *FILE), torch.nan)
     for slab in slabs:
-        for piece in grid.pieces(*slab):
-            place = whole[(..., *piece.box)]
-            mask = torch.ones_like(place[0], dtype=torch.bool) if piece.mask is None else piece.mask
-            assert place[:, mask].isnan().all(), "a voxel belongs to one slab only"
-            piece.write(piece.values, whole)
+        for values, write in grid.pieces(*slab):
+            own = torch.zeros(FILE)
+            write(torch.ones(values.shape[1:]), own)
+            assert whole[:, own == 1].isnan().all(), "a voxel belongs to one slab only"
+            write(values, whole)
     return whole.numpy()
 
 
@@ -103,8 +103,8 @@ def test_file_grid_of_the_same_grid_changes_no_bit():
     volume, _ = grid_of(np.eye(4))
     meta = {"original_affine": np.eye(4), "spatial_shape": np.array(SOURCE)}
     same = MetaTensor(volume.as_tensor(), affine=torch.eye(4), meta=meta)
-    (piece,) = FileGrid(same).pieces(same.as_tensor())
-    assert torch.equal(piece.values, same.as_tensor())
+    ((values, _),) = FileGrid(same).pieces(same.as_tensor())
+    assert torch.equal(values, same.as_tensor())
 
 
 @pytest.fixture
@@ -136,29 +136,3 @@ def test_file_grid_takes_axes_one_by_one_when_a_header_rounded_them(name, cut, s
     grid = FileGrid(volume)
     np.testing.assert_allclose(written(grid, slabs), expected(volume, own, rounded), atol=1e-5)
     assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
-    assert all(piece.mask is None for slab in slabs for piece in grid.pieces(*slab))
-
-
-def test_file_grid_moves_no_place_by_more_than_a_thousandth_when_axes_are_coupled(sizes):
-    """As far as they may be and count as square."""
-    volume, own = grid_of(AFFINES["RAS"])
-    coupled = np.eye(4)
-    coupled[0, 1], coupled[2, 0] = 0.9e-3 / FILE[1], -0.9e-3 / FILE[0]
-    affine = own @ coupled
-    volume.meta["original_affine"] = affine
-    got = written(FileGrid(volume), [(volume.as_tensor(),)])
-    steepest = max(float(np.abs(np.diff(volume.numpy(), axis=n)).max()) for n in (1, 2, 3))
-    assert all(sum(n > 1 for n in shape) <= 1 for shape in sizes)
-    error = np.abs(got - expected(volume, own, affine)).max()
-    assert 1e-4 < error < 1e-3 * steepest
-
-
-@pytest.mark.parametrize("lines", [0.5, 1, 2.9, 40])
-def test_file_grid_of_sheared_axes_holds_a_chunk_of_places(lines, sizes, monkeypatch):
-    volume, _ = grid_of(AFFINES["sheared"])
-    monkeypatch.setattr("transforms.postprocess.CHUNK", int(lines * FILE[2] * (3 + INDEX_VALUES)))
-    for slab in in_slabs(volume.as_tensor(), 0, [0, 4, 5, SOURCE[0]]):
-        for piece in FileGrid(volume).pieces(*slab):
-            assert piece.values[0].numel() <= max(lines, 1) * FILE[2]
-    assert max(map(np.prod, sizes)) <= max(lines, 1) * FILE[2]
-    assert max(map(np.prod, sizes)) > 0.4 * lines * FILE[2]

@@ -51,7 +51,6 @@ def test_labels_are_those_of_whole_volume_blending(affine, monkeypatch):
     assert len(np.unique(found.labels)) == 4
     by_scipy = expected(probabilities_of(network, volume), own, affine)
     np.testing.assert_allclose(found.probabilities, by_scipy, atol=1e-5)
-    np.testing.assert_array_equal(found.affine, affine)
 
 
 def test_probabilities_outside_of_what_was_kept_are_background():
@@ -98,10 +97,10 @@ def test_labels_in_an_evaluator_are_the_segmenters():
     for labels, volume in zip(got, volumes, strict=True):
         expected = Segmenter([network], FLOAT32, SlidingWindow(ROI, 4))(volume).labels
         np.testing.assert_array_equal(labels[0], expected)
-        data = ToOriginalGridd()({"image": volume, "pred": labels, "case_id": "a"})
+        data = ToOriginalGridd()({"image": volume, "pred": labels, "case_id": "1.2.840"})
         np.testing.assert_array_equal(data["pred"][0], expected)
         np.testing.assert_allclose(data["pred"].affine, volume.meta["original_affine"])
-        assert data["pred"].meta["filename_or_obj"] == "a.nii.gz"
+        assert data["pred"].meta["filename_or_obj"] == "1.2.840.nii.gz"
 
 
 def test_logits_that_are_not_finite_are_background_in_an_evaluator(caplog):

@@ -7,12 +7,11 @@ from monai.transforms import Lambdad
 from scipy import ndimage
 
 from pipeline.data.cache import CachedDataset, VolumeCache
-from transforms.normalize import NormalizeChannelsd
 from transforms.postprocess import ToOriginalGridd, to_original_grid
 from transforms.preprocess import (
     CropEmptyBordersd,
+    NormalizeChannelsd,
     ValidationPreprocessing,
-    occupied_box,
     preprocessing,
 )
 
@@ -59,11 +58,6 @@ def world(shape, affine):
     return voxels_of(shape) @ affine[:3, :3].T + affine[:3, 3]
 
 
-def linear(mm):
-    """What linear interpolation reproduces exactly: a linear function of the position."""
-    return mm @ [2.0, -3.0, 1.5] + 40
-
-
 @pytest.fixture(params=GRIDS.values(), ids=GRIDS)
 def affine(request):
     return make_affine(*request.param)
@@ -78,39 +72,6 @@ def save(folder, name, voxels, affine):
 SHAPE = (24, 20, 16)
 
 
-def inside(mm, shape, affine, margin=0.0):
-    """Whether positions lie within the centres of the outermost voxels of a grid."""
-    inverse = np.linalg.inv(affine)
-    ijk = mm @ inverse[:3, :3].T + inverse[:3, 3]
-    return ((ijk >= margin - 1e-3) & (ijk <= np.array(shape) - 1 - margin + 1e-3)).all(-1)
-
-
-def test_preprocessing_samples_the_world_on_a_regular_ras_grid(tmp_path, affine):
-    image = linear(world(SHAPE, affine)).astype(np.float32)
-    case = {"image": save(tmp_path, "a", image, affine)}
-    got = preprocessing(SPACING)(case)["image"]
-    assert (got.dtype, got.ndim, got.shape[0]) == (torch.float32, 4, 1)
-    new = got.affine.numpy()
-    assert nib.aff2axcodes(new) == ("R", "A", "S")
-    np.testing.assert_allclose(nib.affines.voxel_sizes(new), SPACING, rtol=1e-6)
-    # the axes keep their directions: only their order and signs change
-    cosines = np.abs((new[:3, :3] / SPACING).T @ (affine[:3, :3] / voxel_sizes(affine)))
-    np.testing.assert_allclose(np.sort(cosines)[:, 2], 1, atol=1e-6)
-    # z-score of a function that is linear in mm is linear in mm: find its scale and shift
-    mm = world(got.shape[1:], new)
-    known = inside(mm, SHAPE, affine)
-    assert known.mean() > 0.6
-    expected = linear(mm)[known]
-    values = got[0].numpy()[known].astype(np.float64)
-    scale, shift = np.polyfit(values, expected, 1)
-    assert scale > 0
-    np.testing.assert_allclose(values * scale + shift, expected, atol=2e-3)  # of some 200
-
-
-def voxel_sizes(affine):
-    return np.linalg.norm(affine[:3, :3], axis=0)
-
-
 def smooth(mm):
     """A smooth function of the position with periods of some 40 mm."""
     return np.sin(mm @ [0.15, 0.02, 0.0]) + np.cos(mm @ [0.0, 0.13, 0.1]) + 0.02 * mm[..., 2]
@@ -120,21 +81,19 @@ def test_preprocessing_agrees_with_scipy(tmp_path, affine):
     """SciPy interpolates linearly at the same points of the world, the edge repeated."""
     image = (smooth(world(SHAPE, affine)) * 100).astype(np.float32)
     got = preprocessing(SPACING)({"image": save(tmp_path, "a", image, affine)})["image"]
-    inverse = np.linalg.inv(affine)
-    ijk = world(got.shape[1:], inverse @ got.affine.numpy())
+    assert (got.dtype, got.ndim, got.shape[0]) == (torch.float32, 4, 1)
+    new = got.affine.numpy()
+    assert nib.aff2axcodes(new) == ("R", "A", "S")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(new), SPACING, rtol=1e-6)
+    # the axes keep their directions: only their order and signs change
+    turned = (new[:3, :3] / SPACING).T @ (affine[:3, :3] / nib.affines.voxel_sizes(affine))
+    np.testing.assert_allclose(np.sort(np.abs(turned))[:, 2], 1, atol=1e-6)
+    ijk = world(got.shape[1:], np.linalg.inv(affine) @ new)
     expected = ndimage.map_coordinates(
         image.astype(np.float64), np.moveaxis(ijk, -1, 0), order=1, mode="nearest"
     )
     expected = (expected - expected.mean()) / expected.std()
     np.testing.assert_allclose(got[0].numpy(), expected, atol=1e-4)
-
-
-def test_preprocessing_covers_the_volume(tmp_path, affine):
-    """No voxel centre of the file lies farther out than half a new voxel and half an old one."""
-    image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    got = preprocessing(SPACING)({"image": save(tmp_path, "a", image, affine)})["image"]
-    mm = world(SHAPE, affine)
-    assert inside(mm, got.shape[1:], got.affine.numpy(), margin=-1.0).all()
 
 
 def test_preprocessing_keeps_label_values(tmp_path, affine):
@@ -179,20 +138,15 @@ def test_users_transforms_run_after_loading_and_at_the_end(tmp_path):
 
     def look(volume):
         seen.append((tuple(volume.shape), volume.affine.numpy(), float(volume.mean())))
-        return volume * 1
+        return volume.clip(max=15) if len(seen) == 1 else volume + 5
 
-    got = preprocessing(
-        SPACING,
-        before=[Lambdad("image", look), Lambdad("image", lambda x: x.clip(max=15))],
-        after=[Lambdad("image", look), Lambdad("image", lambda x: x + 5)],
-    )({"image": save(tmp_path, "image", image, affine)})["image"]
-    (first_shape, first_affine, first_mean), (last_shape, last_affine, last_mean) = seen
-    assert first_shape == (1, *SHAPE)
-    np.testing.assert_allclose(first_affine, affine, atol=1e-4)
-    assert first_mean == pytest.approx(image.mean(), rel=1e-5)
-    assert last_shape == tuple(got.shape) != first_shape
-    assert nib.aff2axcodes(last_affine) == ("R", "A", "S")
-    assert last_mean == pytest.approx(0, abs=1e-4)
+    own = [Lambdad("image", look)]
+    case = {"image": save(tmp_path, "image", image, affine)}
+    got = preprocessing(SPACING, before=own, after=own)(case)["image"]
+    assert seen[0][0] == (1, *SHAPE) != seen[1][0] == tuple(got.shape)
+    np.testing.assert_allclose(seen[0][1], affine, atol=1e-4)
+    assert nib.aff2axcodes(seen[1][1]) == ("R", "A", "S")
+    assert [mean for _, _, mean in seen] == pytest.approx([image.mean(), 0], abs=1e-4)
     # the same as with a file that was clipped before
     clipped = {"image": save(tmp_path, "clipped", image.clip(max=15), affine)}
     np.testing.assert_allclose(got, preprocessing(SPACING)(clipped)["image"] + 5, atol=1e-5)
@@ -218,105 +172,22 @@ def test_preprocessing_refuses_a_wrong_spacing(spacing):
 # ---- validation and the way back
 
 
-def probability_blobs(mm, centre):
-    """Logits `(3, H, W, D)` of background and two overlapping blobs, smooth in mm."""
-    distances = [np.linalg.norm(mm - centre - shift, axis=-1) for shift in ((-3, 0, 1), (4, 1, -2))]
-    return np.stack([np.zeros(mm.shape[:3]), *((7.5 - d) / 1.5 for d in distances)])
-
-
 def make_case(folder, affine):
-    """An image and the label that the blobs give on its grid."""
-    mm = world(SHAPE, affine)
-    centre = mm.mean(axis=(0, 1, 2))
-    label = probability_blobs(mm, centre).argmax(0).astype(np.uint8)
-    rng = np.random.default_rng(0)
-    image = (smooth(mm) * 100 + rng.normal(size=SHAPE)).astype(np.float32)
+    """An image and a label of two values on its grid."""
+    image = (smooth(world(SHAPE, affine)) * 100).astype(np.float32)
+    label = np.digitize(image, np.quantile(image, [0.5, 0.8])).astype(np.uint8)
     case = {"case_id": "a", "image": save(folder, "image", image, affine)}
-    return {**case, "label": save(folder, "label", label, affine)}, label, centre
+    return {**case, "label": save(folder, "label", label, affine)}, label
 
 
 def test_validation_preprocessing_leaves_the_label_as_it_is(tmp_path, affine):
-    case, label, _ = make_case(tmp_path, affine)
+    case, label = make_case(tmp_path, affine)
     got = ValidationPreprocessing(preprocessing(SPACING))(case)
     assert got["label"].dtype == torch.uint8
     np.testing.assert_array_equal(got["label"].numpy(), label[None])
     np.testing.assert_allclose(got["label"].affine, affine, atol=1e-5)
     np.testing.assert_array_equal(got["image"], preprocessing(SPACING)(case)["image"])
     assert got["case_id"] == "a"
-
-
-def back(case, logits_of):
-    """Through preprocessing and back, batched and decollated between as the evaluator does."""
-    data = ValidationPreprocessing(preprocessing(SPACING))(case)
-    data["pred"] = torch.as_tensor(logits_of(data["image"])).float()
-    (decollated,) = decollate_batch(list_data_collate([data]))
-    return data["image"], ToOriginalGridd()(decollated)
-
-
-def test_to_original_grid_gives_back_shape_affine_and_type(tmp_path, affine):
-    case, label, centre = make_case(tmp_path, affine)
-    _, got = back(
-        case, lambda image: probability_blobs(world(image.shape[1:], image.affine), centre)
-    )
-    file = nib.load(case["image"])
-    assert got["pred"].dtype == torch.uint8
-    assert got["image"].dtype == torch.float32
-    for key in ("pred", "image"):
-        assert got[key].shape == (1, *SHAPE)
-        np.testing.assert_allclose(got[key].affine, file.affine, atol=1e-5)
-    assert got["pred"].meta["filename_or_obj"] == "a.nii.gz"
-    np.testing.assert_array_equal(got["label"][0], label)
-
-
-def test_to_original_grid_brings_the_label_back(tmp_path, affine):
-    """What was drawn in mm on the preprocessed grid is what the label says in mm on the file's."""
-    case, label, centre = make_case(tmp_path, affine)
-    _, got = back(
-        case, lambda image: probability_blobs(world(image.shape[1:], image.affine), centre)
-    )
-    pred = got["pred"][0].numpy()
-    for value in (1, 2):
-        a, b = pred == value, label == value
-        assert b.sum() > 100
-        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.95
-
-
-def test_to_original_grid_agrees_with_scipy(tmp_path, affine):
-    rng = np.random.default_rng(1)
-
-    def logits_of(image):  # rough, so that wrong interpolation shows
-        noise = rng.normal(size=(3, *image.shape[1:]))
-        return ndimage.gaussian_filter(noise, (0, 1, 1, 1)) * 30
-
-    drawn = []
-    case, *_ = make_case(tmp_path, affine)
-    image, got = back(case, lambda image: drawn.append(logits_of(image)) or drawn[0])
-    logits = drawn[0].astype(np.float32).astype(np.float64)
-    probabilities = np.exp(logits) / np.exp(logits).sum(0)
-    inverse = np.linalg.inv(image.affine.numpy())
-    ijk = np.moveaxis(world(SHAPE, inverse @ nib.load(case["image"]).affine), -1, 0)
-    expected = np.stack(
-        [ndimage.map_coordinates(p, ijk, order=1, mode="nearest") for p in probabilities]
-    )
-    resampled = to_original_grid(torch.as_tensor(probabilities), image)
-    assert resampled.dtype == torch.float32
-    np.testing.assert_allclose(resampled.numpy(), expected, atol=1e-4)
-    assert (got["pred"][0].numpy() == expected.argmax(0)).mean() > 0.999
-    assert len(np.unique(expected.argmax(0))) == 3
-
-
-def test_to_original_grid_restores_images_of_several_channels(tmp_path):
-    """A linear image comes back unharmed up to the normalisation's scale and shift."""
-    affine = make_affine(*GRIDS["oblique, permuted, flipped"])
-    values = linear(world(SHAPE, affine))
-    path = save(tmp_path, "a", np.stack([values, -values], -1).astype(np.float32), affine)
-    image = preprocessing(SPACING)({"image": path})["image"]
-    got = to_original_grid(image, image).numpy()
-    assert got.shape == (2, *SHAPE)
-    inner = (slice(3, -3),) * 3  # at the edge the preprocessed grid may end earlier
-    for channel, sign in ((0, 1), (1, -1)):
-        correlation = np.corrcoef(got[channel][inner].ravel(), sign * values[inner].ravel())
-        assert correlation[0, 1] > 1 - 1e-6
 
 
 # ---- what is empty around a volume is cut off, and comes back
@@ -353,20 +224,10 @@ def labels_on_file(logits, image, affine):
     return labels
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_occupied_box_agrees_with_scipy(channels):
-    rng = np.random.default_rng(1)
-    for _ in range(30):
-        image = np.zeros((channels, 9, 8, 7), np.float32)
-        for _ in range(rng.integers(1, 4)):
-            image[tuple(rng.integers(0, n) for n in image.shape)] = rng.choice([-1.0, np.nan, 2])
-        (expected,) = ndimage.find_objects((image != 0).any(0).astype(int))
-        start, end = occupied_box(torch.as_tensor(image))
-        assert [slice(a, b) for a, b in zip(start, end, strict=True)] == list(expected)
-
-
-def test_occupied_box_is_the_whole_when_the_image_is_zero_everywhere():
-    assert occupied_box(torch.zeros(2, 4, 3, 2)) == ([0, 0, 0], [4, 3, 2])
+def test_crop_keeps_an_image_that_is_zero_everywhere():
+    image = MetaTensor(torch.zeros(2, 4, 3, 2))
+    got = CropEmptyBordersd("image")({"image": image})["image"]
+    assert (got.meta["crop_start"], got.meta["crop_size"]) == ([0, 0, 0], [4, 3, 2])
 
 
 @pytest.mark.parametrize("channels", [(), (2,)])
@@ -510,11 +371,8 @@ def test_normalization_is_refused_when_channels_and_entries_differ():
         {"clip": [0, 1], "mean": 0},
         {"clip": [1, 0], "mean": 0, "std": 1},
         {"clip": [0, 1], "mean": 0, "std": 0},
-        {"clip": [0, 1, 2], "mean": 0, "std": 1},
         {"clip": "01", "mean": 0, "std": 1},
-        {"clip": [0, 1], "mean": "0", "std": 1},
         {"clip": [0, float("nan")], "mean": 0, "std": 1},
-        {"clip": [0, 1], "mean": float("nan"), "std": 1},
         {"clip": [0, 1], "mean": 0, "std": float("inf")},
     ],
 )

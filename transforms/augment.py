@@ -1,26 +1,14 @@
 """Augmentation on the training device: one resampling, then intensity, a pure function of a seed.
 
-The loader delivers crops with a margin (`input_size` voxels around the chosen centre). Each crop
-is rotated, scaled, flipped and cut to `roi_size` by one affine, then its intensities are changed.
-The result depends on the sample's seed alone, bit for bit: not on its batch, the workers, the
-ranks or any global random state. Samples therefore share a kernel only where each voxel is
-computed from its own sample with one rounding per operation. Sums over voxels and powers are
-computed sample by sample, because the order of additions, and on a CPU the end of a vectorised
-loop, depend on the batch. (On CUDA, if the number of voxels in `roi_size` is not a multiple of
-four, results agree to rounding: the order of the sums depends on where in the batch the sample's
-memory begins.) All parameters are numbers on the host or come from pinned memory, so that the host
-never waits for the device.
-
-The operations, their order and defaults are nnU-Net's (Isensee et al., Nature Methods 18, 2021;
-batchgeneratorsv2), but: space is physical, a scale above 1 magnifies, the channels of a sample
-share their parameters, and low resolution is not simulated.
+Operations, order and defaults are nnU-Net's (Isensee et al., Nature Methods 18, 2021), but space is
+physical, a scale above 1 magnifies, all channels share parameters, and there is no low resolution.
 """
 
 import difflib
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,6 +51,12 @@ class Draw:
 class Augment:
     """Rotate, scale, flip, crop and change the intensity of a batch: MONAI's `prepare_batch`.
 
+    The result depends on the sample's seed alone, bit for bit, not on its batch. Samples therefore
+    share a kernel only where each voxel is computed from its own sample with one rounding per
+    operation; sums over voxels and powers are computed sample by sample. (On CUDA, if the voxels in
+    `roi_size` are not a multiple of four, results agree to rounding.) Parameters come from the host
+    or pinned memory, so that the host never waits for the device.
+
     Args:
         roi_size: Size of what is returned, in voxels.
         spacing: Voxel size in mm, in array-axis order.
@@ -72,12 +66,8 @@ class Augment:
         intensity: Changes to `INTENSITY`, likewise.
         enabled: If false, batches are cropped at their centre and nothing else.
 
-    Attributes:
-        input_size: The crop that workers deliver, in voxels (see `margin_size`).
-        flip_axes: The resolved axes, a tuple.
-
-    Raises:
-        ValueError: For names that do not exist and values out of range, a line for each.
+    Workers deliver crops of `input_size` voxels (see `margin_size`). A `ValueError` has a line for
+    each name that does not exist and each value out of range.
     """
 
     def __init__(
@@ -91,14 +81,13 @@ class Augment:
         intensity: Settings | None = None,
         enabled: bool = True,
     ) -> None:
-        given = {"roi_size": roi_size, "spacing": spacing}
-        faults = [_fault(k, RULES[k][0], v) for k, v in given.items() if not _is_valid(k, v)]
-        if not isinstance(enabled, bool):  # "false" is true
-            faults.append(_fault("enabled", "true or false", enabled))
-        self.spatial = _merge("spatial", spatial, SPATIAL, faults)
-        self.intensity = _merge("intensity", intensity, INTENSITY, faults)
-        if faults:
+        found = self.find_setting_faults(spatial=spatial, intensity=intensity, enabled=enabled)
+        if faults := [f"augment#{'#'.join(place)}: {text}" for place, text in found]:
             raise ValueError("\n".join(faults))
+        self.spatial, self.intensity = (
+            {name: {**default, **(given or {}).get(name, {})} for name, default in defaults.items()}
+            for given, defaults in ((spatial, SPATIAL), (intensity, INTENSITY))
+        )
         self.roi_size: Size = tuple(int(n) for n in roi_size)
         self.spacing = np.asarray(spacing, float)
         self.flip_axes = resolve_flip_axes(flip_axes, class_names)
@@ -110,12 +99,11 @@ class Augment:
 
     @staticmethod
     def find_setting_faults(**given: Any) -> Iterator[tuple[list[str], str]]:
-        """Yield the place and text of each fault in `spatial` and `intensity`, among arguments."""
+        """Yield the place and text of each fault in `spatial`, `intensity` and `enabled`."""
         for where, defaults in (("spatial", SPATIAL), ("intensity", INTENSITY)):
-            faults: list[str] = []
-            _merge(where, given.get(where), defaults, faults)
-            for place, _, text in (fault.partition(": ") for fault in faults):
-                yield place.split("#")[1:], text
+            yield from _find_faults([where], given.get(where), defaults)
+        if not isinstance(enabled := given.get("enabled", True), bool):  # "false" is true
+            yield ["enabled"], f"expected true or false, got {enabled!r}. Correct it."
 
     @torch.no_grad()
     def __call__(
@@ -125,25 +113,21 @@ class Augment:
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment one batch on `device`.
+        """Augment one batch on `device`, by default where `image` is.
 
         Args:
             batch: `image` (B, C, *input_size); `label` (B, 1, *input_size), integers below 2**24;
                 `seed` (B,) int64 on the CPU, which is not read if `enabled` is false.
-            device: Where to work; by default where `image` is.
-            non_blocking: Whether to copy without waiting, from pinned memory.
+            device: See above.
+            non_blocking: As for `Tensor.to`.
             kwargs: For `Tensor.to` of the returned image, such as `memory_format`.
 
         Returns:
-            `image` (B, C, *roi_size) float32, contiguous, and `label` (B, 1, *roi_size) in its own
-            dtype.
-
-        Raises:
-            ValueError: If a size is not `input_size`, or `seed` is missing or not on the CPU.
+            `image` (B, C, *roi_size) float32, and `label` (B, 1, *roi_size) in its own dtype.
         """
         self._check(batch)
         images, labels = (batch[key].as_subclass(torch.Tensor) for key in ("image", "label"))
-        device = images.device if device is None else device
+        device = device or images.device
         images = images.to(device, torch.float32, non_blocking=non_blocking)
         labels = labels.to(device, non_blocking=non_blocking)
         draws = [Draw(None, (), {}, 0)] * len(images)
@@ -154,26 +138,26 @@ class Augment:
             chosen = [n for n, draw in enumerate(draws) if name in draw.intensity]
             if chosen:
                 values = [draws[n].intensity[name] for n in chosen]
-                if name == "noise":
-                    seeds = [draws[n].noise_seed for n in chosen]
-                    changed = add_noise([parts[n] for n in chosen], values, seeds)
-                else:
-                    changed = CHANGES[name]([parts[n] for n in chosen], values)
+                seeds = [draws[n].noise_seed for n in chosen]
+                change = partial(add_noise, seeds=seeds) if name == "noise" else CHANGES[name]
+                changed = change([parts[n] for n in chosen], values)
                 for n, part in zip(chosen, changed, strict=True):
                     parts[n] = part
         image, label = torch.stack(parts), torch.stack(label_parts)
         return (image.to(**kwargs) if kwargs else image), label
 
     def _check(self, batch: Mapping[str, torch.Tensor]) -> None:
-        for key in ("image", "label"):
-            if batch[key].shape[2:] != self.input_size:
-                expected = f"a spatial size of {self.input_size}"
-                remedy = "Let the sampler crop Augment.input_size voxels."
-                raise ValueError(_fault(key, expected, tuple(batch[key].shape[2:]), remedy))
-        seed, shape = batch.get("seed"), batch["image"].shape[:1]
-        if self.enabled and (seed is None or seed.is_cuda or seed.shape != shape):
-            got = None if seed is None else (*seed.shape, str(seed.device))
-            raise ValueError(_fault("seed", "an int64 for each sample, on the CPU", got))
+        got = {key: tuple(batch[key].shape[2:]) for key in ("image", "label")}
+        if {*got.values()} != {self.input_size}:
+            raise ValueError(
+                f"augment: expected a spatial size of {self.input_size}, got {got}. "
+                "Let the sampler crop Augment.input_size voxels."
+            )
+        seed = batch.get("seed")
+        if self.enabled and (seed is None or seed.is_cuda or len(seed) != len(batch["image"])):
+            raise ValueError(
+                f"augment#seed: expected an int64 for each sample, on the CPU, got {seed}. Add it."
+            )
 
     def draw(self, seed: int) -> Draw:
         """Draw a sample's parameters; turning one operation off does not move the others."""
@@ -216,9 +200,10 @@ class Augment:
             signs = [[-1 if axis in draws[n].flips else 1 for axis in range(3)] for n in moved]
             matrices = np.array([draws[n].matrix for n in moved]) * np.array(signs)[:, None]
             grid = sampling_grid(matrices, self.roi_size, self.input_size, images.device)
-            turned = _sample(_stacked([image[n] for n in moved]), grid, "bilinear")
-            classes = _sample(_stacked([label[n] for n in moved]).float(), grid, "nearest")
-            for n, x, y in zip(moved, turned, classes.to(labels.dtype), strict=True):
+            turned = F.grid_sample(_stacked([image[n] for n in moved]), grid, align_corners=False)
+            classes = _stacked([label[n] for n in moved]).float()
+            classes = F.grid_sample(classes, grid, "nearest", align_corners=False).to(labels.dtype)
+            for n, x, y in zip(moved, turned, classes, strict=True):
                 image[n], label[n] = x, y
         return image, label
 
@@ -231,15 +216,15 @@ def resolve_flip_axes(
     `"auto"` is all three, or (1, 2) if a class name has a word for a side: left, right, l, r, lt,
     rt, lh, rh, sinister, dexter and their forms, set apart by punctuation or case ("kidney_r",
     "LKidney"). L1 is a vertebra and no side; the ventricles LV and RV differ in shape.
-
-    Raises:
-        ValueError: If `flip_axes` is neither `"auto"` nor a list of axes.
     """
     if flip_axes == "auto":
         words = (word.lower() for name in class_names for word in WORDS.findall(name))
         return (1, 2) if any(SIDES.fullmatch(word) for word in words) else (0, 1, 2)
     if not isinstance(flip_axes, list | tuple) or not {*flip_axes} <= {0, 1, 2}:
-        raise ValueError(_fault("flip_axes", '"auto" or a list of axes 0, 1 and 2', flip_axes))
+        raise ValueError(
+            'augment#flip_axes: expected "auto" or a list of axes 0, 1 and 2, got '
+            f"{flip_axes!r}. Correct it."
+        )
     return tuple(sorted({*flip_axes}))
 
 
@@ -249,33 +234,19 @@ def margin_size(
     """Return the size of the crop that contains every rotation and scale in range.
 
     The farthest sample on axis i is the largest `sum_j |R_ij| half_j` over the rotations R,
-    searched on a grid of angles with the ends of the ranges. Second derivatives are at most
-    `norm(half)`, which bounds what the grid misses: at the maximum, an angle either is an end of
-    its range or has a first derivative of zero.
-
-    Args:
-        roi_size: Size of the result, in voxels.
-        spacing: Voxel size in mm, in array-axis order.
-        degrees: (3, 2), lowest and highest angle about each axis.
-        lowest_scale: Smallest magnification, at most 1.
-
-    Returns:
-        Size in voxels, of `roi_size`'s parity on each axis so that the centres coincide.
+    searched on a grid of angles. Second derivatives are at most `norm(half)`, which bounds what the
+    grid misses: at the maximum, an angle is an end of its range or has a first derivative of zero.
+    Sizes are in voxels, of one parity so that centres coincide; `spacing` is in mm, `degrees`
+    (3, 2) holds the lowest and highest angle about each axis, `lowest_scale` is at most 1.
     """
     half = (np.asarray(roi_size) - 1) / 2 * spacing  # mm, from the centre to the last voxel's
-    turns = _turns_between(tuple(map(tuple, np.asarray(degrees).tolist())))
+    angles = np.meshgrid(*(np.unique(np.linspace(low, high, 41)) for low, high in degrees))
+    turns = np.abs(_rotation(np.stack(angles, -1).reshape(-1, 3)))
     missed = np.deg2rad(np.ptp(degrees, axis=1) / 80).sum() ** 2 / 2 * np.linalg.norm(half)
     reach = np.minimum((turns @ half).max(0) + missed, np.linalg.norm(half))
     reach = np.maximum(reach, half) / lowest_scale  # at least half: rotation may not be drawn
     margin = np.ceil((reach - half) / spacing - 1e-6)
     return tuple(n + 2 * int(m) for n, m in zip(roi_size, margin, strict=True))
-
-
-@functools.lru_cache(maxsize=4)
-def _turns_between(degrees: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Return the absolute entries (N, 3, 3) of rotations on a grid of angles."""
-    angles = [np.unique(np.linspace(low, high, 41)) for low, high in degrees]
-    return np.abs(_rotation(np.stack(np.meshgrid(*angles), -1).reshape(-1, 3)))
 
 
 def crop_and_flip(x: torch.Tensor, size: Size, flips: Sequence[int]) -> torch.Tensor:
@@ -290,32 +261,19 @@ def sampling_grid(
 ) -> torch.Tensor:
     """Return a grid for `grid_sample` with `align_corners=False`, (N, *roi_size, 3) float32.
 
-    Not `F.affine_grid`: its matrix product may run in TF32, which is off by a tenth of a voxel.
-
-    Args:
-        matrices: (N, 3, 3), output to input offsets from the centre, in voxels.
-        roi_size: Of the output.
-        input_size: Of what is sampled.
-        device: Where the grid is to be.
+    `matrices` (N, 3, 3) map output to input offsets from the centre, in voxels. `F.affine_grid`
+    is not used: its matrix product may run in TF32, which is off by a tenth of a voxel.
     """
     factors = (2 * matrices / np.asarray(input_size)[:, None]).astype(np.float32)
     factors = factors[:, ::-1]  # grid_sample wants the last axis first
     ramps = [np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2) for n in roi_size]  # voxels
     offsets = np.concatenate([factors[..., j, None] * ramp for j, ramp in enumerate(ramps)], -1)
-    h, w, d = _on_device(offsets, device).split(roi_size, -1)  # (N, 3, length) each
-    grid = h[..., None, None] + w[..., None, :, None] + d[..., None, None, :]
-    return grid.permute(0, 2, 3, 4, 1)
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
+    tensor = torch.from_numpy(offsets)
     if device.type == "cuda":  # from pageable memory the host would wait for the copy
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def _sample(x: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
-    return F.grid_sample(x, grid, mode, padding_mode="zeros", align_corners=False)
+    h, w, d = tensor.to(device, non_blocking=True).split(roi_size, -1)  # (N, 3, length) each
+    grid = h[..., None, None] + w[..., None, :, None] + d[..., None, None, :]
+    return grid.permute(0, 2, 3, 4, 1)
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -333,17 +291,7 @@ def add_noise(images: Images, stds: Sequence[float], seeds: Sequence[int]) -> Im
     return torch._foreach_add(list(images), noise)
 
 
-def scale_brightness(images: Images, factors: Sequence[float]) -> Images:
-    """Multiply each image (C, H, W, D) with its factor."""
-    return torch._foreach_mul(list(images), list(factors))
-
-
-def gaussian_blur(images: Images, sigmas: Sequence[float]) -> Images:
-    """Blur each image (C, H, W, D) by its sigma in voxels."""
-    return [_blurred(image, sigma) for image, sigma in zip(images, sigmas, strict=True)]
-
-
-def _blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:
+def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
     """Blur (C, H, W, D) by `sigma` voxels, cut at 4 sigma, the border voxels repeated.
 
     A sum of shifted images, since a convolution would run in TF32 on a GPU.
@@ -382,11 +330,6 @@ def adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
     return changed.unbind()
 
 
-def invert_and_adjust_gamma(images: Images, gammas: Sequence[float]) -> Images:
-    """Apply `adjust_gamma` to the negative of each image (C, H, W, D)."""
-    return torch._foreach_neg(list(adjust_gamma(torch._foreach_neg(list(images)), gammas)))
-
-
 def _std_and_mean(images: Images) -> list[torch.Tensor]:
     """Return std and mean of each channel, (N, C, 1, 1, 1), computed sample by sample."""
     both = [torch.std_mean(image, SPACE, keepdim=True) for image in images]
@@ -394,10 +337,12 @@ def _std_and_mean(images: Images) -> list[torch.Tensor]:
 
 
 CHANGES: dict[str, Callable[[Images, Sequence[float]], Images]] = {
-    "blur": gaussian_blur,
-    "brightness": scale_brightness,
+    "blur": lambda images, sigmas: list(map(gaussian_blur, images, sigmas)),
+    "brightness": lambda images, factors: torch._foreach_mul(list(images), list(factors)),
     "contrast": adjust_contrast,
-    "gamma_inverted": invert_and_adjust_gamma,
+    "gamma_inverted": lambda images, gammas: torch._foreach_neg(
+        list(adjust_gamma(torch._foreach_neg(list(images)), gammas))
+    ),
     "gamma": adjust_gamma,
 }
 
@@ -422,12 +367,8 @@ def _degrees(value: Any) -> np.ndarray:
     return np.broadcast_to(array if array.ndim else [-abs(array), abs(array)], (3, 2))
 
 
+RANGE = ("a pair [lo, hi] with 0 < lo <= hi", lambda a: a.shape == (2,) and 0 < a[0] <= a[1])
 RULES: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
-    "roi_size": (
-        "three whole numbers above 0",
-        lambda a: a.shape == (3,) and a.dtype.kind == "i" and a.min() > 0,
-    ),
-    "spacing": ("three sizes in mm above 0", lambda a: a.shape == (3,) and a.min() > 0),
     "prob": ("a probability from 0 to 1", lambda a: a.ndim == 0 and 0 <= a <= 1),
     "degrees": (
         "a number, a pair [lo, hi] or a pair for each axis, within -180..180 and lo <= hi",
@@ -437,42 +378,34 @@ RULES: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
             and np.diff(_degrees(a)).min() >= 0
         ),
     ),
-    "range": ("a pair [lo, hi] with 0 < lo <= hi", lambda a: a.shape == (2,) and 0 < a[0] <= a[1]),
     "std": ("a pair [lo, hi] with 0 <= lo <= hi", lambda a: a.shape == (2,) and 0 <= a[0] <= a[1]),
+    "range": RANGE,
+    "sigma": RANGE,
 }
-RULES["sigma"] = RULES["range"]
+
+
+def _find_faults(
+    place: list[str], given: Any, defaults: Settings
+) -> Iterator[tuple[list[str], str]]:
+    names = ", ".join(defaults)
+    if given is not None and not isinstance(given, Mapping):
+        yield place, f"expected a mapping with keys of {names}, got {given!r}. Correct it."
+        return
+    for name, value in (given or {}).items():
+        if name not in defaults:
+            nearest = difflib.get_close_matches(str(name), defaults, 1, 0)[0]
+            yield place, f"expected one of {names}, got {name!r}. Use {nearest!r} if meant."
+        elif isinstance(defaults[name], Mapping):
+            yield from _find_faults([*place, name], value, defaults[name])
+        elif not _is_valid(name, value):
+            remedy = f"Correct it, or leave it out for {defaults[name]}."
+            yield [*place, name], f"expected {RULES[name][0]}, got {value!r}. {remedy}"
 
 
 def _is_valid(key: str, value: Any) -> bool:
-    """Return whether `value` is finite and satisfies `RULES[key]`."""
     try:
         array = np.asarray(value)
     except ValueError:  # a ragged list
         return False
     is_number = array.dtype.kind in "iuf" and array.size > 0 and np.isfinite(array).all()
     return bool(is_number and RULES[key][1](array))
-
-
-def _merge(where: str, given: Any, defaults: Settings, faults: list[str]) -> dict[str, Any]:
-    """Merge given values into the defaults; mistakes are added to `faults`."""
-    merged, given = dict(defaults), {} if given is None else given
-    if not isinstance(given, Mapping):
-        faults.append(_fault(where, f"a mapping with keys of {', '.join(defaults)}", given))
-        given = {}
-    for name, value in given.items():
-        if name not in defaults:
-            nearest = difflib.get_close_matches(str(name), defaults, 1, 0)[0]
-            remedy = f"Use {nearest!r} if that was meant."
-            faults.append(_fault(where, f"one of {', '.join(defaults)}", name, remedy))
-        elif isinstance(defaults[name], Mapping):
-            merged[name] = _merge(f"{where}#{name}", value, defaults[name], faults)
-        elif _is_valid(name, value):
-            merged[name] = value
-        else:
-            remedy = f"Correct it, or leave it out for {defaults[name]}."
-            faults.append(_fault(f"{where}#{name}", RULES[name][0], value, remedy))
-    return merged
-
-
-def _fault(where: str, expected: str, got: Any, remedy: str = "Correct it.") -> str:
-    return f"augment#{where}: expected {expected}, got {got!r}. {remedy}"

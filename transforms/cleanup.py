@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), dtype=bool)  # voxels that share a corner are connected
-CHUNK = 2**20  # voxels
 
 
 class Cleanup:
@@ -23,8 +22,7 @@ class Cleanup:
         fill_holes: Names of classes that take the background which they enclose in three
             dimensions, or `all`.
 
-    Raises:
-        ValueError: If a class is unknown, or a volume below 0.
+    A `ValueError` says that a class is unknown, or a volume below 0.
     """
 
     def __init__(
@@ -37,22 +35,15 @@ class Cleanup:
         names = list(class_names)[1:]
         if not isinstance(min_volume_ml, Mapping):
             min_volume_ml = dict.fromkeys(names, min_volume_ml)
-        self.min_volume_ml = {
-            value: min_volume_ml[names[value - 1]]
-            for value in _values(names, list(min_volume_ml), "min_volume_ml")
-        }
-        if any(volume < 0 for volume in self.min_volume_ml.values()):
+        values = _values(names, list(min_volume_ml), "min_volume_ml")
+        self.min_volume_ml = dict(zip(values, min_volume_ml.values(), strict=True))
+        if any(volume < 0 for volume in min_volume_ml.values()):
             raise ValueError(f"min_volume_ml: expected 0 or more, got {min_volume_ml}. Correct it.")
         self.keep_largest = _values(names, keep_largest, "keep_largest")
         self.fill_holes = _values(names, fill_holes, "fill_holes")
 
     def __call__(self, labels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-        """Return the cleaned label map.
-
-        Args:
-            labels: `(H, W, D)` integer.
-            spacing_mm: Voxel size, in array-axis order.
-        """
+        """Return the cleaned label map `(H, W, D)` of integers, of voxels of `spacing_mm`."""
         labels = labels.copy()
         voxel_ml = float(np.prod(spacing_mm)) / 1000
         least_ml = {value: least for value, least in self.min_volume_ml.items() if least > 0}
@@ -74,25 +65,17 @@ class Cleanup:
 def _remove_parts(
     box: np.ndarray, value: int, voxel_ml: float, least_ml: float, largest_alone: bool
 ) -> None:
-    """Remove components of a class that are smaller than `least_ml`, or not its largest.
-
-    Args:
-        box: `(h, w, d)` labels that contain the class, changed in place.
-        value: Label value of the class.
-        voxel_ml: Volume of a voxel.
-        least_ml: Smallest volume of a component that is kept.
-        largest_alone: Whether only the largest component is kept.
-    """
+    """Remove components of a class that are too small or not its largest, in labels, in place."""
     parts, count = ndimage.label(box == value, structure=TOUCHING)
     sizes = np.zeros(count + 1, np.int64)
-    for rows in _rows(parts):
-        sizes += np.bincount(parts[rows].ravel(), minlength=count + 1)
+    for among in parts:  # NumPy makes 8-byte indices of them
+        sizes += np.bincount(among.ravel(), minlength=count + 1)
     small = sizes * voxel_ml < least_ml
     if largest_alone:
         small |= np.arange(count + 1) != sizes[1:].argmax() + 1
     small[0] = False  # what is not of the class
-    for rows in _rows(parts):
-        box[rows][small[parts[rows]]] = 0
+    for plane, among in zip(box, parts, strict=True):
+        plane[small[among]] = 0
 
 
 def _fill_holes(box: np.ndarray, value: int) -> None:
@@ -102,15 +85,8 @@ def _fill_holes(box: np.ndarray, value: int) -> None:
     enclosed[0] = False  # the class itself
     for axis, end in itertools.product(range(3), (0, -1)):
         enclosed[parts.take(end, axis)] = False
-    for rows in _rows(parts):
-        box[rows][enclosed[parts[rows]] & (box[rows] == 0)] = value
-
-
-def _rows(parts: np.ndarray) -> Iterator[slice]:
-    """Yield a few planes at a time along the first axis: NumPy makes 8-byte indices of them."""
-    step = max(1, CHUNK // parts[0].size)
-    for start in range(0, len(parts), step):
-        yield slice(start, start + step)
+    for plane, among in zip(box, parts, strict=True):
+        plane[enclosed[among] & (plane == 0)] = value
 
 
 def _values(names: Sequence[str], chosen: str | Sequence[str], where: str) -> list[int]:

@@ -1,8 +1,7 @@
 """Volumes from files: NIfTI, several NIfTI files as channels, or a folder with a DICOM series.
 
-Loading is MONAI's apart from its choice of readers: PydicomReader orders slices by Instance Number
-and joins two series to one volume, ITKReader picks one of two series and reads uneven gaps as even,
-and NumpyReader unpickles. This module uses one reader that does none of these.
+MONAI's readers are not used for DICOM: PydicomReader orders slices by Instance Number and joins two
+series, ITKReader picks one of two and reads uneven gaps as even. NumpyReader unpickles.
 """
 
 from __future__ import annotations
@@ -20,13 +19,16 @@ import torch
 from monai.data import MetaTensor, NibabelReader
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, ensure_tuple
+from pydicom.misc import is_dicom
 
 CONVERT = "Convert the series to NIfTI."
 # of a voxel: a slice may be so far from its place, since positions are rounded in files; where one
 # of four or more slices is missing, some slice is a third of a voxel or more from its place
 SHIFT = 0.2
-GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-REQUIRED = (*GEOMETRY, "SeriesInstanceUID", "Rows", "Columns")
+REQUIRED = (
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SeriesInstanceUID",
+    "Rows", "Columns",
+)  # fmt: skip
 
 
 class DicomError(ValueError):
@@ -34,41 +36,41 @@ class DicomError(ValueError):
 
 
 def dicom_files(folder: str | Path) -> list[Path]:
-    """The files of a folder that begin as DICOM files do, by name; hidden ones are left out."""
-    files = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    return [path for path in files if path.name != "DICOMDIR" and _begins_as_dicom(path)]
+    """Return the files that begin as DICOM files do, by name, but for hidden ones and DICOMDIR."""
+    return [path for path in _visible(Path(folder)) if path.is_file() and is_dicom(path)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "DICOMDIR")
 
 
 def read_series(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the one series that a folder holds.
+    """Read the one series that a folder holds, one file per slice.
 
-    Args:
-        folder: With one file per slice; hidden files and `DICOMDIR` are passed over.
-
-    Returns:
-        Voxels `(H, W, D)` float32, rescaled by each slice's own slope and intercept, with the first
-        axis along the rows of the slices, and the affine `(4, 4)` float64 to RAS mm.
-
-    Raises:
-        DicomError: In one line, if the files are not the slices of one regular volume.
+    Returns voxels `(H, W, D)` float32, rescaled by each slice's own slope and intercept, with the
+    first axis along the rows of the slices, and the affine `(4, 4)` float64 to RAS mm. A
+    `DicomError` says in one line that the files are not the slices of one regular volume.
     """
-    slices, affine = _ordered_slices(folder)
+    slices, affine = _ordered_slices(Path(folder), pixels=True)
     return np.stack([_values(one).T for one in slices], axis=-1), affine
 
 
 def read_geometry(folder: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape `(H, W, D)` and affine of what `read_series` returns, without reading pixels.
-
-    Raises:
-        DicomError: As `read_series`, but for what only the pixels show.
-    """
-    slices, affine = _ordered_slices(folder, pixels=False)
+    """Return shape and affine of what `read_series` returns, without reading pixels."""
+    slices, affine = _ordered_slices(Path(folder), pixels=False)
     return (int(slices[0].Columns), int(slices[0].Rows), len(slices)), affine
 
 
-def _ordered_slices(folder: str | Path, *, pixels: bool = True) -> tuple[list[Any], np.ndarray]:
-    """Slices in the order of their places, and the affine `(4, 4)` to RAS mm."""
-    slices = [_read_slice(path, pixels) for path in _only_dicom_files(Path(folder))]
+def _ordered_slices(folder: Path, *, pixels: bool) -> tuple[list[Any], np.ndarray]:
+    """Return slices in the order of their places, and the affine `(4, 4)` to RAS mm."""
+    files = dicom_files(folder)
+    if others := sorted({*_visible(folder)} - {*files}):  # a damaged slice may be among them
+        raise DicomError(
+            f"expected nothing but DICOM files in {folder.name}, got {others[0].name}. Take it out."
+        )
+    if len(files) < 2:
+        raise DicomError(f"expected two DICOM slices or more in {folder.name}, got {len(files)}.")
+    slices = [_read_slice(path, pixels) for path in files]
     _require_one_series(slices)
     x, y = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)
     places = np.array([one.ImagePositionPatient for one in slices], float)
@@ -80,56 +82,33 @@ def _ordered_slices(folder: str | Path, *, pixels: bool = True) -> tuple[list[An
     return [slices[n] for n in order], np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
 
 
-def _begins_as_dicom(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _only_dicom_files(folder: Path) -> list[Path]:
-    files = dicom_files(folder)
-    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    if others := sorted(visible - {path.name for path in files} - {"DICOMDIR"}):
-        # a slice that was damaged may be among them
-        raise DicomError(
-            f"expected nothing but DICOM files in {folder.name}, got {others[0]}. Take it out."
-        )
-    if len(files) < 2:
-        raise DicomError(f"expected two DICOM slices or more in {folder.name}, got {len(files)}.")
-    return files
-
-
 def _read_slice(path: Path, pixels: bool) -> Any:
-    """One slice, its pixels not yet decoded; a pydicom dataset, whose attributes have no types."""
+    """Read one slice, its pixels not yet decoded: a pydicom dataset."""
     try:
         one = pydicom.dcmread(path, stop_before_pixels=not pixels)
         missing = [name for name in REQUIRED if not one.get(name)]
-        if one.get("NumberOfFrames", 1) != 1 or "PerFrameFunctionalGroupsSequence" in one:
-            raise DicomError(f"expected one slice per file, got {path.name} with frames. {CONVERT}")
-        if missing:
-            raise DicomError(f"expected {missing[0]} in {path.name}, found none. {CONVERT}")
-        if one.get("SamplesPerPixel", 1) != 1 or "ModalityLUTSequence" in one:
-            raise DicomError(
-                f"expected grey values with slope and intercept in {path.name}, got colours or a "
-                f"lookup table. {CONVERT}"
-            )
-    except DicomError:
-        raise
+        has_frames = one.get("NumberOfFrames", 1) != 1 or "PerFrameFunctionalGroupsSequence" in one
+        is_grey = one.get("SamplesPerPixel", 1) == 1 and "ModalityLUTSequence" not in one
     except Exception as error:  # pydicom raises many kinds for a broken file
         raise DicomError(f"expected a readable slice {path.name}, got: {_first(error)}.") from error
+    if has_frames:
+        raise DicomError(f"expected one slice per file, got {path.name} with frames. {CONVERT}")
+    if missing:
+        raise DicomError(f"expected {missing[0]} in {path.name}, found none. {CONVERT}")
+    if not is_grey:
+        raise DicomError(
+            f"expected grey values with slope and intercept in {path.name}, got colours or a "
+            f"lookup table. {CONVERT}"
+        )
     return one
 
 
 def _require_one_series(slices: Sequence[Any]) -> None:
-    series = {one.SeriesInstanceUID for one in slices}
-    if len(series) > 1:
+    if (number := len({one.SeriesInstanceUID for one in slices})) > 1:
         raise DicomError(
-            f"expected one DICOM series, got {len(series)}. Put each into a folder of its own."
+            f"expected one DICOM series, got {number}. Put each into a folder of its own."
         )
-    if len(shapes := {(one.Rows, one.Columns) for one in slices}) > 1:
-        raise DicomError(f"expected slices of one shape, got {sorted(shapes)}. {CONVERT}")
-    for name in GEOMETRY[1:]:
+    for name in ("Rows", "Columns", "ImageOrientationPatient", "PixelSpacing"):
         values = np.array([one.get(name) for one in slices], float)
         if not np.allclose(values, values[0], rtol=0, atol=1e-4):
             raise DicomError(f"expected slices of one {name}, got several. {CONVERT}")
@@ -139,12 +118,9 @@ def _require_one_series(slices: Sequence[Any]) -> None:
 
 
 def _step(places: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
-    """From one slice to the next, `(3,)` mm, if all are equally far apart and on one line.
+    """Return the step between slices, `(3,)` mm, if all are equally far apart and on one line.
 
-    Args:
-        places: `(D, 3)` mm, sorted along the normal.
-        normal: `(3,)` of the slices.
-        pixel: The smaller edge of a pixel in mm.
+    `places` `(D, 3)` mm are sorted along the slices' `normal`; `pixel` is its smaller edge in mm.
     """
     step = (places[-1] - places[0]) / (len(places) - 1)
     between = np.diff(places @ normal)
@@ -177,59 +153,43 @@ def _values(one: Any) -> np.ndarray:
             f"expected pixels that can be decoded in {Path(one.filename).name}, got: "
             f"{_first(error)}. Replace or decompress the series."
         ) from error
-    slope, intercept = one.get("RescaleSlope"), one.get("RescaleIntercept")
+    slope, intercept = one.get("RescaleSlope"), one.get("RescaleIntercept") or 0
     slope = 1.0 if slope is None else float(slope)
-    return (stored.astype(np.float64) * slope + float(intercept or 0)).astype(np.float32)
+    return (stored.astype(np.float64) * slope + float(intercept)).astype(np.float32)
 
 
 def _first(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
 
 
-class VolumeReader(NibabelReader):
-    """MONAI's reader of NIfTI files, which also reads a folder as a DICOM series."""
-
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        """Open one path, or one per channel.
-
-        Raises:
-            ValueError: For what is neither NIfTI nor a regular DICOM series.
-        """
-        self.filenames = ensure_tuple(data)
-        read = [_open(name) for name in self.filenames]
-        return read if len(read) > 1 else read[0]
-
-
 class LoadVolumesd(MapTransform):
-    """MONAI's LoadImaged for the paths of a case, with `VolumeReader` in place of its readers.
+    """MONAI's LoadImaged for the paths of a case, with `open_volume` in place of its readers.
 
-    LoadImaged always creates all of its readers, and tries them after the given one. Each key holds
-    one path, or a list with one per channel, and becomes a float32 MetaTensor with the metadata of
-    LoadImaged. A MetaTensor that a client has loaded is only converted to float32.
+    LoadImaged tries all of its readers after the given one. Each key holds one path, or a list with
+    one per channel, and becomes a float32 MetaTensor with the metadata of LoadImaged. A MetaTensor
+    that a client has loaded is only converted to float32.
     """
 
     def __call__(self, data: dict) -> dict:
         """Load one case."""
-        loaded = dict(data)
-        for key in self.key_iterator(loaded):
-            loaded[key] = self._load(loaded[key])
-        return loaded
+        return {**data, **{key: self._load(data[key]) for key in self.key_iterator(data)}}
 
     def _load(self, paths: Any) -> MetaTensor:
         if isinstance(paths, MetaTensor):
             return cast(MetaTensor, paths.to(torch.float32, copy=True))  # steps work in place
-        reader = VolumeReader()
-        voxels, meta = reader.get_data(reader.read(paths))
+        reader = NibabelReader()
+        reader.filenames = ensure_tuple(paths)
+        voxels, meta = reader.get_data([open_volume(path) for path in reader.filenames])
         voxels = convert_to_dst_type(voxels, dst=voxels, dtype=np.float32)[0]
-        meta = {**meta, "filename_or_obj": str(ensure_tuple(paths)[0])}
+        meta = {**meta, "filename_or_obj": str(reader.filenames[0])}
         return cast(MetaTensor, MetaTensor.ensure_torch_and_prune_meta(voxels, meta))
 
 
-def _open(path: str | Path) -> Any:
-    """Open a file or a DICOM series as a nibabel image.
+def open_volume(path: str | Path) -> Any:
+    """Open a NIfTI file, or a folder with a DICOM series, as a nibabel image.
 
-    The affine is nibabel's, also if `pixdim` contradicts it: NibabelReader would then replace the
-    sform by the qform, for the image but not for the label.
+    A `ValueError` says that it is neither. The affine is nibabel's, even if `pixdim` differs:
+    NibabelReader would then replace the sform by the qform, for the image but not for the label.
     """
     if Path(path).is_dir():
         return nib.Nifti1Image(*read_series(path))

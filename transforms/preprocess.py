@@ -1,49 +1,48 @@
 """Deterministic preprocessing: from files to a regular, normalised volume.
 
-Orientation is made RAS, so that axis 0 runs from the patient's left to the right in every case;
-voxels are made `spacing` mm; intensities are normalised by the volume's own statistics, or by
-numbers that stand in the config and travel with it.
+Orientation becomes RAS, so that axis 0 runs from the patient's left to the right; voxels become
+`spacing` mm; intensities are normalised by the volume's own statistics, or by given numbers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import (
+    ClipIntensityPercentiles,
     Compose,
     EnsureChannelFirstd,
     EnsureTyped,
     MapTransform,
+    NormalizeIntensity,
     Orientationd,
+    ScaleIntensityRange,
     Spacingd,
     SpatialCrop,
     Transform,
 )
 from monai.transforms.traits import RandomizableTrait
+from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
 from transforms.grid import TOLERANCE_MM, OnImageGridd, compare, on_grid
 from transforms.load import LoadVolumesd
-from transforms.normalize import Normalization, NormalizeChannelsd
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # scaling of stored values may move labels off whole numbers
 MAX_VALUE = 255  # label maps are kept in a byte
 
+Normalization = str | Mapping[str, Any]
+
 
 def round_labels(voxels: np.ndarray) -> np.ndarray:
-    """Round values within `TOLERANCE` of a whole number.
-
-    Returns:
-        An array of the same shape and dtype; other values, NaN among them, stay as they are.
-    """
+    """Round values within `TOLERANCE` of a whole number; others, NaN among them, stay."""
     if voxels.dtype.kind != "f":
         return voxels
     whole = np.rint(voxels) + 0  # of -0 and 0 one value
@@ -52,22 +51,19 @@ def round_labels(voxels: np.ndarray) -> np.ndarray:
 
 
 class WholeLabelsd(MapTransform):
-    """Converts label maps to uint8, and refuses values that a byte cannot hold.
+    """Converts label maps to uint8; a `ValueError` says that a byte cannot hold a value.
 
     Values within `TOLERANCE` of a whole number are rounded; the log names the first such file of
     each folder.
-
-    Raises:
-        ValueError: If a value is not a whole number from 0 to 255.
     """
 
     reported: ClassVar[set[str]] = set()  # folders, in this process
 
     def __call__(self, data: dict) -> dict:
         """Convert the label maps of one case."""
-        return {**data, **{key: self._whole(data[key], key) for key in self.key_iterator(data)}}
+        return {**data, **{key: self._convert(data[key], key) for key in self.key_iterator(data)}}
 
-    def _whole(self, volume: MetaTensor, key: str) -> MetaTensor:
+    def _convert(self, volume: MetaTensor, key: str) -> MetaTensor:
         given = convert_to_numpy(volume)
         voxels = round_labels(given)
         is_label = (voxels == np.rint(voxels)) & (voxels >= 0) & (voxels <= MAX_VALUE)
@@ -86,50 +82,88 @@ class WholeLabelsd(MapTransform):
 
 
 class CropEmptyBordersd(MapTransform):
-    """Crops to the smallest box that holds all voxels that are not zero in every image channel.
+    """Crops the volumes of `keys` to the smallest box of voxels that are not zero in the image.
 
     The box, `crop_start` and `crop_size` in voxels of the file, is written into the image's
     metadata, so that `transforms.postprocess` can put a prediction back to its place. An image
     that is zero everywhere stays as it is. Runs before the grid is changed.
-
-    Args:
-        keys: Volumes `(C, H, W, D)` on the image's grid that are cropped with it.
-        allow_missing_keys: Whether one may be absent.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
     def __call__(self, data: dict) -> dict:
-        """Crop the volumes of one case."""
-        start, end = occupied_box(data["image"])
+        """Crop the volumes `(C, H, W, D)` of one case, which are on one grid."""
+        image = data["image"]
+        start, end = generate_spatial_bounding_box(image.as_tensor(), lambda voxels: voxels != 0)
+        if start == end:  # there is nothing
+            end = list(image.shape[1:])
         crop = SpatialCrop(roi_start=start, roi_end=end)
         cropped = {**data, **{key: crop(data[key]) for key in self.key_iterator(data)}}
-        meta = cropped["image"].meta
-        meta["crop_start"] = start
-        meta["crop_size"] = [b - a for a, b in zip(start, end, strict=True)]
+        size = [b - a for a, b in zip(start, end, strict=True)]
+        cropped["image"].meta |= {"crop_start": start, "crop_size": size}
         return cropped
 
 
-def occupied_box(image: torch.Tensor) -> tuple[list[int], list[int]]:
-    """First voxel, and last + 1, of `(C, H, W, D)` along each axis that holds something."""
-    occupied = (image != 0).any(dim=0)
-    start, end = [], []
-    for axis in range(3):
-        others: Sequence[int] = [other for other in range(3) if other != axis]
-        places = torch.nonzero(torch.as_tensor(occupied.any(dim=others[1]).any(dim=others[0])))
-        whole = not len(places)
-        start.append(0 if whole else int(places[0]))
-        end.append(occupied.shape[axis] if whole else int(places[-1]) + 1)
-    return start, end
+class NormalizeChannelsd(MapTransform):
+    """Normalises each channel of `image` `(C, H, W, D)` in its own way.
+
+    Args:
+        normalization: One of the following for all channels, or a list with one per channel:
+            `zscore`: mean 0 and standard deviation 1 over the volume (MR);
+            `percentile_zscore`: the same after clipping to the 0.5th and 99.5th percentile;
+            `{"clip": [low, high], "mean": m, "std": s}`: clipped and scaled by these numbers in
+            every volume, for intensities in absolute units (CT).
+
+    A `ValueError` says that one is none of these, or that a volume has other channels.
+    """
+
+    def __init__(self, normalization: Normalization | Sequence[Normalization]) -> None:
+        super().__init__("image")
+        self.is_common = isinstance(normalization, str | Mapping)
+        given: Any = [normalization] if self.is_common else normalization
+        self.channels = [_transform(one) for one in given]
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Normalise one case's image."""
+        image = data["image"]
+        channels = self.channels * len(image) if self.is_common else self.channels
+        if len(channels) != len(image):
+            raise ValueError(
+                f"normalization: expected {len(image)} entries, one per channel, "
+                f"got {len(channels)}. Give one for each, or one for all."
+            )
+        normalized = [f(image[n : n + 1]) for n, f in enumerate(channels)]
+        return {**data, "image": torch.cat(normalized)}
+
+
+def _transform(normalization: Normalization) -> Callable:
+    zscore = NormalizeIntensity(channel_wise=True)
+    clip = ClipIntensityPercentiles(lower=0.5, upper=99.5, channel_wise=True)
+    if normalization in ("zscore", "percentile_zscore"):
+        return zscore if normalization == "zscore" else Compose([clip, zscore])
+    if isinstance(normalization, Mapping) and (units := _units(normalization)):
+        low, high, mean, std = units
+        return ScaleIntensityRange(low, high, (low - mean) / std, (high - mean) / std, clip=True)
+    raise ValueError(
+        "normalization: expected one of zscore, percentile_zscore, or clip (two rising numbers), "
+        f"mean and std (above 0), got {normalization!r}."
+    )
+
+
+def _units(given: Mapping[str, Any]) -> list[float] | None:
+    """Return `low`, `high`, `mean` and `std`, or None if they are not valid numbers."""
+    if {*given} != {"clip", "mean", "std"}:
+        return None
+    try:
+        numbers = torch.tensor([*given["clip"], given["mean"], given["std"]], dtype=torch.float64)
+        low, high, _, std = numbers.tolist()
+    except (TypeError, ValueError):
+        return None
+    return numbers.tolist() if low < high and std > 0 and numbers.isfinite().all() else None
 
 
 class Preprocessing(Compose):
-    """Two parts that are called one after the other, or by themselves.
+    """All of preprocessing, and its two parts.
 
-    Args:
-        load: Transforms after which `image` is `(C, H, W, D)` as in its file.
-        regularize: All that follow.
+    After `load`, `image` is `(C, H, W, D)` as in its file; `regularize` is all that follows.
     """
 
     def __init__(self, load: Sequence[Callable], regularize: Sequence[Callable]) -> None:
@@ -150,21 +184,17 @@ def preprocessing(
 
     A case is a dictionary with paths under `image` (one, or a list with one per channel) and
     `label`: NIfTI files, or folders that hold a DICOM series each. Afterwards `image` is
-    `(C, H, W, D)` float32 and `label` is `(1, H, W, D)` uint8, both MetaTensors in RAS
-    orientation.
+    `(C, H, W, D)` float32 and `label` is `(1, H, W, D)` uint8, both MetaTensors in RAS order.
 
     Args:
         spacing: Voxel size in mm along R, A, S.
-        normalization: Of the intensities; see `NormalizeChannelsd`.
+        normalization: See `NormalizeChannelsd`.
         crop_empty_borders: Whether to cut off what is zero around the image first.
         keys: What to load. A key that a case lacks is left out.
-        before: The user's own dictionary transforms, after loading and before orientation; see
-            `UserTransform`.
-        after: The user's own dictionary transforms, after everything else.
+        before: The user's own dictionary transforms after loading, each a `UserTransform`.
+        after: The same, after everything else.
 
-    Raises:
-        ValueError: If `normalization` is unknown, `spacing` is not three positive numbers, or a
-            transform of the user's is random.
+    A `ValueError` says that `spacing` or `normalization` is not valid, or a transform is random.
     """
     if len(spacing) != 3 or min(spacing) <= 0:
         raise ValueError(f"spacing: expected three positive numbers in mm, got {spacing!r}.")
@@ -190,22 +220,18 @@ def preprocessing(
 
 
 class UserTransform(Transform):
-    """A user's own dictionary transform, which has to keep image and label together.
+    """A user's own dictionary transform, which has to keep image and label on one grid.
 
-    Args:
-        transform: Takes and returns the dictionary of a case.
-        where: The config key that it stands in, for messages.
-
-    Raises:
-        ValueError: If it is random: preprocessing is done once, and its result is kept. When it is
-            called, if image and label are on one grid before it and not after it.
+    `where` is the config key that it stands in. A `ValueError` says that it is random, since
+    preprocessing is done once and kept, or when it is called, that it moved image or label alone.
     """
 
     def __init__(self, transform: Callable[[dict], dict], where: str) -> None:
         self.transform, self.where = transform, where
-        if (random := _random_part(transform)) is not None:
+        parts = Compose([transform]).flatten().transforms
+        if random := [type(one).__name__ for one in parts if isinstance(one, RandomizableTrait)]:
             raise ValueError(
-                f"{where}: expected a transform that is not random, got {type(random).__name__}. "
+                f"{where}: expected a transform that is not random, got {random[0]}. "
                 "Preprocessing is done once and kept; take it out, and set augmentation instead."
             )
 
@@ -224,29 +250,21 @@ class UserTransform(Transform):
         return data
 
 
-def _random_part(transform: Any) -> Any:
-    """The transform, or one inside it, that draws random numbers; None if there is none."""
-    if type(transform) is Compose:
-        return next(filter(None, map(_random_part, transform.transforms)), None)
-    return transform if isinstance(transform, RandomizableTrait) else None
-
-
 def _are_together(data: dict) -> bool:
-    """Whether there are an image and a label, on one grid."""
+    """Return whether there are an image and a label, on one grid."""
     if not isinstance(data, dict) or not {"image", "label"} <= data.keys():
         return False
-    grids = [
+    (shape, affine), onto = (
         (data[key].shape[1:], np.asarray(getattr(data[key], "affine", np.eye(4))))
         for key in ("label", "image")
-    ]
-    return compare(*grids[0], *grids[1]).distance_mm <= TOLERANCE_MM
+    )
+    return compare(shape, affine, *onto).distance_mm <= TOLERANCE_MM
 
 
 class SpacingOfKeysd(Spacingd):
     """MONAI's Spacingd, which is shown nothing but the volumes.
 
-    It takes what is under `image_…` for metadata and updates it. A client may have a string there:
-    MONAI Label keeps the file's name as `image_path`.
+    It takes a key `image_…` for metadata; MONAI Label keeps the file's name under `image_path`.
     """
 
     def __call__(self, data: Any, lazy: bool | None = None) -> dict:
@@ -256,30 +274,20 @@ class SpacingOfKeysd(Spacingd):
 
 
 class ValidationPreprocessing(Transform):
-    """Preprocessing that leaves the label as it is, for scoring on the grid of the image's file.
+    """Preprocessing by `image` that leaves the label as it is, for scoring on the file's grid.
 
-    Args:
-        image: Preprocessing of the image; its other keys are skipped for lack of them.
-
-    Called with a case, returns `image` as `image` makes it and `label` `(1, H, W, D)` uint8 on
-    the grid of the image's file.
+    `label` becomes `(1, H, W, D)` uint8 on the grid of the image's file.
     """
 
     def __init__(self, image: Callable[[dict], dict]) -> None:
         self.image = image
         self.label = Compose(
-            [
-                LoadVolumesd("label"),
-                EnsureChannelFirstd("label"),
-                WholeLabelsd("label"),
-            ]
+            [t("label") for t in (LoadVolumesd, EnsureChannelFirstd, WholeLabelsd)]
         )
 
     def __call__(self, case: dict) -> dict:
         """Load one case."""
         processed = self.image({key: value for key, value in case.items() if key != "label"})
-        label = self.label({"label": case["label"]})["label"]
-        meta = processed["image"].meta
-        affine = np.asarray(meta["original_affine"])
-        shape = [int(n) for n in meta["spatial_shape"]]
-        return {**processed, "label": on_grid(label, affine, shape)}
+        label, meta = self.label({"label": case["label"]})["label"], processed["image"].meta
+        affine, shape = np.asarray(meta["original_affine"]), meta["spatial_shape"]
+        return {**processed, "label": on_grid(label, affine, [int(n) for n in shape])}

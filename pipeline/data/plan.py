@@ -42,7 +42,7 @@ class Plan:
 
     spacing: Sequence[float]  # mm that volumes are resampled to
     crop_empty_borders: bool  # whether borders of zeros are cut off first
-    # for all channels, or a list of one for each: a name of `transforms.preprocess.NORMALIZATIONS`,
+    # for all channels, or a list of one for each: a name that `NormalizeChannelsd` takes,
     # or `clip`, `mean` and `std`
     normalization: str | Mapping[str, Any] | Sequence[Any]
     roi_size: Sequence[int]  # patch in voxels

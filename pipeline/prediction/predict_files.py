@@ -1,8 +1,7 @@
 """Predicts a file or a folder with a trained run; `configs/inference.json` is the config.
 
-A case that cannot be predicted is named and left out, the others are predicted, and the exit status
-is 1. With `strict`, the process that has the case stops. Started by torchrun, each process predicts
-a share of the cases.
+A case that cannot be predicted is named and left out, and the exit status is 1; with `strict`, the
+process that has it stops. Started by torchrun, each process predicts a share of the cases.
 """
 
 from __future__ import annotations
@@ -41,32 +40,23 @@ FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
 KINDS = "", "_probabilities"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
-
 # fields of a NIfTI header that say where voxels are, beside `pixdim`
 GRID_FIELDS = [
     "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units",
 ]  # fmt: skip
-
 MARK = b"segmentation by mixed-precision-segmentation"  # in the description of predictions
 
 Outcomes = list[tuple[str, str | None]]  # case ids, and the reason if it was not predicted
 
 
 class Prediction:
-    """Predicts cases and writes label maps.
+    """Predicts cases, dictionaries with `case_id` and `image` (a path or one per channel).
 
-    Args:
-        cases: Dictionaries with `case_id` and `image`, a path or one per channel.
-        preprocessing: As `transforms.preprocess.preprocessing` returns it.
-        segmenter: Predicts labels from what is preprocessed.
-        bundle_root: Folder that relative paths start from.
-        output_dir: Gets `<case_id>.nii.gz` for each case.
-        in_channels: Channels of an image.
-        trained_on: Spacing and intensities of the training images, to compare with, if known.
-        probabilities: Whether to write `<case_id>_probabilities.nii.gz` too: float32
-            `(H, W, D, num_classes)`.
-        strict: Whether to stop at the first case that cannot be predicted.
+    `output_dir`, which may be relative to `bundle_root`, gets `<case_id>.nii.gz` for each, and with
+    `probabilities` also `<case_id>_probabilities.nii.gz`, float32 `(H, W, D, num_classes)`.
+    `trained_on` has spacing and intensities of the training images, to compare with, if known. With
+    `strict`, the first case that cannot be predicted is the last.
     """
 
     def __init__(
@@ -90,9 +80,7 @@ class Prediction:
     def run(self) -> None:
         """Predict all cases, each rank its share.
 
-        Raises:
-            SystemExit: With status 1 if a case could not be predicted, with 2 if the output
-                directory cannot be used.
+        Exit with status 1 if a case could not be predicted, with 2 if `output_dir` cannot be used.
         """
         try:
             with distributed.sync_errors():
@@ -115,9 +103,9 @@ class Prediction:
             self._report(done, len(mine))
             raise
         done = distributed.interleave(distributed.all_gather_object(done))
-        faults = self._report(done, len(self.cases))
+        self._report(done, len(self.cases))
         distributed.destroy()
-        if faults:
+        if any(why for _, why in done):
             raise SystemExit(1)
 
     def _predict_each(self, cases: Sequence[Case], done: Outcomes) -> None:
@@ -137,17 +125,14 @@ class Prediction:
                     if self.strict:
                         break
 
-    def _report(self, done: Outcomes, num_cases: int) -> dict[str, str]:
-        faults = {case_id: why for case_id, why in done if why is not None}
+    def _report(self, done: Outcomes, num_cases: int) -> None:
+        faults = [f"  {case_id}: {why}" for case_id, why in done if why is not None]
         if distributed.is_main():
             num_done = len(done) - len(faults)
             log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
-            lines = [f"  {case_id}: {why}" for case_id, why in faults.items()]
-            if lines:
-                print(
-                    f"Not predicted: {len(lines)} of {num_cases}", *lines, sep="\n", file=sys.stderr
-                )
-        return faults
+            if faults:
+                told = f"Not predicted: {len(faults)} of {num_cases}"
+                print(told, *faults, sep="\n", file=sys.stderr)
 
     def _prepare_output(self) -> None:
         """Make the output directory; refuse one in which other files would be overwritten."""
@@ -158,7 +143,7 @@ class Prediction:
                 f"output_dir: expected another folder than that of the images, got "
                 f"{self.output_dir}. Choose another."
             )
-        targets = [self._target(case, kind) for case in self.cases for kind in KINDS]
+        targets = [path for case in self.cases for path in self._targets(case)]
         if foreign := [path.name for path in targets if path.exists() and not is_prediction(path)]:
             raise InputError(
                 f"output_dir: expected a folder without other files of the results' names, got "
@@ -172,8 +157,8 @@ class Prediction:
                 f"output_dir: expected a folder that can be written, got: {error}. Choose another."
             ) from None
 
-    def _target(self, case: Case, kind: str) -> Path:
-        return self.output_dir / f"{case['case_id']}{kind}.nii.gz"
+    def _targets(self, case: Case) -> list[Path]:
+        return [self.output_dir / f"{case['case_id']}{kind}.nii.gz" for kind in KINDS]
 
     def _predict(self, case: Case) -> None:
         if "fault" in case:  # two files have its name
@@ -195,19 +180,15 @@ class Prediction:
         results = [found.labels]
         if found.probabilities is not None:
             results.append(np.moveaxis(found.probabilities, 0, -1))
-        for kind, voxels in zip(KINDS, results, strict=False):
-            save_like(voxels, paths_of(case)[0], self._target(case, kind))
+        for path, voxels in zip(self._targets(case), results, strict=False):
+            save_like(voxels, paths_of(case)[0], path)
 
 
 def find_differences_from_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
-    """Yield a line for each way in which an image is far from those of training.
-
-    Args:
-        image: `(C, H, W, D)`, with the intensities of its file.
-        trained_on: As for `Prediction`.
-    """
+    """Yield a line for each way in which `image` `(C, H, W, D)`, as in its file, is unusual."""
     if trained_on is None:
         return
+    remedy = "It is predicted all the same; look at the result."
     affine = np.asarray(image.affine)
     order = np.argsort(nib.io_orientation(affine)[:, 0])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
@@ -215,8 +196,8 @@ def find_differences_from_training(image: MetaTensor, trained_on: Config | None)
     if (spacing < low / SPACING_FACTOR).any() or (spacing > high * SPACING_FACTOR).any():
         least, most, got = ("x".join(f"{n:.3g}" for n in sizes) for sizes in (low, high, spacing))
         yield (
-            f"expected voxels of {least} to {most} mm (R, A, S), as in training, got {got} mm. It "
-            "is predicted all the same; look at the result."
+            f"expected voxels of {least} to {most} mm (R, A, S), as in training, got {got} mm. "
+            + remedy
         )
     for channel, facts in zip(image, trained_on["channels"], strict=False):
         std, mean = (float(one) for one in torch.std_mean(channel.as_tensor(), correction=0))
@@ -226,16 +207,8 @@ def find_differences_from_training(image: MetaTensor, trained_on: Config | None)
             yield (
                 f"expected intensities of {facts['name']} as in training (means {lowest:.4g} to "
                 f"{highest:.4g}, deviations {least:.4g} to {most:.4g}), got mean {mean:.4g} and "
-                f"deviation {std:.4g}. It is predicted all the same; look at the result."
+                f"deviation {std:.4g}. {remedy}"
             )
-
-
-def describe_fault(error: BaseException) -> str:
-    """Return the message of the innermost exception, in one line."""
-    if is_out_of_memory(error):
-        return "expected a volume that fits into the device's memory, got more. Use device cpu."
-    error = innermost(error)
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_prediction(path: Path) -> bool:
@@ -248,18 +221,10 @@ def is_prediction(path: Path) -> bool:
 
 
 def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
-    """Write a volume on the grid of another file.
+    """Write a volume `(H, W, D)` or `(H, W, D, classes)` on the grid of another file, or nothing.
 
-    Header fields of a NIfTI file that place its voxels are kept bit for bit: sform and qform with
-    their codes, pixdim, units. For a DICOM series, its affine becomes sform and qform, in mm.
-
-    Args:
-        voxels: `(H, W, D)`, or `(H, W, D, classes)`, on the grid of `source`.
-        source: NIfTI file, or folder with a DICOM series.
-        path: File to write, `.nii` or `.nii.gz`; it is written whole or not at all.
-
-    Raises:
-        OSError: If it cannot be written.
+    Header fields of a NIfTI `source` that place its voxels are kept bit for bit: sform and qform
+    with their codes, pixdim, units. The affine of a DICOM series becomes sform and qform, in mm.
     """
     image: Any
     if Path(source).is_dir():
@@ -278,3 +243,11 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     image.header["descrip"] = MARK
     with replace_file(path) as temporary:
         nib.save(image, temporary)
+
+
+def describe_fault(error: BaseException) -> str:
+    """Return the message of the innermost exception, in one line."""
+    if is_out_of_memory(error):
+        return "expected a volume that fits into the device's memory, got more. Use device cpu."
+    error = innermost(error)
+    return " ".join(str(error).split()) or type(error).__name__

@@ -36,8 +36,7 @@ class Predictor:
         allow: Names that `_target_` may hold beside the list, as `--allow` gives them.
         values: Of keys of its `configs/inference.json`, such as `device="cpu"`.
 
-    Raises:
-        InputError: If there is no such run, or it has no weights, or a value is none.
+    An `InputError` says that there is no such run, or it has no weights, or a value is none.
     """
 
     def __init__(
@@ -62,18 +61,14 @@ class Predictor:
     def __call__(
         self, image: np.ndarray | torch.Tensor, affine: np.ndarray | None = None
     ) -> MetaTensor:
-        """Labels of one volume, which stays as it is.
+        """Predict labels `(H, W, D)` uint8 of one volume on its own grid, with its affine.
 
         Args:
             image: `(H, W, D)`, or `(C, H, W, D)` of several channels, intensities as in the files
-                that the run was trained on.
+                that the run was trained on; it stays as it is.
             affine: `(4, 4)` to RAS mm; of a MetaTensor it is known.
 
-        Returns:
-            `(H, W, D)` uint8 on the same grid, with its affine.
-
-        Raises:
-            ValueError: If the image has no affine of three directions, or other channels.
+        A `ValueError` says that the image has no affine of three directions, or other channels.
         """
         if affine is None and isinstance(image, MetaTensor):
             affine = image.affine.cpu().numpy()
@@ -97,11 +92,7 @@ class Predictor:
 
 
 def read_inference_config(run_dir: str | Path) -> Config:
-    """The inference config of a run, with the run directory as its root.
-
-    Raises:
-        InputError: If there is none.
-    """
+    """Read the inference config of a run; an `InputError` says that there is none."""
     path = Path(run_dir, CONFIG)
     try:
         source = old_names.translate(json.loads(path.read_text()))
@@ -120,18 +111,12 @@ def load_networks(
     ensemble: Sequence[str],
     precision: Precision | None = None,
 ) -> list[torch.nn.Module]:
-    """The network of a run with its weights, and those of other runs beside it.
+    """Load the weights of a run into its network, and make those of an ensemble beside it.
 
-    Args:
-        bundle_root: The run directory, which relative paths start from.
-        network: On its device.
-        weights: State dict of the network; a relative path is one in each run directory.
-        ensemble: Other run directories.
-        precision: Places their networks; `None`, as in configs of older runs: on the device of
-            `network`.
-
-    Raises:
-        InputError: If there are no weights, or they are another network's, or a run's plan differs.
+    Relative paths start from the run directory `bundle_root`; a relative path to `weights`, a state
+    dict, is one in each run directory. `precision` places the networks of the runs in `ensemble`;
+    configs of older runs have none. An `InputError` says that there are no weights, or another
+    network's, or that a plan differs.
     """
     root = Path(bundle_root).resolve()
     load_weights(network, root / weights)
@@ -155,20 +140,12 @@ def load_networks(
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> None:
-    """Load a state dict; nothing in the file is executed.
-
-    Raises:
-        InputError: If it is not there, is no state dict, or another network's.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{path}: expected the weights of a trained network, found none. Name a run that has "
-            "them with --run_dir, or train one."
-        )
+    """Load a state dict, executing nothing; any fault of the file is an `InputError`."""
     try:
         network.load_state_dict(load(path))
     except Exception as error:  # torch and pickle raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path}: expected the weights of this network, got: {reason}. Name another file."
+            f"{path}: expected the weights of this network, got: {reason}. Name another file, or a "
+            "run that has them, or train one."
         ) from None

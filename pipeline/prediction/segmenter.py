@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 
 from pipeline.precision import Precision
-from pipeline.prediction.sliding_window import BLEND_BYTES, Network, Slab, SlidingWindow
+from pipeline.prediction.sliding_window import BLEND_BYTES, Slab, SlidingWindow
 from transforms.cleanup import Cleanup
 from transforms.postprocess import FileGrid
 
@@ -30,7 +30,6 @@ class Segmentation:
 
     labels: np.ndarray  # (H, W, D) uint8
     probabilities: np.ndarray | None  # (num_classes, H, W, D) float32 where asked for
-    affine: np.ndarray  # (4, 4) float64 of the file, to RAS mm
 
 
 class Segmenter:
@@ -38,13 +37,8 @@ class Segmenter:
 
     Probabilities are averaged over networks, interpolated linearly to the file's voxels, and only
     then made labels, slab by slab. When the device runs out of memory, prediction goes on with
-    fewer windows at a time, and then with the sums in the host's memory.
-
-    Args:
-        networks: On the precision's device, with their weights loaded.
-        precision: Owns device and autocast.
-        inferer: Cuts windows and blends them.
-        cleanup: Applied to label maps at the end.
+    fewer windows at a time, and then with the sums in the host's memory. `networks` are on the
+    device of `precision`, with their weights; `cleanup` is applied to label maps at the end.
     """
 
     def __init__(
@@ -59,29 +53,30 @@ class Segmenter:
         self.cleanup = cleanup
 
     def __call__(self, image: MetaTensor, *, with_probabilities: bool = False) -> Segmentation:
-        """Predict one image.
+        """Predict one image `(C, H, W, D)` float32 as preprocessing returns it.
 
-        Args:
-            image: `(C, H, W, D)` float32 as preprocessing returns it.
-            with_probabilities: Whether to keep the probabilities of all classes, in the host's
-                memory: 4 bytes per voxel and class.
-
-        Raises:
-            PredictionError: If the network's output is not finite.
-            torch.OutOfMemoryError: If the network itself does not fit on the device.
+        With `with_probabilities`, those of all classes are kept in the host's memory: 4 bytes per
+        voxel and class. A `PredictionError` says that the network's output is not finite, a
+        `torch.OutOfMemoryError` that the network itself does not fit on the device.
         """
+        on_device, probabilities = self.predict(image, with_probabilities)
+        labels = on_device.cpu().numpy()
+        if self.cleanup is not None:
+            spacing_mm = np.linalg.norm(FileGrid(image).affine[:3, :3], axis=0)
+            labels = self.cleanup(labels, spacing_mm)
+        return Segmentation(labels, None if probabilities is None else probabilities.numpy())
+
+    def predict(
+        self, image: MetaTensor, with_probabilities: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Do the same without cleanup; the labels stay where the logits were blended."""
         while True:
             try:
-                found = self._segment(image, with_probabilities)
-                break
+                return self._predict(image, with_probabilities)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not self._lower_demands():
                     raise
             torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
-        if self.cleanup is not None:
-            spacing_mm = np.linalg.norm(found.affine[:3, :3], axis=0)
-            found = replace(found, labels=self.cleanup(found.labels, spacing_mm))
-        return found
 
     def _lower_demands(self) -> bool:
         """Ask for less memory; return whether that was possible."""
@@ -89,47 +84,43 @@ class Segmenter:
         if inferer.batch_size > 1:
             inferer.sw_batch_size = inferer.batch_size // 2
             log.warning("Out of memory: going on with %d windows at once", inferer.sw_batch_size)
-            return True
-        if self.precision.device.type == "cpu" or inferer.device is not None:
+        elif self.precision.device.type != "cpu" and inferer.device is None:
+            inferer.device = torch.device("cpu")
+            log.warning("Out of memory: going on with sums in the host's memory")
+        else:
             return False
-        inferer.device = torch.device("cpu")
-        log.warning("Out of memory: going on with sums in the host's memory")
         return True
 
     @torch.inference_mode()
-    def _segment(self, image: MetaTensor, with_probabilities: bool) -> Segmentation:
+    def _predict(
+        self, image: MetaTensor, with_probabilities: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = FileGrid(image)
         volume = image.as_tensor().to(self.precision.device)
         for network in self.networks:
             network.eval()
         labels = probabilities = None
         finite: list[torch.Tensor] = []
-        slabs = self.inferer.slabs(volume, [self._autocast(net) for net in self.networks])
-        for axis, start, block in _join_slabs(slabs, finite):
-            if labels is None:
-                labels = torch.zeros(grid.shape, dtype=torch.uint8, device=block.device)
-                if with_probabilities:
-                    probabilities = torch.zeros((len(block), *grid.shape))
-                    probabilities[0] = 1  # where borders were cut off there is background
-            for piece in grid.pieces(block, axis, start):
-                piece.write(piece.values.argmax(dim=0).to(torch.uint8), labels)
-                if probabilities is not None:
-                    piece.write(piece.values, probabilities)
+        with self.precision.autocast():  # casts of weights are kept until it ends
+            for axis, start, block in _join_slabs(
+                self.inferer.slabs(volume, self.networks), finite
+            ):
+                if labels is None:
+                    labels = torch.zeros(grid.shape, dtype=torch.uint8, device=block.device)
+                    if with_probabilities:
+                        probabilities = torch.zeros((len(block), *grid.shape))
+                        probabilities[0] = 1  # where borders were cut off there is background
+                for values, write in grid.pieces(block, axis, start):
+                    write(values.argmax(dim=0).to(torch.uint8), labels)
+                    if probabilities is not None:
+                        write(values, probabilities)
         assert labels is not None
         if not torch.stack(finite).all():
             raise PredictionError(
                 f"expected finite logits in {self.precision.mode}, got NaN or infinity. "
                 "Predict with amp false; if that does not help, look at the image's intensities."
             )
-        kept = None if probabilities is None else probabilities.numpy()
-        return Segmentation(labels.cpu().numpy(), kept, grid.affine)
-
-    def _autocast(self, network: torch.nn.Module) -> Network:
-        def predict(windows: torch.Tensor) -> torch.Tensor:
-            with self.precision.autocast():
-                return network(windows)
-
-        return predict
+        return labels, probabilities
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -141,12 +132,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SlidingWindowLabels(SlidingWindow):
     """An evaluator's inferer that returns labels on the grids of the files instead of logits.
 
-    It does what `Segmenter` does, in the same memory. Where logits are not finite, the result is
-    background, with a warning: training goes on, since it watches its own steps.
-
-    Args:
-        precision: Owns device and autocast.
-        roi_size: As for `SlidingWindow`, like all that follow.
+    It does what `Segmenter` does, in the same memory, with the arguments of `SlidingWindow`. Where
+    logits are not finite, the result is background, with a warning: training goes on, since it
+    watches its own steps.
     """
 
     def __init__(
@@ -164,26 +152,19 @@ class SlidingWindowLabels(SlidingWindow):
         self._segmenter = Segmenter([], precision, self)  # which copies this inferer
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict labels of preprocessed images.
+        """Predict labels `(B, 1, *shape of the files)` uint8, on the inputs' device.
 
-        Args:
-            inputs: `(B, C, H, W, D)` MetaTensor whose metadata hold the files' grid.
-            network: Returns logits of windows.
-            args: Not used, nor are `kwargs`.
-            kwargs: See there.
-
-        Returns:
-            `(B, 1, *shape of the files)` uint8, on the inputs' device.
+        `inputs` are a `(B, C, H, W, D)` MetaTensor whose metadata hold the files' grid.
         """
         self._segmenter.networks, found = [network], []
         for image in decollate_batch(inputs):
             try:
-                found.append(self._segmenter(image).labels)
+                labels, _ = self._segmenter.predict(image)
             except PredictionError as error:
                 log.warning("Validation: %s", error)
-                found.append(np.zeros(FileGrid(image).shape, dtype=np.uint8))
-        # on the device where the evaluator has the reference
-        return torch.as_tensor(np.stack(found)[:, None], device=inputs.device)
+                labels = torch.zeros(FileGrid(image).shape, dtype=torch.uint8)
+            found.append(labels.to(inputs.device))  # where the evaluator has the reference
+        return torch.stack(found)[:, None]
 
 
 def _join_slabs(
@@ -195,13 +176,12 @@ def _join_slabs(
     `finite` gets for each, on its device, whether all logits are finite.
     """
     before: torch.Tensor | None = None
-    for slab in slabs:
-        finite.append(torch.isfinite(slab.logits.sum()))  # a value that is not finite spoils it
-        members = torch.softmax(slab.logits, dim=1)
+    for axis, start, logits in slabs:
+        finite.append(torch.isfinite(logits.sum()))  # a value that is not finite spoils it
+        members = torch.softmax(logits, dim=1)
         values = members[0] if len(members) == 1 else members.mean(dim=0)
-        last = values.narrow(slab.axis + 1, -1, 1).clone()
-        if before is None:
-            yield slab.axis, slab.start, values
-        else:
-            yield slab.axis, slab.start - 1, torch.cat([before, values], dim=slab.axis + 1)
+        last = values.narrow(axis + 1, -1, 1).clone()
+        if before is not None:
+            start, values = start - 1, torch.cat([before, values], dim=axis + 1)
+        yield axis, start, values
         before = last

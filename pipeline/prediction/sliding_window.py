@@ -1,8 +1,7 @@
 """Sliding-window prediction that never holds the logits of all classes for a whole volume.
 
-Windows are visited plane by plane along the axis with the most windows. Once no later window
-reaches a slab of the volume, the slab is blended, yielded and forgotten: memory grows with the
-cross-section of the volume and not with its length.
+Windows are visited plane by plane along one axis. Once no later window reaches a slab, it is
+blended, yielded and forgotten: memory grows with the volume's cross-section, not with its length.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from monai.data.utils import compute_importance_map
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import SlidingWindowInferer
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
@@ -28,16 +26,12 @@ BATCH_VOXELS = 2**22
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Slab:
-    """Blended logits of consecutive planes of a volume, from `start` on along `axis` (0 to 2).
-
-    `logits` are `(M, C, h, w, d)` float32, of M networks; slabs follow in rising order.
-    """
+class Slab(NamedTuple):
+    """Consecutive planes of a volume, from `start` on along `axis` (0 to 2), in rising order."""
 
     axis: int
     start: int
-    logits: torch.Tensor
+    logits: torch.Tensor  # (M, C, h, w, d) float32, blended, of M networks
 
 
 class SlidingWindow(SlidingWindowInferer):
@@ -55,8 +49,7 @@ class SlidingWindow(SlidingWindowInferer):
         max_blend_bytes: Device memory for the sums of one slab. Larger slabs are blended in the
             host's memory.
 
-    Raises:
-        ValueError: If an axis or the overlap is out of range.
+    A `ValueError` says that an axis or the overlap is out of range.
     """
 
     def __init__(
@@ -85,16 +78,10 @@ class SlidingWindow(SlidingWindowInferer):
         ]
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict the logits of whole volumes.
+        """Predict logits `(B, num_classes, H, W, D)` float32 of volumes `(B, C, H, W, D)`.
 
-        Args:
-            inputs: `(B, C, H, W, D)`.
-            network: Returns logits `(B, num_classes, *roi_size)` of windows.
-            args: Passed on to the network, as are `kwargs`.
-            kwargs: See there.
-
-        Returns:
-            `(B, num_classes, H, W, D)` float32, a MetaTensor if `inputs` is one.
+        `network` returns logits `(B, num_classes, *roi_size)` of windows, and is given `args` and
+        `kwargs`. The result is a MetaTensor if `inputs` is one.
         """
         volumes = convert_to_tensor(inputs)
         shape = (len(volumes), self.num_classes, *volumes.shape[2:])
@@ -106,82 +93,85 @@ class SlidingWindow(SlidingWindowInferer):
         return convert_to_dst_type(whole, inputs, dtype=torch.float32)[0]
 
     def slabs(self, volume: torch.Tensor, networks: Sequence[Network]) -> Iterator[Slab]:
-        """Predict the logits of one volume, slab by slab.
+        """Predict the logits of one volume `(C, H, W, D)` on the networks' device, slab by slab.
 
-        Args:
-            volume: `(C, H, W, D)` on the networks' device.
-            networks: As for `__call__`; all are given the same windows.
+        All networks, as for `__call__`, are given the same windows.
         """
-        missing = [max(r - n, 0) for r, n in zip(self.window, volume.shape[1:], strict=True)]
-        margins = [n // 2 for n in missing]
+        shape = volume.shape[1:]
+        missing = [max(roi - n, 0) for roi, n in zip(self.window, shape, strict=True)]
         # torch pads the last axis first
         widths = [width for n in missing[::-1] for width in (n // 2, n - n // 2)]
         padded = torch.nn.functional.pad(volume, widths)
-        sizes = padded.shape[1:]
-        pairs = zip(sizes, self.window, strict=True)
-        starts = [window_starts(n, roi, self.window_overlap) for n, roi in pairs]
-        axis = max(range(3), key=lambda a: sizes[a] / self.window[a])
-        plane = math.prod(sizes) // sizes[axis]
-        needed = 4 * len(networks) * self.num_classes * self.window[axis] * plane
-        is_small = needed <= self.max_blend_bytes
-        device = self.device or (volume.device if is_small else "cpu")
-        weights = compute_importance_map(self.window, self.mode, device=device)
-        inside = [slice(m, m + n) for m, n in zip(margins, volume.shape[1:], strict=True)]
-        across = [slice(None) if a == axis else part for a, part in enumerate(inside)]
-        for start, blended in self._blend(padded, networks, starts, axis, weights):
-            stop = start + blended.shape[axis + 2]
-            first, last = max(start, inside[axis].start), min(stop, inside[axis].stop)
-            if first < last:  # else there is nothing but padding
-                kept = blended[:, :, *across].narrow(axis + 2, first - start, last - first)
-                yield Slab(axis, first - margins[axis], kept)
+        axis = max(range(3), key=lambda a: padded.shape[a + 1] / self.window[a])
+        inside = [slice(m // 2, m // 2 + n) for m, n in zip(missing, shape, strict=True)]
+        whole = inside[axis]
+        for start, blended in self._blend(padded, networks, axis):
+            inside[axis] = slice(max(whole.start - start, 0), max(whole.stop - start, 0))
+            logits = blended[:, :, *inside]
+            if logits.shape[axis + 2]:  # else there is nothing but padding
+                yield Slab(axis, max(start - whole.start, 0), logits)
 
     def _blend(
+        self, padded: torch.Tensor, networks: Sequence[Network], axis: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield first plane and weighted means of logits as soon as no window is left for them."""
+        shape, roi = list(padded.shape[1:]), self.window[axis]
+        steps = [max(int(n * (1 - self.window_overlap)), 1) for n in self.window]
+        patches = dense_patch_slices(shape, self.window, steps)
+        starts = [sorted({patch[a].start for patch in patches}) for a in range(3)]
+        end, shape[axis] = shape[axis], roi
+        is_small = 4 * len(networks) * self.num_classes * math.prod(shape) <= self.max_blend_bytes
+        device = self.device or (padded.device if is_small else "cpu")
+        weights = compute_importance_map(self.window, self.mode, device=device)
+        # sums of as many planes as a window has; classes last, as in channels-last networks
+        sums = weights.new_zeros((len(networks), *shape, self.num_classes)).movedim(-1, 1)
+        total = weights.new_zeros(shape)
+        step = max(1, CHUNK_BYTES // (4 * sums.numel() // roi))
+        edges = sorted({*starts[axis], *(start + roi for start in starts[axis])})
+        for start, following in itertools.pairwise([*starts[axis], end]):
+            starts[axis] = [start]
+            self._add_windows(padded, networks, starts, axis, (sums, total, weights))
+            done = following - start
+            parts = [edge - start for edge in edges if start <= edge <= following]
+            for one, stop in itertools.pairwise(parts):
+                for first in range(one, stop, step):
+                    count = min(step, stop - first)
+                    planes = sums.narrow(axis + 2, first, count)
+                    yield start + first, planes / total.narrow(axis, first, count)
+            for values, dim in ((sums, axis + 2), (total, axis)) if following < end else ():
+                left = roi - done
+                rest = values.narrow(dim, done, left)
+                values.narrow(dim, 0, left).copy_(rest.clone() if left > done else rest)
+                values.narrow(dim, left, done).zero_()
+
+    def _add_windows(
         self,
         padded: torch.Tensor,
         networks: Sequence[Network],
         starts: Sequence[Sequence[int]],
         axis: int,
-        weights: torch.Tensor,
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield first plane and logits of slabs as soon as no window is left for them."""
-        roi = self.window[axis]
-        edges = sorted({*starts[axis], *(start + roi for start in starts[axis])})
-        waiting = list(itertools.pairwise(edges))
-        live: list[_SlabSums] = []
-        channels = len(networks), self.num_classes
-        for start, following in itertools.pairwise([*starts[axis], edges[-1]]):
-            while waiting and waiting[0][0] < start + roi:
-                shape = list(padded.shape[1:])
-                first, stop = waiting.pop(0)
-                shape[axis] = stop - first
-                live.append(_SlabSums(axis, first, shape, channels, weights))
-            here = [[start] if a == axis else of_axis for a, of_axis in enumerate(starts)]
-            corners = list(itertools.product(*here))
-            for n in range(0, len(corners), self.batch_size):
-                self._predict_windows(live, padded, corners[n : n + self.batch_size], networks)
-            while live and live[0].stop <= following:
-                yield from live.pop(0).blend()
-
-    def _predict_windows(
-        self,
-        live: Sequence[_SlabSums],
-        padded: torch.Tensor,
-        corners: Sequence[tuple[int, ...]],
-        networks: Sequence[Network],
+        sums_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
-        """Add the logits of some windows, averaged over the mirror images, to all slabs."""
-        ends = [zip(corner, self.window, strict=True) for corner in corners]
-        cuts = [tuple(slice(start, start + n) for start, n in of_window) for of_window in ends]
-        windows = torch.stack([padded[:, *cut] for cut in cuts])
-        for number, network in enumerate(networks):
-            if self.mirrors == [()]:
-                logits = network(windows)
-            else:
-                images = [network(windows.flip(a)).float().flip(a) for a in self.mirrors]
-                logits = torch.stack(images).mean(dim=0)
-            for cut, of_window in zip(cuts, logits, strict=True):
-                for sums in live:
-                    sums.add(number, cut, of_window)
+        """Add windows of one place on `axis` to sums of logits and of weights, both in place."""
+        sums, total, weights = sums_of
+        cuts = [
+            [slice(start, start + n) for start, n in zip(corner, self.window, strict=True)]
+            for corner in itertools.product(*starts)
+        ]
+        for n in range(0, len(cuts), self.batch_size):
+            batch = cuts[n : n + self.batch_size]
+            windows = torch.stack([padded[:, *cut] for cut in batch])
+            for number, network in enumerate(networks):
+                if self.mirrors == [()]:
+                    logits = network(windows)
+                else:
+                    images = [network(windows.flip(a)).float().flip(a) for a in self.mirrors]
+                    logits = torch.stack(images).mean(dim=0)
+                for cut, of_window in zip(batch, logits, strict=True):
+                    place = [slice(None) if a == axis else part for a, part in enumerate(cut)]
+                    sums[number][:, *place].addcmul_(of_window.to(sums.device), weights)
+                    if number == 0:
+                        total[*place] += weights
 
     @property
     def batch_size(self) -> int:
@@ -189,45 +179,3 @@ class SlidingWindow(SlidingWindowInferer):
         voxels = math.prod(self.window)
         fitting = self.max_blend_bytes // 8 // (4 * self.num_classes * voxels)
         return max(1, min(self.sw_batch_size, fitting, BATCH_VOXELS // voxels))
-
-
-class _SlabSums:
-    """Weighted sums of window logits in a slab of the padded volume, and sums of the weights."""
-
-    def __init__(
-        self, axis: int, start: int, shape: Sequence[int], channels: tuple[int, int], weights: Any
-    ) -> None:
-        self.axis, self.start, self.stop = axis, start, start + shape[axis]
-        self.weights, (num_networks, num_classes) = weights, channels
-        # classes last in memory, as networks in channels-last format return them
-        self.logits = weights.new_zeros((num_networks, *shape, num_classes)).movedim(-1, 1)
-        self.total = weights.new_zeros(tuple(shape))
-
-    def add(self, number: int, cut: tuple[slice, ...], logits: torch.Tensor) -> None:
-        """Add the part of a window, `cut` from the padded volume, that lies in this slab."""
-        first, last = max(self.start, cut[self.axis].start), min(self.stop, cut[self.axis].stop)
-        if first >= last:
-            return
-        here, there = list(cut), [slice(None)] * 3
-        here[self.axis] = slice(first - self.start, last - self.start)
-        there[self.axis] = slice(first - cut[self.axis].start, last - cut[self.axis].start)
-        part = logits[:, *there].to(self.weights.device)
-        self.logits[number][:, *here].addcmul_(part, self.weights[*there])
-        if number == 0:
-            self.total[*here] += self.weights[*there]
-
-    def blend(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield weighted means and their first plane, a few planes at a time, as new tensors."""
-        num_planes = self.stop - self.start
-        step = max(1, CHUNK_BYTES // (4 * self.logits.numel() // num_planes))
-        for first in range(0, num_planes, step):
-            count = min(step, num_planes - first)
-            logits = self.logits.narrow(self.axis + 2, first, count)
-            yield self.start + first, logits / self.total.narrow(self.axis, first, count)
-
-
-def window_starts(size: int, roi: int, overlap: float) -> list[int]:
-    """Return the first voxels of the windows along an axis; as in MONAI, the last ends with it."""
-    step = max(int(roi * (1 - overlap)), 1)
-    count = math.ceil((size - roi) / step) + 1
-    return [min(n * step, size - roi) for n in range(count)]

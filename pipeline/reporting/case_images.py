@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from pipeline.drawing import outline
 from transforms.grid import align
-from transforms.load import VolumeReader
+from transforms.load import open_volume
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # index of the axis through the plane, of RAS
 DIRECTIONS = (("R", "L"), ("A", "P"), ("S", "I"))  # at the high and the low end of each axis
@@ -92,7 +92,7 @@ def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> Case
 
 def _read_ras(path: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the first channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
-    image = nib.as_closest_canonical(VolumeReader().read(path))
+    image = nib.as_closest_canonical(open_volume(path))
     return np.asanyarray(image.dataobj).reshape(*image.shape[:3], -1)[..., 0], image.affine
 
 
