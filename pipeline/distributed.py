@@ -8,7 +8,6 @@ inside `sync_errors()`, all do: the error travels with the next exchange of obje
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -147,42 +146,39 @@ def sync_errors() -> Iterator[None]:
         yield
     except (InputError, SystemExit) as error:
         if size() > 1 and not _has_ended:
-            _exchange(None, error)
+            sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
+            faults = error.faults if isinstance(error, InputError) else ()
+            status = int(error.code or 0) if isinstance(error, SystemExit) else None
+            _exchange(None, tuple(sender + fault for fault in faults) or status)
         raise
     all_gather_object(None)
 
 
-def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[Any]:
+def _exchange(value: Any, failure: tuple[str, ...] | int | None = None) -> list[Any]:
+    """Gather values; raise the first failure (faults or an exit status), if there is one."""
     global _has_ended
-    faults = error.faults if isinstance(error, InputError) else ()
-    status = int(error.code or 0) if isinstance(error, SystemExit) else None
-    sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
     messages: list[Any] = [None] * size()
     signals: list[int] = []  # they wait: a handler that raised would leave the others alone
     with signal_handlers(dict.fromkeys(SIGNALS, lambda number, _: signals.append(number))):
         try:
-            own = value, status, {line: sender + line for line in faults}
-            dist.all_gather_object(messages, own, group=_object_group)
+            dist.all_gather_object(messages, (value, failure), group=_object_group)
         except RuntimeError as lost:
             _has_ended = True
             if (reason := explain_lost_rank(lost)) is None:
                 raise
             log.error("%s", reason)
             raise TrainingStopped(reason) from lost
-        lines: dict[str, str] = {}  # each once, with its first sender
-        for _, _, refused in messages:
-            lines = {**lines, **refused, **lines}
-        statuses = [status for _, status, _ in messages if status is not None]
-        is_told, _has_ended = not is_main(), bool(lines or statuses)
-        if _has_ended:
+        failures = [failure for _, failure in messages if failure is not None]
+        is_told, _has_ended = not is_main(), bool(failures)
+        if failures:
             destroy()
-    if lines:
-        raise InputError(*lines.values(), is_told=is_told)
-    if statuses:
-        raise SystemExit(max(statuses))
+    if faults := next((one for one in failures if isinstance(one, tuple)), ()):
+        raise InputError(*faults, is_told=is_told)
+    if failures:
+        raise SystemExit(max(failures))
     if signals:
         signal.raise_signal(signals[0])
-    return [value for value, _, _ in messages]
+    return [value for value, _ in messages]
 
 
 def explain_lost_rank(error: RuntimeError) -> str | None:
@@ -241,25 +237,11 @@ def local_only(network: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def require_equal_ranks(network: nn.Module, step: int) -> None:
-    """Raise `InputError` if a rank begins at another step or with other weights than rank 0."""
-    if size() == 1:
-        return
-    weights = [p.detach().cpu().numpy().tobytes() for p in network.parameters()]
-    own = step, hashlib.sha256(b"".join(weights)).digest()
-    with sync_errors():
-        if own != broadcast_object(own):
-            raise InputError(
-                "output_dir: expected the checkpoint and weights of rank 0, got others. Give all "
-                "ranks one on a file system that their hosts share."
-            )
-
-
 class SummedDDP(DistributedDataParallel):
     """DistributedDataParallel that sums gradients over ranks instead of averaging them.
 
-    Each rank's gradients are those of its own samples in the loss of all. Their sum is what one
-    process has, and as large, which matters in float16. Parameters become those of rank 0.
+    Each rank's gradients are those of its own samples in the loss of all. Their sum is that of one
+    process, and as large, which matters in float16. Parameters become those of rank 0.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -303,7 +285,6 @@ class DistributedSettings:
         self.device = str(device)
         self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
         self._batch_norm = "none in the network"
-        self._gradient_bytes = 0
         prefixes = ("cuda", "auto") if torch.cuda.is_available() else "cuda"
         self._wants_cuda = self.device.startswith(prefixes)
 
@@ -331,16 +312,14 @@ class DistributedSettings:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
                 self._batch_norm = "synchronized"
         all_gather_object(None)  # DDP would wait for a rank that has failed
-        self._gradient_bytes = sum(p.nbytes for p in network.parameters() if p.requires_grad)
         log.info("Process group in force: %s", self.describe())
         return SummedDDP(network)
 
     def describe(self) -> dict[str, Any]:
-        """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""
+        """Return what is in force: number of ranks, backend, batch norm."""
         return {
             "num_ranks": size(),
             "backend": ("nccl" if self._wants_cuda else "gloo") if is_launched() else None,
             "sync_batch_norm": self.sync_batch_norm,
             "batch_norm": self._batch_norm,
-            "gradient_bytes_per_step": self._gradient_bytes,
         }

@@ -337,22 +337,6 @@ def test_rank_that_stops_ends_all(tmp_path, caplog):
     assert [result["levels"] for result in results] == [["ERROR"], ["INFO"]]
 
 
-def test_ranks_with_other_weights_are_refused():
-    def run():
-        network = instance_norm_network()
-        trainer = make_trainer(
-            in_mode("float32"), [part(batch(0))], network=network, replica=SummedDDP(network)
-        )
-        if distributed.rank() == 1:
-            next(network.parameters()).data[0] += 1
-        trainer.run()
-
-    first, second = in_ranks(run)
-    assert "rank 1 on " in str(first)
-    assert "output_dir: expected the checkpoint and weights of rank 0, got others." in str(first)
-    assert (first.is_told, second.is_told) == (False, True)
-
-
 # --- what ranks say
 
 
@@ -382,7 +366,7 @@ def test_shares_are_all_items_once_and_come_back_in_order(number):
     assert in_ranks(run, size=3) == [[*range(number)]] * 3
 
 
-@pytest.mark.parametrize("who", [[0], [1], [0, 1], [1, 2]])
+@pytest.mark.parametrize("who", [[0, 1], [1, 2]])
 def test_a_refusal_of_some_is_told_once_by_the_first(who):
     def run():
         with distributed.sync_errors(), distributed.sync_errors():

@@ -38,41 +38,20 @@ def held(tmp_path):
 
 
 def test_directory_is_refused_to_another_process_until_it_is_closed(tmp_path, held):
-    assert held.lost() is None  # nor does looking let go of the lock
     refused = other_process(tmp_path)
     assert f"got one by process {os.getpid()}" in refused.stderr
     held.close()
     assert other_process(tmp_path).returncode == 0
-    assert (tmp_path / ".lock").read_text() == ""  # it left no name, though it did not close
+    assert (tmp_path / ".holder").read_text() == ""  # it left no name, though it did not close
     held.close()  # once more does nothing
 
 
 def test_lost_says_who_has_the_directory(tmp_path, held):
-    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    assert held.lost() is None
+    (tmp_path / ".holder").write_text("elsewhere 7 token")
     assert held.lost() == "process 7 on elsewhere"
-    (tmp_path / ".lock").unlink()
-    assert held.lost() == "nobody (.lock was deleted)"
-    other = tmp_path / "other"
-    other.write_text(json.dumps({"host": "elsewhere", "pid": 8}))
-    other.rename(tmp_path / ".lock")
-    assert held.lost() == "process 8 on elsewhere"
-
-
-def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_path, monkeypatch):
-    """Where the kernel's lock does not reach the other host."""
-    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 6}))
-    monkeypatch.setattr(run_directory, "WATCH_S", 0.1)
-    lock, locked = run_directory.fcntl.lockf, []
-
-    def late(*args):
-        lock(*args)
-        locked.append(1)
-        if len(locked) == 2:  # the first was let go for the watch
-            (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-
-    monkeypatch.setattr(run_directory.fcntl, "lockf", late)
-    with pytest.raises(InputError, match="process 7 on elsewhere"):
-        RunLock(tmp_path)
+    held.close()
+    assert (tmp_path / ".holder").read_text() == "elsewhere 7 token"
 
 
 def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ from pipeline.lifecycle.stored_configs import (
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
-from pipeline.training.pretrained import PretrainedWeights
+from pipeline.training.pretrained import read_pretrained
 from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
@@ -65,12 +65,11 @@ class Lifecycle:
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        data_module: Reads the dataset.
         report: Whether to write `report/index.html` at the end.
-        init_weights, reinit_head: Weights that a new run begins with; see `PretrainedWeights`.
-        accept_changed_data: Whether a run continues although files of its cases were changed.
+        init_weights, reinit_head: Weights that a new run begins with; see `read_pretrained`.
         process_group: Settings for several ranks. The first rank holds the run directory and writes
             into it; each of the others writes a log there, and predictions that are scored.
+        accept_changed_data: Whether a run continues although files of its cases were changed.
         config: The whole config, checked, as `pipeline.run` hands it over; where MONAI's own
             commands build this object, it is found by `config_of_monai`.
 
@@ -79,7 +78,8 @@ class Lifecycle:
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
         cases, plan: Of the dataset, after `enter`.
         checkpoint: File that the run continues from, or None, after `enter`.
-        pretrained: The weights that a new run begins with, after `enter`.
+        initial_weights: Weights that a new run begins with instead of the network's own, after
+            `enter`.
     """
 
     cases: Cases
@@ -111,10 +111,10 @@ class Lifecycle:
         self.data_module, self.process_group = data_module, process_group
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
-        self.pretrained = PretrainedWeights(
-            self.bundle_root, init_weights, as_bool(reinit_head, "reinit_head")
-        )
+        self.init_weights, self.reinit_head = init_weights, as_bool(reinit_head, "reinit_head")
+        self.initial_weights: dict[str, torch.Tensor] | None = None
         self.checkpoint: Path | None = None
+        self._start: dict[str, Any] | None = None  # the record of the weights it began with
         self._excepthook: Any = None
 
     @property
@@ -126,11 +126,6 @@ class Lifecycle:
     def is_held(self) -> bool:
         """Whether this process is in the run, between `enter` and `leave`."""
         return self.directory.is_held
-
-    @property
-    def initial_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights that a new run begins with instead of the network's own, after `enter`."""
-        return self.pretrained.tensors
 
     @property
     def preprocessing_key(self) -> dict[str, Any]:
@@ -187,8 +182,7 @@ class Lifecycle:
         self.plan, self.checkpoint = distributed.run_on_main(self._begin)
         if not distributed.is_main():
             if self.checkpoint is None:
-                self.pretrained.read()
-                self._fit_pretrained(self.plan)
+                self._read_pretrained(self.plan)
             self.directory.follow()
 
     def open_stored_run(self, *, any_data: bool = False) -> None:
@@ -256,8 +250,6 @@ class Lifecycle:
             if self.run_dir.exists():
                 self._take_directory()
             continues = self.directory.continues()
-            if not continues:
-                self.pretrained.read()
             found = self.data_module.run_preflight(self.cases)
             found.require_sound()
             # the plan of a run that has begun stays: another card must not change it
@@ -269,17 +261,17 @@ class Lifecycle:
                     f"{'' if continues else ', or raise it'}."
                 )
             if not continues:
-                self._fit_pretrained(plan)
+                self._read_pretrained(plan)
             self._take_directory()
             for line in (*found.notes, *(issue.line for issue in found.warnings)):
                 log.warning("%s", line)  # now that there is a log.txt
             checkpoint = None
             if continues:
                 checkpoint = self.directory.checkpoint()
-                self.pretrained.record = stored_record(self.run_dir).get("init_weights")
+                self._start = stored_record(self.run_dir).get("init_weights")
             write_configs(
                 self.run_dir, self._portable, self.cases, plan, found.fingerprint,
-                init_weights=self.pretrained.record, contents=self._contents,
+                init_weights=self._start, contents=self._contents,
                 launch=distributed.launch_id(),
             )  # fmt: skip
         return plan, checkpoint
@@ -335,15 +327,19 @@ class Lifecycle:
     def _parser(self, plan: Plan) -> Parser:
         return Parser(deepcopy({**self.source, "plan": plan}))
 
-    def _fit_pretrained(self, plan: Plan) -> None:
-        """Compare the weights that the run begins with, if any, to the network of this plan."""
-        if not self.pretrained.is_read:
+    def _read_pretrained(self, plan: Plan) -> None:
+        if self.init_weights is None:
+            if self.reinit_head:
+                raise InputError(
+                    "reinit_head: expected init_weights beside it, got null. Name a file."
+                )
             return
         try:
             network = self._parser(plan).get_parsed_content("network_def")
         except (RuntimeError, ValueError) as error:
             raise InputError(str(innermost(error))) from error
-        self.pretrained.fit(network)
+        path = self.bundle_root / self.init_weights
+        self.initial_weights, self._start = read_pretrained(path, network, self.reinit_head)
 
     def _make_plan(self, found: Preflight) -> Plan:
         """Decide the plan; a batch size that is `auto` is also limited by a trial on the card."""
@@ -369,7 +365,8 @@ class Lifecycle:
         if distributed.size() > 1:
             rank, size = distributed.rank(), distributed.size()
             log.info("Rank %d of %d; batches are divided among them", rank, size)
-        self.pretrained.log()
+        if self.initial_weights is not None:
+            log.info("Weights of %s: %s", self.init_weights, self._start)
 
     # --- the end
 
@@ -396,7 +393,7 @@ class Lifecycle:
             self.run_dir,
             dataset_hash=cases.fingerprint,
             config_hash=keys.identity_hash(self._portable),
-            init_weights=self.pretrained.record,
+            init_weights=self._start,
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(cases, part)) for part in ("train", "validation", "test")},
         )

@@ -1,7 +1,7 @@
 """The directory of a run: who may write into it, and its log.
 
-One process at a time holds a run directory by the lock on its file `.lock`. Of several ranks the
-first one holds it, and the others only write a log there.
+One process at a time holds a run directory; see `RunLock`. Of several ranks the first one holds it,
+and the others only write a log there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import shutil
 import socket
 import threading
@@ -24,7 +23,8 @@ from typing import Any
 
 from pipeline import distributed
 from pipeline.errors import InputError
-from pipeline.files import CheckpointStore, make_directory
+from pipeline.files import make_directory
+from pipeline.training.checkpoint import newest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HEARTBEAT_S = 10.0
 WATCH_S = 35.0  # without a heartbeat for this long, a holder on another host is taken for dead
 # what a run may leave that dies before its run.json is written; `configs` is then empty
-BEGINNING = {".lock", "log.txt", "run.json.tmp", "configs"}
-FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
+BEGINNING = {".lock", ".holder", "log.txt", "run.json.tmp", "configs"}
 
 
 class RunDirectory:
@@ -43,14 +42,10 @@ class RunDirectory:
         path: Absolute.
         resume: `auto` (continue what is there), `True` (there must be something) or `False` (there
             must be nothing).
-
-    Attributes:
-        store: Its checkpoints.
     """
 
     def __init__(self, path: Path, resume: str | bool) -> None:
         self.path, self.resume = path, resume
-        self.store = CheckpointStore(path / "checkpoints")
         launch = distributed.launch_id()
         if resume is False and launch and self._record().get("launch") == launch:
             self.resume = "auto"  # torchrun starts the processes of this run anew
@@ -75,9 +70,8 @@ class RunDirectory:
         """
         make_directory(self.path)
         _HELD[self.path] = RunLock(self.path)
-        for folder in FOLDERS:
-            for path in (self.path / folder).glob("*.tmp"):
-                path.unlink()  # of a write that was cut off
+        for path in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):
+            path.unlink()  # of a write that was cut off
 
     def follow(self) -> None:
         """Log into the directory, as a rank other than the first."""
@@ -129,9 +123,10 @@ class RunDirectory:
             return {}
 
     def has_begun(self) -> bool:
-        """Whether there ever was a checkpoint, even if it was lost since."""
-        made = ("summary.json", "models/model.pt", "models/last.pt")
-        return self.store.has_begun() or any((self.path / name).exists() for name in made)
+        """Whether a run has saved something here; a damaged checkpoint counts."""
+        saved = self.path.glob("checkpoints/*"), self.path.glob("models/*.pt")
+        found = {path.suffix for paths in saved for path in paths}
+        return bool(found & {".pt", ".damaged"}) or (self.path / "summary.json").exists()
 
     def continues(self) -> bool:
         """Whether there is a run to continue; remove what one left that is not to be continued."""
@@ -148,16 +143,13 @@ class RunDirectory:
         Raises:
             InputError: If none is whole. What there is stays.
         """
-        if (newest := self.store.newest()) is not None:
-            return newest
-        files = [*self.store.directory.glob("*.pt"), *(self.path / "models").glob("*.pt")]
-        weights = max(files, key=lambda path: path.stat().st_mtime, default="FILE")
-        raise InputError(
-            f"{self.store.directory}: expected a whole checkpoint that manifest.jsonl lists, found "
-            "none of those that there were. Restore it and manifest.jsonl from a copy, or start a "
-            f"run elsewhere from weights that are there: --init_weights {shlex.quote(str(weights))}"
-            " --output_dir OTHER."
-        )
+        if (newest := newest_checkpoint(self.path / "checkpoints")) is None:
+            raise InputError(
+                f"{self.path / 'checkpoints'}: expected a whole checkpoint, found none. Restore "
+                "one from a copy, or start a run in another output_dir with "
+                f"--init_weights {self.path / 'models' / 'last.pt'}."
+            )
+        return newest
 
 
 class RunLog(logging.FileHandler):
@@ -178,8 +170,8 @@ class RunLock:
     """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
 
     The kernel's lock on `.lock` ends with the process, but some file systems do not pass it on to
-    other hosts. Therefore `.lock` also names the holder, which renews the file's modification time
-    as a heartbeat; a holder on another host is respected or, without a heartbeat, replaced. Only
+    other hosts. Therefore the process writes `host pid token` into `.holder` and renews the file's
+    modification time as a heartbeat; a holder on another host is replaced only if it has none. Only
     changes of the time are compared: the clocks of the hosts need not agree.
 
     Args:
@@ -191,10 +183,23 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / ".lock"
-        watched = None  # a holder on another host, after it was watched without a heartbeat
-        while not self._take(watched):
-            watched = self._watch()
+        self.holder = run_dir / ".holder"
+        # Never opened twice: closing any descriptor of a file drops the process's locks on it.
+        self.file = open(run_dir / ".lock", "a")  # noqa: SIM115 - held until close()
+        try:
+            # a record lock, unlike flock, is not inherited by loader workers that outlive us
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._require_silence()
+        except OSError as error:
+            self.file.close()
+            if not isinstance(error, (BlockingIOError, PermissionError)):
+                raise  # such as a file system without locks
+            raise InputError(
+                f"output_dir: expected no other run in {run_dir}, got one by "
+                f"{_name(self._pulse()[1])}. Wait for it or choose another output_dir."
+            ) from None
+        self.content = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        self.holder.write_text(self.content)
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self.log = RunLog(run_dir / "log.txt")
@@ -208,99 +213,54 @@ class RunLock:
         atexit.unregister(self.close)
         self.log.close()
         with contextlib.suppress(OSError):  # where nothing can be written any more
-            self.file.truncate(0)
+            if self.lost() is None:
+                self.holder.write_text("")
         self.file.close()
 
     def lost(self) -> str | None:
-        """Return who holds the directory now, if `.lock` is no longer that of this process.
+        """Return who took the directory from this process, if another one did.
 
-        After it was deleted by hand, another process locks another file. Of two hosts that start
-        at the same moment, the later one overwrites it.
+        It can do so after `.lock` was deleted by hand, or if two hosts start at the same moment.
         """
         try:
-            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
-                return _name(self.path.read_text())
-            content = self._read()
-        except FileNotFoundError:
-            return "nobody (.lock was deleted)"
+            content = self.holder.read_text()
         except OSError:
             return None  # a file system that does not answer says nothing
         return None if content == self.content else _name(content)
 
-    def _take(self, watched: str | None) -> bool:
-        """Lock the file and write this process's name, unless a holder has to be watched first."""
-        # Opened without truncation: what it says is the holder's until the lock is taken. Never
-        # opened again after that: closing any descriptor of a file drops the process's locks on it.
-        self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        with contextlib.ExitStack() as on_refusal:
-            on_refusal.callback(self.file.close)
-            try:
-                # a record lock, unlike flock, is not inherited by loader workers that outlive us
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # and not a file system without locks
-                self._refuse(self._read())
-            former = self._read()
-            if _holder(former).get("host", here["host"]) != here["host"] and former != watched:
-                if watched is None:
-                    return False
-                self._refuse(former)  # another one came in between
-            if former:
-                log.info("The run's former process, %s, is gone; replacing it", _name(former))
-            self.content = json.dumps(here)
-            self.file.truncate(0)
-            self.file.write(self.content)
-            self.file.flush()
-            on_refusal.pop_all()
-        return True
-
-    def _watch(self) -> str:
-        """Return the name of a holder on another host that had no heartbeat for `WATCH_S`."""
-        first, end = self._pulse(), time.monotonic() + WATCH_S
-        log.info("Watching for a heartbeat of %s, %.0f s at most", _name(first[1]), WATCH_S)
-        while time.monotonic() < end:
-            time.sleep(WATCH_S / 35)
-            if self._pulse() != first:
-                self._refuse(first[1])
-        return first[1]
+    def _require_silence(self) -> None:
+        """Watch a holder on another host; raise BlockingIOError if it has a heartbeat."""
+        pulse, end = self._pulse(), time.monotonic() + WATCH_S
+        if not pulse[1]:
+            return
+        if pulse[1].split()[0] != socket.gethostname():
+            log.info("Watching for a heartbeat of %s, %.0f s at most", _name(pulse[1]), WATCH_S)
+            while time.monotonic() < end:
+                time.sleep(WATCH_S / 35)
+                if self._pulse() != pulse:
+                    raise BlockingIOError
+        log.info("The run's former process, %s, is gone; replacing it", _name(pulse[1]))
 
     def _pulse(self) -> tuple[int, str]:
+        """Time of the last heartbeat and name of the holder."""
         try:
-            with open(self.path) as file:  # anew, since network file systems cache attributes
-                return os.fstat(file.fileno()).st_mtime_ns, file.read()
+            with open(self.holder) as file:  # anew, since network file systems cache attributes
+                return os.fstat(file.fileno()).st_mtime_ns, file.read().strip()
         except FileNotFoundError:
             return 0, ""
 
-    def _read(self) -> str:
-        self.file.seek(0)
-        return self.file.read()
-
-    def _refuse(self, holder: str) -> None:
-        raise InputError(
-            f"output_dir: expected no other run in {self.path.parent}, got one by "
-            f"{_name(holder)}. Wait for it or choose another output_dir."
-        )
-
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError, ValueError):  # the next one may reach the disk
-                os.utime(self.file.fileno())
+            with contextlib.suppress(OSError):  # the next one may reach the disk
+                os.utime(self.holder)
 
 
 _HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
 
 
-def _holder(content: str) -> dict[str, Any]:
-    """What `.lock` says: host, pid and token."""
-    try:
-        return dict(json.loads(content))
-    except (ValueError, TypeError):
-        return {}
-
-
-def _name(content: str) -> str:
-    holder = _holder(content)
-    return "process {pid} on {host}".format(**holder) if holder else "an unknown process"
+def _name(holder: str) -> str:
+    host, pid, *_ = [*holder.split(), "", ""]
+    return f"process {pid} on {host}" if pid else "an unknown process"
 
 
 @contextlib.contextmanager

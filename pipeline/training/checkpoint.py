@@ -13,10 +13,13 @@ A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
+import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import distributed
 from pipeline.errors import STOPS, InputError
-from pipeline.files import CheckpointStore, WriteError, load, make_directory, save
+from pipeline.files import WriteError, load, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
@@ -42,8 +45,35 @@ MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Return the acknowledged checkpoints in `directory`, oldest first."""
-    return CheckpointStore(directory).acknowledged()
+    """Return the checkpoints in a directory, oldest first."""
+    return sorted(directory.glob("step_*.pt"), key=_order)
+
+
+def _order(path: Path) -> tuple[str, bool]:
+    step, _, pending = path.stem.removeprefix("step_").partition("_")
+    return step, not pending
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, by the checksums of its ZIP archive, if any.
+
+    A damaged one is renamed to `<name>.damaged`, with a warning, and the one before is tried.
+    """
+    for path in reversed(checkpoints(directory)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                fault = archive.testzip()
+        except Exception as error:  # zipfile raises many kinds
+            fault = str(error)
+        if fault is None:
+            return path
+        with contextlib.suppress(OSError):
+            os.replace(path, f"{path}.damaged")
+        log.warning(
+            "%s IS DAMAGED (%s). It is set aside as %s.damaged, and the checkpoint before it is "
+            "used.", path, fault, path.name,
+        )  # fmt: skip
+    return None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -94,8 +124,8 @@ class CheckpointHandler:
         checkpoint: Path | None = None,
         lost: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep=keep)
-        self.models, self.validator = Path(run_dir) / "models", validator
+        self.directory, self.models = Path(run_dir) / "checkpoints", Path(run_dir) / "models"
+        self.validator, self.keep = validator, max(keep, 2)  # the newest may turn out damaged
         self.every, self.checkpoint, self.lost = every, checkpoint, lost
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
@@ -103,6 +133,7 @@ class CheckpointHandler:
         with distributed.sync_errors():
             if distributed.is_main():
                 make_directory(self.models)
+                make_directory(self.directory)
                 self._check_room(trainer)
         if self.checkpoint is not None:
             restore(trainer, load_checkpoint(self.checkpoint))
@@ -116,8 +147,8 @@ class CheckpointHandler:
     def _check_room(self, trainer: MixedPrecisionTrainer) -> None:
         """Refuse to start where the files to come do not fit: weights, and Adam's two moments."""
         weights = 4 * sum(p.numel() for p in trainer.network.parameters())
-        present = [*self.store.acknowledged(), *self.models.glob("*.pt")]
-        wanted = 3 * weights * (self.store.keep + 1) + 2 * weights
+        present = [*checkpoints(self.directory), *self.models.glob("*.pt")]
+        wanted = 3 * weights * (self.keep + 1) + 2 * weights
         wanted -= sum(path.stat().st_size for path in present)
         if (free := shutil.disk_usage(self.models).free) < wanted:
             raise InputError(
@@ -153,11 +184,9 @@ class CheckpointHandler:
             self._save_model(trainer, "model.pt")  # which a bundle predicts with
 
     def _save_model(self, trainer: MixedPrecisionTrainer, name: str) -> None:
-        weights = trainer.network.state_dict()
-        self._write(trainer, weights, name, lambda: save(weights, self.models / name))
+        self._save(trainer, trainer.network.state_dict(), self.models / name)
 
     def _save_checkpoint(self, trainer: MixedPrecisionTrainer, suffix: str = "") -> None:
-        name = f"step_{trainer.progress.step:09d}{suffix}.pt"
         trainer.progress.wall_time_s = trainer.elapsed_s
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -169,12 +198,11 @@ class CheckpointHandler:
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
         trainer.fire_event(StepEvents.CHECKPOINT_STARTED)
-        self._write(trainer, content, name, lambda: self.store.save(content, name))
+        name = f"step_{trainer.progress.step:09d}{suffix}.pt"
+        self._save(trainer, content, self.directory / name)
 
-    def _write(
-        self, trainer: MixedPrecisionTrainer, content: Any, name: str, write: Callable[[], object]
-    ) -> None:
-        """Call `write`, or stop training where `content` is not finite or cannot be written."""
+    def _save(self, trainer: MixedPrecisionTrainer, content: Any, path: Path) -> None:
+        """Write a file, or stop training where it is not finite or cannot be written."""
         if not distributed.is_main():
             return
         if holder := self.lost():
@@ -186,15 +214,23 @@ class CheckpointHandler:
         elif names := non_finite(content):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
-                f"{name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
+                f"{path.name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
                 "nothing was written, the files from before stay. Lower learning_rate, or "
                 "look at the range of the images."
             )
         else:
             try:
-                write()
+                save(content, path)
+                self._remove_old()
             except WriteError as error:
                 trainer.stop(f"{error} The run ends; the files from before stay as they were.")
+
+    def _remove_old(self) -> None:
+        """Remove all checkpoints but the latest of each of the `keep` newest steps."""
+        present = checkpoints(self.directory)
+        latest = {_order(path)[0]: path for path in present}
+        for path in {*present} - {*[*latest.values()][-self.keep :]}:
+            path.unlink()
 
 
 def _is_through(trainer: MixedPrecisionTrainer) -> bool:

@@ -25,8 +25,7 @@ from harness import digest_of, wait_for
 from torchrun import CONFIGS, settings
 
 from pipeline import distributed
-from pipeline.files import CheckpointStore
-from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint
 from pipeline.training.trainer import StepEvents
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("at_the_root")]
@@ -140,7 +139,6 @@ class Nodes:
 
     def __init__(self, folder: Path, dataset: Path, pause_s: float = 0.15) -> None:
         self.folder, self.dir = folder, folder / "run"
-        self.store = CheckpointStore(self.dir / "checkpoints")
         overlay = folder / "paced.json"
         handler = {"_target_": "test_nodes.Paced", "folder": str(folder), "pause_s": pause_s}
         overlay.write_text(json.dumps({"+train#handlers": [handler]}))
@@ -192,7 +190,7 @@ class Nodes:
 
     def digest(self) -> str:
         """Of everything the newest checkpoint holds but the time it took."""
-        content = load_checkpoint(self.store.newest())
+        content = load_checkpoint(newest_checkpoint(self.dir / "checkpoints"))
         content["progress"].pop("wall_time_s")
         return digest_of(content)
 
