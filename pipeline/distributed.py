@@ -78,12 +78,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launch_id() -> str | None:
-    """torchrun's name of the launch, the same after a restart; `None` if it has none."""
-    name = os.environ["TORCHELASTIC_RUN_ID"] if is_launched() else "none"
-    return None if name == "none" else name  # as torchrun calls every launch without a name
-
-
 def local_rank() -> int | None:
     """Number of this process among those of its host; `None` if torchrun did not start it."""
     return int(os.environ["LOCAL_RANK"]) if is_launched() else None

@@ -82,8 +82,7 @@ def test_checkpoint_holds_everything_when_float16(run, tmp_path):
     assert run(tmp_path / "r", **HALF) == 0
     content = newest(tmp_path / "r")
     assert content.keys() == {
-        "schema_version", "progress", "network", "optimizer", "learning_rate", "lr_scheduler",
-        "scaler",
+        "schema_version", "progress", "network", "optimizer", "lr_scheduler", "scaler",
     }  # fmt: skip
     assert content["schema_version"] == SCHEMA_VERSION
     assert content["scaler"]["scale"] > 0
@@ -158,18 +157,13 @@ def test_run_killed_before_its_summary_finalises_without_training(run, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
-        ({"amp": False}, HALF, "no scaler state (trained in float32)"),
-        (HALF, {"amp": False}, "scaler state is not used"),
-    ],
-    ids=["absent", "unused"],
+    ("before", "after"), [({"amp": False}, HALF), (HALF, {"amp": False})], ids=["absent", "unused"]
 )
-def test_scaler_state_that_does_not_fit_is_said(run, tmp_path, killed_at, before, after, said):
+def test_scaler_state_that_does_not_fit_is_said(run, tmp_path, killed_at, before, after):
     killed_at(2)
     run_and_die(run, tmp_path / "r", **before)
     assert run(tmp_path / "r", **after) == 0
-    assert said in (tmp_path / "r/log.txt").read_text()
+    assert "the checkpoint's loss scale (trained in float" in (tmp_path / "r/log.txt").read_text()
     assert (newest(tmp_path / "r")["scaler"] is None) is (after is not HALF)
 
 

@@ -226,7 +226,7 @@ def test_killed_rank_ends_the_other_and_the_same_command_goes_on(dataset, tmp_pa
 @pytest.mark.chaos
 def test_killed_rank_is_started_again_and_all_go_on_from_the_checkpoint(dataset, tmp_path):
     out = tmp_path / "r"
-    words = settings(dataset, out, **LONG, checkpoint_every=4, resume=False)
+    words = settings(dataset, out, **LONG, checkpoint_every=4)
     launcher = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
     found = torchrun("pipeline.run", *CONFIGS, *dying(tmp_path), *words, launcher=launcher)
     assert found.returncode == 0, found.stdout

@@ -1,7 +1,7 @@
 """Config changes made by MONAI clients (MONAI Label, federated learning).
 
-Such a client continues with the network of a bundle, on data of its own: it names the run with
-`run_name`, or lists its cases in the config in the place of a dataset folder.
+Such a client trains the network of a bundle on its own data: it names the run with `run_name`, or
+lists its cases in the config in the place of a dataset folder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,7 @@ def is_clients(source: Config) -> bool:
 
 
 def require_same_classes(source: Config, cases: Cases, plan: Plan) -> None:
-    """Refuse data whose label values have another meaning than in a plan.
-
-    Args:
-        source: The config, unevaluated.
-        cases: The data.
-        plan: Made for other data, with the network of the bundle.
+    """Refuse data with other classes or channels than the plan, which was made for other data.
 
     Raises:
         InputError: If the dataset declares other classes, and the config none, or other channels.

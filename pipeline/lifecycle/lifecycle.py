@@ -65,21 +65,17 @@ class Lifecycle:
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        report: Whether to write `report/index.html` at the end.
         init_weights, reinit_head: Weights that a new run begins with; see `read_pretrained`.
-        process_group: Settings for several ranks. The first rank holds the run directory and writes
-            into it; each of the others writes a log there, and predictions that are scored.
+        process_group: Settings for several ranks, of which the first one holds the run directory.
         accept_changed_data: Whether a run continues although files of its cases were changed.
         config: The whole config, checked, as `pipeline.run` hands it over; where MONAI's own
             commands build this object, it is found by `config_of_monai`.
 
     Attributes:
-        directory: The run directory.
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
-        cases, plan: Of the dataset, after `enter`.
+        cases, plan: The dataset's, after `enter`.
         checkpoint: File that the run continues from, or None, after `enter`.
-        initial_weights: Weights that a new run begins with instead of the network's own, after
-            `enter`.
+        initial_weights: Weights that a new run begins with, or None, after `enter`.
     """
 
     cases: Cases
@@ -104,9 +100,7 @@ class Lifecycle:
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
         run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()
-        self.directory = RunDirectory(
-            run_dir, {"true": True, "false": False}.get(str(resume).lower(), "auto")
-        )
+        self.directory = RunDirectory(run_dir, str(resume).lower())
         self.max_epochs = max_epochs
         self.data_module, self.process_group = data_module, process_group
         self.report = as_bool(report, "report")
@@ -124,12 +118,12 @@ class Lifecycle:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process is in the run, between `enter` and `leave`."""
+        """Whether this process is between `enter` and `leave`."""
         return self.directory.is_held
 
     @property
     def preprocessing_key(self) -> dict[str, Any]:
-        """What preprocessing does in this run, for the keys of the cache."""
+        """Settings of the run's preprocessing, for the keys of the cache."""
         return preprocessing_key(self.source, self.plan)
 
     @property
@@ -142,8 +136,7 @@ class Lifecycle:
     def enter(self) -> None:
         """Check config and data, then take the run directory; a second call does nothing.
 
-        Nothing is written into an existing run before everything has been found right. A second
-        object of the same process continues with the directory that the first one holds.
+        Nothing is written into an existing run before everything has been found right.
 
         Raises:
             SystemExit: With status 2 and a line per fault for a user's mistake, with status 0
@@ -186,10 +179,7 @@ class Lifecycle:
             self.directory.follow()
 
     def open_stored_run(self, *, any_data: bool = False) -> None:
-        """Take the plan of the run that is there and the data, and leave the run as it is.
-
-        Args:
-            any_data: Whether the data may be other than the run was trained on.
+        """Take the plan of the run that is there and its data, or with `any_data` others.
 
         Raises:
             InputError: If there is no run, or the config is another run's.
@@ -220,9 +210,9 @@ class Lifecycle:
         if given is not None:
             self.dataset_dir = cases.root
             # a client that lists its cases means a new training, beside a finished one
-            first, number = self.run_dir, 2
-            while self.directory.resume == "auto" and (self.run_dir / "summary.json").is_file():
-                self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), "auto")
+            first, number = self.directory, 2
+            while first.resume == "auto" and (self.run_dir / "summary.json").is_file():
+                self.directory = RunDirectory(Path(f"{first.path}_{number}"), "auto")
                 number += 1
         return cases
 
@@ -242,10 +232,7 @@ class Lifecycle:
             )
 
     def _begin(self) -> tuple[Plan, Path | None]:
-        """Take the run directory, for all ranks; return the plan and what the run continues from.
-
-        Voxels are read when an existing directory is right and held, or before a new one is made.
-        """
+        """Take the run directory, for all ranks; return the plan and the checkpoint."""
         with explain_os_errors():
             if self.run_dir.exists():
                 self._take_directory()
@@ -272,7 +259,6 @@ class Lifecycle:
             write_configs(
                 self.run_dir, self._portable, self.cases, plan, found.fingerprint,
                 init_weights=self._start, contents=self._contents,
-                launch=distributed.launch_id(),
             )  # fmt: skip
         return plan, checkpoint
 
@@ -285,11 +271,7 @@ class Lifecycle:
                 log.info("Continuing with %s", change)
 
     def _require_same_run(self) -> list[str]:
-        """Refuse a directory that another run has begun in; end where this one is finished.
-
-        Returns:
-            What changed since the run there last started, and may.
-        """
+        """Refuse the directory of another run, end a finished one; return what changed and may."""
         self.directory.require_usable()
         if not self.directory.has_begun():
             return []

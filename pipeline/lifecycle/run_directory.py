@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline import distributed
 from pipeline.errors import InputError
@@ -40,15 +39,12 @@ class RunDirectory:
 
     Args:
         path: Absolute.
-        resume: `auto` (continue what is there), `True` (there must be something) or `False` (there
+        resume: `auto` (continue what is there), `true` (there must be something) or `false` (there
             must be nothing).
     """
 
-    def __init__(self, path: Path, resume: str | bool) -> None:
+    def __init__(self, path: Path, resume: str) -> None:
         self.path, self.resume = path, resume
-        launch = distributed.launch_id()
-        if resume is False and launch and self._record().get("launch") == launch:
-            self.resume = "auto"  # torchrun starts the processes of this run anew
 
     @property
     def is_held(self) -> bool:
@@ -80,7 +76,7 @@ class RunDirectory:
                 _HELD[self.path] = RunLog(self.log_file)
 
     def lost(self) -> str | None:
-        """Return who holds it now, if it was taken from this process; see `RunLock.lost`."""
+        """Return who took it from this process, if another one did; see `RunLock.lost`."""
         held = _HELD.get(self.path)
         return held.lost() if isinstance(held, RunLock) else None
 
@@ -98,29 +94,29 @@ class RunDirectory:
         present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
         occupied |= "configs" in present and any((self.path / "configs").iterdir())
-        if occupied and self.resume is False:
+        if occupied and self.resume == "false":
             raise InputError(
                 f"output_dir: expected an empty directory with resume=false, got {self.path}. "
                 "Choose another output_dir."
             )
-        if occupied and "fingerprint" not in self._record():
+        if occupied and not self._has_record():
             raise InputError(
                 f"output_dir: expected an empty directory or one with the run.json of a run, got "
                 f"{self.path} with other files and no run.json. If this is a run, restore it; "
                 "otherwise choose another output_dir."
             )
-        if self.resume is True and not self.has_begun():
+        if self.resume == "true" and not self.has_begun():
             raise InputError(
                 f"resume: expected a run with a checkpoint in {self.path}, found none. "
                 "Use resume=auto to start one."
             )
 
-    def _record(self) -> dict[str, Any]:
-        """What `run.json` says, which runs have and other bundles do not."""
+    def _has_record(self) -> bool:
+        """Whether there is a `run.json`, which runs have and other bundles do not."""
         try:
-            return dict(json.loads((self.path / "run.json").read_bytes()))
+            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
         except (OSError, ValueError, TypeError):
-            return {}
+            return False
 
     def has_begun(self) -> bool:
         """Whether a run has saved something here; a damaged checkpoint counts."""
@@ -131,7 +127,7 @@ class RunDirectory:
     def continues(self) -> bool:
         """Whether there is a run to continue; remove what one left that is not to be continued."""
         # a client that initializes anew with resume=false begins anew as well
-        continues = self.resume is not False and self.has_begun()
+        continues = self.resume != "false" and self.has_begun()
         if not continues and self.is_held:
             for folder in ("checkpoints", "models"):
                 shutil.rmtree(self.path / folder, ignore_errors=True)
@@ -153,7 +149,7 @@ class RunDirectory:
 
 
 class RunLog(logging.FileHandler):
-    """Appends all that is logged to a file, until `close`."""
+    """Appends all that is logged to a file, until it is closed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

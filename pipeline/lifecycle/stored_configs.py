@@ -59,9 +59,9 @@ def write_configs(
 
     Args:
         source: The config of the run, `portable`.
-        fingerprint: Of the training and validation cases.
-        record: What else `run.json` says: `init_weights` that the run began with, `contents` of
-            the files of its cases (see `contents_of`), and the `launch` of torchrun.
+        fingerprint: The statistics of the training and validation cases.
+        record: Other entries of `run.json`: `init_weights` that the run began with, and `contents`
+            of the files of its cases (see `contents_of`).
     """
     target = run_dir / "configs"
     make_directory(target)
@@ -83,11 +83,7 @@ def write_configs(
 
 
 def write_docs(run_dir: Path) -> None:
-    """Write what people read of a run that ended: its model card and the licence of the code.
-
-    Raises:
-        OSError: If something of it cannot be read or written.
-    """
+    """Write the model card of a run that ended, and the licence of the code."""
     card = run_dir / "docs" / "README.md"
     card.unlink(missing_ok=True)  # of an earlier end
     make_directory(card.parent)
@@ -121,12 +117,9 @@ def stored_record(run_dir: Path) -> dict[str, Any]:
 
 
 def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> list[str]:
-    """Return ids of cases whose files changed since the run there last started.
+    """Return ids of cases whose files (`contents_of`) changed since the run there last started.
 
-    Where the dataset has other cases now, that is none: `changes_since` refuses them.
-
-    Args:
-        contents: What the files of the cases hold now; see `contents_of`.
+    The list is empty where the dataset has other cases now: `changes_since` refuses them.
     """
     known = stored_record(run_dir).get("contents")
     if not known or known.keys() != {case["case_id"] for case in cases.all}:
@@ -139,18 +132,17 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
 
     Args:
         source: The config as it is now, `portable`.
-        fingerprint: Of the dataset as it is now; `None`: it may be another.
+        fingerprint: The dataset's as it is now; `None`: it may be another.
 
     Raises:
         InputError: If it would be another run, or what there was cannot be read.
     """
     stored = _read(run_dir / "configs" / "train.json")
-    former = {"init_weights": None, "reinit_head": False, **old_names.translate(stored)}
+    if old_names.translate(stored) != stored:  # an earlier version's, which no run continues
+        return []
+    former = {"init_weights": None, "reinit_head": False, **stored}
     known = fingerprint and stored_record(run_dir)["fingerprint"]
     planned = stored_plan(run_dir).as_dict()
-    if old_names.translate(stored) != stored:  # of an earlier version, with objects of its own
-        plain = [key for key, spec in keys.KEYS.items() if "object" not in spec.types]
-        former, source = ({k: one[k] for k in plain if k in one} for one in (former, source))
     # what was `auto` is what it was decided to be, and has not changed where it is given now
     decided = [
         {key: planned.get(key, value) if value == AUTO else value for key, value in one.items()}

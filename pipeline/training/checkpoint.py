@@ -6,7 +6,6 @@ A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors a
     progress         the run's `Progress`, from which every counter is derived
     network          state_dict
     optimizer        state_dict
-    learning_rate    that the optimizer was made with
     lr_scheduler     state_dict
     scaler           state_dict of the gradient scaler, or None where none was in force
 """
@@ -14,11 +13,10 @@ A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors a
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import math
 import os
-import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +25,9 @@ from typing import Any
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import distributed
+from pipeline.data.issues import some
 from pipeline.errors import STOPS, InputError
 from pipeline.files import WriteError, load, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
@@ -38,10 +35,6 @@ from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
-
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-# of a group too, where the scheduler cycles the momentum
-MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -101,8 +94,8 @@ class CheckpointHandler:
 
     Attached last, it saves every `every` steps, when a run is interrupted, and twice at the end of
     an epoch: after the last step, so that a validation lost to a kill is repeated, and after the
-    validation. What is not finite, or does not fit on the disk, is not written: training stops, and
-    the files from before stay. Of several ranks all restore, and the first one saves.
+    validation. A value that is not finite, or a full disk, ends training, and the files from before
+    stay. All ranks restore, and the first one saves.
 
     Args:
         run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where no validation ever
@@ -130,11 +123,9 @@ class CheckpointHandler:
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        with distributed.sync_errors():
-            if distributed.is_main():
-                make_directory(self.models)
-                make_directory(self.directory)
-                self._check_room(trainer)
+        if distributed.is_main():
+            make_directory(self.models)
+            make_directory(self.directory)
         if self.checkpoint is not None:
             restore(trainer, load_checkpoint(self.checkpoint))
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
@@ -143,18 +134,6 @@ class CheckpointHandler:
                 trainer.agree()
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
-
-    def _check_room(self, trainer: MixedPrecisionTrainer) -> None:
-        """Refuse to start where the files to come do not fit: weights, and Adam's two moments."""
-        weights = 4 * sum(p.numel() for p in trainer.network.parameters())
-        present = [*checkpoints(self.directory), *self.models.glob("*.pt")]
-        wanted = 3 * weights * (self.keep + 1) + 2 * weights
-        wanted -= sum(path.stat().st_size for path in present)
-        if (free := shutil.disk_usage(self.models).free) < wanted:
-            raise InputError(
-                f"{self.models.parent}: expected {wanted} bytes free for checkpoints and models, "
-                f"got {free}. Make room or choose another output_dir."
-            )
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Save by count, at an epoch's last step, and before an interruption."""
@@ -193,7 +172,6 @@ class CheckpointHandler:
             "progress": trainer.progress.state_dict(),
             "network": trainer.network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
-            "learning_rate": configured_rate(trainer.optimizer),
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
@@ -208,15 +186,13 @@ class CheckpointHandler:
         if holder := self.lost():
             trainer.stop(
                 f"output_dir: expected {self.models.parent} to be held by this process, got: "
-                f"{holder} has taken it over. The run ends; nothing was written. The same command "
-                "goes on from the newest checkpoint."
+                f"{holder} has taken it over. Nothing was written; the same command continues."
             )
         elif names := non_finite(content):
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
-                f"{path.name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
-                "nothing was written, the files from before stay. Lower learning_rate, or "
-                "look at the range of the images."
+                f"{path.name}: expected finite values, got NaN or infinity in {some(names)}. "
+                f"{STOPS}; the files from before stay. Lower learning_rate, or look at the range "
+                "of the images."
             )
         else:
             try:
@@ -244,62 +220,28 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     scaler, mode = checkpoint.get("scaler"), checkpoint["progress"]["mode"]
     if trainer.scaler and scaler:
         trainer.scaler.load_state_dict(scaler)
-    elif trainer.scaler:
-        text = "The checkpoint has no scaler state (trained in %s): the loss scale starts at %g"
-        log.warning(text, mode, trainer.scaler.get_scale())
-    elif scaler:
-        text = "The checkpoint's scaler state is not used: training goes on in %s (it was %s)"
+    elif trainer.scaler or scaler:
+        text = "Training goes on in %s; the checkpoint's loss scale (trained in %s) is not used"
         log.warning(text, trainer.precision.mode, mode)
     trainer.restore(checkpoint["progress"])
 
 
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Restore moments and schedule; rates and weight decay become those of the config."""
-    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    """Restore moments; rates and other options become those of the config after so many steps."""
+    optimizer, state = trainer.optimizer, checkpoint["lr_scheduler"]
+    progress = checkpoint["progress"]
     given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    arguments = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"}
-    settings = {name: value for name, value in vars(scheduler).items() if name in arguments}
-    base_rates = list(getattr(scheduler, "base_lrs", ()))
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    vars(scheduler).update(settings)  # such as total_iters, where it is @warmup_steps
-    if isinstance(scheduler, LambdaLR):
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler.base_lrs = base_rates
-        for group, options, base, factor in zip(
-            optimizer.param_groups, given, base_rates, factors, strict=True
-        ):
-            group.update(options, lr=base * factor)
-        return
     for group, options in zip(optimizer.param_groups, given, strict=True):
-        kept = (*RATES, *MOMENTA) if "max_momentum" in group else RATES
-        group.update({name: value for name, value in options.items() if name not in kept})
-    before, now = checkpoint.get("learning_rate"), configured_rate(optimizer)
-    if before and now != before:
-        _scale_rates(optimizer.param_groups, scheduler, now / before)
-
-
-def configured_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate that the optimizer was made with, before any schedule."""
-    return float(optimizer.defaults["lr"])
-
-
-def _scale_rates(groups: list[dict[str, Any]], scheduler: Any, factor: float) -> None:
-    """Multiply the current rates and those that a scheduler, or one inside it, starts from."""
-    for group in groups:
-        group.update({name: group[name] * factor for name in RATES if name in group})
-    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
-            if name in vars(one):
-                setattr(one, name, [rate * factor for rate in getattr(one, name)])
+        group.update(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        for _ in range(state.get("last_epoch", progress["step"] - progress["skipped_steps"])):
+            trainer.lr_scheduler.step()
 
 
 def non_finite(content: Any, name: str = "") -> list[str]:
-    """Name the floats and tensors in nested dictionaries and lists that are not finite.
-
-    Returns:
-        Names such as `network.head.weight`, below that of `content`; empty if all is finite.
-    """
+    """Name the floats and tensors of nested content that are not finite: `network.head.weight`."""
     if isinstance(content, dict | list | tuple):
         children = content.items() if isinstance(content, dict) else enumerate(content)
         prefix = f"{name}." if name else ""
