@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InputError, TrainingStopped, as_bool
-from pipeline.signals import SIGNALS, signal_handlers
+from pipeline.errors import InputError, as_bool
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed at once
@@ -33,7 +31,7 @@ PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed 
 log = logging.getLogger(__name__)
 _object_group: dist.ProcessGroup | None = None  # None: the default group
 _is_local = False  # inside of `local_only`
-_has_ended = False  # a rank has raised, so nobody listens any more
+_has_ended = False  # a rank has raised, so that none listens any more
 
 
 def is_launched() -> bool:
@@ -114,18 +112,33 @@ def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
     return [part[n] for n in range(longest) for part in shares if n < len(part)]
 
 
-def all_gather_object(value: T) -> list[T]:
-    """The `value` of each rank, by rank; all have to call it. Raises what a rank raised instead."""
-    return [value] if size() == 1 else _exchange(value)
+def all_gather_object(value: T, failure: tuple[str, ...] | int | None = None) -> list[T]:
+    """Return the `value` of each rank, by rank. All ranks have to call it.
+
+    Raises:
+        InputError, SystemExit: On all ranks, if one has a `failure`: its faults or exit status.
+    """
+    global _has_ended
+    if size() == 1:
+        return [value]
+    messages: list[Any] = [None] * size()
+    dist.all_gather_object(messages, (value, failure), group=_object_group)
+    if failures := [failure for _, failure in messages if failure is not None]:
+        _has_ended, is_told = True, not is_main()
+        destroy()
+        if faults := next((one for one in failures if isinstance(one, tuple)), ()):
+            raise InputError(*faults, is_told=is_told)
+        raise SystemExit(max(failures))
+    return [value for value, _ in messages]
 
 
 def broadcast_object(value: T) -> T:
-    """The `value` of rank 0. All ranks have to call it."""
+    """Return the `value` of rank 0. All ranks have to call it."""
     return all_gather_object(value)[0]
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, while the others wait. All ranks have to call it."""
+    """Return what `work` returns on rank 0, while the others wait. All have to call it."""
     return broadcast_object(work() if is_main() else None)  # type: ignore[return-value]
 
 
@@ -143,40 +156,13 @@ def sync_errors() -> Iterator[None]:
             sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
             faults = error.faults if isinstance(error, InputError) else ()
             status = int(error.code or 0) if isinstance(error, SystemExit) else None
-            _exchange(None, tuple(sender + fault for fault in faults) or status)
+            all_gather_object(None, tuple(sender + fault for fault in faults) or status)
         raise
     all_gather_object(None)
 
 
-def _exchange(value: Any, failure: tuple[str, ...] | int | None = None) -> list[Any]:
-    """Gather values; raise the first failure (faults or an exit status), if there is one."""
-    global _has_ended
-    messages: list[Any] = [None] * size()
-    signals: list[int] = []  # they wait: a handler that raised would leave the others alone
-    with signal_handlers(dict.fromkeys(SIGNALS, lambda number, _: signals.append(number))):
-        try:
-            dist.all_gather_object(messages, (value, failure), group=_object_group)
-        except RuntimeError as lost:
-            _has_ended = True
-            if (reason := explain_lost_rank(lost)) is None:
-                raise
-            log.error("%s", reason)
-            raise TrainingStopped(reason) from lost
-        failures = [failure for _, failure in messages if failure is not None]
-        is_told, _has_ended = not is_main(), bool(failures)
-        if failures:
-            destroy()
-    if faults := next((one for one in failures if isinstance(one, tuple)), ()):
-        raise InputError(*faults, is_told=is_told)
-    if failures:
-        raise SystemExit(max(failures))
-    if signals:
-        signal.raise_signal(signals[0])
-    return [value for value, _ in messages]
-
-
 def explain_lost_rank(error: RuntimeError) -> str | None:
-    """One line for the user if `error` means that another rank is gone; else `None`."""
+    """Return one line for the user if an error means that another rank is gone, else `None`."""
     if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
     reason = str(error).partition("\n")[0].partition(". This is")[0]

@@ -5,10 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
-import signal
-import threading
-import time
 from typing import Any
 
 import pytest
@@ -38,7 +34,6 @@ from pipeline import distributed
 from pipeline.data.sampling import EpochSampler
 from pipeline.distributed import SummedDDP
 from pipeline.errors import InputError, TrainingStopped
-from pipeline.signals import interruptible_at_once
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.flight_recorder import FlightRecorder
 from pipeline.training.loss import SegmentationLoss
@@ -395,21 +390,6 @@ def test_an_exit_of_one_is_that_of_all(status):
             distributed.all_gather_object("c")
 
     assert [error.code for error in in_ranks(run)] == [status, status]
-
-
-def test_signal_in_an_exchange_is_held_until_it_is_through():
-    """A handler that raised in its middle would leave the others there."""
-
-    def run():
-        with interruptible_at_once(), distributed.sync_errors():
-            if distributed.is_main():
-                time.sleep(1)
-            else:
-                threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
-            assert distributed.all_gather_object(distributed.rank()) == [0, 1]
-        return "went on"
-
-    assert [error.code for error in in_ranks(run)] == [75, 75]
 
 
 def test_other_ranks_log_errors_alone(capfd):

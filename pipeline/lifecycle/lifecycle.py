@@ -298,11 +298,8 @@ class Lifecycle:
             return
         log.info("This run is finished; nothing to do.")
         if changed:
-            log.warning(
-                "Its data changed: files of %s. Weights and scores are of what there was; "
-                "train on the new data with another output_dir.",
-                some(changed),
-            )
+            text = "Its data changed: files of %s. Train on the new data with another output_dir."
+            log.warning(text, some(changed))
         log_whereabouts(self.run_dir, summary)
         raise SystemExit(0)
 
@@ -310,11 +307,9 @@ class Lifecycle:
         return Parser(deepcopy({**self.source, "plan": plan}))
 
     def _read_pretrained(self, plan: Plan) -> None:
+        if self.init_weights is None and self.reinit_head:
+            raise InputError("reinit_head: expected init_weights beside it, got null. Name a file.")
         if self.init_weights is None:
-            if self.reinit_head:
-                raise InputError(
-                    "reinit_head: expected init_weights beside it, got null. Name a file."
-                )
             return
         try:
             network = self._parser(plan).get_parsed_content("network_def")
@@ -385,19 +380,15 @@ class Lifecycle:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
-        self._try_to_write("docs", write_docs)
-        if self.report:
-            from pipeline.reporting.report import write_report  # it takes a second to import
-
-            self._try_to_write("report", write_report)
-        log_whereabouts(self.run_dir, summary)
-
-    def _try_to_write(self, what: str, write: Callable[[Path], object]) -> None:
         try:
-            write(self.run_dir)
-        except Exception as error:
-            log.warning("%s: expected to write it, got: %s", what, error)
-            log.debug("", exc_info=True)
+            write_docs(self.run_dir)
+            if self.report:
+                from pipeline.reporting.report import write_report  # it takes a second to import
+
+                write_report(self.run_dir)
+        except Exception as error:  # the run itself has succeeded
+            log.warning("docs and report: expected to write them, got: %s", error)
+        log_whereabouts(self.run_dir, summary)
 
     def _shorten_failures(self) -> None:
         """Print one line about an exception that ends MONAI's own command, as `pipeline.run`."""
