@@ -98,9 +98,6 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Yield a file to write, which takes the place of `path` at the end if all went well.
 
     It is not forced to the disk: for results that can be made again.
-
-    Raises:
-        OSError: If the system refuses; the old file is then unchanged.
     """
     # ends as the other, since nibabel compresses by the ending
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")

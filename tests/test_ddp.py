@@ -286,8 +286,8 @@ def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root,
     [
         ("learning_rate", "got other values of learning_rate."),
         ("checkpoint_every", "got other values of checkpoint_every."),
-        ("output_dir", "got other values of output_dir ("),
-        ("dataset_dir", "got other values of dataset_dir (other cases)."),
+        ("output_dir", "got other values of output_dir."),
+        ("dataset_dir", "got other values of dataset_dir."),
     ],
 )
 def test_ranks_of_other_configs_or_data_are_refused(

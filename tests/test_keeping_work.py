@@ -58,17 +58,6 @@ def test_output_dir_with_the_bundle_of_somebody_is_refused(train, finished, tmp_
     assert contents(tmp_path / "zoo") == before
 
 
-def test_output_dir_with_an_exported_bundle_is_refused(train, command, finished, tmp_path):
-    assert (
-        command("export", finished, "--output", tmp_path / "b", "--formats", "torchscript")[0] == 0
-    )
-    before = contents(tmp_path / "b")
-    status, told = train(tmp_path / "b")
-    assert status == 2
-    assert "output_dir: expected an empty directory or one with the run.json of a run" in told
-    assert contents(tmp_path / "b") == before
-
-
 # --- a finished run without its checkpoints
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -11,10 +10,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from pipeline import distributed
-from pipeline.errors import InputError
 from pipeline.lifecycle import run_directory
-from pipeline.lifecycle.run_directory import RunDirectory, RunLock
+from pipeline.lifecycle.run_directory import RunLock
 
 # --- the lock
 
@@ -61,54 +58,3 @@ def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, mo
     monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="No locks available"):
         RunLock(tmp_path)
-
-
-# --- launches of torchrun, which starts the processes anew
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    """Become a process of the launch of a name; `None`: of none."""
-
-    def become(name: str | None) -> None:
-        for key, value in (("TORCHELASTIC_RUN_ID", name), ("RANK", "0")):
-            monkeypatch.setenv(key, value) if name else monkeypatch.delenv(key, raising=False)
-
-    return become
-
-
-def begin(path, resume):
-    """Take the directory as a run does, and leave it as one that was killed."""
-    directory = RunDirectory(path, resume)
-    directory.require_usable()
-    directory.lock()
-    launch = distributed.launch_id()
-    (path / "run.json").write_text(json.dumps({"fingerprint": "", "launch": launch}))
-    (path / "models").mkdir(exist_ok=True)
-    directory.release()
-    return directory
-
-
-def test_restart_of_a_launch_goes_on_with_what_it_began(launch, tmp_path):
-    launch("a")
-    assert begin(tmp_path / "r", False).resume is False
-    assert begin(tmp_path / "r", False).resume == "auto"
-
-
-@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("none", "none"), (None, "a")])
-def test_another_launch_refuses_what_is_there(launch, tmp_path, first, second):
-    """torchrun calls every launch `none` that is given no name."""
-    launch(first)
-    begin(tmp_path / "r", False)
-    launch(second)
-    for _ in range(2):  # a restart of it as well
-        with pytest.raises(InputError, match="expected an empty directory with resume=false"):
-            begin(tmp_path / "r", False)
-
-
-def test_refusal_for_want_of_a_run_stays_one(launch, tmp_path):
-    launch("a")
-    for _ in range(2):
-        with pytest.raises(InputError, match="resume: expected a run with a checkpoint"):
-            begin(tmp_path / "r", True)
-    assert not (tmp_path / "r").exists()

@@ -31,14 +31,16 @@ from pipeline.data.issues import some
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
 from pipeline.distributed import DistributedSettings
-from pipeline.errors import InputError, TrainingStopped, as_bool, innermost, print_failure
+from pipeline.errors import InputError, TrainingStopped, as_bool, print_failure
 from pipeline.files import write_json
-from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
-from pipeline.lifecycle.run_directory import RunDirectory, explain_os_errors
+from pipeline.lifecycle.run_directory import RunDirectory
 from pipeline.lifecycle.stored_configs import (
     changed_cases,
     changes_since,
+    given_data,
+    is_clients,
     portable,
+    require_same_classes,
     stored_plan,
     stored_record,
     write_configs,
@@ -51,9 +53,6 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
-
-# that hosts may have in places of their own; the run directory is compared as a path
-PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
 
 
 class Lifecycle:
@@ -109,7 +108,6 @@ class Lifecycle:
         self.initial_weights: dict[str, torch.Tensor] | None = None
         self.checkpoint: Path | None = None
         self._start: dict[str, Any] | None = None  # the record of the weights it began with
-        self._excepthook: Any = None
 
     @property
     def run_dir(self) -> Path:
@@ -172,11 +170,16 @@ class Lifecycle:
                     f"training cases: expected {distributed.size()} or more, one for each rank, "
                     f"got {len(self.cases.train)}. Start fewer ranks."
                 )
-        self.plan, self.checkpoint = distributed.run_on_main(self._begin)
-        if not distributed.is_main():
-            if self.checkpoint is None:
-                self._read_pretrained(self.plan)
-            self.directory.follow()
+        try:
+            self.plan, self.checkpoint = distributed.run_on_main(self._begin)
+            if not distributed.is_main():
+                if self.checkpoint is None:
+                    self._read_pretrained(self.plan)
+                self.directory.follow()
+        except OSError as error:
+            raise InputError(
+                f"output_dir: expected a directory that can be written, got: {error}."
+            ) from error
 
     def open_stored_run(self, *, any_data: bool = False) -> None:
         """Take the plan of the run that is there and its data, or with `any_data` others.
@@ -217,15 +220,10 @@ class Lifecycle:
         return cases
 
     def _require_same_on_all_ranks(self) -> None:
-        mine = self.run_dir, self.source, self.cases.fingerprint
-        run_dir, source, fingerprint = distributed.broadcast_object(mine)
-        changed = chain.from_iterable(keys.changes(source, self.source).values())
-        differing = [key for key in changed if key.partition("#")[0] not in PLACES]
-        if self.run_dir != run_dir:
-            differing.append(f"output_dir ({self.run_dir})")
-        if self.cases.fingerprint != fingerprint:
-            differing.append("dataset_dir (other cases)")
-        if differing:
+        mine = self.source | {"cache_dir": None, "data_roots": None}  # each host has its own places
+        mine |= {"output_dir": str(self.run_dir), "dataset_dir": self.cases.fingerprint}
+        changed = keys.changes(distributed.broadcast_object(mine), mine).values()
+        if differing := [*chain.from_iterable(changed)]:
             raise InputError(
                 f"ranks: expected the config and dataset of rank 0, got other values of "
                 f"{', '.join(differing)}. Start all ranks with the same."
@@ -233,74 +231,71 @@ class Lifecycle:
 
     def _begin(self) -> tuple[Plan, Path | None]:
         """Take the run directory, for all ranks; return the plan and the checkpoint."""
-        with explain_os_errors():
-            if self.run_dir.exists():
-                self._take_directory()
-            continues = self.directory.continues()
-            found = self.data_module.run_preflight(self.cases)
-            found.require_sound()
-            # the plan of a run that has begun stays: another card must not change it
-            plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
-            if plan.batch_size < distributed.size():
-                raise InputError(
-                    f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
-                    f"got {plan.batch_size}. Start fewer ranks"
-                    f"{'' if continues else ', or raise it'}."
-                )
-            if not continues:
-                self._read_pretrained(plan)
+        if self.run_dir.exists():
             self._take_directory()
-            for line in (*found.notes, *(issue.line for issue in found.warnings)):
-                log.warning("%s", line)  # now that there is a log.txt
-            checkpoint = None
-            if continues:
-                checkpoint = self.directory.checkpoint()
-                self._start = stored_record(self.run_dir).get("init_weights")
-            write_configs(
-                self.run_dir, self._portable, self.cases, plan, found.fingerprint,
-                init_weights=self._start, contents=self._contents,
-            )  # fmt: skip
+        continues = self.directory.continues()
+        found = self.data_module.run_preflight(self.cases)
+        found.require_sound()
+        # the plan of a run that has begun stays: another card must not change it
+        plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
+        if plan.batch_size < distributed.size():
+            raise InputError(
+                f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
+                f"got {plan.batch_size}. Start fewer ranks"
+                f"{'' if continues else ', or raise it'}."
+            )
+        if not continues:
+            self._read_pretrained(plan)
+        self._take_directory()
+        for line in (*found.notes, *(issue.line for issue in found.warnings)):
+            log.warning("%s", line)  # now that there is a log.txt
+        checkpoint = None
+        if continues:
+            checkpoint = self.directory.checkpoint()
+            self._start = stored_record(self.run_dir).get("init_weights")
+        write_configs(
+            self.run_dir, self._portable, self.cases, plan, found.fingerprint,
+            init_weights=self._start, contents=self._contents,
+        )  # fmt: skip
         return plan, checkpoint
 
     def _take_directory(self) -> None:
-        if not self.is_held:
-            self._require_same_run()
-            self.directory.lock()
-            # another process may have come and gone in between
-            for change in self._require_same_run():
-                log.info("Continuing with %s", change)
-
-    def _require_same_run(self) -> list[str]:
-        """Refuse the directory of another run, end a finished one; return what changed and may."""
+        """Lock the directory; refuse that of another run, and end where this one is finished."""
+        if self.is_held:
+            return
         self.directory.require_usable()
+        self.directory.lock()
+        self.directory.require_usable()  # another process may have come and gone in between
         if not self.directory.has_begun():
-            return []
+            return
         require_todays_names(self.run_dir)
         changed = changed_cases(self.run_dir, self.cases, self._contents)
         known = None if changed else self.cases.fingerprint
-        found = [f"a changed {key}" for key in changes_since(self.run_dir, self._portable, known)]
+        news = [f"a changed {key}" for key in changes_since(self.run_dir, self._portable, known)]
         self._end_if_finished(changed)
-        if not changed:
-            return found
-        if not self.accept_changed_data:
-            raise InputError(
-                f"dataset_dir: expected the data that the run in {self.run_dir} began with, got "
-                f"changed files of {some(changed)}. Restore them, choose another output_dir, or go "
-                "on with --accept_changed_data."
-            )
-        require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
-        return [*found, f"changed files of {some(changed)}"]
+        if changed:
+            news.append(f"changed files of {some(changed)}")
+            if not self.accept_changed_data:
+                raise InputError(
+                    f"dataset_dir: expected the data that the run in {self.run_dir} began with, "
+                    f"got {news[-1]}. Restore them, choose another output_dir, or go on with "
+                    "--accept_changed_data."
+                )
+            require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
+        for change in news:
+            log.info("Continuing with %s", change)
 
     def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
-        if not summary or summary["progress"]["epoch"] < self.max_epochs:
+        if summary is None or summary["progress"]["epoch"] < self.max_epochs:
             return
         log.info("This run is finished; nothing to do.")
         if changed:
             text = "Its data changed: files of %s. Train on the new data with another output_dir."
             log.warning(text, some(changed))
         log_whereabouts(self.run_dir, summary)
+        self.release()
         raise SystemExit(0)
 
     def _parser(self, plan: Plan) -> Parser:
@@ -311,10 +306,7 @@ class Lifecycle:
             raise InputError("reinit_head: expected init_weights beside it, got null. Name a file.")
         if self.init_weights is None:
             return
-        try:
-            network = self._parser(plan).get_parsed_content("network_def")
-        except (RuntimeError, ValueError) as error:
-            raise InputError(str(innermost(error))) from error
+        network = self._parser(plan).get_parsed_content("network_def")
         path = self.bundle_root / self.init_weights
         self.initial_weights, self._start = read_pretrained(path, network, self.reinit_head)
 
@@ -360,7 +352,7 @@ class Lifecycle:
     def release(self) -> None:
         """Let go of the run directory, also where the run failed."""
         self.directory.release()
-        if sys.excepthook is self._excepthook:
+        if getattr(sys.excepthook, "__module__", None) == __name__:
             sys.excepthook = sys.__excepthook__
 
     def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
@@ -399,9 +391,7 @@ class Lifecycle:
             sys.exit(print_failure(error, self.directory.log_file if self.is_held else None))
 
         if getattr(sys.excepthook, "__module__", None) in ("sys", __name__):  # nobody else's
-            sys.excepthook = self._excepthook = tell
-
-    # --- what the run is made from
+            sys.excepthook = tell
 
     @cached_property
     def _contents(self) -> dict[str, str]:

@@ -17,7 +17,6 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import distributed
@@ -35,13 +34,7 @@ BEGINNING = {".lock", ".holder", "log.txt", "run.json.tmp", "configs"}
 
 
 class RunDirectory:
-    """A run directory, which may not exist yet.
-
-    Args:
-        path: Absolute.
-        resume: `auto` (continue what is there), `true` (there must be something) or `false` (there
-            must be nothing).
-    """
+    """A run directory, which may not exist yet; `resume` is that of `Lifecycle`."""
 
     def __init__(self, path: Path, resume: str) -> None:
         self.path, self.resume = path, resume
@@ -62,28 +55,37 @@ class RunDirectory:
 
         Raises:
             InputError: If another process holds it. Nothing has been written then.
-            OSError: If the directory cannot be written; see `explain_os_errors`.
+            OSError: If the directory cannot be written.
         """
         make_directory(self.path)
-        _HELD[self.path] = RunLock(self.path)
+        self._hold(RunLock(self.path))
         for path in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):
             path.unlink()  # of a write that was cut off
 
     def follow(self) -> None:
         """Log into the directory, as a rank other than the first."""
         if not self.is_held:
-            with explain_os_errors():
-                _HELD[self.path] = RunLog(self.log_file)
+            self._hold(None)
+
+    def _hold(self, lock: RunLock | None) -> None:
+        handler = logging.FileHandler(self.log_file)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+        _HELD[self.path] = lock, handler
 
     def lost(self) -> str | None:
         """Return who took it from this process, if another one did; see `RunLock.lost`."""
-        held = _HELD.get(self.path)
-        return held.lost() if isinstance(held, RunLock) else None
+        lock, _ = _HELD.get(self.path, (None, None))
+        return lock.lost() if lock else None
 
     def release(self) -> None:
         """Let go of the directory, where it is held."""
         if self.is_held:
-            _HELD.pop(self.path).close()
+            lock, handler = _HELD.pop(self.path)
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            if lock:
+                lock.close()
 
     def require_usable(self) -> None:
         """Refuse a directory in which a run can neither start nor continue.
@@ -148,34 +150,17 @@ class RunDirectory:
         return newest
 
 
-class RunLog(logging.FileHandler):
-    """Appends all that is logged to a file, until it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(self)
-
-    def close(self) -> None:
-        """Log no more."""
-        logging.getLogger().removeHandler(self)
-        super().close()
-
-
 class RunLock:
-    """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
+    """The lock on a run directory, until `close` or the end of the process.
 
     The kernel's lock on `.lock` ends with the process, but some file systems do not pass it on to
     other hosts. Therefore the process writes `host pid token` into `.holder` and renews the file's
     modification time as a heartbeat; a holder on another host is replaced only if it has none. Only
     changes of the time are compared: the clocks of the hosts need not agree.
 
-    Args:
-        run_dir: An existing directory.
-
     Raises:
         InputError: If another process holds it; nothing has been written then.
-        OSError: If the directory cannot be written.
+        OSError: If the directory, which must exist, cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -198,26 +183,19 @@ class RunLock:
         self.holder.write_text(self.content)
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self.log = RunLog(run_dir / "log.txt")
         atexit.register(self.close)  # a process that ends leaves no name behind
 
     def close(self) -> None:
-        """Release the lock and close the log; a second call does nothing."""
-        if self._closed.is_set():
-            return
+        """Release the lock; a second call does nothing."""
         self._closed.set()
         atexit.unregister(self.close)
-        self.log.close()
         with contextlib.suppress(OSError):  # where nothing can be written any more
             if self.lost() is None:
                 self.holder.write_text("")
         self.file.close()
 
     def lost(self) -> str | None:
-        """Return who took the directory from this process, if another one did.
-
-        It can do so after `.lock` was deleted by hand, or if two hosts start at the same moment.
-        """
+        """Return who took the directory, such as after `.lock` was deleted; `None`: nobody."""
         try:
             content = self.holder.read_text()
         except OSError:
@@ -251,20 +229,9 @@ class RunLock:
                 os.utime(self.holder)
 
 
-_HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
+_HELD: dict[Path, tuple[RunLock | None, logging.Handler]] = {}  # by this process
 
 
 def _name(holder: str) -> str:
     host, pid, *_ = [*holder.split(), "", ""]
     return f"process {pid} on {host}" if pid else "an unknown process"
-
-
-@contextlib.contextmanager
-def explain_os_errors() -> Iterator[None]:
-    """Inside, what the system refuses in the run directory becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output_dir: expected a directory that can be written, got: {error}."
-        ) from error

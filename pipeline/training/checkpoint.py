@@ -1,13 +1,7 @@
 """Checkpoints: what is saved, when, and how a trainer is restored from one.
 
-A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors and plain values.
-
-    schema_version   of this layout
-    progress         the run's `Progress`, from which every counter is derived
-    network          state_dict
-    optimizer        state_dict
-    lr_scheduler     state_dict
-    scaler           state_dict of the gradient scaler, or None where none was in force
+A checkpoint is a file of tensors and plain values: `schema_version`, `progress`, from which every
+counter is derived, and the states of `network`, `optimizer`, `lr_scheduler` and `scaler` (or None).
 """
 
 from __future__ import annotations
@@ -104,7 +98,7 @@ class CheckpointHandler:
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
         checkpoint: File to continue from.
-        lost: Returns who has taken the run directory from this process, `None` if nobody has.
+        lost: Returns who has taken the run directory from this process, if anybody.
     """
 
     def __init__(
@@ -206,7 +200,7 @@ class CheckpointHandler:
         present = checkpoints(self.directory)
         latest = {_order(path)[0]: path for path in present}
         for path in {*present} - {*[*latest.values()][-self.keep :]}:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _is_through(trainer: MixedPrecisionTrainer) -> bool:

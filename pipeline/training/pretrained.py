@@ -29,8 +29,7 @@ def read_pretrained(
         reinit_head: Whether the head (`head.*`, `deep_heads.*`) stays random even so.
 
     Returns:
-        Tensors of the layers that begin as in the file, and a record: SHA-256 of the file and what
-        of it is used.
+        The tensors to begin with, and a record of the file's SHA-256 and what of it is used.
 
     Raises:
         InputError: If the file cannot be read or holds no weights; a line for each tensor that is
@@ -62,25 +61,20 @@ def read_pretrained(
 
 
 def _read_weights(path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
-    """Return the SHA-256 of a file and its tensors by name."""
     try:
         data = path.read_bytes()
         is_safe = path.suffix == ".safetensors"
         content: Any = safetensors.torch.load(data) if is_safe else load(io.BytesIO(data))
+        if isinstance(content, dict) and {"schema_version", "network"} <= content.keys():
+            content = content["network"]
+        if not content or not all(torch.is_tensor(value) for value in content.values()):
+            raise ValueError("other content than tensors by name")
     except Exception as error:  # torch, pickle and safetensors raise many kinds
         reason = " ".join(str(error).split())
         raise InputError(
             f"init_weights: expected a state dict or a checkpoint in {path}, got: {reason[:200]}. "
             "Name a model.pt, a .safetensors file or a checkpoints/step_*.pt."
         ) from None
-    if isinstance(content, dict) and {"schema_version", "network"} <= content.keys():
-        content = content["network"]
-    entries = content.items() if isinstance(content, dict) else ()
-    if not entries or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in entries):
-        raise InputError(
-            f"init_weights: expected tensors by name in {path}, got other content. "
-            "Name a state dict, or save that part of it alone."
-        )
     return hashlib.sha256(data).hexdigest(), content
 
 

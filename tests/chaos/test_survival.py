@@ -100,8 +100,8 @@ def test_signal_is_no_crash_to_an_elastic_launcher(dataset, tmp_path):
 
 def test_signal_ends_a_run_in_time_when_no_step_comes(dataset, tmp_path):
     overlay = tmp_path / "faults.json"
-    overlay.write_text(json.dumps({"train#dataset#_target_": "faults.HangingAheadDataset"}))
-    run = Run(tmp_path, dataset, grace_s=1, allow="faults.HangingAheadDataset")
+    overlay.write_text(json.dumps({"train#dataset#_target_": "faults.HangingDataset"}))
+    run = Run(tmp_path, dataset, grace_s=1, allow="faults.HangingDataset")
     run.words.insert(1, str(overlay))
     process = run.start()
     wait_for(lambda: run.last_step() >= EVERY)  # the next step's sample never comes
