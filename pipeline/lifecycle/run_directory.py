@@ -34,7 +34,7 @@ BEGINNING = {".lock", ".holder", "log.txt", "run.json.tmp", "configs"}
 
 
 class RunDirectory:
-    """A run directory, which may not exist yet; `resume` is that of `Lifecycle`."""
+    """A run directory, which may not exist yet. `resume` has the meaning it has in `Lifecycle`."""
 
     def __init__(self, path: Path, resume: str) -> None:
         self.path, self.resume = path, resume

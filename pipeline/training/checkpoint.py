@@ -221,7 +221,7 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Restore moments; rates and other options become those of the config after so many steps."""
+    """Restore the moments; rates and other options are those of the config at this step."""
     optimizer, state = trainer.optimizer, checkpoint["lr_scheduler"]
     progress = checkpoint["progress"]
     given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

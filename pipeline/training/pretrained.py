@@ -35,8 +35,7 @@ def read_pretrained(
         InputError: If the file cannot be read or holds no weights; a line for each tensor that is
             missing, left over, of another shape or dtype, or not finite.
     """
-    sha256, given = _read_weights(path)
-    own = network.state_dict()
+    (sha256, given), own = _read_weights(path), network.state_dict()
     head = [name for name in own if name.startswith(HEAD)] if reinit_head else []
     if reinit_head and not head:
         raise InputError(
