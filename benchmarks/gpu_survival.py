@@ -5,7 +5,7 @@
 `DATASET_DIR` is Task04_Hippocampus. Two parts:
 
 1. A durable checkpoint of the network with 32 base channels and AdamW: check for finite values,
-   copy from the device, SHA-256, write, fsync, rename, manifest.
+   copy from the device, write, fsync, rename.
 2. The same short float16 run three times: twice uninterrupted, once killed with SIGKILL in the
    middle of an epoch and continued.
 """

@@ -8,12 +8,9 @@ inside `sync_errors()`, all do: the error travels with the next exchange of obje
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
-import signal
 import socket
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -26,16 +23,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InputError, TrainingStopped, as_bool
+from pipeline.errors import InputError, as_bool
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed at once
 
 log = logging.getLogger(__name__)
 _object_group: dist.ProcessGroup | None = None  # None: the default group
 _is_local = False  # inside of `local_only`
-_has_ended = False  # a rank has raised, so nobody listens any more
+_has_ended = False  # a rank has raised, so that none listens any more
 
 
 def is_launched() -> bool:
@@ -80,12 +76,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launch_id() -> str | None:
-    """torchrun's name of the launch, the same after a restart; `None` if it has none."""
-    name = os.environ["TORCHELASTIC_RUN_ID"] if is_launched() else "none"
-    return None if name == "none" else name  # as torchrun calls every launch without a name
-
-
 def local_rank() -> int | None:
     """Number of this process among those of its host; `None` if torchrun did not start it."""
     return int(os.environ["LOCAL_RANK"]) if is_launched() else None
@@ -122,18 +112,33 @@ def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
     return [part[n] for n in range(longest) for part in shares if n < len(part)]
 
 
-def all_gather_object(value: T) -> list[T]:
-    """The `value` of each rank, by rank; all have to call it. Raises what a rank raised instead."""
-    return [value] if size() == 1 else _exchange(value)
+def all_gather_object(value: T, failure: tuple[str, ...] | int | None = None) -> list[T]:
+    """Return the `value` of each rank, by rank. All ranks have to call it.
+
+    Raises:
+        InputError, SystemExit: On all ranks, if one has a `failure`: its faults or exit status.
+    """
+    global _has_ended
+    if size() == 1:
+        return [value]
+    messages: list[Any] = [None] * size()
+    dist.all_gather_object(messages, (value, failure), group=_object_group)
+    if failures := [failure for _, failure in messages if failure is not None]:
+        _has_ended, is_told = True, not is_main()
+        destroy()
+        if faults := next((one for one in failures if isinstance(one, tuple)), ()):
+            raise InputError(*faults, is_told=is_told)
+        raise SystemExit(max(failures))
+    return [value for value, _ in messages]
 
 
 def broadcast_object(value: T) -> T:
-    """The `value` of rank 0. All ranks have to call it."""
+    """Return the `value` of rank 0. All ranks have to call it."""
     return all_gather_object(value)[0]
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, while the others wait. All ranks have to call it."""
+    """Return what `work` returns on rank 0, while the others wait. All have to call it."""
     return broadcast_object(work() if is_main() else None)  # type: ignore[return-value]
 
 
@@ -148,59 +153,16 @@ def sync_errors() -> Iterator[None]:
         yield
     except (InputError, SystemExit) as error:
         if size() > 1 and not _has_ended:
-            _exchange(None, error)
+            sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
+            faults = error.faults if isinstance(error, InputError) else ()
+            status = int(error.code or 0) if isinstance(error, SystemExit) else None
+            all_gather_object(None, tuple(sender + fault for fault in faults) or status)
         raise
     all_gather_object(None)
 
 
-def _exchange(value: Any, error: InputError | SystemExit | None = None) -> list[Any]:
-    global _has_ended
-    faults = error.faults if isinstance(error, InputError) else ()
-    status = int(error.code or 0) if isinstance(error, SystemExit) else None
-    sender = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
-    messages: list[Any] = [None] * size()
-    signals: list[int] = []  # they wait: a handler that raised would leave the others alone
-    with signal_handlers(dict.fromkeys(SIGNALS, lambda number, _: signals.append(number))):
-        try:
-            own = value, status, {line: sender + line for line in faults}
-            dist.all_gather_object(messages, own, group=_object_group)
-        except RuntimeError as lost:
-            _has_ended = True
-            if (reason := explain_lost_rank(lost)) is None:
-                raise
-            log.error("%s", reason)
-            raise TrainingStopped(reason) from lost
-        lines: dict[str, str] = {}  # each once, with its first sender
-        for _, _, refused in messages:
-            lines = {**lines, **refused, **lines}
-        statuses = [status for _, status, _ in messages if status is not None]
-        is_told, _has_ended = not is_main(), bool(lines or statuses)
-        if _has_ended:
-            destroy()
-    if lines:
-        raise InputError(*lines.values(), is_told=is_told)
-    if statuses:
-        raise SystemExit(max(statuses))
-    if signals:
-        signal.raise_signal(signals[0])
-    return [value for value, _, _ in messages]
-
-
-@contextlib.contextmanager
-def signal_handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
-    """Inside, signals have these handlers; outside of the main thread, nothing happens."""
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
 def explain_lost_rank(error: RuntimeError) -> str | None:
-    """One line for the user if `error` means that another rank is gone; else `None`."""
+    """Return one line for the user if an error means that another rank is gone, else `None`."""
     if size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
     reason = str(error).partition("\n")[0].partition(". This is")[0]
@@ -255,25 +217,11 @@ def local_only(network: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def require_equal_ranks(network: nn.Module, step: int) -> None:
-    """Raise `InputError` if a rank begins at another step or with other weights than rank 0."""
-    if size() == 1:
-        return
-    weights = [p.detach().cpu().numpy().tobytes() for p in network.parameters()]
-    own = step, hashlib.sha256(b"".join(weights)).digest()
-    with sync_errors():
-        if own != broadcast_object(own):
-            raise InputError(
-                "output_dir: expected the checkpoint and weights of rank 0, got others. Give all "
-                "ranks one on a file system that their hosts share."
-            )
-
-
 class SummedDDP(DistributedDataParallel):
     """DistributedDataParallel that sums gradients over ranks instead of averaging them.
 
-    Each rank's gradients are those of its own samples in the loss of all. Their sum is what one
-    process has, and as large, which matters in float16. Parameters become those of rank 0.
+    Each rank's gradients are those of its own samples in the loss of all. Their sum is that of one
+    process, and as large, which matters in float16. Parameters become those of rank 0.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -317,7 +265,6 @@ class DistributedSettings:
         self.device = str(device)
         self.sync_batch_norm = as_bool(sync_batch_norm, "process_group#sync_batch_norm")
         self._batch_norm = "none in the network"
-        self._gradient_bytes = 0
         prefixes = ("cuda", "auto") if torch.cuda.is_available() else "cuda"
         self._wants_cuda = self.device.startswith(prefixes)
 
@@ -345,16 +292,14 @@ class DistributedSettings:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
                 self._batch_norm = "synchronized"
         all_gather_object(None)  # DDP would wait for a rank that has failed
-        self._gradient_bytes = sum(p.nbytes for p in network.parameters() if p.requires_grad)
         log.info("Process group in force: %s", self.describe())
         return SummedDDP(network)
 
     def describe(self) -> dict[str, Any]:
-        """What is in force: number of ranks, backend, batch norm, bytes of gradients per step."""
+        """Return what is in force: number of ranks, backend, batch norm."""
         return {
             "num_ranks": size(),
             "backend": ("nccl" if self._wants_cuda else "gloo") if is_launched() else None,
             "sync_batch_norm": self.sync_batch_norm,
             "batch_norm": self._batch_norm,
-            "gradient_bytes_per_step": self._gradient_bytes,
         }

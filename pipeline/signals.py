@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from pipeline.distributed import SIGNALS, signal_handlers
 from pipeline.errors import TrainingInterrupted, interrupted_status
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
@@ -18,12 +20,10 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
     """Inside, the first SIGTERM, SIGINT or SIGUSR1 calls `interrupt`; further ones do nothing.
 
     If the block has not ended `grace_s` seconds later (a long validation, a loader that hangs), the
-    process ends with the same exit status; whatever was acknowledged is on the disk. Python runs no
-    handler during a call of native code; one that never returns is left to whoever sent the signal.
+    process ends with the same exit status, unless a call of native code never returns.
 
     Args:
         interrupt: Sets a flag. It must not take a lock, since a signal may come at any time.
-        grace_s: Seconds from the signal to the end of the process.
     """
 
     def end_now(number: int, frame: FrameType | None) -> None:
@@ -38,7 +38,7 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))
             interrupt()
 
-    with signal_handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
+    with _handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
         try:
             yield
         finally:
@@ -47,10 +47,7 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
 
 @contextlib.contextmanager
 def interruptible_at_once() -> Iterator[None]:
-    """Inside, SIGTERM, SIGINT or SIGUSR1 raises TrainingInterrupted; further ones do nothing.
-
-    For the time before and after training; inside it, `interruptible` has precedence.
-    """
+    """Inside, SIGTERM, SIGINT or SIGUSR1 raises TrainingInterrupted; further ones do nothing."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
@@ -58,5 +55,17 @@ def interruptible_at_once() -> Iterator[None]:
         os.write(2, b"Interrupted outside of training; the same command continues.\n")
         raise TrainingInterrupted
 
-    with signal_handlers(dict.fromkeys(SIGNALS, end)):
+    with _handlers(dict.fromkeys(SIGNALS, end)):
         yield
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}  # only the main thread may set them
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

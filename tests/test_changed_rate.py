@@ -14,8 +14,6 @@ from torch.optim import lr_scheduler
 
 RATE, CHANGED = 1e-3, 1e-4
 SCHEDULES = {
-    "PolynomialLR": lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 100, 0.9),
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, RATE, 10),
     "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ExponentialLR(optimizer, 0.9), lr_scheduler.StepLR(optimizer, 3, 0.5)]
     ),
@@ -32,8 +30,6 @@ def target(name, **arguments):
 
 
 CONFIGS = {
-    "PolynomialLR": target("PolynomialLR", total_iters=100, power=0.9),
-    "OneCycleLR": target("OneCycleLR", max_lr=RATE, total_steps=10),
     "ChainedScheduler": {
         "_target_": "torch.optim.lr_scheduler.ChainedScheduler",
         "schedulers": [

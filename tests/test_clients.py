@@ -15,7 +15,6 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,18 +193,6 @@ def config_of_directory(bundle: Path) -> ConfigParser:
     return parser
 
 
-def config_of_torchscript(path: Path, folder: Path) -> ConfigParser:
-    """`get_bundle_config(path, ["inference"])`: the archive's folder has the file's name."""
-    inside = f"{path.stem}/extra"
-    parser = ConfigParser()
-    with zipfile.ZipFile(path) as archive:
-        parser.read_meta(f=json.loads(archive.read(f"{inside}/metadata.json")))
-        archive.extractall(members=[f"{inside}/inference.json"], path=folder)
-    parser.read_config([folder / inside / "inference.json"])
-    parser.parse()
-    return parser
-
-
 def filtered(compose: Compose) -> Compose:
     """`filter_compose(compose, ["LoadImage", "SaveImage"])`; what is left is of dictionaries."""
     names = ("LoadImage", "SaveImage")
@@ -269,17 +256,6 @@ def test_deploy_operator_predicts_with_a_directory(bundle, finished, volume):
         network.eval()
     pred = deployed(parser, network, *volume)
     check_prediction(pred, finished, volume)
-
-
-def test_deploy_operator_predicts_with_a_torchscript_file(
-    exported, finished, volume, tmp_path, monkeypatch
-):
-    """`bundle_path` is a file; the package of the bundle must be on `sys.path` for its config."""
-    monkeypatch.setattr(sys, "path", [str(exported), *sys.path])
-    path = exported / "models/model.ts"
-    parser = config_of_torchscript(path, tmp_path)
-    network = torch.jit.load(path, map_location="cpu").eval()
-    check_prediction(deployed(parser, network, *volume), finished, volume)
 
 
 def check_prediction(pred: MetaTensor, finished: Path, volume: tuple[np.ndarray, dict]) -> None:

@@ -170,5 +170,5 @@ def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
 
     monkeypatch.setattr("pipeline.reporting.report.write_report", fail)
     assert run(tmp_path / "b", report=True) == 0
-    assert "report: expected to write it, got: no room" in capsys.readouterr().out
+    assert "report: expected to write them, got: no room" in capsys.readouterr().out
     assert (tmp_path / "b/summary.json").exists()

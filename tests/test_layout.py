@@ -136,7 +136,7 @@ def test_public_names_stand_once():
         ("pipeline.prediction.segmenter", "pipeline.training.trainer"),
         ("pipeline.errors", "pipeline.precision"),
         ("pipeline.config.validate", "pipeline.data.plan"),
-        ("pipeline.bundle.package", "pipeline.lifecycle.clients"),
+        ("pipeline.bundle.package", "pipeline.lifecycle.summary"),
         ("pipeline.commands.export", "pipeline.commands.predict"),
         ("pipeline.run", "tests.conftest"),
         ("pipeline.precision", "networks.dense_unet"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -11,10 +10,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from pipeline import distributed
-from pipeline.errors import InputError
 from pipeline.lifecycle import run_directory
-from pipeline.lifecycle.run_directory import RunDirectory, RunLock
+from pipeline.lifecycle.run_directory import RunLock
 
 # --- the lock
 
@@ -38,41 +35,20 @@ def held(tmp_path):
 
 
 def test_directory_is_refused_to_another_process_until_it_is_closed(tmp_path, held):
-    assert held.lost() is None  # nor does looking let go of the lock
     refused = other_process(tmp_path)
     assert f"got one by process {os.getpid()}" in refused.stderr
     held.close()
     assert other_process(tmp_path).returncode == 0
-    assert (tmp_path / ".lock").read_text() == ""  # it left no name, though it did not close
+    assert (tmp_path / ".holder").read_text() == ""  # it left no name, though it did not close
     held.close()  # once more does nothing
 
 
 def test_lost_says_who_has_the_directory(tmp_path, held):
-    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    assert held.lost() is None
+    (tmp_path / ".holder").write_text("elsewhere 7 token")
     assert held.lost() == "process 7 on elsewhere"
-    (tmp_path / ".lock").unlink()
-    assert held.lost() == "nobody (.lock was deleted)"
-    other = tmp_path / "other"
-    other.write_text(json.dumps({"host": "elsewhere", "pid": 8}))
-    other.rename(tmp_path / ".lock")
-    assert held.lost() == "process 8 on elsewhere"
-
-
-def test_holder_that_comes_from_elsewhere_in_the_last_moment_is_respected(tmp_path, monkeypatch):
-    """Where the kernel's lock does not reach the other host."""
-    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 6}))
-    monkeypatch.setattr(run_directory, "WATCH_S", 0.1)
-    lock, locked = run_directory.fcntl.lockf, []
-
-    def late(*args):
-        lock(*args)
-        locked.append(1)
-        if len(locked) == 2:  # the first was let go for the watch
-            (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-
-    monkeypatch.setattr(run_directory.fcntl, "lockf", late)
-    with pytest.raises(InputError, match="process 7 on elsewhere"):
-        RunLock(tmp_path)
+    held.close()
+    assert (tmp_path / ".holder").read_text() == "elsewhere 7 token"
 
 
 def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
@@ -82,54 +58,3 @@ def test_file_system_without_locks_is_not_taken_for_another_process(tmp_path, mo
     monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="No locks available"):
         RunLock(tmp_path)
-
-
-# --- launches of torchrun, which starts the processes anew
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    """Become a process of the launch of a name; `None`: of none."""
-
-    def become(name: str | None) -> None:
-        for key, value in (("TORCHELASTIC_RUN_ID", name), ("RANK", "0")):
-            monkeypatch.setenv(key, value) if name else monkeypatch.delenv(key, raising=False)
-
-    return become
-
-
-def begin(path, resume):
-    """Take the directory as a run does, and leave it as one that was killed."""
-    directory = RunDirectory(path, resume)
-    directory.require_usable()
-    directory.lock()
-    launch = distributed.launch_id()
-    (path / "run.json").write_text(json.dumps({"fingerprint": "", "launch": launch}))
-    (path / "models").mkdir(exist_ok=True)
-    directory.release()
-    return directory
-
-
-def test_restart_of_a_launch_goes_on_with_what_it_began(launch, tmp_path):
-    launch("a")
-    assert begin(tmp_path / "r", False).resume is False
-    assert begin(tmp_path / "r", False).resume == "auto"
-
-
-@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("none", "none"), (None, "a")])
-def test_another_launch_refuses_what_is_there(launch, tmp_path, first, second):
-    """torchrun calls every launch `none` that is given no name."""
-    launch(first)
-    begin(tmp_path / "r", False)
-    launch(second)
-    for _ in range(2):  # a restart of it as well
-        with pytest.raises(InputError, match="expected an empty directory with resume=false"):
-            begin(tmp_path / "r", False)
-
-
-def test_refusal_for_want_of_a_run_stays_one(launch, tmp_path):
-    launch("a")
-    for _ in range(2):
-        with pytest.raises(InputError, match="resume: expected a run with a checkpoint"):
-            begin(tmp_path / "r", True)
-    assert not (tmp_path / "r").exists()

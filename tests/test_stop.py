@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from engines import curve, differing, leaves, overflows, read, strict_json
+from engines import curve, differing, overflows, read, strict_json
 from forked import monai_bundle
 
 from pipeline.errors import TrainingStopped
-from pipeline.training.checkpoint import checkpoints, load_checkpoint
+from pipeline.training.checkpoint import checkpoints, load_checkpoint, non_finite
 from pipeline.training.flight_recorder import diagnosis
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -41,12 +41,6 @@ def stop(start, *args, **changes) -> str:
 
 def files_of(run_dir: Path) -> dict[str, dict]:
     return {path.name: torch.load(path, weights_only=True) for path in run_dir.rglob("*.pt")}
-
-
-def is_finite(value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return bool(torch.isfinite(value).all())
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 # --- skipped steps in a row
@@ -80,7 +74,7 @@ def test_run_stops_after_max_consecutive_skips(
 
     files = files_of(run_dir)
     assert {"step_000000002.pt", "step_000000004.pt", "model.pt"} <= set(files)
-    assert all(is_finite(leaf) for content in files.values() for leaf in leaves(content).values())
+    assert non_finite(files) == []
     good = files["step_000000002.pt"]
     (trainer,) = trainers
     assert differing(trainer.network.state_dict(), good["network"]) == []
@@ -198,7 +192,7 @@ def test_nan_metric_never_becomes_the_best(
     assert ("model.pt" in files) is (best_file is not None)
     if best_file:
         assert differing(files["model.pt"], files[best_file]["network"]) == []
-    assert all(is_finite(leaf) for content in files.values() for leaf in leaves(content).values())
+    assert non_finite(files) == []
     for path in (tmp_path / "r").rglob("*.json"):
         strict_json(path.read_text())
     said = capfd.readouterr().out.count("The validation metric is nan; it is not counted")

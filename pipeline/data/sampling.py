@@ -23,6 +23,7 @@ from pipeline.data.cache import VolumeCache
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.device_cache import DeviceCache
 from pipeline.errors import require
+from pipeline.signals import SIGNALS
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
@@ -309,5 +310,5 @@ class PatchLoader(DataLoader):
 
 def _ignore_signals(worker_id: int) -> None:
     """Leave signals to a whole group to the main process, which saves and ends the workers."""
-    for number in distributed.SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

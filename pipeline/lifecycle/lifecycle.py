@@ -30,14 +30,16 @@ from pipeline.data.dataset import Cases
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
 from pipeline.distributed import DistributedSettings
-from pipeline.errors import InputError, TrainingStopped, as_bool, innermost, print_failure, some
+from pipeline.errors import InputError, TrainingStopped, as_bool, print_failure, some
 from pipeline.files import write_json
-from pipeline.lifecycle.clients import given_data, is_clients, require_same_classes
-from pipeline.lifecycle.run_directory import RunDirectory, explain_os_errors
+from pipeline.lifecycle.run_directory import RunDirectory
 from pipeline.lifecycle.stored_configs import (
     changed_cases,
     changes_since,
+    given_data,
+    is_clients,
     portable,
+    require_same_classes,
     stored_plan,
     stored_record,
     write_configs,
@@ -45,14 +47,11 @@ from pipeline.lifecycle.stored_configs import (
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
-from pipeline.training.pretrained import PretrainedWeights
+from pipeline.training.pretrained import read_pretrained
 from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
-
-# that hosts may have in places of their own; the run directory is compared as a path
-PLACES = {"dataset_dir", "cache_dir", "data_roots", "output_dir"}
 
 
 class Lifecycle:
@@ -64,21 +63,17 @@ class Lifecycle:
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
         max_epochs: Epochs of the whole run; a run that has them all is finished.
-        data_module: Reads the dataset.
-        report: Whether to write `report/index.html` at the end.
-        init_weights, reinit_head: Weights that a new run begins with; see `PretrainedWeights`.
+        init_weights, reinit_head: Weights that a new run begins with; see `read_pretrained`.
+        process_group: Settings for several ranks, of which the first one holds the run directory.
         accept_changed_data: Whether a run continues although files of its cases were changed.
-        process_group: Settings for several ranks. The first rank holds the run directory and writes
-            into it; each of the others writes a log there, and predictions that are scored.
         config: The whole config, checked, as `pipeline.run` hands it over; where MONAI's own
             commands build this object, it is found by `config_of_monai`.
 
     Attributes:
-        directory: The run directory.
         cache_dir: Absolute path of the folder where preprocessed cases are kept.
-        cases, plan: Of the dataset, after `enter`.
+        cases, plan: The dataset's, after `enter`.
         checkpoint: File that the run continues from, or None, after `enter`.
-        pretrained: The weights that a new run begins with, after `enter`.
+        initial_weights: Weights that a new run begins with, or None, after `enter`.
     """
 
     cases: Cases
@@ -103,18 +98,15 @@ class Lifecycle:
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
         run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()
-        self.directory = RunDirectory(
-            run_dir, {"true": True, "false": False}.get(str(resume).lower(), "auto")
-        )
+        self.directory = RunDirectory(run_dir, str(resume).lower())
         self.max_epochs = max_epochs
         self.data_module, self.process_group = data_module, process_group
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
-        self.pretrained = PretrainedWeights(
-            self.bundle_root, init_weights, as_bool(reinit_head, "reinit_head")
-        )
+        self.init_weights, self.reinit_head = init_weights, as_bool(reinit_head, "reinit_head")
+        self.initial_weights: dict[str, torch.Tensor] | None = None
         self.checkpoint: Path | None = None
-        self._excepthook: Any = None
+        self._start: dict[str, Any] | None = None  # the record of the weights it began with
 
     @property
     def run_dir(self) -> Path:
@@ -123,17 +115,12 @@ class Lifecycle:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process is in the run, between `enter` and `leave`."""
+        """Whether this process is between `enter` and `leave`."""
         return self.directory.is_held
 
     @property
-    def initial_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights that a new run begins with instead of the network's own, after `enter`."""
-        return self.pretrained.tensors
-
-    @property
     def preprocessing_key(self) -> dict[str, Any]:
-        """What preprocessing does in this run, for the keys of the cache."""
+        """Settings of the run's preprocessing, for the keys of the cache."""
         return preprocessing_key(self.source, self.plan)
 
     @property
@@ -146,8 +133,7 @@ class Lifecycle:
     def enter(self) -> None:
         """Check config and data, then take the run directory; a second call does nothing.
 
-        Nothing is written into an existing run before everything has been found right. A second
-        object of the same process continues with the directory that the first one holds.
+        Nothing is written into an existing run before everything has been found right.
 
         Raises:
             SystemExit: With status 2 and a line per fault for a user's mistake, with status 0
@@ -183,18 +169,19 @@ class Lifecycle:
                     f"training cases: expected {distributed.size()} or more, one for each rank, "
                     f"got {len(self.cases.train)}. Start fewer ranks."
                 )
-        self.plan, self.checkpoint = distributed.run_on_main(self._begin)
-        if not distributed.is_main():
-            if self.checkpoint is None:
-                self.pretrained.read()
-                self._fit_pretrained(self.plan)
-            self.directory.follow()
+        try:
+            self.plan, self.checkpoint = distributed.run_on_main(self._begin)
+            if not distributed.is_main():
+                if self.checkpoint is None:
+                    self._read_pretrained(self.plan)
+                self.directory.follow()
+        except OSError as error:
+            raise InputError(
+                f"output_dir: expected a directory that can be written, got: {error}."
+            ) from error
 
     def open_stored_run(self, *, any_data: bool = False) -> None:
-        """Take the plan of the run that is there and the data, and leave the run as it is.
-
-        Args:
-            any_data: Whether the data may be other than the run was trained on.
+        """Take the plan of the run that is there and its data, or with `any_data` others.
 
         Raises:
             InputError: If there is no run, or the config is another run's.
@@ -225,124 +212,102 @@ class Lifecycle:
         if given is not None:
             self.dataset_dir = cases.root
             # a client that lists its cases means a new training, beside a finished one
-            first, number = self.run_dir, 2
-            while self.directory.resume == "auto" and (self.run_dir / "summary.json").is_file():
-                self.directory = RunDirectory(first.with_name(f"{first.name}_{number}"), "auto")
+            first, number = self.directory, 2
+            while first.resume == "auto" and (self.run_dir / "summary.json").is_file():
+                self.directory = RunDirectory(Path(f"{first.path}_{number}"), "auto")
                 number += 1
         return cases
 
     def _require_same_on_all_ranks(self) -> None:
-        mine = self.run_dir, self.source, self.cases.fingerprint
-        run_dir, source, fingerprint = distributed.broadcast_object(mine)
-        changed = chain.from_iterable(keys.changes(source, self.source).values())
-        differing = [key for key in changed if key.partition("#")[0] not in PLACES]
-        if self.run_dir != run_dir:
-            differing.append(f"output_dir ({self.run_dir})")
-        if self.cases.fingerprint != fingerprint:
-            differing.append("dataset_dir (other cases)")
-        if differing:
+        mine = self.source | {"cache_dir": None, "data_roots": None}  # each host has its own places
+        mine |= {"output_dir": str(self.run_dir), "dataset_dir": self.cases.fingerprint}
+        changed = keys.changes(distributed.broadcast_object(mine), mine).values()
+        if differing := [*chain.from_iterable(changed)]:
             raise InputError(
                 f"ranks: expected the config and dataset of rank 0, got other values of "
                 f"{', '.join(differing)}. Start all ranks with the same."
             )
 
     def _begin(self) -> tuple[Plan, Path | None]:
-        """Take the run directory, for all ranks; return the plan and what the run continues from.
-
-        Voxels are read when an existing directory is right and held, or before a new one is made.
-        """
-        with explain_os_errors():
-            if self.run_dir.exists():
-                self._take_directory()
-            continues = self.directory.continues()
-            if not continues:
-                self.pretrained.read()
-            found = self.data_module.run_preflight(self.cases)
-            found.require_sound()
-            # the plan of a run that has begun stays: another card must not change it
-            plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
-            if plan.batch_size < distributed.size():
-                raise InputError(
-                    f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
-                    f"got {plan.batch_size}. Start fewer ranks"
-                    f"{'' if continues else ', or raise it'}."
-                )
-            if not continues:
-                self._fit_pretrained(plan)
+        """Take the run directory, for all ranks; return the plan and the checkpoint."""
+        if self.run_dir.exists():
             self._take_directory()
-            for line in (*found.notes, *(issue.line for issue in found.warnings)):
-                log.warning("%s", line)  # now that there is a log.txt
-            checkpoint = None
-            if continues:
-                checkpoint = self.directory.checkpoint()
-                self.pretrained.record = stored_record(self.run_dir).get("init_weights")
-            write_configs(
-                self.run_dir, self._portable, self.cases, plan, found.fingerprint,
-                init_weights=self.pretrained.record, contents=self._contents,
-                launch=distributed.launch_id(),
-            )  # fmt: skip
+        continues = self.directory.continues()
+        found = self.data_module.run_preflight(self.cases)
+        found.require_sound()
+        # the plan of a run that has begun stays: another card must not change it
+        plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
+        if plan.batch_size < distributed.size():
+            raise InputError(
+                f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
+                f"got {plan.batch_size}. Start fewer ranks"
+                f"{'' if continues else ', or raise it'}."
+            )
+        if not continues:
+            self._read_pretrained(plan)
+        self._take_directory()
+        for line in (*found.notes, *(issue.line for issue in found.warnings)):
+            log.warning("%s", line)  # now that there is a log.txt
+        checkpoint = None
+        if continues:
+            checkpoint = self.directory.checkpoint()
+            self._start = stored_record(self.run_dir).get("init_weights")
+        write_configs(
+            self.run_dir, self._portable, self.cases, plan, found.fingerprint,
+            init_weights=self._start, contents=self._contents,
+        )  # fmt: skip
         return plan, checkpoint
 
     def _take_directory(self) -> None:
-        if not self.is_held:
-            self._require_same_run()
-            self.directory.lock()
-            # another process may have come and gone in between
-            for change in self._require_same_run():
-                log.info("Continuing with %s", change)
-
-    def _require_same_run(self) -> list[str]:
-        """Refuse a directory that another run has begun in; end where this one is finished.
-
-        Returns:
-            What changed since the run there last started, and may.
-        """
+        """Lock the directory; refuse that of another run, and end where this one is finished."""
+        if self.is_held:
+            return
         self.directory.require_usable()
+        self.directory.lock()
+        self.directory.require_usable()  # another process may have come and gone in between
         if not self.directory.has_begun():
-            return []
+            return
         require_todays_names(self.run_dir)
         changed = changed_cases(self.run_dir, self.cases, self._contents)
         known = None if changed else self.cases.fingerprint
-        found = [f"a changed {key}" for key in changes_since(self.run_dir, self._portable, known)]
+        news = [f"a changed {key}" for key in changes_since(self.run_dir, self._portable, known)]
         self._end_if_finished(changed)
-        if not changed:
-            return found
-        if not self.accept_changed_data:
-            raise InputError(
-                f"dataset_dir: expected the data that the run in {self.run_dir} began with, got "
-                f"changed files of {some(changed)}. Restore them, choose another output_dir, or go "
-                "on with --accept_changed_data."
-            )
-        require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
-        return [*found, f"changed files of {some(changed)}"]
+        if changed:
+            news.append(f"changed files of {some(changed)}")
+            if not self.accept_changed_data:
+                raise InputError(
+                    f"dataset_dir: expected the data that the run in {self.run_dir} began with, "
+                    f"got {news[-1]}. Restore them, choose another output_dir, or go on with "
+                    "--accept_changed_data."
+                )
+            require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
+        for change in news:
+            log.info("Continuing with %s", change)
 
     def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
-        if not summary or summary["progress"]["epoch"] < self.max_epochs:
+        if summary is None or summary["progress"]["epoch"] < self.max_epochs:
             return
         log.info("This run is finished; nothing to do.")
         if changed:
-            log.warning(
-                "Its data changed: files of %s. Weights and scores are of what there was; "
-                "train on the new data with another output_dir.",
-                some(changed),
-            )
+            text = "Its data changed: files of %s. Train on the new data with another output_dir."
+            log.warning(text, some(changed))
         log_whereabouts(self.run_dir, summary)
+        self.release()
         raise SystemExit(0)
 
     def _parser(self, plan: Plan) -> Parser:
         return Parser(deepcopy({**self.source, "plan": plan}))
 
-    def _fit_pretrained(self, plan: Plan) -> None:
-        """Compare the weights that the run begins with, if any, to the network of this plan."""
-        if not self.pretrained.is_read:
+    def _read_pretrained(self, plan: Plan) -> None:
+        if self.init_weights is None and self.reinit_head:
+            raise InputError("reinit_head: expected init_weights beside it, got null. Name a file.")
+        if self.init_weights is None:
             return
-        try:
-            network = self._parser(plan).get_parsed_content("network_def")
-        except (RuntimeError, ValueError) as error:
-            raise InputError(str(innermost(error))) from error
-        self.pretrained.fit(network)
+        network = self._parser(plan).get_parsed_content("network_def")
+        path = self.bundle_root / self.init_weights
+        self.initial_weights, self._start = read_pretrained(path, network, self.reinit_head)
 
     def _make_plan(self, found: Preflight) -> Plan:
         """Decide the plan; a batch size that is `auto` is also limited by a trial on the card."""
@@ -368,7 +333,8 @@ class Lifecycle:
         if distributed.size() > 1:
             rank, size = distributed.rank(), distributed.size()
             log.info("Rank %d of %d; batches are divided among them", rank, size)
-        self.pretrained.log()
+        if self.initial_weights is not None:
+            log.info("Weights of %s: %s", self.init_weights, self._start)
 
     # --- the end
 
@@ -385,7 +351,7 @@ class Lifecycle:
     def release(self) -> None:
         """Let go of the run directory, also where the run failed."""
         self.directory.release()
-        if sys.excepthook is self._excepthook:
+        if getattr(sys.excepthook, "__module__", None) == __name__:
             sys.excepthook = sys.__excepthook__
 
     def _write_end(self, trainer: MixedPrecisionTrainer) -> None:
@@ -395,7 +361,7 @@ class Lifecycle:
             self.run_dir,
             dataset_hash=cases.fingerprint,
             config_hash=keys.identity_hash(self._portable),
-            init_weights=self.pretrained.record,
+            init_weights=self._start,
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(cases, part)) for part in ("train", "validation", "test")},
         )
@@ -405,19 +371,15 @@ class Lifecycle:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
-        self._try_to_write("docs", write_docs)
-        if self.report:
-            from pipeline.reporting.report import write_report  # it takes a second to import
-
-            self._try_to_write("report", write_report)
-        log_whereabouts(self.run_dir, summary)
-
-    def _try_to_write(self, what: str, write: Callable[[Path], object]) -> None:
         try:
-            write(self.run_dir)
-        except Exception as error:
-            log.warning("%s: expected to write it, got: %s", what, error)
-            log.debug("", exc_info=True)
+            write_docs(self.run_dir)
+            if self.report:
+                from pipeline.reporting.report import write_report  # it takes a second to import
+
+                write_report(self.run_dir)
+        except Exception as error:  # the run itself has succeeded
+            log.warning("docs and report: expected to write them, got: %s", error)
+        log_whereabouts(self.run_dir, summary)
 
     def _shorten_failures(self) -> None:
         """Print one line about an exception that ends MONAI's own command, as `pipeline.run`."""
@@ -428,9 +390,7 @@ class Lifecycle:
             sys.exit(print_failure(error, self.directory.log_file if self.is_held else None))
 
         if getattr(sys.excepthook, "__module__", None) in ("sys", __name__):  # nobody else's
-            sys.excepthook = self._excepthook = tell
-
-    # --- what the run is made from
+            sys.excepthook = tell
 
     @cached_property
     def _contents(self) -> dict[str, str]:

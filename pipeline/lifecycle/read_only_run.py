@@ -13,10 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class ReadOnlyRun(Lifecycle):
-    """A run whose best network is evaluated, and which is neither locked nor written to.
-
-    Arguments and attributes are those of `Lifecycle`.
-    """
+    """A run whose best network is evaluated, and which is neither locked nor written to."""
 
     @property
     def best_model(self) -> str:
@@ -24,7 +21,6 @@ class ReadOnlyRun(Lifecycle):
         return str(self.run_dir / "models" / "model.pt")
 
     def _open(self) -> None:
-        """Take the run's plan, and the data that the config names: its own, or others."""
         self.open_stored_run(any_data=True)
         with distributed.sync_errors():
             self._require_same_on_all_ranks()

@@ -1,7 +1,7 @@
 """The directory of a run: who may write into it, and its log.
 
-One process at a time holds a run directory by the lock on its file `.lock`. Of several ranks the
-first one holds it, and the others only write a log there.
+One process at a time holds a run directory; see `RunLock`. Of several ranks the first one holds it,
+and the others only write a log there.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import shutil
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline import distributed
 from pipeline.errors import InputError
-from pipeline.files import CheckpointStore, make_directory
+from pipeline.files import make_directory
+from pipeline.training.checkpoint import newest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +30,14 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HEARTBEAT_S = 10.0
 WATCH_S = 35.0  # without a heartbeat for this long, a holder on another host is taken for dead
 # what a run may leave that dies before its run.json is written; `configs` is then empty
-BEGINNING = {".lock", "log.txt", "run.json.tmp", "configs"}
-FOLDERS = (".", "configs", "docs", "models", "checkpoints", "overflow")
+BEGINNING = {".lock", ".holder", "log.txt", "run.json.tmp", "configs"}
 
 
 class RunDirectory:
-    """A run directory, which may not exist yet.
+    """A run directory, which may not exist yet. `resume` has the meaning it has in `Lifecycle`."""
 
-    Args:
-        path: Absolute.
-        resume: `auto` (continue what is there), `True` (there must be something) or `False` (there
-            must be nothing).
-
-    Attributes:
-        store: Its checkpoints.
-    """
-
-    def __init__(self, path: Path, resume: str | bool) -> None:
+    def __init__(self, path: Path, resume: str) -> None:
         self.path, self.resume = path, resume
-        self.store = CheckpointStore(path / "checkpoints")
-        launch = distributed.launch_id()
-        if resume is False and launch and self._record().get("launch") == launch:
-            self.resume = "auto"  # torchrun starts the processes of this run anew
 
     @property
     def is_held(self) -> bool:
@@ -71,29 +55,37 @@ class RunDirectory:
 
         Raises:
             InputError: If another process holds it. Nothing has been written then.
-            OSError: If the directory cannot be written; see `explain_os_errors`.
+            OSError: If the directory cannot be written.
         """
         make_directory(self.path)
-        _HELD[self.path] = RunLock(self.path)
-        for folder in FOLDERS:
-            for path in (self.path / folder).glob("*.tmp"):
-                path.unlink()  # of a write that was cut off
+        self._hold(RunLock(self.path))
+        for path in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):
+            path.unlink()  # of a write that was cut off
 
     def follow(self) -> None:
         """Log into the directory, as a rank other than the first."""
         if not self.is_held:
-            with explain_os_errors():
-                _HELD[self.path] = RunLog(self.log_file)
+            self._hold(None)
+
+    def _hold(self, lock: RunLock | None) -> None:
+        handler = logging.FileHandler(self.log_file)
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+        _HELD[self.path] = lock, handler
 
     def lost(self) -> str | None:
-        """Return who holds it now, if it was taken from this process; see `RunLock.lost`."""
-        held = _HELD.get(self.path)
-        return held.lost() if isinstance(held, RunLock) else None
+        """Return who took it from this process, if another one did; see `RunLock.lost`."""
+        lock, _ = _HELD.get(self.path, (None, None))
+        return lock.lost() if lock else None
 
     def release(self) -> None:
         """Let go of the directory, where it is held."""
         if self.is_held:
-            _HELD.pop(self.path).close()
+            lock, handler = _HELD.pop(self.path)
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            if lock:
+                lock.close()
 
     def require_usable(self) -> None:
         """Refuse a directory in which a run can neither start nor continue.
@@ -104,39 +96,40 @@ class RunDirectory:
         present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
         occupied |= "configs" in present and any((self.path / "configs").iterdir())
-        if occupied and self.resume is False:
+        if occupied and self.resume == "false":
             raise InputError(
                 f"output_dir: expected an empty directory with resume=false, got {self.path}. "
                 "Choose another output_dir."
             )
-        if occupied and "fingerprint" not in self._record():
+        if occupied and not self._has_record():
             raise InputError(
                 f"output_dir: expected an empty directory or one with the run.json of a run, got "
                 f"{self.path} with other files and no run.json. If this is a run, restore it; "
                 "otherwise choose another output_dir."
             )
-        if self.resume is True and not self.has_begun():
+        if self.resume == "true" and not self.has_begun():
             raise InputError(
                 f"resume: expected a run with a checkpoint in {self.path}, found none. "
                 "Use resume=auto to start one."
             )
 
-    def _record(self) -> dict[str, Any]:
-        """What `run.json` says, which runs have and other bundles do not."""
+    def _has_record(self) -> bool:
+        """Whether there is a `run.json`, which runs have and other bundles do not."""
         try:
-            return dict(json.loads((self.path / "run.json").read_bytes()))
+            return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
         except (OSError, ValueError, TypeError):
-            return {}
+            return False
 
     def has_begun(self) -> bool:
-        """Whether there ever was a checkpoint, even if it was lost since."""
-        made = ("summary.json", "models/model.pt", "models/last.pt")
-        return self.store.has_begun() or any((self.path / name).exists() for name in made)
+        """Whether a run has saved something here; a damaged checkpoint counts."""
+        saved = self.path.glob("checkpoints/*"), self.path.glob("models/*.pt")
+        found = {path.suffix for paths in saved for path in paths}
+        return bool(found & {".pt", ".damaged"}) or (self.path / "summary.json").exists()
 
     def continues(self) -> bool:
         """Whether there is a run to continue; remove what one left that is not to be continued."""
         # a client that initializes anew with resume=false begins anew as well
-        continues = self.resume is not False and self.has_begun()
+        continues = self.resume != "false" and self.has_begun()
         if not continues and self.is_held:
             for folder in ("checkpoints", "models"):
                 shutil.rmtree(self.path / folder, ignore_errors=True)
@@ -148,167 +141,97 @@ class RunDirectory:
         Raises:
             InputError: If none is whole. What there is stays.
         """
-        if (newest := self.store.newest()) is not None:
-            return newest
-        files = [*self.store.directory.glob("*.pt"), *(self.path / "models").glob("*.pt")]
-        weights = max(files, key=lambda path: path.stat().st_mtime, default="FILE")
-        raise InputError(
-            f"{self.store.directory}: expected a whole checkpoint that manifest.jsonl lists, found "
-            "none of those that there were. Restore it and manifest.jsonl from a copy, or start a "
-            f"run elsewhere from weights that are there: --init_weights {shlex.quote(str(weights))}"
-            " --output_dir OTHER."
-        )
-
-
-class RunLog(logging.FileHandler):
-    """Appends all that is logged to a file, until `close`."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(self)
-
-    def close(self) -> None:
-        """Log no more."""
-        logging.getLogger().removeHandler(self)
-        super().close()
+        if (newest := newest_checkpoint(self.path / "checkpoints")) is None:
+            raise InputError(
+                f"{self.path / 'checkpoints'}: expected a whole checkpoint, found none. Restore "
+                "one from a copy, or start a run in another output_dir with "
+                f"--init_weights {self.path / 'models' / 'last.pt'}."
+            )
+        return newest
 
 
 class RunLock:
-    """The lock on a run directory and its `log.txt`, until `close` or the end of the process.
+    """The lock on a run directory, until `close` or the end of the process.
 
     The kernel's lock on `.lock` ends with the process, but some file systems do not pass it on to
-    other hosts. Therefore `.lock` also names the holder, which renews the file's modification time
-    as a heartbeat; a holder on another host is respected or, without a heartbeat, replaced. Only
+    other hosts. Therefore the process writes `host pid token` into `.holder` and renews the file's
+    modification time as a heartbeat; a holder on another host is replaced only if it has none. Only
     changes of the time are compared: the clocks of the hosts need not agree.
-
-    Args:
-        run_dir: An existing directory.
 
     Raises:
         InputError: If another process holds it; nothing has been written then.
-        OSError: If the directory cannot be written.
+        OSError: If the directory, which must exist, cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / ".lock"
-        watched = None  # a holder on another host, after it was watched without a heartbeat
-        while not self._take(watched):
-            watched = self._watch()
+        self.holder = run_dir / ".holder"
+        # Never opened twice: closing any descriptor of a file drops the process's locks on it.
+        self.file = open(run_dir / ".lock", "a")  # noqa: SIM115 - held until close()
+        try:
+            # a record lock, unlike flock, is not inherited by loader workers that outlive us
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._require_silence()
+        except OSError as error:
+            self.file.close()
+            if not isinstance(error, (BlockingIOError, PermissionError)):
+                raise  # such as a file system without locks
+            raise InputError(
+                f"output_dir: expected no other run in {run_dir}, got one by "
+                f"{_name(self._pulse()[1])}. Wait for it or choose another output_dir."
+            ) from None
+        self.content = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        self.holder.write_text(self.content)
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self.log = RunLog(run_dir / "log.txt")
         atexit.register(self.close)  # a process that ends leaves no name behind
 
     def close(self) -> None:
-        """Release the lock and close the log; a second call does nothing."""
-        if self._closed.is_set():
-            return
+        """Release the lock; a second call does nothing."""
         self._closed.set()
         atexit.unregister(self.close)
-        self.log.close()
         with contextlib.suppress(OSError):  # where nothing can be written any more
-            self.file.truncate(0)
+            if self.lost() is None:
+                self.holder.write_text("")
         self.file.close()
 
     def lost(self) -> str | None:
-        """Return who holds the directory now, if `.lock` is no longer that of this process.
-
-        After it was deleted by hand, another process locks another file. Of two hosts that start
-        at the same moment, the later one overwrites it.
-        """
+        """Return who took the directory, such as after `.lock` was deleted; `None`: nobody."""
         try:
-            if self.path.stat().st_ino != os.fstat(self.file.fileno()).st_ino:
-                return _name(self.path.read_text())
-            content = self._read()
-        except FileNotFoundError:
-            return "nobody (.lock was deleted)"
+            content = self.holder.read_text()
         except OSError:
             return None  # a file system that does not answer says nothing
         return None if content == self.content else _name(content)
 
-    def _take(self, watched: str | None) -> bool:
-        """Lock the file and write this process's name, unless a holder has to be watched first."""
-        # Opened without truncation: what it says is the holder's until the lock is taken. Never
-        # opened again after that: closing any descriptor of a file drops the process's locks on it.
-        self.file = open(self.path, "a+")  # noqa: SIM115 - held until close()
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        with contextlib.ExitStack() as on_refusal:
-            on_refusal.callback(self.file.close)
-            try:
-                # a record lock, unlike flock, is not inherited by loader workers that outlive us
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # and not a file system without locks
-                self._refuse(self._read())
-            former = self._read()
-            if _holder(former).get("host", here["host"]) != here["host"] and former != watched:
-                if watched is None:
-                    return False
-                self._refuse(former)  # another one came in between
-            if former:
-                log.info("The run's former process, %s, is gone; replacing it", _name(former))
-            self.content = json.dumps(here)
-            self.file.truncate(0)
-            self.file.write(self.content)
-            self.file.flush()
-            on_refusal.pop_all()
-        return True
-
-    def _watch(self) -> str:
-        """Return the name of a holder on another host that had no heartbeat for `WATCH_S`."""
-        first, end = self._pulse(), time.monotonic() + WATCH_S
-        log.info("Watching for a heartbeat of %s, %.0f s at most", _name(first[1]), WATCH_S)
-        while time.monotonic() < end:
-            time.sleep(WATCH_S / 35)
-            if self._pulse() != first:
-                self._refuse(first[1])
-        return first[1]
+    def _require_silence(self) -> None:
+        """Watch a holder on another host; raise BlockingIOError if it has a heartbeat."""
+        pulse, end = self._pulse(), time.monotonic() + WATCH_S
+        if not pulse[1]:
+            return
+        if pulse[1].split()[0] != socket.gethostname():
+            log.info("Watching for a heartbeat of %s, %.0f s at most", _name(pulse[1]), WATCH_S)
+            while time.monotonic() < end:
+                time.sleep(WATCH_S / 35)
+                if self._pulse() != pulse:
+                    raise BlockingIOError
+        log.info("The run's former process, %s, is gone; replacing it", _name(pulse[1]))
 
     def _pulse(self) -> tuple[int, str]:
+        """Time of the last heartbeat and name of the holder."""
         try:
-            with open(self.path) as file:  # anew, since network file systems cache attributes
-                return os.fstat(file.fileno()).st_mtime_ns, file.read()
+            with open(self.holder) as file:  # anew, since network file systems cache attributes
+                return os.fstat(file.fileno()).st_mtime_ns, file.read().strip()
         except FileNotFoundError:
             return 0, ""
 
-    def _read(self) -> str:
-        self.file.seek(0)
-        return self.file.read()
-
-    def _refuse(self, holder: str) -> None:
-        raise InputError(
-            f"output_dir: expected no other run in {self.path.parent}, got one by "
-            f"{_name(holder)}. Wait for it or choose another output_dir."
-        )
-
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError, ValueError):  # the next one may reach the disk
-                os.utime(self.file.fileno())
+            with contextlib.suppress(OSError):  # the next one may reach the disk
+                os.utime(self.holder)
 
 
-_HELD: dict[Path, RunLock | RunLog] = {}  # by this process, whichever object took it
+_HELD: dict[Path, tuple[RunLock | None, logging.Handler]] = {}  # by this process
 
 
-def _holder(content: str) -> dict[str, Any]:
-    """What `.lock` says: host, pid and token."""
-    try:
-        return dict(json.loads(content))
-    except (ValueError, TypeError):
-        return {}
-
-
-def _name(content: str) -> str:
-    holder = _holder(content)
-    return "process {pid} on {host}".format(**holder) if holder else "an unknown process"
-
-
-@contextlib.contextmanager
-def explain_os_errors() -> Iterator[None]:
-    """Inside, what the system refuses in the run directory becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output_dir: expected a directory that can be written, got: {error}."
-        ) from error
+def _name(holder: str) -> str:
+    host, pid, *_ = [*holder.split(), "", ""]
+    return f"process {pid} on {host}" if pid else "an unknown process"

@@ -1,4 +1,8 @@
-"""The configs, plan and data that a run directory states, to continue the run and to share it."""
+"""The configs, plan and data that a run directory states, to continue the run and to share it.
+
+MONAI's clients (MONAI Label, federated learning) train the network of such a bundle on their own
+data: they name the run with `run_name`, or list their cases in the place of a dataset folder.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
 from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
 from pipeline.config import keys, old_names
+from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.statistics import DatasetFingerprint, training_range
@@ -59,9 +66,8 @@ def write_configs(
 
     Args:
         source: The config of the run, `portable`.
-        fingerprint: Of the training and validation cases.
-        record: What else `run.json` says: `init_weights` that the run began with, `contents` of
-            the files of its cases (see `contents_of`), and the `launch` of torchrun.
+        record: Other entries of `run.json`: `init_weights` that the run began with, and `contents`
+            of the files of its cases (see `contents_of`).
     """
     target = run_dir / "configs"
     make_directory(target)
@@ -83,11 +89,7 @@ def write_configs(
 
 
 def write_docs(run_dir: Path) -> None:
-    """Write what people read of a run that ended: its model card and the licence of the code.
-
-    Raises:
-        OSError: If something of it cannot be read or written.
-    """
+    """Write the model card of a run that ended, and the licence of the code."""
     card = run_dir / "docs" / "README.md"
     card.unlink(missing_ok=True)  # of an earlier end
     make_directory(card.parent)
@@ -96,7 +98,6 @@ def write_docs(run_dir: Path) -> None:
 
 
 def _read(path: Path, make: Callable[..., Any] = dict) -> Any:
-    """Read a JSON object of the run there, as keyword arguments of `make`."""
     try:
         return make(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -107,26 +108,19 @@ def _read(path: Path, make: Callable[..., Any] = dict) -> Any:
 
 
 def stored_plan(run_dir: Path) -> Plan:
-    """Read the plan that the run there was begun with.
-
-    Raises:
-        InputError: If it is not there or is none.
-    """
+    """Read the plan of the run there; raise an `InputError` if there is none."""
     return _read(run_dir / "plan.json", Plan)
 
 
 def stored_record(run_dir: Path) -> dict[str, Any]:
-    """Read `run.json` of the run there; raises as `stored_plan`."""
+    """Read `run.json` of the run there; raise an `InputError` if there is none."""
     return _read(run_dir / "run.json")
 
 
 def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> list[str]:
-    """Return ids of cases whose files changed since the run there last started.
+    """Return ids of cases whose files (`contents_of`) changed since the run there last started.
 
-    Where the dataset has other cases now, that is none: `changes_since` refuses them.
-
-    Args:
-        contents: What the files of the cases hold now; see `contents_of`.
+    The list is empty where the dataset has other cases now: `changes_since` refuses them.
     """
     known = stored_record(run_dir).get("contents")
     if not known or known.keys() != {case["case_id"] for case in cases.all}:
@@ -135,22 +129,19 @@ def changed_cases(run_dir: Path, cases: Cases, contents: Mapping[str, str]) -> l
 
 
 def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -> list[str]:
-    """Return keys of a run's config whose values changed, and may change.
+    """Return keys of a run's config that have other values in `source`, which is `portable`.
 
-    Args:
-        source: The config as it is now, `portable`.
-        fingerprint: Of the dataset as it is now; `None`: it may be another.
+    The dataset must have the same fingerprint as then, unless it is `None`.
 
     Raises:
         InputError: If it would be another run, or what there was cannot be read.
     """
     stored = _read(run_dir / "configs" / "train.json")
-    former = {"init_weights": None, "reinit_head": False, **old_names.translate(stored)}
+    if old_names.translate(stored) != stored:  # an earlier version's, which no run continues
+        return []
+    former = {"init_weights": None, "reinit_head": False, **stored}
     known = fingerprint and stored_record(run_dir)["fingerprint"]
     planned = stored_plan(run_dir).as_dict()
-    if old_names.translate(stored) != stored:  # of an earlier version, with objects of its own
-        plain = [key for key, spec in keys.KEYS.items() if "object" not in spec.types]
-        former, source = ({k: one[k] for k in plain if k in one} for one in (former, source))
     # what was `auto` is what it was decided to be, and has not changed where it is given now
     decided = [
         {key: planned.get(key, value) if value == AUTO else value for key, value in one.items()}
@@ -166,3 +157,32 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
             "Choose another output_dir, or leave them as they were."
         )
     return changed[keys.CONTINUABLE]
+
+
+def given_data(source: keys.Config) -> tuple[list[Case], list[Case]] | None:
+    """Return the training and validation cases that an unevaluated config lists, if it does."""
+    parser = ConfigParser(source)
+    train, validation = (parser.get(f"{part}#dataset#data") for part in ("train", "validate"))
+    listed = validation if isinstance(validation, list) else []
+    return (train, listed) if isinstance(train, list) else None
+
+
+def is_clients(source: keys.Config) -> bool:
+    """Whether a client made this unevaluated config."""
+    return given_data(source) is not None or not source.keys().isdisjoint(keys.CLIENT_KEYS)
+
+
+def require_same_classes(source: keys.Config, cases: Cases, plan: Plan) -> None:
+    """Refuse data with other classes, or channels, than a plan that was made for other data."""
+    names, channels = cases.class_names, cases.num_channels
+    if source["class_names"] == AUTO and names and [*names] != [*plan.class_names]:
+        raise InputError(
+            f"{cases.name}: expected the classes {', '.join(plan.class_names)}, in the order "
+            f"of their label values, got {', '.join(names)}. Relabel the data, or state "
+            "class_names if they mean the same."
+        )
+    if channels not in (None, plan.in_channels):
+        raise InputError(
+            f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
+            "Choose other data."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
@@ -22,11 +23,7 @@ log = logging.getLogger(__name__)
 def summarize_run(
     trainer: MixedPrecisionTrainer, run_dir: Path, **made_from: Any
 ) -> dict[str, Any]:
-    """Return the result of a run, its precision, versions and device as plain values for JSON.
-
-    Args:
-        made_from: What the run was made from: names and hashes.
-    """
+    """Return the result of a run as plain values, with what it was `made_from` (names, hashes)."""
     progress, device = trainer.progress, trainer.precision.device
     loader = trainer.data_loader
     return {
@@ -59,7 +56,6 @@ def summarize_run(
 
 
 def _final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Mean Dice and its interval, for each split and weights that were scored."""
     found = {}
     for path in sorted((run_dir / "scores").glob("*/summary.json")):
         summary = json.loads(path.read_text())
@@ -68,21 +64,14 @@ def _final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Log how good the run became and, as one would type it here, where its results are."""
-    here, python = _shown(run_dir), _shown(Path(sys.executable))
-    has_model = (run_dir / "models" / "model.pt").exists()
-    title = "model" if summary["best_epoch"] is None else "best model"
-    if has_model and title == "best model":
+    """Log how good the run became, and where its results are."""
+    if summary["best_epoch"] is not None:
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
-    elif has_model:
+    elif (run_dir / "models/model.pt").exists():
         log.info("There was no validation; the model is the last network")
     log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
-    places = {title: "models/model.pt", "report": "report/index.html", "scores": "scores"}
-    for what, name in {**places, "summary": "summary.json", "log": "log.txt"}.items():
+    here = os.path.relpath(run_dir)
+    for name in ("models/model.pt", "report/index.html", "scores", "summary.json", "log.txt"):
         if (run_dir / name).exists():
-            log.info("  %-12s %s/%s", what, here, name)
-    log.info("  curves       %s -m tensorboard.main --logdir %s/tensorboard", python, here)
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+            log.info("  %s/%s", here, name)
+    log.info("  curves: python -m tensorboard.main --logdir %s/tensorboard", here)

@@ -1,22 +1,17 @@
 """Checkpoints: what is saved, when, and how a trainer is restored from one.
 
-A checkpoint is one file that `torch.load(weights_only=True)` accepts: tensors and plain values.
-
-    schema_version   of this layout
-    progress         the run's `Progress`, from which every counter is derived
-    network          state_dict
-    optimizer        state_dict
-    learning_rate    that the optimizer was made with
-    lr_scheduler     state_dict
-    scaler           state_dict of the gradient scaler, or None where none was in force
+A checkpoint is a file of tensors and plain values: `schema_version`, `progress`, from which every
+counter is derived, and the states of `network`, `optimizer`, `lr_scheduler` and `scaler` (or None).
 """
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import logging
 import math
-import shutil
+import os
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,26 +19,47 @@ from typing import Any
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import distributed
-from pipeline.errors import STOPS, InputError
-from pipeline.files import CheckpointStore, WriteError, load, make_directory, save
+from pipeline.errors import STOPS, InputError, some
+from pipeline.files import WriteError, load, make_directory, save
 from pipeline.training.evaluator import has_run, metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-# of a group too, where the scheduler cycles the momentum
-MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
-
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Return the acknowledged checkpoints in `directory`, oldest first."""
-    return CheckpointStore(directory).acknowledged()
+    """Return the checkpoints in a directory, oldest first."""
+    return sorted(directory.glob("step_*.pt"), key=_order)
+
+
+def _order(path: Path) -> tuple[str, bool]:
+    step, _, pending = path.stem.removeprefix("step_").partition("_")
+    return step, not pending
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, by the checksums of its ZIP archive, if any.
+
+    A damaged one is renamed to `<name>.damaged`, with a warning, and the one before is tried.
+    """
+    for path in reversed(checkpoints(directory)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                fault = archive.testzip()
+        except Exception as error:  # zipfile raises many kinds
+            fault = str(error)
+        if fault is None:
+            return path
+        with contextlib.suppress(OSError):
+            os.replace(path, f"{path}.damaged")
+        log.warning(
+            "%s IS DAMAGED (%s). It is set aside as %s.damaged, and the checkpoint before it is "
+            "used.", path, fault, path.name,
+        )  # fmt: skip
+    return None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -71,8 +87,8 @@ class CheckpointHandler:
 
     Attached last, it saves every `every` steps, when a run is interrupted, and twice at the end of
     an epoch: after the last step, so that a validation lost to a kill is repeated, and after the
-    validation. What is not finite, or does not fit on the disk, is not written: training stops, and
-    the files from before stay. Of several ranks all restore, and the first one saves.
+    validation. A value that is not finite, or a full disk, ends training, and the files from before
+    stay. All ranks restore, and the first one saves.
 
     Args:
         run_dir: Gets `checkpoints/`, `models/model.pt` (best; the last one where no validation ever
@@ -81,7 +97,7 @@ class CheckpointHandler:
         keep: Checkpoints to keep, at least 2.
         every: Optimizer steps between two checkpoints, beside those at the ends of epochs.
         checkpoint: File to continue from.
-        lost: Returns who has taken the run directory from this process, `None` if nobody has.
+        lost: Returns who has taken the run directory from this process, if anybody.
     """
 
     def __init__(
@@ -94,16 +110,15 @@ class CheckpointHandler:
         checkpoint: Path | None = None,
         lost: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.store = CheckpointStore(Path(run_dir) / "checkpoints", keep=keep)
-        self.models, self.validator = Path(run_dir) / "models", validator
+        self.directory, self.models = Path(run_dir) / "checkpoints", Path(run_dir) / "models"
+        self.validator, self.keep = validator, max(keep, 2)  # the newest may turn out damaged
         self.every, self.checkpoint, self.lost = every, checkpoint, lost
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Restore the trainer if there is something to continue, then save on its events."""
-        with distributed.sync_errors():
-            if distributed.is_main():
-                make_directory(self.models)
-                self._check_room(trainer)
+        if distributed.is_main():
+            make_directory(self.models)
+            make_directory(self.directory)
         if self.checkpoint is not None:
             restore(trainer, load_checkpoint(self.checkpoint))
             log.info("Continuing from %s (step %d)", self.checkpoint.name, trainer.progress.step)
@@ -112,18 +127,6 @@ class CheckpointHandler:
                 trainer.agree()
         trainer.add_event_handler(StepEvents.STEP_COMPLETED, self.after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
-
-    def _check_room(self, trainer: MixedPrecisionTrainer) -> None:
-        """Refuse to start where the files to come do not fit: weights, and Adam's two moments."""
-        weights = 4 * sum(p.numel() for p in trainer.network.parameters())
-        present = [*self.store.acknowledged(), *self.models.glob("*.pt")]
-        wanted = 3 * weights * (self.store.keep + 1) + 2 * weights
-        wanted -= sum(path.stat().st_size for path in present)
-        if (free := shutil.disk_usage(self.models).free) < wanted:
-            raise InputError(
-                f"{self.models.parent}: expected {wanted} bytes free for checkpoints and models, "
-                f"got {free}. Make room or choose another output_dir."
-            )
 
     def after_step(self, trainer: MixedPrecisionTrainer) -> None:
         """Save by count, at an epoch's last step, and before an interruption."""
@@ -153,48 +156,50 @@ class CheckpointHandler:
             self._save_model(trainer, "model.pt")  # which a bundle predicts with
 
     def _save_model(self, trainer: MixedPrecisionTrainer, name: str) -> None:
-        weights = trainer.network.state_dict()
-        self._write(trainer, weights, name, lambda: save(weights, self.models / name))
+        self._save(trainer, trainer.network.state_dict(), self.models / name)
 
     def _save_checkpoint(self, trainer: MixedPrecisionTrainer, suffix: str = "") -> None:
-        name = f"step_{trainer.progress.step:09d}{suffix}.pt"
         trainer.progress.wall_time_s = trainer.elapsed_s
         content = {
             "schema_version": SCHEMA_VERSION,
             "progress": trainer.progress.state_dict(),
             "network": trainer.network.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
-            "learning_rate": configured_rate(trainer.optimizer),
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "scaler": trainer.scaler.state_dict() if trainer.scaler else None,
         }
         trainer.fire_event(StepEvents.CHECKPOINT_STARTED)
-        self._write(trainer, content, name, lambda: self.store.save(content, name))
+        name = f"step_{trainer.progress.step:09d}{suffix}.pt"
+        self._save(trainer, content, self.directory / name)
 
-    def _write(
-        self, trainer: MixedPrecisionTrainer, content: Any, name: str, write: Callable[[], object]
-    ) -> None:
-        """Call `write`, or stop training where `content` is not finite or cannot be written."""
+    def _save(self, trainer: MixedPrecisionTrainer, content: Any, path: Path) -> None:
+        """Write a file, or stop training where it is not finite or cannot be written."""
         if not distributed.is_main():
             return
         if holder := self.lost():
             trainer.stop(
                 f"output_dir: expected {self.models.parent} to be held by this process, got: "
-                f"{holder} has taken it over. The run ends; nothing was written. The same command "
-                "goes on from the newest checkpoint."
+                f"{holder} has taken it over. Nothing was written; the same command continues."
             )
         elif names := non_finite(content):
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             trainer.stop(
-                f"{name}: expected finite values, got NaN or infinity in {shown}. {STOPS}; "
-                "nothing was written, the files from before stay. Lower learning_rate, or "
-                "look at the range of the images."
+                f"{path.name}: expected finite values, got NaN or infinity in {some(names)}. "
+                f"{STOPS}; the files from before stay. Lower learning_rate, or look at the range "
+                "of the images."
             )
         else:
             try:
-                write()
+                save(content, path)
+                self._remove_old()
             except WriteError as error:
                 trainer.stop(f"{error} The run ends; the files from before stay as they were.")
+
+    def _remove_old(self) -> None:
+        """Remove all checkpoints but the latest of each of the `keep` newest steps."""
+        present = checkpoints(self.directory)
+        latest = {_order(path)[0]: path for path in present}
+        for path in {*present} - {*[*latest.values()][-self.keep :]}:
+            path.unlink(missing_ok=True)
 
 
 def _is_through(trainer: MixedPrecisionTrainer) -> bool:
@@ -208,62 +213,28 @@ def restore(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
     scaler, mode = checkpoint.get("scaler"), checkpoint["progress"]["mode"]
     if trainer.scaler and scaler:
         trainer.scaler.load_state_dict(scaler)
-    elif trainer.scaler:
-        text = "The checkpoint has no scaler state (trained in %s): the loss scale starts at %g"
-        log.warning(text, mode, trainer.scaler.get_scale())
-    elif scaler:
-        text = "The checkpoint's scaler state is not used: training goes on in %s (it was %s)"
+    elif trainer.scaler or scaler:
+        text = "Training goes on in %s; the checkpoint's loss scale (trained in %s) is not used"
         log.warning(text, trainer.precision.mode, mode)
     trainer.restore(checkpoint["progress"])
 
 
 def _restore_optimizer(trainer: MixedPrecisionTrainer, checkpoint: dict[str, Any]) -> None:
-    """Restore moments and schedule; rates and weight decay become those of the config."""
-    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    """Restore the moments; rates and other options are those of the config at this step."""
+    optimizer, state = trainer.optimizer, checkpoint["lr_scheduler"]
+    progress = checkpoint["progress"]
     given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    arguments = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"}
-    settings = {name: value for name, value in vars(scheduler).items() if name in arguments}
-    base_rates = list(getattr(scheduler, "base_lrs", ()))
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    vars(scheduler).update(settings)  # such as total_iters, where it is @warmup_steps
-    if isinstance(scheduler, LambdaLR):
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler.base_lrs = base_rates
-        for group, options, base, factor in zip(
-            optimizer.param_groups, given, base_rates, factors, strict=True
-        ):
-            group.update(options, lr=base * factor)
-        return
     for group, options in zip(optimizer.param_groups, given, strict=True):
-        kept = (*RATES, *MOMENTA) if "max_momentum" in group else RATES
-        group.update({name: value for name, value in options.items() if name not in kept})
-    before, now = checkpoint.get("learning_rate"), configured_rate(optimizer)
-    if before and now != before:
-        _scale_rates(optimizer.param_groups, scheduler, now / before)
-
-
-def configured_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate that the optimizer was made with, before any schedule."""
-    return float(optimizer.defaults["lr"])
-
-
-def _scale_rates(groups: list[dict[str, Any]], scheduler: Any, factor: float) -> None:
-    """Multiply the current rates and those that a scheduler, or one inside it, starts from."""
-    for group in groups:
-        group.update({name: group[name] * factor for name in RATES if name in group})
-    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
-            if name in vars(one):
-                setattr(one, name, [rate * factor for rate in getattr(one, name)])
+        group.update(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        for _ in range(state.get("last_epoch", progress["step"] - progress["skipped_steps"])):
+            trainer.lr_scheduler.step()
 
 
 def non_finite(content: Any, name: str = "") -> list[str]:
-    """Name the floats and tensors in nested dictionaries and lists that are not finite.
-
-    Returns:
-        Names such as `network.head.weight`, below that of `content`; empty if all is finite.
-    """
+    """Name the floats and tensors of nested content that are not finite: `network.head.weight`."""
     if isinstance(content, dict | list | tuple):
         children = content.items() if isinstance(content, dict) else enumerate(content)
         prefix = f"{name}." if name else ""

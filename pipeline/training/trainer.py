@@ -314,7 +314,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             log.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
         if self.precision.device.type == "cpu":
             keep_freed_memory()
-        distributed.require_equal_ranks(self.network, self.progress.step)
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
             self._begin_round()
         self._started = time.monotonic() - self.progress.wall_time_s

@@ -22,13 +22,9 @@ class DyingDataset(PatchDataset):
 
 
 class HangingDataset(PatchDataset):
-    at = SAMPLE
+    """Its sample is fetched while the step of SAMPLE is taken, which then does not end."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        if number == self.at:
+        if number == SAMPLE + BATCH:
             time.sleep(3600)
         return super().__getitem__(number)
-
-
-class HangingAheadDataset(HangingDataset):
-    at = SAMPLE + BATCH  # is fetched while the step of SAMPLE is taken, which then does not end

@@ -21,9 +21,8 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline.files import CheckpointStore
 from pipeline.lifecycle import run_directory
-from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.checkpoint import load_checkpoint, newest_checkpoint
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 EVERY = 2  # steps between checkpoints
@@ -85,7 +84,7 @@ def arrange(kind: str, number: int) -> None:
     """What is to happen, and when.
 
     `die N`: SIGKILL at the N-th call that writes durably, a write done by half. `die_saving N`:
-    likewise, counting only the calls of checkpoints and their manifest.
+    likewise, counting only the calls of checkpoints.
     """
     left, saving = [number], set()
     opened = os.open
@@ -125,7 +124,6 @@ class Run:
         self.words = ["configs/amp.json"]
         for key, value in values.items():
             self.words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        self.store = CheckpointStore(self.dir / "checkpoints")
 
     def start(self, fault: str | None = None, **environment: str) -> Any:
         """A process at work."""
@@ -174,12 +172,12 @@ class Run:
 
     def acknowledged_step(self) -> int:
         """Step of the newest checkpoint; it must load."""
-        path = self.store.newest()
+        path = newest_checkpoint(self.dir / "checkpoints")
         return load_checkpoint(path)["progress"]["step"] if path else 0
 
     def digest(self) -> str:
         """Of everything a checkpoint holds but the time it took."""
-        content = load_checkpoint(self.store.newest())
+        content = load_checkpoint(newest_checkpoint(self.dir / "checkpoints"))
         content["progress"].pop("wall_time_s")
         return digest_of(content)
 
