@@ -6,7 +6,6 @@ Nothing else opens an autocast region, makes a scaler or decides whether a step 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,30 +36,20 @@ MEMORY_FORMATS = {
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, on the host.
+    """The result of one optimizer step, on the host."""
 
-    Attributes:
-        applied: Whether loss, gradients and buffers were finite on all ranks.
-        loss: Mean loss of the accumulation group.
-        grad_norm: Global 2-norm of the unscaled gradients, before clipping.
-        loss_scale: What the loss was multiplied with; 1 without a scaler.
-        max_abs_logit: Largest |logit| in the accumulation group; NaN if there was one.
-        sums: Of the `counts` of all ranks.
-    """
-
-    applied: bool
-    loss: float
-    grad_norm: float
-    loss_scale: float
-    max_abs_logit: float
-    sums: Sequence[float] = ()
+    applied: bool  # whether loss, gradients and buffers were finite on all ranks
+    loss: float  # mean over the accumulation group
+    grad_norm: float  # global 2-norm of the unscaled gradients, before clipping
+    loss_scale: float  # 1 without a scaler
+    max_abs_logit: float  # in the accumulation group; NaN if there was one
+    sums: Sequence[float] = ()  # of the `counts` of all ranks
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device that `auto` or a name stands for; for a rank, that of its number on the host.
 
-    Raises:
-        InputError: If the name is unknown or the device is not there.
+    Raises `InputError` if the name is unknown or the device is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,10 +60,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type == "cuda" and resolved.index is None and local_rank is not None:
         resolved = torch.device("cuda", local_rank)
     if resolved.type == "cuda" and (resolved.index or 0) >= found:
-        raise InputError(
-            f"device: expected one of the {found} CUDA devices here, got '{resolved}'. Use auto, "
-            "or start fewer ranks."
-        )
+        expected = f"expected one of the {found} CUDA devices here, got '{resolved}'"
+        raise InputError(f"device: {expected}. Use auto, or start fewer ranks.")
     return resolved
 
 
@@ -88,15 +75,13 @@ class Precision:
         tf32: Whether float32 matrix products and convolutions may use TF32 on CUDA.
         cudnn_benchmark: Whether cuDNN on CUDA times its algorithms and takes the fastest: faster
             where shapes repeat, and the choice may differ from run to run.
-        memory_format: Of the weights, which images and activations follow: `contiguous` or
-            `channels_last_3d`, which is also `auto`.
+        memory_format: Of the weights, which images and activations follow; see `MEMORY_FORMATS`.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
 
     Attributes:
         device: The device in force.
-        dtype: The dtype of autocast in force; `torch.float32` means no autocast.
-        mode: Its name: `float32`, `float16` or `bfloat16`.
+        dtype, mode: The dtype of autocast in force, and its name; float32 means no autocast.
         scaler: The `torch.amp.GradScaler`, or `None` where none is used.
 
     Raises:
@@ -114,72 +99,62 @@ class Precision:
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
-        self.requested_device = device
         self.device = resolve_device(device)
-        self.amp, self.amp_dtype = as_bool(amp, "amp"), amp_dtype
-        self.tf32 = as_bool(tf32, "tf32")
-        self.cudnn_benchmark = as_bool(cudnn_benchmark, "cudnn_benchmark")
+        self.requested: dict[str, Any] = {
+            "device": str(device),
+            "amp": as_bool(amp, "amp"),
+            "amp_dtype": amp_dtype,
+            "tf32": as_bool(tf32, "tf32"),
+            "cudnn_benchmark": as_bool(cudnn_benchmark, "cudnn_benchmark"),
+            "memory_format": memory_format,
+        }
         modes = MODES[self.device.type]
         require_choice(amp_dtype, modes, "amp_dtype")
         require_choice(memory_format, MEMORY_FORMATS, "memory_format")
-        self.requested_format, self.memory_format = memory_format, MEMORY_FORMATS[memory_format]
-        if not 0 < init_scale < math.inf:
-            raise InputError(
-                f"init_scale: expected a finite number above 0, got {init_scale}. Leave it out."
-            )
-        self.dtype, is_scaled = modes[amp_dtype] if self.amp else (torch.float32, False)
+        self.amp, self.memory_format = self.requested["amp"], MEMORY_FORMATS[memory_format]
+        self.dtype, is_scaled = modes[amp_dtype] if self.amp else FLOAT32  # of autocast
         self.mode = str(self.dtype).removeprefix("torch.")
-        self.scaler: torch.amp.GradScaler | None = None
+        self.scaler = None
         if is_scaled:
             self.scaler = torch.amp.GradScaler(
                 self.device.type, init_scale=init_scale, growth_interval=growth_interval
             )
-        if self.device.type == "cuda":
-            self._set_up_cuda()
+        self._set_up_cuda()
 
     def _set_up_cuda(self) -> None:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.dtype == torch.bfloat16 and not native:
+        if self.device.type != "cuda":
+            return
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.dtype == torch.bfloat16 and not is_native:
             name = torch.cuda.get_device_name(self.device)
             raise InputError(f"amp_dtype: expected a card with bfloat16, got {name}. Use float16.")
         if self.device.index is not None:  # Triton and CUDA graphs go to the current device
             torch.cuda.set_device(self.device)
-        torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.backends.cuda.matmul.allow_tf32 = self.requested["tf32"]
+        torch.backends.cudnn.allow_tf32 = self.requested["tf32"]
+        torch.backends.cudnn.benchmark = self.requested["cudnn_benchmark"]
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move `network` to the device, its weights (float32, or `ValueError`) in its format."""
         require_float32(network)
-        if self.device.type == "cuda":
-            self._set_up_cuda()  # another precision may have been made since
+        self._set_up_cuda()  # another precision may have been made since
         # the stubs of Module.to do not know that device and memory_format go together
         return network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What was asked for and what is in force."""
+        """Return the settings that were `requested`, and those that are `effective`."""
         is_cuda = self.device.type == "cuda"
-        return {
-            "requested": {
-                "device": str(self.requested_device),
-                "amp": self.amp,
-                "amp_dtype": self.amp_dtype,
-                "tf32": self.tf32,
-                "cudnn_benchmark": self.cudnn_benchmark,
-                "memory_format": self.requested_format,
-            },
-            "effective": {
-                "device": str(self.device),
-                "dtype": self.mode,
-                "loss_scaling": self.scaler is not None,
-                "tf32": self.tf32 and is_cuda,
-                "cudnn_benchmark": self.cudnn_benchmark and is_cuda,
-                "memory_format": str(self.memory_format).removeprefix("torch."),
-            },
+        effective = {
+            "device": str(self.device),
+            "dtype": self.mode,
+            "loss_scaling": self.scaler is not None,
+            "tf32": self.requested["tf32"] and is_cuda,
+            "cudnn_benchmark": self.requested["cudnn_benchmark"] and is_cuda,
+            "memory_format": str(self.memory_format).removeprefix("torch."),
         }
+        return {"requested": dict(self.requested), "effective": effective}
 
     def __str__(self) -> str:
-        """One line: what is in force, and what was asked for."""
         requested, effective = (
             ", ".join(f"{key} {value}" for key, value in settings.items())
             for settings in self.describe().values()
@@ -228,9 +203,9 @@ class Precision:
         scale = self.scaler.scale(one) if self.scaler else one
         own = [norm, loss.float(), buffers_norm, max_abs_logit, scale]
         own += [torch.full_like(one, number) for number in counts]
-        table = distributed.gather_rows(torch.stack(own)).tolist()  # the host waits here
-        grad_norm, mean_loss, _, _, loss_scale, *_ = table[0]
-        applied = all(math.isfinite(value) for row in table for value in row[:3])
+        rows = distributed.gather_rows(torch.stack(own)).cpu()  # the host waits here
+        grad_norm, mean_loss, _, _, loss_scale, *_ = rows[0].tolist()
+        applied = bool(rows[:, :3].isfinite().all())
         if applied:
             if grad_clip > 0:
                 clip_grads_with_norm_(parameters, grad_clip, norm)
@@ -239,15 +214,8 @@ class Precision:
             self.scaler.update()
             if not applied:  # the scaler has seen nothing if only the loss or a norm overflowed
                 _back_off(self.scaler, loss_scale)
-        logits = [row[3] for row in table]
-        return StepStats(
-            applied,
-            mean_loss,
-            grad_norm,
-            loss_scale,
-            math.nan if any(map(math.isnan, logits)) else max(logits),
-            [sum(column) for column in zip(*(row[5:] for row in table), strict=True)],
-        )
+        max_logit, sums = rows[:, 3].max().item(), rows[:, 5:].sum(0).tolist()
+        return StepStats(applied, mean_loss, grad_norm, loss_scale, max_logit, sums)
 
 
 def _back_off(scaler: torch.amp.GradScaler, loss_scale: float) -> None:

@@ -114,7 +114,7 @@ class TestOnCard:
                 return y
 
         trainer = trained("auto", network=nn.Sequential(Averages()))
-        assert "a buffer of the network is replaced in it" in caplog.text
+        assert "it replaces a buffer of the network" in caplog.text
         assert trainer.describe()["effective"]["cuda_graph"] == "none"
         assert trainer.progress.step == STEPS
         assert trainer.network[0].mean.item() != 0

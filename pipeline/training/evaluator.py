@@ -21,23 +21,15 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that predicts in the precision the trainer trains in.
 
     Args:
-        precision: Owns device and autocast.
-        network: Network on the precision's device, with float32 weights.
+        network: On the precision's device, with float32 weights; `ValueError` for others.
         kwargs: As SupervisedEvaluator takes them.
-
-    Raises:
-        ValueError: If the network's weights are not float32.
     """
 
     def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
         require_float32(network)
         self.precision = precision
-        settings: dict[str, Any] = {
-            "device": precision.device,
-            "amp": precision.amp,
-            "non_blocking": True,
-        }
-        super().__init__(network=network, **settings, **kwargs)
+        amp, device = precision.amp, precision.device
+        super().__init__(network=network, device=device, amp=amp, non_blocking=True, **kwargs)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
         """Predict all cases, each rank its own; all ranks have to call it, also without cases."""
@@ -49,8 +41,7 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         try:
             super().run(global_epoch)
         finally:
-            if length == 0:
-                self.data_loader, self.state.epoch_length = loader, length
+            self.data_loader, self.state.epoch_length = loader, length
 
     def _iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
@@ -69,10 +60,9 @@ class EvaluationLog:
 
     def attach(self, evaluator: Evaluator) -> None:
         """Listen to the end of `evaluator`."""
-        evaluator.add_event_handler(Events.COMPLETED, self.after_all)
+        evaluator.add_event_handler(Events.COMPLETED, self._after_all)
 
-    def after_all(self, evaluator: Evaluator) -> None:
-        """Log one line for the mean and one for each class."""
+    def _after_all(self, evaluator: Evaluator) -> None:
         state: Any = evaluator.state
         for name, details in state.metric_details.items():
             log.info("%s %.4f", name, state.metrics[name])

@@ -29,7 +29,7 @@ class HasReduction(Protocol):
 class SpansRanks(Protocol):
     """A loss whose value is that of the samples of all ranks, if `is_over_ranks` is true.
 
-    The trainer takes any other loss for a mean over samples, and averages it over ranks.
+    Any other loss is taken for a mean over samples, and averaged over ranks.
     """
 
     is_over_ranks: bool
@@ -47,10 +47,7 @@ class HasBackend(Protocol):
 
 @runtime_checkable
 class ResumableSampler(Protocol):
-    """A loader's sampler that begins at sample `start` of the run, which the trainer sets.
-
-    With another sampler, a run that continues begins its epoch from the start.
-    """
+    """A sampler that begins at sample `start` of the run; others begin the epoch anew."""
 
     start: int
 

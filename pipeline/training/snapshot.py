@@ -32,24 +32,21 @@ class BufferSnapshot:
     def take(self) -> None:
         """Copy the buffers as they are now."""
         for group in self._groups:
-            torch._foreach_copy_([copy for _, _, copy in group], _present(group))
-
-    @torch.no_grad()
-    def norm(self, device: torch.device) -> torch.Tensor:
-        """Sum of |value| over the floating-point buffers as they are now: finite if all are.
-
-        Buffers that were not finite when this object was made are left out.
-        """
-        total = torch.zeros((), device=device)
-        for group in filter(None, self._finite):
-            total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
-        return total.float()
+            torch._foreach_copy_([copy for *_, copy in group], _present(group))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
         for group in self._groups:
-            torch._foreach_copy_(_present(group), [copy for _, _, copy in group])
+            torch._foreach_copy_(_present(group), [copy for *_, copy in group])
+
+    @torch.no_grad()
+    def norm(self, device: torch.device) -> torch.Tensor:
+        """Sum of |value| over the buffers that were finite at first: finite if all still are."""
+        total = torch.zeros((), device=device)
+        for group in filter(None, self._finite):
+            total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
+        return total.float()
 
 
 def _present(group: list[tuple[dict, str, torch.Tensor]]) -> list[torch.Tensor]:
