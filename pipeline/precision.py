@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -47,10 +49,7 @@ class StepStats:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `auto` or a name stands for; for a rank, that of its number on the host.
-
-    Raises `InputError` if the name is unknown or the device is not there.
-    """
+    """The device that `auto` or a name means, for a rank its own; `InputError` if there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
@@ -68,6 +67,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 class Precision:
     """Resolves device and dtype, and takes backward and optimizer steps in that precision.
 
+    Raises `InputError` if a value is not one of those named here, or the card has no bfloat16.
+
     Args:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         amp: Whether mixed precision is asked for; `False` is plain float32 with no scaler.
@@ -78,14 +79,6 @@ class Precision:
         memory_format: Of the weights, which images and activations follow; see `MEMORY_FORMATS`.
         init_scale: Loss scale at the start.
         growth_interval: Finite steps in a row after which the loss scale doubles.
-
-    Attributes:
-        device: The device in force.
-        dtype, mode: The dtype of autocast in force, and its name; float32 means no autocast.
-        scaler: The `torch.amp.GradScaler`, or `None` where none is used.
-
-    Raises:
-        InputError: If a value is not one of those named above, or the card has no bfloat16.
     """
 
     def __init__(
@@ -99,7 +92,7 @@ class Precision:
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
-        self.device = resolve_device(device)
+        self.device = resolve_device(device)  # in force, as are the next ones
         self.requested: dict[str, Any] = {
             "device": str(device),
             "amp": as_bool(amp, "amp"),
@@ -108,17 +101,15 @@ class Precision:
             "cudnn_benchmark": as_bool(cudnn_benchmark, "cudnn_benchmark"),
             "memory_format": memory_format,
         }
-        modes = MODES[self.device.type]
+        kind, modes = self.device.type, MODES[self.device.type]
         require_choice(amp_dtype, modes, "amp_dtype")
         require_choice(memory_format, MEMORY_FORMATS, "memory_format")
         self.amp, self.memory_format = self.requested["amp"], MEMORY_FORMATS[memory_format]
-        self.dtype, is_scaled = modes[amp_dtype] if self.amp else FLOAT32  # of autocast
+        self.dtype, is_scaled = modes[amp_dtype] if self.amp else FLOAT32  # float32: no autocast
         self.mode = str(self.dtype).removeprefix("torch.")
         self.scaler = None
         if is_scaled:
-            self.scaler = torch.amp.GradScaler(
-                self.device.type, init_scale=init_scale, growth_interval=growth_interval
-            )
+            self.scaler = torch.amp.GradScaler(kind, init_scale, growth_interval=growth_interval)
         self._set_up_cuda()
 
     def _set_up_cuda(self) -> None:
@@ -134,7 +125,7 @@ class Precision:
         torch.backends.cudnn.allow_tf32 = self.requested["tf32"]
         torch.backends.cudnn.benchmark = self.requested["cudnn_benchmark"]
 
-    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+    def place(self, network: nn.Module) -> nn.Module:
         """Move `network` to the device, its weights (float32, or `ValueError`) in its format."""
         require_float32(network)
         self._set_up_cuda()  # another precision may have been made since
@@ -187,11 +178,11 @@ class Precision:
         wants: the only host synchronisation of a step.
 
         Args:
-            optimizer: Holds the parameters with their scaled, accumulated gradients.
-            loss: Mean loss of the accumulation group, scalar on the device.
-            max_abs_logit: Its largest |logit|, float32 scalar on the device, for the log.
-            buffers_norm: A norm of the network's buffers, float32 scalar on the device: an input of
-                1e20 leaves loss and gradients finite, but not BatchNorm's running variance.
+            optimizer: Its parameters have scaled, accumulated gradients.
+            loss: Mean loss of the accumulation group, scalar on the device, as are the next two.
+            max_abs_logit: Its largest |logit|, float32, for the log.
+            buffers_norm: A norm of the network's buffers, float32: an input of 1e20 leaves loss and
+                gradients finite, but not BatchNorm's running variance.
             grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
             counts: Numbers of this rank to sum over ranks.
         """
@@ -213,19 +204,16 @@ class Precision:
         if self.scaler:
             self.scaler.update()
             if not applied:  # the scaler has seen nothing if only the loss or a norm overflowed
-                _back_off(self.scaler, loss_scale)
+                factor, growth = self.scaler.get_backoff_factor(), self.scaler.get_growth_factor()
+                state = {"scale": loss_scale * factor, "backoff_factor": factor}
+                state |= {"growth_factor": growth, "_growth_tracker": 0}
+                state |= {"growth_interval": self.scaler.get_growth_interval()}
+                self.scaler.load_state_dict(state)  # `state_dict` would wait for the device
         max_logit, sums = rows[:, 3].max().item(), rows[:, 5:].sum(0).tolist()
         return StepStats(applied, mean_loss, grad_norm, loss_scale, max_logit, sums)
 
 
-def _back_off(scaler: torch.amp.GradScaler, loss_scale: float) -> None:
-    factor, growth = scaler.get_backoff_factor(), scaler.get_growth_factor()
-    state = {"scale": loss_scale * factor, "backoff_factor": factor, "growth_factor": growth}
-    state |= {"growth_interval": scaler.get_growth_interval(), "_growth_tracker": 0}
-    scaler.load_state_dict(state)  # scaler.state_dict() would wait for the device
-
-
-def require_float32(network: torch.nn.Module) -> None:
+def require_float32(network: nn.Module) -> None:
     """Raise `ValueError` if a weight or a floating-point buffer is not float32."""
     dtypes = {t.dtype for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()}
     if dtypes - {torch.float32}:
@@ -233,3 +221,57 @@ def require_float32(network: torch.nn.Module) -> None:
             f"network: expected float32 weights, got {', '.join(sorted(map(str, dtypes)))}. "
             "Autocast lowers the precision by itself; call neither half() nor double()."
         )
+
+
+class BufferSnapshot:
+    """Copy of a network's buffers, such as BatchNorm's running statistics.
+
+    A forward pass in train mode changes them before it is known whether the step is applied. They
+    are copied now and at each `take`, without waiting for the device. A module may replace a buffer
+    by another tensor of the same shape and dtype.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        by_dtype = defaultdict(list)  # tensors of one dtype take one kernel
+        for module in network.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    by_dtype[buffer.dtype].append((module._buffers, name, buffer.clone()))
+        self._groups = list(by_dtype.values())
+        floating = [group for dtype, group in by_dtype.items() if dtype.is_floating_point]
+        # a buffer that is infinite from the beginning, such as a mask, is meant to be
+        self._finite = [[one for one in group if one[2].isfinite().all()] for group in floating]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy the buffers as they are now."""
+        for group in self._groups:
+            torch._foreach_copy_([copy for *_, copy in group], _present(group))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copies back."""
+        for group in self._groups:
+            torch._foreach_copy_(_present(group), [copy for *_, copy in group])
+
+    @torch.no_grad()
+    def norm(self, device: torch.device) -> torch.Tensor:
+        """Sum of |value| over the buffers that were finite at first: finite if all still are."""
+        total = torch.zeros((), device=device)
+        for group in filter(None, self._finite):
+            total = total + torch.stack(torch._foreach_norm(_present(group), 1)).sum()
+        return total.float()
+
+
+def _present(group: list[tuple[dict, str, torch.Tensor]]) -> list[torch.Tensor]:
+    return [buffers[name] for buffers, name, _ in group]
+
+
+@contextlib.contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Restore the network's buffers afterwards, whatever forward passes inside do to them."""
+    snapshot = BufferSnapshot(network)
+    try:
+        yield
+    finally:
+        snapshot.restore()

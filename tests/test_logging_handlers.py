@@ -44,8 +44,6 @@ def test_run_shows_training_and_validation(run, tmp_path):
     expected = [0.01 * n / 3 for n in (1, 2, 3)]
     expected += [0.01 * math.cos(math.pi / 2 * n / 5) ** 2 for n in range(5)]
     np.testing.assert_allclose([lr for _, lr in curve(events, "LR")], expected, rtol=1e-5)
-    assert all(0 < value < math.inf for _, value in curve(events, "AMP/grad_norm"))
-
     dice = [value for _, value in curve(events, "val/mean_dice")]
     assert dice[-1] == pytest.approx(summary["last_mean_dice"], abs=1e-7)
     # both classes are in every case, so that the mean over classes is the mean
@@ -91,14 +89,11 @@ def test_tensorboard_writes_every_nth_step_and_every_skipped_one(tmp_path):
     assert curve(events, "LR") == [(4, 3), (5, 4), (8, 7)]  # what step n used
 
 
-LOST = StepStats(applied=True, loss=-1.0, grad_norm=2, loss_scale=1, max_abs_logit=3)
-
-
-@pytest.mark.parametrize("start", [0, 4])
-def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path, start):
-    record(tmp_path, 6, results={n: LOST for n in range(start + 1, 7)})
+def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path):
+    lost = StepStats(applied=True, loss=-1.0, grad_norm=2, loss_scale=1, max_abs_logit=3)
+    record(tmp_path, 6, results={5: lost, 6: lost})
     set_aside(tmp_path)
-    record(tmp_path, 8 - start, start=start)
+    record(tmp_path, 4, start=4)
     assert curve(read(tmp_path), "train/loss") == [(n, n) for n in range(1, 9)]
 
 
@@ -129,17 +124,11 @@ def test_validation_json_has_null_when_a_class_is_absent(tmp_path):
 
 # ---- pictures
 
-GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
-
 
 def cube(shape, i, j, k, value=1):
     volume = np.zeros(shape, np.uint8)
     volume[slice(*i), slice(*j), slice(*k)] = value
     return volume
-
-
-def where(picture, colour):
-    return (picture == colour).all(-1)
 
 
 def border(box):
@@ -163,10 +152,10 @@ def test_outline_slice_draws_label_green_and_prediction_red():
     picture = outline_slice(image, label, pred)
     assert (picture.shape, picture.dtype) == ((48, 40, 3), np.uint8)
     green, red = border(drawn(label, 2)), border(drawn(pred, 2))
-    np.testing.assert_array_equal(where(picture, GREEN), green & ~red)
-    np.testing.assert_array_equal(where(picture, RED), red & ~green)
-    np.testing.assert_array_equal(where(picture, YELLOW), red & green)
-    assert (red & green).any()
+    expected = {(0, 255, 0): green & ~red, (255, 0, 0): red & ~green, (255, 255, 0): red & green}
+    for colour, mask in expected.items():
+        assert mask.any()
+        np.testing.assert_array_equal((picture == colour).all(-1), mask)
     rest = picture[~(red | green)]
     assert (rest == rest[:, :1]).all()  # grey
 
@@ -220,18 +209,11 @@ def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(tmp_path, c
 def test_console_shows_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch, start):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     handler = LoggingHandler(tmp_path, make_validator())
-    trainer = StubTrainer([handler], step=start)
-    bars = []
-
-    @trainer.on(StepEvents.STEP_COMPLETED)
-    def look(_):
-        bars.append((handler.bar, handler.bar.n, handler.bar.total))
-
+    trainer, seen = StubTrainer([handler], step=start), []
+    trainer.add_event_handler(StepEvents.STEP_COMPLETED, lambda _: seen.append(handler.bar.n))
     trainer.run([0] * 4)
-    assert [n for _, n, _ in bars] == list(range(start + 1, 9))
-    assert {total for *_, total in bars} == {8}
-    assert len({id(bar) for bar, *_ in bars}) == 1
-    assert bars[0][0].disable  # closed: tqdm disables what it closes
+    assert seen == list(range(start + 1, 9))
+    assert handler.bar is None  # closed
     shown = capsys.readouterr().err
     assert "8/8" in shown
     assert "loss=8.000" in shown

@@ -78,14 +78,10 @@ def assert_agrees(loss, logits, label, *, rtol=1e-5, gradient_rtol=1e-4, **optio
         {},
         {"dice_weight": 0.0},
         {"ce_weight": 0},
-        {"dice_weight": 0.3, "ce_weight": 2},
         {"include_background": False},
-        {"class_weights": [0.2, 1, 3.5]},
         {"class_weights": [0.2, 1, 3.5], "include_background": False, "batch_dice": True},
-        {"batch_dice": True},
         {"smooth": 1.0},
         {"ignore_value": 2},
-        {"ignore_value": 255},
         {"ignore_value": -1, "batch_dice": True, "class_weights": [0.2, 1, 3.5]},
         {"ignore_value": 255, "include_background": False},
     ],
@@ -115,14 +111,6 @@ def test_default_is_the_loss_of_monai():
     expected = value_and_gradient(DiceCELoss(to_onehot_y=True, softmax=True), logits, label)
     torch.testing.assert_close(value, expected[0], rtol=5e-7, atol=0)
     assert (gradient - expected[1]).abs().max() <= 1e-6 * expected[1].abs().max()
-
-
-@pytest.mark.parametrize("wrong", [3, -1])
-def test_label_out_of_range_is_refused_on_a_cpu(wrong):
-    logits, label = volume(1, 4, 4, 4)
-    label[0, 0, 0, 0, 0] = wrong
-    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
-        SegmentationLoss()(logits, label)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,11 +143,9 @@ def test_deep_supervision_averages_the_levels_with_halving_weights():
     assert torch.equal(loss([logits], label), loss(logits, label))
 
 
-@pytest.mark.parametrize("batch_dice", [False, True])
-@pytest.mark.parametrize("class_weights", [None, [1.0, 2.0, 3.0]])
-def test_loss_and_gradient_are_zero_when_all_voxels_are_ignored(batch_dice, class_weights):
+def test_loss_and_gradient_are_zero_when_all_voxels_are_ignored():
     logits, label = volume(2, 4, 4, 4)
-    loss = SegmentationLoss(ignore_value=255, batch_dice=batch_dice, class_weights=class_weights)
+    loss = SegmentationLoss(ignore_value=255, class_weights=[1.0, 2.0, 3.0])
     value, gradient = value_and_gradient(loss, logits, torch.full_like(label, 255))
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -168,10 +154,9 @@ def test_loss_and_gradient_are_zero_when_all_voxels_are_ignored(batch_dice, clas
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
 def test_label_may_have_any_dtype_and_be_a_metatensor(dtype):
     logits, label = volume(1, 4, 4, 4)
-    loss = SegmentationLoss()
-    value = loss(MetaTensor(logits), MetaTensor(label.to(dtype)))
+    value = SegmentationLoss()(MetaTensor(logits), MetaTensor(label.to(dtype)))
     assert type(value) is torch.Tensor
-    assert torch.equal(value, loss(logits, label))
+    assert torch.equal(value, SegmentationLoss()(logits, label))
 
 
 @pytest.mark.parametrize(
@@ -202,9 +187,7 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    "options", [{}, {"ignore_value": 2, "class_weights": [0.5, 1, 2], "include_background": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"ignore_value": 2, "class_weights": [0.5, 1, 2]}])
 def test_cuda_loss_of_float16_logits_is_float32_deterministic_and_never_waits(options):
     logits, label = volume(1, 96, 96, 96)
     logits, label = logits.half().cuda(), label.cuda()

@@ -15,7 +15,6 @@ from engines import (
     batch,
     batch_norm_network,
     differing,
-    half,
     in_mode,
     instance_norm_network,
     make_trainer,
@@ -59,19 +58,6 @@ def test_trial_leaves_everything_as_it_was(device, mode):
     assert trainer.trial_step["batch_size"] == 2
     peak = trainer.trial_step["peak_bytes"]
     assert peak > 0 if device == "cuda" else peak is None
-
-
-def test_training_is_the_same_with_and_without_a_trial():
-    batches = [batch(n) for n in range(3)]
-    trained = []
-    for handlers in ([], [TrialStep({"mean_dice": MeanDice(["background", "a"])})]):
-        trainer = make_trainer(half(), batches, network=batch_norm_network(),
-                               train_handlers=handlers)  # fmt: skip
-        trainer.run()
-        trained.append(trainer)
-    assert trained[0].trial_step is None
-    assert trained[1].trial_step == {"batch_size": 2, "peak_bytes": None}
-    assert differing(*map(state_of, trained)) == []
 
 
 # ---- what does not fit together
@@ -128,16 +114,12 @@ def refusal(network=None, loss=None, labels=LABELS, images=IMAGES):
         ({"network": instance_norm_network(), "images": torch.zeros(2, 3, 8, 8, 8)},
          ["network of 3 channels"]),
         ({"network": Halved()}, [r"got: logits of shape \(2, 2, 8, 8, 4\). Choose roi_size"]),
-        ({"network": Halved(lambda x: {"out": x})}, ["got: 'dict' object has no attribute"]),
         ({"network": Halved(lambda x: [x, x[..., ::2]]), "loss": cross_entropy},
          ["deep supervision", r"logits \(2, 2, 8, 8, 8\) and"]),
-        ({"network": Halved(lambda x: torch.stack([x, x], 1)), "loss": cross_entropy},
-         ["deep supervision"]),
         ({"loss": SegmentationLoss(class_weights=[1.0, 2, 3])}, ["expected 2 class_weights"]),
         ({"loss": lambda x, y: nn.functional.cross_entropy(x, y[:, 0].long(), torch.ones(3))},
          ["class weights need a value for each"]),
         ({"loss": cross_entropy, "labels": LABELS + 7}, ["ignores label 8"]),
-        ({"loss": lambda x, y: x.mean((1, 2, 3, 4))}, ["scalar loss"]),
         ({"loss": lambda x, y: x.detach().mean()}, ["can be differentiated"]),
         ({"network": DenseUNet(1, 2, 2, [2, 2, 2, 2], num_dense_layers=1, growth_rate=1)},
          ["got: DenseUNet: expected an image of at least"]),
@@ -191,11 +173,8 @@ def test_batch_size_is_lowered_until_a_step_fits(
     plan = fit_batch_size({"precision": SimpleNamespace(device=torch.device("cpu"))}, PLAN)
     assert plan.batch_size <= expected
     assert plan.batch_size * patch_bytes <= 0.75 * card_bytes or plan.batch_size == 1
-    if expected == 12:
-        assert plan is PLAN
-    else:
-        assert plan.reasons["batch_size"].startswith("what fits: a trial step with 12 took more")
-        assert plan.reasons["spacing"] == "given"
+    reason = "planned" if expected == 12 else "what fits: a trial step with 12 took more"
+    assert plan.reasons["batch_size"].startswith(reason)
 
 
 @pytest.mark.gpu

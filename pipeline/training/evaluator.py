@@ -20,9 +20,7 @@ log = logging.getLogger(__name__)
 class MixedPrecisionEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that predicts in the precision the trainer trains in.
 
-    Args:
-        network: On the precision's device, with float32 weights; `ValueError` for others.
-        kwargs: As SupervisedEvaluator takes them.
+    The network is on the precision's device, with float32 weights; `ValueError` for others.
     """
 
     def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
@@ -43,9 +41,7 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         finally:
             self.data_loader, self.state.epoch_length = loader, length
 
-    def _iteration(
-        self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
         images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
         with self.mode(self.network), self.precision.autocast():
@@ -74,8 +70,3 @@ def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
     """The validator's key metric; `None` if it did not run at the end of the trainer's `epoch`."""
     state = validator.state
     return state.metrics.get(state.key_metric_name) if state.epoch == epoch else None
-
-
-def has_run(validator: Evaluator) -> bool:
-    """Whether there was a validation in this session."""
-    return validator.state.key_metric_name in validator.state.metrics

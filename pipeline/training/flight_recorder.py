@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,16 @@ from torch import nn
 from pipeline import distributed
 from pipeline.errors import STOPS, InputError
 from pipeline.files import append_line, load, save
-from pipeline.precision import StepStats
-from pipeline.training.snapshot import buffers_kept
+from pipeline.precision import StepStats, buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+Record = dict[str, Any]  # for JSON
 
 # What to try, by the stage of a step at which a tensor was not finite; in the order of time.
 ADVICE: dict[str | None, str] = {
-    "weights": "The weights themselves are not finite: an earlier step was too long. Lower "
-    "learning_rate.",
     "input": "The network's input is not finite: look at the voxels of these cases and at your "
     "own transforms; mend them or leave the cases out, with another output_dir.",
     "forward": "An activation left the range of {mode}: look at normalization and the range of "
@@ -55,12 +53,9 @@ class FlightRecorder:
     """Records every skipped step, and stops training when skipping cannot end well.
 
     `overflow.jsonl` in `run_dir` gets one line per skipped step, again for a step taken again. For
-    the first of them `overflow/step_<step>.pt` keeps the weights for `--replay_step`. Training
-    stops after `max_consecutive_skips` (at least 1) skipped steps in a row, or when the loss scale
-    has fallen below 1, or when the whole run has not applied one.
-
-    Args:
-        overflow_keep: Skipped steps whose weights are kept; 0 keeps none.
+    the first `overflow_keep` of them `overflow/step_<step>.pt` keeps the weights for
+    `--replay_step`. Training stops after `max_consecutive_skips` (at least 1) skipped steps in a
+    row, or when the loss scale has fallen below 1, or when the whole run has not applied one.
     """
 
     def __init__(
@@ -68,7 +63,7 @@ class FlightRecorder:
     ) -> None:
         self.run_dir, self.overflow_keep = Path(run_dir), overflow_keep
         self.max_consecutive_skips = max_consecutive_skips
-        self._recent: deque[dict[str, Any]] = deque(maxlen=max_consecutive_skips)
+        self._recent: deque[Record] = deque(maxlen=max_consecutive_skips)
 
     def attach(self, trainer: MixedPrecisionTrainer) -> None:
         """Listen to steps of `trainer`."""
@@ -102,9 +97,7 @@ class FlightRecorder:
                 trainer.stop(diagnosis(list(self._recent)[-skips:], scale, skips))
         trainer.agree()
 
-    def _record(
-        self, trainer: MixedPrecisionTrainer, stats: StepStats, found: dict[str, Any]
-    ) -> None:
+    def _record(self, trainer: MixedPrecisionTrainer, stats: StepStats, found: Record) -> None:
         """Write a line about the step, and its weights if there is room for them."""
         step = trainer.progress.step
         path = self.run_dir / "overflow" / f"step_{step:09d}.pt"
@@ -136,25 +129,17 @@ class FlightRecorder:
         )  # fmt: skip
 
 
-def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dict[str, Any]:
+def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> Record:
     """Rebuild a kept step's batch from its sample numbers, and look for its fault again.
 
-    The trainer, of the same config, gets the kept weights.
-
-    Returns:
-        What `first_non_finite` says, the precisions of then and now, and whether stage and module
-        are the `same_as_recorded`.
-
-    Raises:
-        InputError: If the step's weights were not kept.
+    The trainer, of the same config, gets the kept weights; `InputError` if there are none. Returns
+    what `first_non_finite` says, the precisions of then and now, and whether stage and module are
+    the `same_as_recorded`.
     """
     path = run_dir / "overflow" / f"step_{step:09d}.pt"
     if not path.is_file():
-        steps = [int(p.stem.removeprefix("step_")) for p in sorted(path.parent.glob("step_*.pt"))]
-        raise InputError(
-            f"replay_step: expected a skipped step whose weights were kept "
-            f"({', '.join(map(str, steps)) or 'there is none'}), got {step}."
-        )
+        expected = f"expected a skipped step whose weights are in {path.parent}, got {step}"
+        raise InputError(f"replay_step: {expected}. Choose one of them.")
     kept, loader = load(path, trainer.state.device), cast(Any, trainer.data_loader)
     trainer.network.load_state_dict(kept["network"])
     loader.sampler.start = kept["first_sample"]
@@ -172,12 +157,8 @@ def replay_kept(trainer: MixedPrecisionTrainer, run_dir: Path, step: int) -> dic
 
 
 def _describe(
-    group: Iterable[Batch],
-    stage: str | None = None,
-    module: str | None = None,
-    cases: Iterable[str] = (),
-    largest: dict[str, float] | None = None,
-) -> dict[str, Any]:
+    group: Sequence[Batch], stage: str | None = None, module: str | None = None, cases: Any = ()
+) -> Record:
     return {
         "samples": [n for b in group if "number" in b for n in b["number"].tolist()],
         "case_ids": [case for batch in group for case in batch.get("case_id", [])],
@@ -185,11 +166,10 @@ def _describe(
         "stage": stage,
         "first_module": module,
         "non_finite_cases": [*cases],
-        "max_abs_activation": largest or {},
     }
 
 
-def _merge_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_ranks(found: list[Record]) -> Record:
     """Merge the descriptions of all ranks, with stage and module of the `rank` that was first."""
     order = [list(ADVICE).index(one["stage"]) for one in found]
     rank = order.index(min(order))
@@ -198,14 +178,8 @@ def _merge_ranks(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found[rank], **whole, "rank": rank if found[rank]["stage"] else None}
 
 
-def diagnosis(records: list[dict[str, Any]], scale: float, skips: int) -> str:
-    """Explain why training stops: which cases, which module first, what to try.
-
-    Args:
-        records: Of the latest skipped steps, at least one.
-        scale: The loss scale now; 1 without a scaler.
-        skips: Skipped steps in a row.
-    """
+def diagnosis(records: list[Record], scale: float, skips: int) -> str:
+    """Explain why training stops, from records of the latest of `skips` skipped steps in a row."""
     mode, step = records[-1]["precision"], records[-1]["step"]
     found = Counter((r["stage"], r["first_module"]) for r in records)
     cases = Counter(case for r in records for case in r["non_finite_cases"] or r["case_ids"])
@@ -255,7 +229,7 @@ def _compute_gradients(
 
 def first_non_finite(
     trainer: MixedPrecisionTrainer, batches: Sequence[Batch], loss_scale: float
-) -> dict[str, Any]:
+) -> Record:
     """Run a group once more, forward and backward, and find what was not finite first.
 
     The trainer has the weights and `loss_scale` is that of the step in question.
@@ -263,18 +237,16 @@ def first_non_finite(
     Returns:
         For JSON: `samples`, `case_ids` and `origins` of the group; `stage` of `ADVICE`, `None` if
         all was finite; `first_module`, whose output (in `backward`: the gradient of whose output or
-        weights; in `weights` and `statistics`: a weight or buffer of which) was not finite, `image`
-        for the input, `loss_function` for the loss; `non_finite_cases` of that tensor; and
-        `max_abs_activation`, the largest finite |output| of each module without children.
+        weights; in `statistics`: a buffer of which) was not finite, `image` for the input,
+        `loss_function` for the loss; and `non_finite_cases` of that tensor.
     """
     probe = NonFiniteProbe(trainer.network)
     _compute_gradients(trainer, batches, trainer.precision.autocast, loss_scale, probe)
-    largest = {name: value.item() for name, value in probe.largest.items()}
     for stage, name, batch, flags in probe.notes:
         if flags.any():
             cases = zip(batch.get("case_id", []), flags.tolist(), strict=False)
-            return _describe(batches, stage, name, [case for case, bad in cases if bad], largest)
-    return _describe(batches, largest=largest)
+            return _describe(batches, stage, name, [case for case, bad in cases if bad])
+    return _describe(batches)
 
 
 def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
@@ -290,15 +262,11 @@ def underflow_fraction(trainer: MixedPrecisionTrainer) -> float:
 
 
 class NonFiniteProbe:
-    """Notes, in order of time, which tensors of a network are not finite, by hooks.
-
-    The notes (stage, module, micro-batch, a flag for each sample) stay on the device.
-    """
+    """Notes stage, module, micro-batch and a flag for each sample of a network's tensors."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self._batch = network, Batch()
         self.notes: list[tuple[str, str, Batch, torch.Tensor]] = []
-        self.largest: dict[str, torch.Tensor] = {}  # finite |output| of each leaf
 
     @contextlib.contextmanager
     def watch(self, batch: Batch) -> Iterator[None]:
@@ -310,37 +278,28 @@ class NonFiniteProbe:
                 look = partial(self._output, name or "network")
                 hooks.enter_context(module.register_forward_hook(look))
                 for parameter in module.parameters(recurse=False):
-                    self.see("weights", name or "network", parameter.detach())
                     if parameter.requires_grad:
                         look = partial(self.see, "backward", name or "network")
                         hooks.enter_context(parameter.register_hook(look))
             yield
 
     def _input(self, network: nn.Module, args: tuple) -> None:
-        for image in _floating(args):
+        for image in args:
             self.see("input", "image", image, by_sample=True)
 
     def _output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        for tensor in _floating(output if isinstance(output, list | tuple) else [output]):
-            activation = tensor.detach()
-            self.see("forward", name, activation, by_sample=True)
-            if next(module.children(), None) is None:  # others repeat their last child
-                largest = activation.nan_to_num(0.0, 0.0, 0.0).abs().amax().float()
-                self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
-            if tensor.requires_grad:  # before a ReLU in place, whose own tensor it then is
+        for tensor in output if isinstance(output, list | tuple) else [output]:
+            self.see("forward", name, tensor, by_sample=True)
+            if getattr(tensor, "requires_grad", False):  # before a ReLU in place takes it over
                 tensor.register_hook(partial(self.see, "backward", name, by_sample=True))
-        for buffer in _floating(module.buffers(recurse=False)):
+        for buffer in module.buffers(recurse=False):
             self.see("statistics", name, buffer)
 
-    def see(self, stage: str, name: str, tensor: torch.Tensor, *, by_sample: bool = False) -> None:
-        """Note which samples of `tensor` are not finite; all of them if it has no batch axis."""
-        bad, samples = ~tensor.isfinite(), len(self._batch["image"])
+    def see(self, stage: str, name: str, tensor: Any, *, by_sample: bool = False) -> None:
+        """Note which samples of a tensor are not finite; all of them if it has no batch axis."""
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
+            return
+        bad, samples = ~tensor.detach().isfinite(), len(self._batch["image"])
         by_sample = by_sample and tensor.dim() > 0 and len(tensor) == samples
         flags = bad.reshape(samples, -1).any(1) if by_sample else bad.any().expand(samples)
         self.notes.append((stage, name, self._batch, flags))
-
-
-def _floating(values: Iterable[Any]) -> list[torch.Tensor]:
-    """Return the floating-point tensors among `values` that have an element."""
-    tensors = (value for value in values if isinstance(value, torch.Tensor))
-    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]

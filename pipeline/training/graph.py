@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,19 +20,10 @@ log = logging.getLogger(__name__)
 
 GRAPH_MODES = ("auto", "cuda_graphs", "none")
 WARM_UP = 3  # calls without a graph, in which cuDNN and Triton choose and load their kernels
-MOST_CAPTURES = 3  # a graph does not pay for shapes that keep changing
 EXPECTED = "cuda_graph: expected a step that can be captured in a CUDA graph, got"
 
 Output = tuple[Any, torch.Tensor]
-
-
-class _Captured(NamedTuple):
-    kind: Any  # layouts of the tensors
-    graph: torch.cuda.CUDAGraph
-    images: torch.Tensor
-    labels: torch.Tensor
-    output: Output
-    gradients: list[Any]
+Work = Callable[[torch.Tensor, torch.Tensor], Output]
 
 
 class StepGraph:
@@ -45,59 +36,39 @@ class StepGraph:
             is not captured if it waits for the device or replaces a buffer by another tensor.
         accumulates: Whether the gradients of several calls are added up.
         required: Whether it is an error if `work` cannot be captured.
-
-    Attributes:
-        captures: Number of graphs made so far.
     """
 
     def __init__(
-        self,
-        work: Callable[[torch.Tensor, torch.Tensor], Output],
-        network: nn.Module,
-        *,
-        accumulates: bool = False,
-        required: bool = False,
+        self, work: Work, network: nn.Module, *, accumulates: bool = False, required: bool = False
     ) -> None:
         self.work, self.network, self.parameters = work, network, list(network.parameters())
         self.accumulates, self.required = accumulates, required
-        self.captures, self._has_failed = 0, False
+        self.captures, self._has_failed = 0, False  # graphs made so far
         self._latest: Any = None  # kind of the latest tensors
         self._count = 0  # how often it was seen
         self.end()
 
     def end(self) -> None:
         """Free the graph's memory, which is that of all activations; calls may go on."""
-        self._captured: _Captured | None = None
-        self._captures_left = MOST_CAPTURES
+        self._kind: Any = None  # of the tensors that `_replay` is for
+        self._replay: Work | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Output:
-        """What `work` returns; `pred` of a graph is overwritten by the next call.
-
-        Raises:
-            InputError: If a graph is `required` and cannot be made, or torch fails to make one.
-        """
+        """What `work` returns, until the next call; `InputError` if torch fails to make a graph."""
         kind = (_layout(images), _layout(labels), tuple(p.requires_grad for p in self.parameters))
-        if self._captured is None or kind != self._captured.kind:
+        if self._replay is None or kind != self._kind:
             self._count = self._count + 1 if kind == self._latest else 1
             self._latest = kind
             if self._count == WARM_UP:
                 return self._rehearse(images, labels)
-            if self._count < WARM_UP or self._has_failed or self._captures_left == 0:
+            if self._count < WARM_UP or self._has_failed:
                 return self.work(images, labels)
-            self._captured = None  # frees the memory of an earlier one
-            self._captured = self._capture(kind, images, labels)
-        self._captured.images.copy_(images, non_blocking=True)
-        self._captured.labels.copy_(labels, non_blocking=True)
-        self._captured.graph.replay()
-        self._assign_gradients(self._captured.gradients)
-        pred, loss = self._captured.output
-        return pred, loss.clone()
+            self._replay = None  # frees the memory of an earlier graph
+            self._replay, self._kind = self._capture(images.clone(), labels.clone()), kind
+        return self._replay(images, labels)
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> Output:
-        """Call `work` and find out whether it can be captured.
-
-        A capture that fails leaves torch's allocator in the middle of it.
-        """
+        """Find out whether `work` can be captured; a failed capture spoils torch's allocator."""
         buffers, mode = list(self.network.buffers()), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -116,22 +87,31 @@ class StepGraph:
             self._has_failed = True
         return output
 
-    def _capture(self, kind: Any, images: torch.Tensor, labels: torch.Tensor) -> _Captured:
+    def _capture(self, own_images: torch.Tensor, own_labels: torch.Tensor) -> Work:
         self.captures += 1
-        self._captures_left -= 1
-        images, labels = images.clone(), labels.clone()
-        earlier = self._exchange_gradients([None] * len(self.parameters))
+        earlier = [parameter.grad for parameter in self.parameters]
+        self.network.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.work(images, labels)
+                pred, loss = self.work(own_images, own_labels)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise InputError(f"{EXPECTED}: {str(error).splitlines()[0]} Use none.") from None
-        gradients = self._exchange_gradients(earlier)
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, earlier, strict=True):
+            parameter.grad = gradient
         log.info("Steps are replayed as a CUDA graph from here on")
-        return _Captured(kind, graph, images, labels, output, gradients)
+
+        def replay(images: torch.Tensor, labels: torch.Tensor) -> Output:
+            own_images.copy_(images, non_blocking=True)
+            own_labels.copy_(labels, non_blocking=True)
+            graph.replay()
+            self._assign_gradients(gradients)
+            return pred, loss.clone()
+
+        return replay
 
     def _assign_gradients(self, gradients: list[Any]) -> None:
         """Give the parameters the graph's gradients, or add them to those that are there."""
@@ -143,12 +123,6 @@ class StepGraph:
         else:
             earlier: list[Any] = [parameter.grad for parameter, _ in made]
             torch._foreach_add_(earlier, [gradient for _, gradient in made])
-
-    def _exchange_gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[Any]:
-        earlier = [p.grad for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return earlier
 
 
 def has_hooks(network: nn.Module) -> bool:

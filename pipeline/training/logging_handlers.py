@@ -6,7 +6,6 @@ import logging
 import statistics
 from pathlib import Path
 
-import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
@@ -33,8 +32,7 @@ class LoggingHandler:
     TensorBoard, over optimizer steps: every `log_every` steps, and at each skipped one,
     `train/loss`, `LR` (that the step used), `AMP/loss_scale`, `AMP/skipped_steps` (cumulative),
     `AMP/grad_norm` and `AMP/max_abs_logit`; every `underflow_every` steps (0: never)
-    `AMP/underflow_fraction`, the share of gradient elements that are zero although a float32
-    backward pass of the same batch, which costs a step, gives them a value; at each validation
+    `AMP/underflow_fraction`, for which the group is run in float32 too; at each validation
     `val/mean_dice`, `val/dice_<class name>` and an image of one slice of the first case, the label
     outlined in green and the prediction in red.
 
@@ -42,10 +40,6 @@ class LoggingHandler:
     the Dice of each class by name, null where the class is in neither label nor prediction.
 
     The console: a progress bar on a terminal, and one line per epoch.
-
-    Args:
-        run_dir: Gets `tensorboard/` and `validation.json`.
-        validator: Its key metric and `state.metric_details` are shown.
     """
 
     def __init__(
@@ -103,10 +97,7 @@ class LoggingHandler:
         """Measure underflow where it is due, while weights and gradients belong together."""
         step = trainer.progress.step + 1
         if len(trainer.group) == trainer.accumulation_steps and step % self.underflow_every == 0:
-            try:
-                self.writer.add_scalar("AMP/underflow_fraction", underflow_fraction(trainer), step)
-            except torch.OutOfMemoryError:
-                log.warning("Step %d: no memory to measure underflow beside training", step)
+            self.writer.add_scalar("AMP/underflow_fraction", underflow_fraction(trainer), step)
 
     def _after_step(self, trainer: MixedPrecisionTrainer) -> None:
         stats, progress = trainer.last_step, trainer.progress
@@ -126,14 +117,11 @@ class LoggingHandler:
         self.bar.update()
 
     def _after_first_case(self, validator: Evaluator) -> None:
-        writer, tag = self.writer, "val/first_case"
-        if tag in self._present:
-            return
         case = validator.state.output[0]
         to_ras = Orientation(axcodes="RAS", labels=None)  # files have any orientation
         volumes = [to_ras(case[key])[0].cpu().numpy() for key in ("image", "label", "pred")]
-        picture = outline_slice(*volumes)
-        writer.add_image(tag, picture, self.trainer.progress.step, dataformats="HWC")
+        picture, step = outline_slice(*volumes), self.trainer.progress.step
+        self.writer.add_image("val/first_case", picture, step, dataformats="HWC")
 
     def _after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         state, progress = self.validator.state, trainer.progress
@@ -173,7 +161,6 @@ class LoggingHandler:
 def _tags_at(directory: str, step: int) -> set[str]:
     """Tags that have a point at `step`: a validation lost to a kill may have left some."""
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it logs every file
-    events = EventAccumulator(directory, {"scalars": 0, "images": 0}).Reload()
-    points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    points |= {tag: events.Images(tag) for tag in events.Tags()["images"]}
-    return {tag for tag, found in points.items() if step in [point.step for point in found]}
+    events = EventAccumulator(directory, {"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag for tag in tags if step in [point.step for point in events.Scalars(tag)]}

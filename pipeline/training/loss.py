@@ -21,7 +21,6 @@ from pipeline.errors import InputError, as_bool, require_choice
 
 WHERE = "SegmentationLoss"
 BACKENDS = ("auto", "triton", "torch")
-NO_LABEL = -100  # torch's own default for ignore_index
 
 
 class SegmentationLoss(nn.Module):
@@ -29,7 +28,7 @@ class SegmentationLoss(nn.Module):
 
     With the defaults the value is that of MONAI's `DiceCELoss(to_onehot_y=True, softmax=True)` on
     float32 logits. Of several ranks each gets the loss of all their samples together, and its
-    gradient for its own (`pipeline.distributed.all_reduce_sum`).
+    gradient for its own. Raises `InputError` if an argument is not as described.
 
     Args:
         dice_weight, ce_weight: At least 0, and not both 0.
@@ -44,8 +43,6 @@ class SegmentationLoss(nn.Module):
         backend: What computes sums and gradient: `torch`, `triton` (fused kernels, which keep
             nothing of the logits' size), or `auto`: triton where it serves, on CUDA with up to 256
             classes. `in_force` tells which.
-
-    Raises `InputError` if an argument is not as described.
 
     Source: Milletari et al., V-Net, 3DV 2016 (Dice, here without squares); Isensee et al.,
         nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
@@ -107,10 +104,8 @@ class SegmentationLoss(nn.Module):
                 preflight checks: looking here would wait for the device.
 
         Returns:
-            float32 scalar; its gradient reaches the logits in their own dtype.
-
-        Raises:
-            ValueError: If the shapes do not fit each other or the class weights.
+            float32 scalar; its gradient reaches the logits in their own dtype. `ValueError` if the
+            shapes do not fit each other or the class weights.
         """
         levels = [logits] if isinstance(logits, torch.Tensor) else list(logits)
         self._check(levels[0].shape, label.shape)
@@ -123,7 +118,10 @@ class SegmentationLoss(nn.Module):
             sums = [compute(x.as_subclass(torch.Tensor), _resize(label, x)) for x in levels]
             totals = distributed.all_reduce_sum(torch.stack(sums) if sums[1:] else sums[0][None])
             if is_fused:
-                return self._fused_value(totals, levels[0].shape[1])
+                first, num_classes = int(not self.include_background), levels[0].shape[1]
+                options = {n: getattr(self, n) for n in ("dice_weight", "ce_weight", "smooth")}
+                options |= {"FIRST": first, "BATCH_DICE": self.batch_dice}
+                return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
             values = self._value(totals)
             weights = 0.5 ** torch.arange(len(levels), device=values.device)
             return (weights * values).sum() / weights.sum()
@@ -141,7 +139,7 @@ class SegmentationLoss(nn.Module):
         overlap = mass = entropy = torch.zeros_like(size)
         if self.ce_weight > 0:
             log_p = logits.log_softmax(1)
-            ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
+            ignored = -100 if self.ignore_value is None else self.ignore_value  # -100: torch's own
             entropy = F.nll_loss(  # summed below: torch's own sum varies from run to run on CUDA
                 log_p, target, self.class_weights, ignore_index=ignored, reduction="none"
             )
@@ -165,11 +163,6 @@ class SegmentationLoss(nn.Module):
         rows, rest = found.split([3 * logits.shape[1], 2], 1)
         terms = self._dice(*rows.chunk(3, 1))
         return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
-
-    def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
-        options = {name: getattr(self, name) for name in ("dice_weight", "ce_weight", "smooth")}
-        options |= {"FIRST": int(not self.include_background), "BATCH_DICE": self.batch_dice}
-        return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
 
     def _value(self, totals: torch.Tensor) -> torch.Tensor:
         """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""

@@ -18,10 +18,7 @@ class PrefetchingLoader:
     Loading and `prepare` depend on the samples alone, so that only the time changes. An error of
     loading is raised when its batch is asked for. On CUDA, `prepare` has a stream of its own, and
     so runs beside the backward pass; what it keeps on the device has to be there before.
-
-    Args:
-        loader: The micro-batches of an epoch; it is iterated anew for each.
-        prepare: Makes image and label on the device from a micro-batch, augmentation included.
+    The loader is iterated anew for each epoch.
     """
 
     def __init__(
@@ -30,7 +27,7 @@ class PrefetchingLoader:
         self.loader, self._prepare, self._device = loader, prepare, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._step_began: torch.cuda.Event | None = None  # of the batch given last
-        self._source: Iterator[MicroBatch] | None = None
+        self._source: Any = None
         self._next: MicroBatch | Exception | None = None
         self._prepared: tuple[Prepared, list[tuple]] | None = None  # with the version of its batch
 
@@ -73,7 +70,6 @@ class PrefetchingLoader:
         return self._prepare(batch)
 
     def _load(self) -> MicroBatch | Exception:
-        assert self._source is not None
         try:
             return next(self._source)
         except Exception as error:  # StopIteration too

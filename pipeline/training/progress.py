@@ -57,9 +57,8 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values of a saved record; `ValueError` if it has another schema version."""
         if state.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"progress: expected schema version {SCHEMA_VERSION}, "
-                f"got {state.get('schema_version')}. Continue with the version that wrote it."
-            )
+            found = state.get("schema_version")
+            expected = f"expected schema version {SCHEMA_VERSION}, got {found}"
+            raise ValueError(f"progress: {expected}. Continue with the version that wrote it.")
         for key, value in state.items():
             setattr(self, key, value)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +27,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from pipeline import distributed, errors
 from pipeline.distributed import SummedDDP
 from pipeline.files import NO_ROOM
-from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.precision import BufferSnapshot, Precision, StepStats, require_float32
 from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.snapshot import BufferSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +55,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     an epoch is `steps_per_epoch` steps. If the loss or a gradient of a step is not finite, the step
     is skipped: weights, optimizer, scheduler and buffers are afterwards what they were before it.
 
-    With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
-    whole one. Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
-    all stop, skip and are interrupted at the same step.
+    Each of several ranks has a part of every micro-batch, with loss and gradients of the whole one.
+    Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, which stop, skip
+    and are interrupted at the same step.
 
     `pipeline.training.protocols` lists what a network, loss or loader of your own may offer.
 
@@ -76,12 +74,10 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         grace_s: Seconds within which the process ends after SIGTERM, SIGINT or SIGUSR1.
-        replica: The network wrapped for several ranks.
-        cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward pass, loss and backward pass
-            are replayed as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. There
-            is no graph while a module has a hook, or an event between them has a handler.
-        initial_weights: Replace the network's weights of these names, before a handler restores
-            those of a checkpoint.
+        cuda_graph: `auto` (on CUDA with one rank), `cuda_graphs` or `none`: whether forward pass,
+            loss and backward pass are replayed as a CUDA graph (`StepGraph`), which they are not
+            while a module has a hook, or an event between them has a handler.
+        initial_weights: Replace the network's weights of these names, before any checkpoint.
         kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
     """
@@ -126,7 +122,6 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.trial_step: dict[str, int | None] | None = None  # as `TrialStep` leaves it
         # whether training ends here, decided before handlers of a step or epoch save the state
         self.interrupted = self._is_told_to_end = False
-        self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         spans_ranks = isinstance(loss_function, protocols.SpansRanks)
         self._spans_ranks = spans_ranks and loss_function.is_over_ranks  # type: ignore[attr-defined]
         self._buffers = BufferSnapshot(network)
@@ -260,9 +255,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         A federated client calls it once a round, with `state.max_epochs` raised in between: each
         round has the learning rates from their beginning, and the rest from the round before.
 
-        Raises:
-            TrainingStopped: If a handler called `stop`.
-            TrainingInterrupted: If a signal came, or a handler called `interrupt`.
+        Raises `TrainingStopped` after `stop`, and `TrainingInterrupted` after `interrupt`.
         """
         log.info("%s", self.precision)
         requested, effective = self.describe().values()
@@ -307,10 +300,10 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 reason = f"{error} The run ends; the checkpoints are as they were."
             if reason is None:
                 step = self.progress.step
-                cases = ", ".join(c for batch in self.group for c in batch.get("case_id", []))
+                cases = [case for batch in self.group for case in batch.get("case_id", ())]
+                note = f"step {step + 1}, cases {', '.join(cases) or 'unknown'}"
                 is_over = self.progress.phase == EPOCH_END_PENDING
-                note = f"validation after step {step}" if is_over else f"step {step + 1}"
-                error.add_note(note if is_over else f"{note}, cases {cases or 'unknown'}")
+                error.add_note(f"validation after step {step}" if is_over else note)
                 raise
             self.stop(reason)
 
@@ -335,17 +328,17 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     # --- its end
 
-    def stop(self, diagnosis: str) -> None:
+    def stop(self, diagnosis: str, level: int = logging.ERROR) -> None:
         """End training after this step, because of what the first `diagnosis` says."""
-        self.diagnosis = self.diagnosis or diagnosis
+        if self.diagnosis is None:
+            self.diagnosis, self._level = diagnosis, level
         self.terminate()
 
     def agree(self) -> None:
         """End training on all ranks if one was told to `stop`; all have to call it."""
         reasons = [reason for reason in distributed.all_gather_object(self.diagnosis) if reason]
-        if reasons and self.diagnosis is None:
-            self._level = logging.INFO
-            self.stop(reasons[0])
+        if reasons:
+            self.stop(reasons[0], logging.INFO)
 
     def interrupt(self) -> None:
         """End training at the next step or epoch's end; the same command continues it."""
@@ -381,8 +374,9 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Largest |logit|, float32 scalar on the device; NaN if there is one. One pass, no copy."""
     levels = [logits] if isinstance(logits, torch.Tensor) else logits
-    norm = partial(torch.linalg.vector_norm, ord=math.inf, dtype=torch.float32)
-    return torch.stack([norm(level.detach()) for level in levels]).max()
+    inf, float32 = math.inf, torch.float32
+    norms = [torch.linalg.vector_norm(level.detach(), inf, dtype=float32) for level in levels]
+    return torch.stack(norms).max()
 
 
 def _seed_torch(batch: dict[str, Any]) -> None:
@@ -391,7 +385,6 @@ def _seed_torch(batch: dict[str, Any]) -> None:
 
 
 def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
-    loader: Any = trainer.data_loader
-    sampler = getattr(loader, "sampler", None)  # a plain iterable has none
+    sampler = getattr(trainer.data_loader, "sampler", None)  # a plain iterable has none
     if isinstance(sampler, protocols.ResumableSampler):
         sampler.start = trainer.progress.samples

@@ -27,8 +27,8 @@ from pipeline import distributed
 from pipeline.data.memory import available_bytes
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
+from pipeline.precision import buffers_kept
 from pipeline.training.protocols import LabelMapMetric
-from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,7 @@ class TrialStep:
         trainer.add_event_handler(Events.STARTED, self.run)
 
     def run(self, trainer: MixedPrecisionTrainer) -> None:
-        """Try one batch, unless training continues; the result is `trainer.trial_step`.
-
-        Raises:
-            InputError: If something does not fit, on any rank.
-        """
+        """Try one batch of a new run, for `trainer.trial_step`; `InputError` if one rank fails."""
         if trainer.progress.step > 0:
             return
         device = trainer.precision.device
@@ -83,7 +79,7 @@ def try_step(
     metrics: Iterable[LabelMapMetric] = (),
     where: str = "trial step",
 ) -> int | None:
-    """Take a training step, and try `metrics` on its prediction.
+    """Take a training step, and try `metrics` on its prediction; `InputError` if one fails.
 
     Args:
         parts: Has `network`, `loss_function`, `optimizer` and `precision`, as a trainer.
@@ -93,9 +89,6 @@ def try_step(
 
     Returns:
         Bytes that PyTorch reserved for the step on a CUDA device; `None` on a CPU.
-
-    Raises:
-        InputError: If something does not fit together, or into the card's memory.
     """
     network, optimizer, precision = parts.network, parts.optimizer, parts.precision
     batch = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
@@ -222,7 +215,7 @@ def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) 
     """Put back weights, buffers, optimizer and random states at the end."""
     weights = [parameter.detach().to("cpu", copy=True) for parameter in network.parameters()]
     moments = {parameter: deepcopy(state) for parameter, state in optimizer.state.items()}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), buffers_kept(network):
         try:
@@ -233,5 +226,5 @@ def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) 
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
             optimizer.state.update(moments)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
