@@ -92,7 +92,7 @@ class Precision:
         init_scale: float = 65536.0,
         growth_interval: int = 2000,
     ) -> None:
-        self.device = resolve_device(device)  # in force, as are the next ones
+        self.device = resolve_device(device)
         self.requested: dict[str, Any] = {
             "device": str(device),
             "amp": as_bool(amp, "amp"),
