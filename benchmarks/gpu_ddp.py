@@ -66,7 +66,7 @@ def taken(trainer: MixedPrecisionTrainer, batches: list[Any]) -> list[float]:
         torch.cuda.synchronize()
         dist.barrier()
         started = time.perf_counter()
-        trainer.take_step([batches[n % 2]])
+        machine.take_step(trainer, batches[n % 2])
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - started))
     return times
@@ -97,7 +97,7 @@ def all_reduced(trainer: MixedPrecisionTrainer, batches: list[Any]) -> dict[str,
 
     dist.all_reduce = count
     try:
-        trainer.take_step([batches[0]])
+        machine.take_step(trainer, batches[0])
     finally:
         dist.all_reduce = original
     return counted

@@ -96,9 +96,7 @@ class Bare:
 
     def __init__(self, trainer: MixedPrecisionTrainer, steps: int) -> None:
         now = trainer.precision
-        self.precision = Precision(
-            now.device, now.amp, now.amp_dtype, tf32=now.tf32, cudnn_benchmark=now.cudnn_benchmark
-        )
+        self.precision = Precision(**now.requested)
         self.network = self.precision.place(copy.deepcopy(trainer.network)).train()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=True)
         self.loss_function, self.steps = SegmentationLoss(), steps

@@ -63,7 +63,7 @@ class PlainTrainer(MixedPrecisionTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.group = [batchdata]
         output = self.state.output = {}
-        loss = self.forward(batchdata, self.precision.autocast(), output)
+        loss = self.forward(batchdata, self.precision.autocast())
         scaler = self.precision.scaler
         (scaler.scale(loss) if scaler else loss).backward()
         if scaler:
@@ -106,14 +106,14 @@ def transaction_cost(mode: str, size: tuple[int, int, int]) -> dict[str, Any]:
     times: dict[str, list[list[float]]] = {name: [] for name in trainers}
     for trainer in trainers.values():
         for n in range(WARM_UP):
-            trainer.take_step([batches[n % 2]])
+            machine.take_step(trainer, batches[n % 2])
     for round_number in range(ROUNDS):
         for name in sorted(trainers, reverse=bool(round_number % 2)):
             taken = []
             for n in range(STEPS):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
-                trainers[name].take_step([batches[n % 2]])
+                machine.take_step(trainers[name], batches[n % 2])
                 torch.cuda.synchronize()
                 taken.append(1000 * (time.perf_counter() - started))
             times[name].append(taken)

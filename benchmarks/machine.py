@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import monai
 import torch
+
+from pipeline.training.trainer import MixedPrecisionTrainer
 
 
 def facts() -> dict[str, str | None]:
@@ -17,6 +20,12 @@ def facts() -> dict[str, str | None]:
         "monai": monai.__version__,
         "python": platform.python_version(),
     }
+
+
+def take_step(trainer: MixedPrecisionTrainer, batch: dict[str, Any]) -> None:
+    """One micro-batch of a trainer, outside of a run."""
+    trainer.state.iteration += 1
+    trainer._iteration(trainer, batch)
 
 
 def processor() -> str:

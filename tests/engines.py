@@ -134,13 +134,14 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 def differing(a: Any, b: Any) -> list[str]:
     """Paths at which two states are not equal bit for bit; NaN is unequal to all."""
     a, b = leaves(a), leaves(b)
-    same = {
-        path: torch.equal(a[path], b[path]) and a[path].dtype == b[path].dtype
-        if isinstance(a[path], torch.Tensor)
-        else a[path] == b[path]
-        for path in a.keys() & b.keys()
-    }
-    return sorted(path for path in a.keys() | b.keys() if not same.get(path, False))
+
+    def is_same(one: Any, other: Any) -> bool:
+        if isinstance(one, torch.Tensor):
+            return torch.equal(one, other) and one.dtype == other.dtype
+        return one == other
+
+    paths = a.keys() | b.keys()
+    return sorted(p for p in paths if not (p in a and p in b and is_same(a[p], b[p])))
 
 
 # --- engines that only count
@@ -218,5 +219,6 @@ def steps_of(events: EventAccumulator, tag: str) -> list[int]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file's content."""
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file's content, by its path from the folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -8,12 +8,10 @@ import shutil
 import signal
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from conftest import finished_run, make_dataset, run_tiny
-from engines import curve, read
+from engines import curve, read, snapshot
 from in_ranks import in_ranks
 from torchrun import CONFIGS, in_forks, settings, torchrun
 
@@ -25,13 +23,6 @@ LONG = {
     "device": "cpu", "batch_size": 3, "steps_per_epoch": 10, "max_epochs": 2, "final_scores": True,
     "learning_rate": 0.001,  # with larger ones AdamW makes much of the last digits
 }  # fmt: skip
-TORCHRUNS = re.compile(r"[WE]\d{4} ")
-
-
-def lines_of(text: str) -> list[str]:
-    """What this project said, without what torchrun says of a process that failed."""
-    ours, _, _ = text.partition("Traceback (most recent call last)")
-    return [line for line in ours.splitlines() if not TORCHRUNS.match(line)]
 
 
 @pytest.fixture(scope="module")
@@ -78,42 +69,22 @@ def test_more_ranks_than_cards_are_refused(dataset, tmp_path):
     found = torch.cuda.device_count()
     words = settings(dataset, tmp_path / "r", device="cuda")
     said = torchrun("pipeline.run", *CONFIGS, *words, num_ranks=found + 1).stdout
-    (line,) = [line for line in lines_of(said) if line.startswith("--nproc_per_node")]
+    (line,) = [line for line in said.splitlines() if line.startswith("--nproc_per_node")]
     assert f"expected at most {found}, the CUDA devices here, " in line
     assert f"got {found + 1} and" in line
 
 
-def test_two_ranks_validate_and_score_every_case_once(both):
-    one, two = (json.loads((both[n] / "validation.json").read_text()) for n in ("one", "two"))
-    assert list(one["cases"]) == list(two["cases"])
-    for folder in ("validation_best", "validation_last"):
-        tables = [both[n] / "scores" / folder / "metrics.csv" for n in ("one", "two")]
-        cases = [[r.split(",")[0] for r in t.read_text().splitlines()] for t in tables]
-        assert cases[0] == cases[1]
-        for case_id in one["cases"]:
-            images = [t.parent / f"{case_id}.nii.gz" for t in tables]
-            voxels = [np.asarray(nib.load(image).dataobj) for image in images]
-            assert (voxels[0] != voxels[1]).mean() < 0.01  # their weights differ in the last digits
-
-
 def test_first_rank_alone_writes_and_each_has_a_log(both):
     names = [{p.name for p in both[n].iterdir()} for n in ("one", "two")]
-    assert names[1] - names[0] == {"log_rank_1.txt"}
-    assert names[0] - names[1] == set()
+    assert names[1] ^ names[0] == {"log_rank_1.txt"}
     assert len(list((both["two"] / "tensorboard").iterdir())) == 1
     assert "Rank 1 of 2" in (both["two"] / "log_rank_1.txt").read_text()
     assert "Rank 0 of 2" in (both["two"] / "log.txt").read_text()
-    said = both["said"].read_text()
-    assert said.count("epoch 2/2") == said.count("Dataset tiny") == 1
-
-
-def test_summary_says_what_is_in_force(both):
+    assert both["said"].read_text().count("epoch 2/2") == 1
     one, two = (json.loads((both[n] / "summary.json").read_text()) for n in ("one", "two"))
     assert one["process_group"] is None
     found = two["process_group"]
-    assert {k: found[k] for k in ("num_ranks", "backend", "batch_norm")} == {
-        "num_ranks": 2, "backend": "gloo", "batch_norm": "none in the network",
-    }  # fmt: skip
+    assert (found["num_ranks"], found["backend"]) == (2, "gloo")
 
 
 def test_checkpoint_of_two_ranks_goes_on_with_one_and_back(dataset, both, tmp_path, monkeypatch):
@@ -144,14 +115,6 @@ def test_torchrun_starts_ranks_that_train(dataset, tmp_path):
     assert json.loads((out / "summary.json").read_text())["process_group"]["num_ranks"] == 2
 
 
-def test_monai_bundle_trains_in_ranks(dataset, tmp_path):
-    out = tmp_path / "r"
-    words = settings(dataset, out, **{"max_epochs": 1})
-    found = in_forks("monai.bundle", "run", "--config_file", str(list(CONFIGS)), *words)
-    assert found.statuses == [0, 0], found.said
-    assert json.loads((out / "summary.json").read_text())["process_group"]["num_ranks"] == 2
-
-
 def test_evaluation_divides_the_cases(both):
     run_dir = both["two"]
     files = [str(run_dir / "configs" / f"{name}.json") for name in ("train", "evaluate")]
@@ -162,12 +125,6 @@ def test_evaluation_divides_the_cases(both):
     assert found.said.count(f"mean_dice {summary['best_mean_dice']:.4f}") == 1
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    """Every file's content, by its path from the folder."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
 def test_scores_of_two_ranks_are_those_of_one(both, dataset, tmp_path):
     """The weights are the same: two ranks score a run that one process has trained."""
     run_dir = shutil.copytree(both["one"], tmp_path / "r")
@@ -175,7 +132,7 @@ def test_scores_of_two_ranks_are_those_of_one(both, dataset, tmp_path):
     shutil.rmtree(run_dir / "scores")
     found = in_forks("pipeline.run", *CONFIGS, *settings(dataset, run_dir, **LONG))
     assert found.statuses == [0, 0], found.said
-    assert files_in(run_dir / "scores") == files_in(both["one"] / "scores") != {}
+    assert snapshot(run_dir / "scores") == snapshot(both["one"] / "scores") != {}
 
 
 def test_prediction_of_two_ranks_is_that_of_one(both, dataset, tmp_path):
@@ -189,48 +146,46 @@ def test_prediction_of_two_ranks_is_that_of_one(both, dataset, tmp_path):
         assert found.statuses == [1] * num_ranks, found.said
         for line in ("Not predicted: 1 of 6", "5 of 6 cases predicted"):
             assert found.said.count(line) == 1
-    files = files_in(tmp_path / "1")
+    files = snapshot(tmp_path / "1")
     assert len(files) == 5
-    assert files_in(tmp_path / "2") == files
+    assert snapshot(tmp_path / "2") == files
 
 
-def dying(tmp_path: Path) -> tuple[str, ...]:
-    """An overlay with which rank 1 dies after step 13, the first time, and what allows it."""
+def dying_run(dataset: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Words of a run whose rank 1 dies after step 13, the first time."""
     overlay = tmp_path / "dies.json"
     handler = {"_target_": "dying.DiesOnce", "rank": 1, "step": 13, "mark": str(tmp_path / "died")}
     overlay.write_text(json.dumps({"+train#handlers": [handler]}))
-    return str(overlay), "--allow", "dying.DiesOnce"
+    words = settings(dataset, tmp_path / "r", **LONG, checkpoint_every=4)
+    return *CONFIGS, str(overlay), "--allow", "dying.DiesOnce", *words
 
 
 def check_went_on(out: Path, said: str) -> None:
     """From the checkpoint before its death, on both ranks, to the end."""
     assert (out.parent / "died").exists()
-    assert "Continuing from step_000000012.pt (step 12)" in said
-    for name in ("log.txt", "log_rank_1.txt"):
-        assert "Continuing from step_000000012.pt (step 12)" in (out / name).read_text()
+    for text in (said, *((out / n).read_text() for n in ("log.txt", "log_rank_1.txt"))):
+        assert "Continuing from step_000000012.pt (step 12)" in text
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["progress"]["samples"]) == (20, 60)
 
 
 def test_killed_rank_ends_the_other_and_the_same_command_goes_on(dataset, tmp_path):
-    out = tmp_path / "r"
-    words = (*CONFIGS, *dying(tmp_path), *settings(dataset, out, **LONG, checkpoint_every=4))
+    words = dying_run(dataset, tmp_path)
     found = in_forks("pipeline.run", *words)
     assert found.statuses == [1, -signal.SIGKILL], found.said
     assert "rank 0: expected all ranks to go on, got: " in found.said
     again = in_forks("pipeline.run", *words)
     assert again.statuses == [0, 0], again.said
-    check_went_on(out, again.said)
+    check_went_on(tmp_path / "r", again.said)
 
 
 @pytest.mark.chaos
 def test_killed_rank_is_started_again_and_all_go_on_from_the_checkpoint(dataset, tmp_path):
-    out = tmp_path / "r"
-    words = settings(dataset, out, **LONG, checkpoint_every=4)
     launcher = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
-    found = torchrun("pipeline.run", *CONFIGS, *dying(tmp_path), *words, launcher=launcher)
+    words = dying_run(dataset, tmp_path)
+    found = torchrun("pipeline.run", *words, launcher=launcher)
     assert found.returncode == 0, found.stdout
-    check_went_on(out, found.stdout)
+    check_went_on(tmp_path / "r", found.stdout)
 
 
 # --- what is refused: in one line by the first rank, and by all at once
@@ -257,22 +212,6 @@ def test_fewer_cases_than_ranks_are_refused(tmp_path, at_the_root, capfd):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["configs/multi_gpu.json"], "configs/multi_gpu.json:7: lifecycle#process_group: expected"),
-        (["configs/amp.json", "--seed", "$1"], "--seed: expected"),
-        (["configs/none.json"], "configs/none.json: expected a config file, found none."),
-        (["configs/inference.json", "--run_dir", "runs/none"], "run_dir: expected"),
-        ([], "command line: expected a config file, got none."),
-    ],
-)
-def test_mistake_of_the_command_line_is_told_once(at_the_root, capfd, words, told):
-    assert in_ranks(lambda: main(words)) == [2, 2]
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(told)
-
-
 def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root, capfd):
     assert run_in_ranks(capfd, *settings(dataset, tmp_path / "r", batch_size=1)) == [
         "batch_size: expected 2 or more, a patch for each rank, got 1. Start fewer ranks, or raise "
@@ -285,7 +224,6 @@ def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root,
     ("key", "told"),
     [
         ("learning_rate", "got other values of learning_rate."),
-        ("checkpoint_every", "got other values of checkpoint_every."),
         ("output_dir", "got other values of output_dir."),
         ("dataset_dir", "got other values of dataset_dir."),
     ],
@@ -295,7 +233,6 @@ def test_ranks_of_other_configs_or_data_are_refused(
 ):
     other = {
         "learning_rate": "0.5",
-        "checkpoint_every": "7",
         "output_dir": str(tmp_path / "s"),
         "dataset_dir": str(make_dataset(tmp_path / "other", 5)),
     }

@@ -376,7 +376,7 @@ CASES = {  # overlay, line and id of the place in it, what is said there
     ),
     "no handler": (
         {"+train#handlers": [{"_target_": "DiceLoss"}]},
-        "3: train#handlers#7: expected a handler (with a method attach) for "
+        "3: train#handlers#5: expected a handler (with a method attach) for "
         "train#trainer#train_handlers, got a DiceLoss.",
     ),
     "name in the place of a handler": (
@@ -466,7 +466,7 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
         ('{"train#trainr#max_epochs": 1}', ":1: train#trainr#max_epochs: expected a known key"),
         ('{"+train#handlers": {}}', ":1: +train#handlers: expected a list, got {}."),
         ('{"+nothing": []}', ":1: +nothing: expected a known key, got 'nothing'."),
-        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 6, got '9'."),
+        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 4, got '9'."),
     ],
 )
 def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):

@@ -55,7 +55,7 @@ LISTED = {  # classes and functions by module; those of MONAI may be named witho
     "pipeline.training.checkpoint": "CheckpointHandler",
     "pipeline.training.evaluator": "EvaluationLog MixedPrecisionEvaluator",
     "pipeline.training.flight_recorder": "FlightRecorder",
-    "pipeline.training.logging_handlers": "ConsoleHandler ScoreHandler TensorBoardHandler",
+    "pipeline.training.logging_handlers": "LoggingHandler",
     "pipeline.training.loss": "SegmentationLoss",
     "pipeline.training.schedule": "warmup_cosine",
     "pipeline.training.trainer": "MixedPrecisionTrainer",

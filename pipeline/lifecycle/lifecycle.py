@@ -48,6 +48,7 @@ from pipeline.lifecycle.stored_configs import (
 from pipeline.lifecycle.summary import log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
 from pipeline.training.pretrained import read_pretrained
+from pipeline.training.progress import DONE
 from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
@@ -342,7 +343,7 @@ class Lifecycle:
         """Write `summary.json`, release the lock and say where everything is."""
         if not self.is_held:
             return
-        trainer.finish()
+        trainer.progress.phase = DONE
         if distributed.is_main():
             self._write_end(trainer)
         self.release()

@@ -23,7 +23,7 @@ from monai.engines import Evaluator
 from pipeline import distributed
 from pipeline.errors import STOPS, InputError, some
 from pipeline.files import WriteError, load, make_directory, save
-from pipeline.training.evaluator import has_run, metric_at_end_of
+from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
@@ -152,7 +152,7 @@ class CheckpointHandler:
 
     def _save_last(self, trainer: MixedPrecisionTrainer) -> None:
         self._save_model(trainer, "last.pt")
-        if trainer.progress.best_metric is None and not has_run(self.validator):
+        if trainer.progress.best_metric is None and not self.validator.state.metrics:
             self._save_model(trainer, "model.pt")  # which a bundle predicts with
 
     def _save_model(self, trainer: MixedPrecisionTrainer, name: str) -> None:

@@ -20,24 +20,14 @@ log = logging.getLogger(__name__)
 class MixedPrecisionEvaluator(SupervisedEvaluator):
     """SupervisedEvaluator that predicts in the precision the trainer trains in.
 
-    Args:
-        precision: Owns device and autocast.
-        network: Network on the precision's device, with float32 weights.
-        kwargs: As SupervisedEvaluator takes them.
-
-    Raises:
-        ValueError: If the network's weights are not float32.
+    The network is on the precision's device, with float32 weights; `ValueError` for others.
     """
 
     def __init__(self, precision: Precision, network: torch.nn.Module, **kwargs: Any) -> None:
         require_float32(network)
         self.precision = precision
-        settings: dict[str, Any] = {
-            "device": precision.device,
-            "amp": precision.amp,
-            "non_blocking": True,
-        }
-        super().__init__(network=network, **settings, **kwargs)
+        amp, device = precision.amp, precision.device
+        super().__init__(network=network, device=device, amp=amp, non_blocking=True, **kwargs)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI does
         """Predict all cases, each rank its own; all ranks have to call it, also without cases."""
@@ -49,12 +39,9 @@ class MixedPrecisionEvaluator(SupervisedEvaluator):
         try:
             super().run(global_epoch)
         finally:
-            if length == 0:
-                self.data_loader, self.state.epoch_length = loader, length
+            self.data_loader, self.state.epoch_length = loader, length
 
-    def _iteration(
-        self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
         images, labels = self.prepare_batch(batchdata, self.state.device, self.non_blocking)
         output = self.state.output = {Keys.IMAGE: images, Keys.LABEL: labels}
         with self.mode(self.network), self.precision.autocast():
@@ -69,10 +56,9 @@ class EvaluationLog:
 
     def attach(self, evaluator: Evaluator) -> None:
         """Listen to the end of `evaluator`."""
-        evaluator.add_event_handler(Events.COMPLETED, self.after_all)
+        evaluator.add_event_handler(Events.COMPLETED, self._after_all)
 
-    def after_all(self, evaluator: Evaluator) -> None:
-        """Log one line for the mean and one for each class."""
+    def _after_all(self, evaluator: Evaluator) -> None:
         state: Any = evaluator.state
         for name, details in state.metric_details.items():
             log.info("%s %.4f", name, state.metrics[name])
@@ -84,8 +70,3 @@ def metric_at_end_of(epoch: int, validator: Evaluator) -> float | None:
     """The validator's key metric; `None` if it did not run at the end of the trainer's `epoch`."""
     state = validator.state
     return state.metrics.get(state.key_metric_name) if state.epoch == epoch else None
-
-
-def has_run(validator: Evaluator) -> bool:
-    """Whether there was a validation in this session."""
-    return validator.state.key_metric_name in validator.state.metrics

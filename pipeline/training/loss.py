@@ -21,7 +21,6 @@ from pipeline.errors import InputError, as_bool, require_choice
 
 WHERE = "SegmentationLoss"
 BACKENDS = ("auto", "triton", "torch")
-NO_LABEL = -100  # torch's own default for ignore_index
 
 
 class SegmentationLoss(nn.Module):
@@ -29,11 +28,10 @@ class SegmentationLoss(nn.Module):
 
     With the defaults the value is that of MONAI's `DiceCELoss(to_onehot_y=True, softmax=True)` on
     float32 logits. Of several ranks each gets the loss of all their samples together, and its
-    gradient for its own (`pipeline.distributed.all_reduce_sum`).
+    gradient for its own. Raises `InputError` if an argument is not as described.
 
     Args:
-        dice_weight: Factor of the Dice loss, at least 0.
-        ce_weight: Factor of the cross-entropy, at least 0; not both may be 0.
+        dice_weight, ce_weight: At least 0, and not both 0.
         include_background: Whether class 0 takes part in Dice, so that a crop without foreground
             has a useful gradient.
         class_weights: One positive weight per class, or None. In cross-entropy a weighted mean
@@ -46,14 +44,11 @@ class SegmentationLoss(nn.Module):
             nothing of the logits' size), or `auto`: triton where it serves, on CUDA with up to 256
             classes. `in_force` tells which.
 
-    Raises:
-        InputError: If an argument is not as described.
-
     Source: Milletari et al., V-Net, 3DV 2016 (Dice, here without squares); Isensee et al.,
         nnU-Net, Nature Methods 2021 (its sum with cross-entropy, deep supervision's weights).
     """
 
-    is_over_ranks = True  # its value is that of the samples of all ranks
+    is_over_ranks = True
     class_weights: torch.Tensor | None
 
     def __init__(
@@ -68,37 +63,32 @@ class SegmentationLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.dice_weight = _number("dice_weight", dice_weight, zero=True)
-        self.ce_weight = _number("ce_weight", ce_weight, zero=True)
-        if self.dice_weight == self.ce_weight == 0:
-            expected = f"{WHERE}: expected a positive dice_weight or ce_weight"
-            raise InputError(f"{expected}, got 0 for both. Raise one.")
-        if ignore_value is not None and type(ignore_value) is not int:
-            expected = f"{WHERE}: expected ignore_value to be an integer or null"
-            raise InputError(f"{expected}, got {ignore_value!r}. Name one label.")
-        self.ignore_value = ignore_value
-        # Not saved: the config is where they belong.
-        self.register_buffer("class_weights", _weights(class_weights), persistent=False)
+        above_0 = dice_weight + ce_weight, smooth, *(class_weights or ())
+        if min(dice_weight, ce_weight) < 0 or not all(0 < x < math.inf for x in above_0):
+            raise InputError(
+                f"{WHERE}: expected dice_weight and ce_weight of 0 or more, not both 0, and smooth "
+                f"and class_weights above 0, got {dice_weight}, {ce_weight}, {smooth} and "
+                f"{class_weights}. Correct them."
+            )
+        require_choice(backend, BACKENDS, f"{WHERE}: backend")
+        self.dice_weight, self.ce_weight = float(dice_weight), float(ce_weight)
+        self.smooth = float(smooth)
+        self.ignore_value, self.backend = ignore_value, backend
         self.include_background = as_bool(include_background, f"{WHERE}: include_background")
         self.batch_dice = as_bool(batch_dice, f"{WHERE}: batch_dice")
-        self.smooth = _number("smooth", smooth)
-        require_choice(backend, BACKENDS, f"{WHERE}: backend")
-        self.backend = backend
+        weights = None if class_weights is None else torch.tensor([*map(float, class_weights)])
+        # Not saved: the config is where they belong.
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def in_force(self, device: torch.device, num_classes: int = 2) -> str:
-        """The backend, `triton` or `torch`, for logits on `device`.
-
-        Raises:
-            InputError: If triton is asked for and cannot serve there.
-        """
+        """The backend for logits on `device`; `InputError` if triton is asked for in vain."""
         if self.backend == "torch":
             return "torch"
         obstacle = _obstacle(device, num_classes)
-        if self.backend == "triton" and obstacle:
+        if obstacle and self.backend == "triton":
             needed, found = obstacle
-            raise InputError(
-                f"{WHERE}: expected {needed} for backend 'triton', got {found}. Use auto."
-            )
+            expected = f"expected {needed} for backend 'triton', got {found}"
+            raise InputError(f"{WHERE}: {expected}. Use auto.")
         return "torch" if obstacle else "triton"
 
     def forward(
@@ -114,14 +104,11 @@ class SegmentationLoss(nn.Module):
                 preflight checks: looking here would wait for the device.
 
         Returns:
-            float32 scalar; its gradient reaches the logits in their own dtype.
-
-        Raises:
-            ValueError: If the shapes do not fit each other or the class weights.
-            InputError: If triton is asked for and cannot serve here.
+            float32 scalar; its gradient reaches the logits in their own dtype. `ValueError` if the
+            shapes do not fit each other or the class weights.
         """
         levels = [logits] if isinstance(logits, torch.Tensor) else list(logits)
-        self._check(levels, label)
+        self._check(levels[0].shape, label.shape)
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(label.device)  # waits for a copy only once
         label = label.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
@@ -131,17 +118,17 @@ class SegmentationLoss(nn.Module):
             sums = [compute(x.as_subclass(torch.Tensor), _resize(label, x)) for x in levels]
             totals = distributed.all_reduce_sum(torch.stack(sums) if sums[1:] else sums[0][None])
             if is_fused:
-                return self._fused_value(totals, levels[0].shape[1])
+                first, num_classes = int(not self.include_background), levels[0].shape[1]
+                options = {n: getattr(self, n) for n in ("dice_weight", "ce_weight", "smooth")}
+                options |= {"FIRST": first, "BATCH_DICE": self.batch_dice}
+                return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
             values = self._value(totals)
             weights = 0.5 ** torch.arange(len(levels), device=values.device)
             return (weights * values).sum() / weights.sum()
 
     def _sums(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """What the loss at one resolution needs of the logits, summed over volumes.
-
-        Returns:
-            `(K,)` float32: rows of one number per class, for Dice, then sum and weight of the
-            cross-entropy.
+        """Sums over volumes, `(K,)` float32: rows of one number per class for Dice, then sum and
+        weight of the cross-entropy.
         """
         logits = logits.float()
         target = label[:, 0].long()  # (B, H, W, D)
@@ -152,7 +139,7 @@ class SegmentationLoss(nn.Module):
         overlap = mass = entropy = torch.zeros_like(size)
         if self.ce_weight > 0:
             log_p = logits.log_softmax(1)
-            ignored = NO_LABEL if self.ignore_value is None else self.ignore_value
+            ignored = -100 if self.ignore_value is None else self.ignore_value  # -100: torch's own
             entropy = F.nll_loss(  # summed below: torch's own sum varies from run to run on CUDA
                 log_p, target, self.class_weights, ignore_index=ignored, reduction="none"
             )
@@ -177,11 +164,6 @@ class SegmentationLoss(nn.Module):
         terms = self._dice(*rows.chunk(3, 1))
         return torch.cat([terms.sum(0), torch.full_like(terms[0], len(terms)), rest.sum(0)])
 
-    def _fused_value(self, totals: torch.Tensor, num_classes: int) -> torch.Tensor:
-        options = {name: getattr(self, name) for name in ("dice_weight", "ce_weight", "smooth")}
-        options |= {"FIRST": int(not self.include_background), "BATCH_DICE": self.batch_dice}
-        return _fused().FusedValue.apply(totals, self.class_weights, num_classes, options)
-
     def _value(self, totals: torch.Tensor) -> torch.Tensor:
         """Loss at each resolution, `(L,)`, of sums over all volumes, `(L, K)`."""
         rows, entropy, weight = totals.split([totals.shape[1] - 2, 1, 1], 1)
@@ -201,24 +183,22 @@ class SegmentationLoss(nn.Module):
     def _dice(self, overlap: torch.Tensor, mass: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         return 1 - (2 * overlap + self.smooth) / (mass + size + self.smooth)
 
-    def _check(self, levels: list[torch.Tensor], label: torch.Tensor) -> None:
-        shape = tuple(levels[0].shape)
+    def _check(self, shape: torch.Size, label_shape: torch.Size) -> None:
+        of_label, weights = (shape[0], 1, *shape[2:]), self.class_weights
         if shape[1] < 2:
-            expected = f"{WHERE}: expected logits of at least 2 classes"
-            raise ValueError(f"{expected}, got {shape[1]}. Count the background as one.")
-        if tuple(label.shape) != (shape[0], 1, *shape[2:]):
-            expected = f"{WHERE}: expected a label of shape {(shape[0], 1, *shape[2:])}"
-            raise ValueError(f"{expected}, got {tuple(label.shape)}. Give integers in one channel.")
-        if self.class_weights is not None and len(self.class_weights) != shape[1]:
-            raise InputError(
-                f"{WHERE}: expected {shape[1]} class_weights, one per class, "
-                f"got {len(self.class_weights)}. Background is the first."
-            )
+            expected, found = "logits of at least 2 classes, background included", str(shape[1])
+        elif label_shape != of_label:
+            expected, found = f"an integer label of shape {of_label}", str(tuple(label_shape))
+        elif weights is not None and len(weights) != shape[1]:
+            expected, found = f"{shape[1]} class_weights, one per class", str(len(weights))
+        else:
+            return
+        raise ValueError(f"{WHERE}: expected {expected}, got {found}.")
 
 
 @functools.cache
 def _fused() -> Any:
-    """The module of the fused kernels; `None` if triton, which takes a second, is not installed."""
+    """The module of the fused kernels; `None` without triton, whose import takes a second."""
     try:
         from networks.kernels import fused_loss
     except ImportError:
@@ -229,16 +209,15 @@ def _fused() -> Any:
 @functools.cache
 def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
     """What triton would need, and what there is instead; `None` if it serves."""
-    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET")
-    if device.type != "cuda" and not is_interpreted:  # before triton, whose import takes a second
-        return "logits on CUDA", device.type
-    fused = _fused()
-    if fused is None:
+    on_cpu = "logits on CUDA", device.type
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return on_cpu  # before triton is imported
+    if (fused := _fused()) is None:
         return "triton", "no such package"
     if num_classes > fused.MAX_CLASSES:
         return f"at most {fused.MAX_CLASSES} classes", str(num_classes)
-    if device.type == "cpu":
-        return None if fused.INTERPRETED else ("logits on CUDA", device.type)
+    if device.type != "cuda":
+        return None if fused.INTERPRETED else on_cpu
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "a card of compute capability 8.0 or more", torch.cuda.get_device_name(device)
     reason = fused.failure(device)
@@ -260,21 +239,3 @@ def _one_hot(target: torch.Tensor, valid: torch.Tensor | None, num_classes: int)
     if valid is None:
         return found.scatter_(1, target, 1)
     return found.scatter_(1, target.where(valid, 0), 1).mul_(valid)
-
-
-def _weights(values: Any) -> torch.Tensor | None:
-    if values is None:
-        return None
-    if not isinstance(values, list | tuple) or not values:
-        expected = f"{WHERE}: expected class_weights to be a list of numbers or null"
-        raise InputError(f"{expected}, got {values!r}. Give one per class.")
-    return torch.tensor([_number("class_weights", v) for v in values])
-
-
-def _number(name: str, value: Any, *, zero: bool = False) -> float:
-    """`value` if it is a finite number above 0, or 0 where `zero` allows it."""
-    valid = type(value) in (int, float) and 0 <= value < math.inf and (zero or value > 0)
-    if not valid:
-        expected = f"{WHERE}: expected {name} to be {'0 or more' if zero else 'more than 0'}"
-        raise InputError(f"{expected}, got {value!r}. Give a finite number.")
-    return float(value)

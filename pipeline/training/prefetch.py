@@ -17,24 +17,17 @@ class PrefetchingLoader:
 
     Loading and `prepare` depend on the samples alone, so that only the time changes. An error of
     loading is raised when its batch is asked for. On CUDA, `prepare` has a stream of its own, and
-    so runs beside the backward pass.
-
-    Args:
-        loader: The micro-batches of an epoch; it is iterated anew for each.
-        prepare: Makes image and label on the device from a micro-batch, augmentation included. What
-            it keeps on the device between calls has to be there before the first.
+    so runs beside the backward pass; what it keeps on the device has to be there before.
+    The loader is iterated anew for each epoch.
     """
 
     def __init__(
-        self,
-        loader: Iterable[MicroBatch],
-        prepare: Callable[[MicroBatch], Prepared],
-        device: torch.device,
+        self, loader: Iterable[MicroBatch], prepare: Callable, device: torch.device
     ) -> None:
         self.loader, self._prepare, self._device = loader, prepare, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._step_began: torch.cuda.Event | None = None  # of the batch given last
-        self._source: Iterator[MicroBatch] | None = None
+        self._source: Any = None
         self._next: MicroBatch | Exception | None = None
         self._prepared: tuple[Prepared, list[tuple]] | None = None  # with the version of its batch
 
@@ -44,8 +37,7 @@ class PrefetchingLoader:
         self._next = self._prepared = None
         try:
             while True:
-                batch = self._load() if self._next is None else self._next
-                self._next = None
+                batch, self._next = self._next or self._load(), None
                 if isinstance(batch, StopIteration):
                     return
                 if isinstance(batch, Exception):
@@ -63,8 +55,7 @@ class PrefetchingLoader:
         if self._source is None or self._next is not None:
             return
         if self._stream is not None and self._step_began is not None:
-            # after everything that was queued before the current step
-            self._stream.wait_event(self._step_began)
+            self._stream.wait_event(self._step_began)  # after all that was queued before the step
         with torch.cuda.stream(self._stream):  # on a CPU it is None, and does nothing
             self._next = self._load()
             if not isinstance(self._next, Exception):
@@ -79,7 +70,6 @@ class PrefetchingLoader:
         return self._prepare(batch)
 
     def _load(self) -> MicroBatch | Exception:
-        assert self._source is not None
         try:
             return next(self._source)
         except Exception as error:  # StopIteration too
@@ -99,5 +89,4 @@ class PrefetchingLoader:
 
 def _version(batch: MicroBatch) -> list[tuple]:
     """Differs for another batch, and for the same one after a change of one of its tensors."""
-    versions = [getattr(value, "_version", 0) for value in batch.values()]
-    return [(id(batch), key, id(batch[key]), v) for key, v in zip(batch, versions, strict=True)]
+    return [(id(batch), key, id(v), getattr(v, "_version", 0)) for key, v in batch.items()]

@@ -16,36 +16,20 @@ DONE = "done"
 
 @dataclass
 class Progress:
-    """Progress of a run. A step is one optimizer step, applied or skipped.
-
-    Attributes:
-        phase: `stepping`, `epoch_end_pending`, `finalizing` or `done`.
-        step: Optimizer steps taken, skipped ones included.
-        epoch: Epochs whose steps are all taken.
-        samples: Samples consumed.
-        skipped_steps: Steps whose loss or gradients were not finite.
-        consecutive_skips: Of these, the ones since the last applied step.
-        best_metric: Highest finite validation metric; `None` before the first.
-        best_epoch: Its epoch.
-        last_metric: Validation metric of the latest validation; `None` before the first, or if
-            it was not finite.
-        wall_time_s: Seconds spent in training and validation, over all sessions of the run.
-        mode: Effective dtype of training: `float32`, `float16` or `bfloat16`.
-        schema_version: Version of this record and of the checkpoint around it.
-    """
+    """Progress of a run. A step is one optimizer step, applied or skipped."""
 
     phase: str = STEPPING
-    step: int = 0
-    epoch: int = 0
-    samples: int = 0
-    skipped_steps: int = 0
-    consecutive_skips: int = 0
-    best_metric: float | None = None
+    step: int = 0  # optimizer steps taken, skipped ones included
+    epoch: int = 0  # epochs whose steps are all taken
+    samples: int = 0  # samples consumed
+    skipped_steps: int = 0  # steps whose loss or gradients were not finite
+    consecutive_skips: int = 0  # of these, the ones since the last applied step
+    best_metric: float | None = None  # highest finite validation metric
     best_epoch: int | None = None
-    last_metric: float | None = None
-    wall_time_s: float = 0.0
-    mode: str = "float32"
-    schema_version: int = SCHEMA_VERSION
+    last_metric: float | None = None  # of the latest validation; `None` if it was not finite
+    wall_time_s: float = 0.0  # seconds in training and validation, over all sessions
+    mode: str = "float32"  # effective dtype of training: `float32`, `float16` or `bfloat16`
+    schema_version: int = SCHEMA_VERSION  # of this record and of the checkpoint around it
 
     def record_step(self, applied: bool, samples: int, steps_per_epoch: int) -> None:
         """Count one optimizer step over `samples` samples."""
@@ -73,9 +57,8 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values of a saved record; `ValueError` if it has another schema version."""
         if state.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"progress: expected schema version {SCHEMA_VERSION}, "
-                f"got {state.get('schema_version')}. Continue with the version that wrote it."
-            )
+            found = state.get("schema_version")
+            expected = f"expected schema version {SCHEMA_VERSION}, got {found}"
+            raise ValueError(f"progress: {expected}. Continue with the version that wrote it.")
         for key, value in state.items():
             setattr(self, key, value)

@@ -1,7 +1,4 @@
-"""What a network, loss, loader or metric of your own may offer beside what PyTorch requires.
-
-Nothing of it is required. It is enough that a class has the attributes and methods.
-"""
+"""Attributes and methods that a network, loss, loader or metric of your own may have, or not."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ class HasReduction(Protocol):
 
 @runtime_checkable
 class SpansRanks(Protocol):
-    """A loss whose value is that of the samples of all ranks, if `is_over_ranks` is true.
-
-    The trainer takes any other loss for a mean over samples, and averages it over ranks.
-    """
+    """A loss over the samples of all ranks, if `is_over_ranks`; others are averaged over ranks."""
 
     is_over_ranks: bool
 
@@ -47,10 +41,7 @@ class HasBackend(Protocol):
 
 @runtime_checkable
 class ResumableSampler(Protocol):
-    """A loader's sampler that begins at sample `start` of the run, which the trainer sets.
-
-    With another sampler, a run that continues begins its epoch from the start.
-    """
+    """A sampler that begins at sample `start` of the run; others begin the epoch anew."""
 
     start: int
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,28 +24,21 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from pipeline import distributed
+from pipeline import distributed, errors
 from pipeline.distributed import SummedDDP
-from pipeline.errors import (
-    InputError,
-    TrainingInterrupted,
-    TrainingStopped,
-    describe_worker_failure,
-    require_choice,
-)
 from pipeline.files import NO_ROOM
-from pipeline.precision import Precision, StepStats, require_float32
+from pipeline.precision import BufferSnapshot, Precision, StepStats, require_float32
 from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
-from pipeline.training.progress import DONE, EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
-from pipeline.training.snapshot import BufferSnapshot
+from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 
 log = logging.getLogger(__name__)
 
 NOT_WRITTEN = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO)
+Batch = dict[str, Any]
 
 
 class StepEvents(EventEnum):
@@ -63,49 +55,31 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     an epoch is `steps_per_epoch` steps. If the loss or a gradient of a step is not finite, the step
     is skipped: weights, optimizer, scheduler and buffers are afterwards what they were before it.
 
-    With several ranks, each has a part of every micro-batch. Loss and gradients are those of the
-    whole one. Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, and
-    all stop, skip and are interrupted at the same step.
+    Each of several ranks has a part of every micro-batch, with loss and gradients of the whole one.
+    Weights, optimizer, scheduler, scaler and `progress` are the same on all ranks, which stop, skip
+    and are interrupted at the same step.
 
     `pipeline.training.protocols` lists what a network, loss or loader of your own may offer.
 
     Args:
-        network: Network on its device, with float32 weights.
+        network: On its device, with float32 weights; `ValueError` for others.
         loss_function: `(logits, label) -> scalar`, a mean over samples.
         train_data_loader: Yields dictionaries with `image` `(B, C, H, W, D)` and `label`
             `(B, 1, H, W, D)`. If they have `seed` `(B,)` int64, torch's generator starts from it,
             so that dropout does not depend on the steps before.
         max_epochs: Epochs to train, in all sessions together.
-        precision: Owns device, autocast, scaler, clipping and the finite check; by default mixed
-            precision on the network's device.
-        lr_scheduler: Advanced once per applied step, never on a skipped one; by default the
-            learning rates stay.
-        steps_per_epoch: Optimizer steps in an epoch; by default those that the loader has.
+        precision: By default mixed precision on the network's device.
+        lr_scheduler: Advanced once per applied step; by default the learning rates stay.
+        steps_per_epoch: By default as many as the loader has.
         accumulation_steps: Micro-batches in an optimizer step; the loss is their mean.
         grad_clip: Largest global 2-norm of the gradients; 0 turns clipping off.
         grace_s: Seconds within which the process ends after SIGTERM, SIGINT or SIGUSR1.
-        replica: The network wrapped for several ranks; gradients pass through it.
-        cuda_graph: `auto`, `cuda_graphs` or `none`: whether forward pass, loss and backward pass
-            are replayed as a CUDA graph (`StepGraph`); `auto` does so on CUDA with one rank. There
-            is no graph while a module has a hook, or an event between them has a handler.
-        initial_weights: Replace the network's weights of these names; weights of a checkpoint,
-            which a handler restores, come after them.
+        cuda_graph: `auto` (on CUDA with one rank), `cuda_graphs` or `none`: whether forward pass,
+            loss and backward pass are replayed as a CUDA graph (`StepGraph`), which they are not
+            while a module has a hook, or an event between them has a handler.
+        initial_weights: Replace the network's weights of these names, before any checkpoint.
         kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
-
-    Attributes:
-        progress: How far training is; ignite's counters are set from it when a run continues.
-        last_step: `StepStats` of the latest optimizer step.
-        group: Micro-batches of the current accumulation group, as the loader gave them.
-        diagnosis: Why training stops before its end; `None` if it does not.
-        peak_memory_bytes: Peak of training and validation on a CUDA device, after they have ended.
-        peak_reserved_bytes: The same including what the allocator keeps for later.
-        trial_step: `batch_size` and `peak_bytes` of this rank in the `TrialStep` of a new run.
-        interrupted: Whether training ends here, to be continued. It is decided before the handlers
-            of a step, or of an epoch's end, save the state.
-
-    Raises:
-        ValueError: If the network's weights are not float32.
     """
 
     def __init__(
@@ -139,15 +113,15 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self._schedule = deepcopy(self.lr_scheduler.state_dict()), rates  # where a round begins
         self.steps_per_epoch, self.grad_clip = steps_per_epoch, grad_clip
         self.grace_s, self.replica = grace_s, replica
-        self.progress = Progress(mode=precision.mode)
+        self.progress = Progress(mode=precision.mode)  # ignite's counters are derived from it
         self.last_step: StepStats | None = None
-        self.group: list[dict[str, Any]] = []
-        self.diagnosis: str | None = None
-        self.peak_memory_bytes: int | None = None
-        self.peak_reserved_bytes: int | None = None
-        self.trial_step: dict[str, int | None] | None = None
+        self.group: list[Batch] = []  # micro-batches of the step, as the loader gave them
+        self.diagnosis: str | None = None  # why training stops before its end
+        self.peak_memory_bytes: int | None = None  # of training and validation on a CUDA device
+        self.peak_reserved_bytes: int | None = None  # with what the allocator keeps for later
+        self.trial_step: dict[str, int | None] | None = None  # as `TrialStep` leaves it
+        # whether training ends here, decided before handlers of a step or epoch save the state
         self.interrupted = self._is_told_to_end = False
-        self._level = logging.ERROR  # of the diagnosis, on the rank that stops
         spans_ranks = isinstance(loss_function, protocols.SpansRanks)
         self._spans_ranks = spans_ranks and loss_function.is_over_ranks  # type: ignore[attr-defined]
         self._buffers = BufferSnapshot(network)
@@ -175,9 +149,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
     # --- a step
 
-    def _iteration(
-        self, engine: SupervisedTrainer, batchdata: dict[str, Any]
-    ) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: SupervisedTrainer, batchdata: Batch) -> dict[str, torch.Tensor]:
         """One micro-batch, and after the last one of an accumulation group the optimizer step."""
         if (self.state.iteration - 1) % self.accumulation_steps == 0:
             self.optimizer.zero_grad(set_to_none=True)
@@ -195,7 +167,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             with self.replica.no_sync() if self.replica and not ends_group else nullcontext():
                 with self.precision.autocast():
                     network = self.replica or self.network
-                    loss = self._forward(images, labels, network, output, self.fire_event)
+                    loss = self._forward(network, output, self.fire_event)
                 self.precision.backward(loss / self.accumulation_steps)
         self._loss = self._loss + output[Keys.LOSS].detach() / self.accumulation_steps
         self._max_logit = torch.maximum(self._max_logit, max_abs(output[Keys.PRED]))
@@ -224,68 +196,48 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         return output
 
     def _forward(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        network: torch.nn.Module,
-        output: dict[str, Any],
-        notify: Callable[[IterationEvents], object] = lambda event: None,
+        self, network: torch.nn.Module, output: Batch, notify: Callable = lambda event: None
     ) -> torch.Tensor:
-        """Loss of a micro-batch in train mode; `output` receives logits and loss one by one."""
+        """Loss of a micro-batch in train mode; `output` has images and labels, and receives it."""
         network.train()
-        output[Keys.PRED] = self.inferer(images, network)
+        output[Keys.PRED] = self.inferer(output[Keys.IMAGE], network)
         notify(IterationEvents.FORWARD_COMPLETED)
-        loss = self.loss_function(output[Keys.PRED], labels)
+        loss = self.loss_function(output[Keys.PRED], output[Keys.LABEL])
         if distributed.size() > 1 and not self._spans_ranks:
-            loss = distributed.mean_over_ranks(loss, len(images))
+            loss = distributed.mean_over_ranks(loss, len(output[Keys.IMAGE]))
         output[Keys.LOSS] = loss
         notify(IterationEvents.LOSS_COMPLETED)
         return output[Keys.LOSS]
 
-    def forward(
-        self,
-        batchdata: dict[str, Any],
-        autocast: AbstractContextManager,
-        output: dict[str, Any],
-    ) -> torch.Tensor:
-        """Loss of one micro-batch in train mode, as a step computes it but without its events.
-
-        Args:
-            autocast: Context for network and loss.
-            output: Receives `image`, `label`, `pred` and `loss` one by one.
-        """
+    def forward(self, batchdata: Batch, autocast: AbstractContextManager) -> torch.Tensor:
+        """Loss of one micro-batch in train mode, as a step computes it but without its events."""
         images, labels = self._prepare(batchdata)
         _seed_torch(batchdata)
-        output |= {Keys.IMAGE: images, Keys.LABEL: labels}
         with autocast:
-            return self._forward(images, labels, self.network, output)
+            return self._forward(self.network, {Keys.IMAGE: images, Keys.LABEL: labels})
 
-    def _prepare(self, batchdata: dict[str, Any]) -> Prepared:
+    def _prepare(self, batchdata: Batch) -> Prepared:
         _seed_torch(batchdata)  # `prepare_batch` may draw from torch's generator
         return self.prepare_batch(batchdata, self.state.device, self.non_blocking)
 
     # --- as a CUDA graph
 
     def _make_graph(self, mode: str) -> StepGraph | None:
-        require_choice(mode, GRAPH_MODES, "cuda_graph")
-        possible = self.precision.device.type == "cuda" and not self.replica
+        errors.require_choice(mode, GRAPH_MODES, "cuda_graph")
         required, accumulates = mode == "cuda_graphs", self.accumulation_steps > 1
-        if required and not possible:
-            raise InputError(
-                "cuda_graph: expected a CUDA device and one rank for cuda_graphs. Use auto."
-            )
-        if mode == "none" or not possible:
+        is_possible = self.precision.device.type == "cuda" and not self.replica
+        if required and not is_possible:
+            expected = "expected a CUDA device and one rank for cuda_graphs"
+            raise errors.InputError(f"cuda_graph: {expected}. Use auto.")
+        if mode == "none" or not is_possible:
             return None
-        return StepGraph(
-            self._forward_backward, self.network, accumulates=accumulates, required=required
-        )
+        return StepGraph(self._work, self.network, accumulates=accumulates, required=required)
 
-    def _forward_backward(
-        self, images: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
-        output: dict[str, Any] = {}
+    def _work(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Detached logits and loss of a micro-batch, after its backward pass."""
+        output: Batch = {Keys.IMAGE: images, Keys.LABEL: labels}
         with self.precision.autocast():
-            loss = self._forward(images, labels, self.network, output)
+            loss = self._forward(self.network, output)
         self.precision.backward(loss / self.accumulation_steps)
         pred = output[Keys.PRED]
         detached = [level.detach() for level in pred] if isinstance(pred, list) else pred.detach()
@@ -300,13 +252,10 @@ class MixedPrecisionTrainer(SupervisedTrainer):
     def run(self) -> None:  # type: ignore[override]
         """Train to `max_epochs`, from wherever a restored `progress` says.
 
-        A finished run returns at once. A federated client calls it once a round, with
-        `state.max_epochs` raised in between: each round has the learning rates from their
-        beginning, and optimizer state, loss scale and counters from the round before.
+        A federated client calls it once a round, with `state.max_epochs` raised in between: each
+        round has the learning rates from their beginning, and the rest from the round before.
 
-        Raises:
-            TrainingStopped: If a handler called `stop`.
-            TrainingInterrupted: If a signal came, or a handler called `interrupt`.
+        Raises `TrainingStopped` after `stop`, and `TrainingInterrupted` after `interrupt`.
         """
         log.info("%s", self.precision)
         requested, effective = self.describe().values()
@@ -329,29 +278,33 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.precision.device)
         if self.diagnosis is not None:
             log.log(self._level, "%s", self.diagnosis)
-            raise TrainingStopped(self.diagnosis)
+            raise errors.TrainingStopped(self.diagnosis)
         if self.interrupted:
             log.info("Interrupted at step %d; the same command continues.", self.progress.step)
-            raise TrainingInterrupted()
+            raise errors.TrainingInterrupted()
 
     def _train(self) -> None:
         try:
             if self.progress.phase == EPOCH_END_PENDING:
                 self.fire_event(Events.EPOCH_COMPLETED)
-            unfinished = self.progress.epoch < self.state.max_epochs
-            going = self.diagnosis is None and not self.interrupted
-            if unfinished and self.progress.phase == STEPPING and going:
+            is_unfinished = self.progress.epoch < self.state.max_epochs
+            goes_on = self.diagnosis is None and not self.interrupted
+            if is_unfinished and goes_on and self.progress.phase == STEPPING:
                 # not Trainer.run, which would put a new scaler in the place of the policy's
                 super(Workflow, self).run(self._batches, self.state.max_epochs)
-        except RuntimeError as error:
-            reason = distributed.explain_lost_rank(error) or describe_worker_failure(error)
+        except Exception as caught:
+            error: Any = caught
+            reason = distributed.explain_lost_rank(error) or errors.describe_worker_failure(error)
+            if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+                reason = f"{error} The run ends; the checkpoints are as they were."
             if reason is None:
+                step = self.progress.step
+                cases = [case for batch in self.group for case in batch.get("case_id", ())]
+                note = f"step {step + 1}, cases {', '.join(cases) or 'unknown'}"
+                is_over = self.progress.phase == EPOCH_END_PENDING
+                error.add_note(f"validation after step {step}" if is_over else note)
                 raise
             self.stop(reason)
-        except OSError as error:
-            if error.errno not in NOT_WRITTEN:
-                raise
-            self.stop(f"{error} The run ends; the checkpoints are as they were.")
 
     def _begin_round(self) -> None:
         self.progress.phase = STEPPING
@@ -360,41 +313,31 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
-        """One optimizer step over the micro-batches of one group, outside of a run."""
-        for batch in batches:
-            self.state.iteration += 1
-            self._iteration(self, batch)
-
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What was asked for and what is in force: precision, backend of the loss, CUDA graph.
-
-        Raises:
-            InputError: If the backend asked for cannot serve on this device.
-        """
+        """`requested` and `effective` settings; `InputError` if the loss's backend cannot serve."""
         described, loss, network = self.precision.describe(), self.loss_function, self.network
         asked = in_force = None
         if isinstance(loss, protocols.HasBackend):
             classes = network.out_channels if isinstance(network, protocols.HasOutChannels) else 2
             asked, in_force = loss.backend, loss.in_force(self.precision.device, classes)
-        graph = "cuda_graphs" if self._graph and self._graph.is_used else "none"
+        graph = "cuda_graphs" if self._graph and self._graph.captures else "none"
         described["requested"] |= {"loss_backend": asked, "cuda_graph": self._cuda_graph}
         described["effective"] |= {"loss_backend": in_force, "cuda_graph": graph}
         return described
 
     # --- its end
 
-    def stop(self, diagnosis: str) -> None:
+    def stop(self, diagnosis: str, level: int = logging.ERROR) -> None:
         """End training after this step, because of what the first `diagnosis` says."""
-        self.diagnosis = self.diagnosis or diagnosis
+        if self.diagnosis is None:
+            self.diagnosis, self._level = diagnosis, level
         self.terminate()
 
     def agree(self) -> None:
         """End training on all ranks if one was told to `stop`; all have to call it."""
         reasons = [reason for reason in distributed.all_gather_object(self.diagnosis) if reason]
-        if reasons and self.diagnosis is None:
-            self._level = logging.INFO
-            self.stop(reasons[0])
+        if reasons:
+            self.stop(reasons[0], logging.INFO)
 
     def interrupt(self) -> None:
         """End training at the next step or epoch's end; the same command continues it."""
@@ -426,16 +369,13 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         if not last:
             self._end_if(any(distributed.all_gather_object(self._is_told_to_end)))
 
-    def finish(self) -> None:
-        """Mark the run as done: it never trains again."""
-        self.progress.phase = DONE
-
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Largest |logit|, float32 scalar on the device; NaN if there is one. One pass, no copy."""
     levels = [logits] if isinstance(logits, torch.Tensor) else logits
-    norm = partial(torch.linalg.vector_norm, ord=math.inf, dtype=torch.float32)
-    return torch.stack([norm(level.detach()) for level in levels]).max()
+    inf, float32 = math.inf, torch.float32
+    norms = [torch.linalg.vector_norm(level.detach(), inf, dtype=float32) for level in levels]
+    return torch.stack(norms).max()
 
 
 def _seed_torch(batch: dict[str, Any]) -> None:
@@ -444,7 +384,6 @@ def _seed_torch(batch: dict[str, Any]) -> None:
 
 
 def _begin_epoch(trainer: MixedPrecisionTrainer) -> None:
-    loader: Any = trainer.data_loader
-    sampler = getattr(loader, "sampler", None)  # a plain iterable has none
+    sampler = getattr(trainer.data_loader, "sampler", None)  # a plain iterable has none
     if isinstance(sampler, protocols.ResumableSampler):
         sampler.start = trainer.progress.samples

@@ -11,8 +11,9 @@ import gc
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,8 @@ from pipeline import distributed
 from pipeline.data.memory import available_bytes
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
-from pipeline.precision import Precision
+from pipeline.precision import buffers_kept
 from pipeline.training.protocols import LabelMapMetric
-from pipeline.training.snapshot import buffers_kept
 from pipeline.training.trainer import MixedPrecisionTrainer
 
 log = logging.getLogger(__name__)
@@ -57,50 +57,40 @@ class TrialStep:
         trainer.add_event_handler(Events.STARTED, self.run)
 
     def run(self, trainer: MixedPrecisionTrainer) -> None:
-        """Try one batch, unless training continues; the result is `trainer.trial_step`.
-
-        Raises:
-            InputError: If something does not fit, on any rank.
-        """
+        """Try one batch of a new run, for `trainer.trial_step`; `InputError` if one rank fails."""
         if trainer.progress.step > 0:
             return
-        network, optimizer, precision = trainer.network, trainer.optimizer, trainer.precision
-        with distributed.sync_errors(), _state_kept(network, optimizer, precision.device):
+        device = trainer.precision.device
+        metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
+        with distributed.sync_errors(), _state_kept(trainer.network, trainer.optimizer, device):
             batch = _first_batch(trainer.data_loader)
-            images, labels = trainer.prepare_batch(batch, precision.device, trainer.non_blocking)
-            metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
+            images, labels = trainer.prepare_batch(batch, device, trainer.non_blocking)
             where = f"trial step with {', '.join(batch.get('case_id', ['the first batch']))}"
-            step = network, trainer.loss_function, optimizer, precision, images, labels
-            peak = try_step(*step, metrics, where)
+            peak = try_step(trainer, images, labels, metrics, where)
         trainer.trial_step = {"batch_size": len(images), "peak_bytes": peak}
         reserved = "" if peak is None else f", {peak / GIB:.2f} GiB reserved"
         log.info("Trial step with %d patches: all fits together%s", len(images), reserved)
 
 
 def try_step(
-    network: nn.Module,
-    loss_function: Callable[..., torch.Tensor],
-    optimizer: Optimizer,
-    precision: Precision,
+    parts: Any,
     images: torch.Tensor,
     labels: torch.Tensor,
     metrics: Iterable[LabelMapMetric] = (),
     where: str = "trial step",
 ) -> int | None:
-    """Take a training step with a batch.
+    """Take a training step, and try `metrics` on its prediction; `InputError` if one fails.
 
     Args:
+        parts: Has `network`, `loss_function`, `optimizer` and `precision`, as a trainer.
         images: `(B, C, H, W, D)` float32 on the device.
         labels: `(B, 1, H, W, D)` on the device.
-        metrics: Metrics that are tried on the prediction.
         where: Beginning of messages.
 
     Returns:
         Bytes that PyTorch reserved for the step on a CUDA device; `None` on a CPU.
-
-    Raises:
-        InputError: If something does not fit together, or into the card's memory.
     """
+    network, optimizer, precision = parts.network, parts.optimizer, parts.precision
     batch = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
     with _peak(precision.device, images) as peak, distributed.local_only(network):
         network.train()
@@ -112,13 +102,12 @@ def try_step(
                 finest = finest[:, 0] if finest.ndim == 6 else finest  # stacked levels
                 if finest.shape[2:] != images.shape[2:]:
                     raise ValueError(f"logits of shape {tuple(finest.shape)}")
-            levels = [logits] if isinstance(logits, torch.Tensor) else logits
-            shapes, highest = ", ".join(str(tuple(x.shape)) for x in levels), int(labels.max())
-            expected = f"a loss that takes logits {shapes} and {batch}"
+            expected = f"a loss that takes logits {tuple(finest.shape)} and {batch}"
+            highest = int(labels.max())
             with _named(where, expected, _loss_remedy(logits, highest)):
                 if finest.is_cuda and highest >= finest.shape[1]:
-                    _try_on_cpu(loss_function, logits, labels)
-                loss = loss_function(logits, labels)
+                    _try_on_cpu(parts.loss_function, logits, labels)
+                loss = parts.loss_function(logits, labels)
         with _named(where, "a scalar loss that can be differentiated", "Correct the loss."):
             precision.backward(loss)
         unused = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
@@ -138,25 +127,17 @@ def try_step(
 def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
     """Lower the batch size of a plan, and say so in it, until a step fits into the card's memory.
 
-    Args:
-        objects: `network`, `loss_function`, `optimizer` and `precision` of a config, which change.
-
-    Raises:
-        InputError: If not even one patch for each rank fits.
+    It is tried with `network`, `loss_function`, `optimizer` and `precision` of `objects`, which
+    change. Raises `InputError` if not even one patch for each rank fits.
     """
-    precision, ranks, size = objects["precision"], distributed.size(), plan.batch_size
-    parts = objects["network"], objects["loss_function"], objects["optimizer"], precision
-    limit = SHARE_OF_CARD * available_bytes(precision.device)
+    device, ranks, size = objects["precision"].device, distributed.size(), plan.batch_size
+    limit = SHARE_OF_CARD * available_bytes(device)
     while True:
         shape = (-(-size // ranks), plan.in_channels, *plan.roi_size)
-        images = torch.zeros(shape, device=precision.device)
-        labels = torch.zeros_like(images[:, :1], dtype=torch.uint8)
-        try:
-            if (try_step(*parts, images, labels) or 0) <= limit or size == ranks:
+        images, parts = torch.zeros(shape, device=device), SimpleNamespace(**objects)
+        with contextlib.nullcontext() if size == ranks else contextlib.suppress(MemoryLimitError):
+            if (try_step(parts, images, images[:, :1].byte()) or 0) <= limit or size == ranks:
                 break
-        except MemoryLimitError:
-            if size == ranks:
-                raise
         size = max(size * 3 // 4, ranks)
     if size == plan.batch_size:
         return plan
@@ -166,31 +147,24 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
 
 def _first_batch(loader: Any) -> dict[str, Any]:
     """Load a batch in this process: workers would be started for it, and ended again."""
-    if not isinstance(loader, DataLoader):
-        return next(iter(loader))
-    settings = loader.num_workers, loader.timeout
-    try:
+    if isinstance(loader, DataLoader):
+        loader = copy(loader)
         loader.num_workers = loader.timeout = 0
-        return next(iter(loader))
-    finally:
-        loader.num_workers, loader.timeout = settings
+    return next(iter(loader))
 
 
 def _try_on_cpu(loss_function: Any, logits: Any, labels: torch.Tensor) -> None:
     """Try labels that are no class where an error does not make the card unusable."""
-    copy = deepcopy(loss_function)
-    copy = copy.cpu() if isinstance(copy, nn.Module) else copy
+    loss = deepcopy(loss_function)
+    loss = loss.cpu() if isinstance(loss, nn.Module) else loss
     is_tensor = isinstance(logits, torch.Tensor)
-    levels = [level.float().cpu() for level in ([logits] if is_tensor else logits)]
-    copy(levels[0] if is_tensor else levels, labels.cpu())
+    loss(logits.float().cpu() if is_tensor else [x.float().cpu() for x in logits], labels.cpu())
 
 
 def _roi_remedy(images: torch.Tensor) -> str:
     sizes = [-(-n // STRIDE) * STRIDE for n in images.shape[2:]]
-    return (
-        f"Choose roi_size in multiples of the network's total stride, such as {sizes}, and a "
-        f"network of {images.shape[1]} channels."
-    )
+    advice = "Choose roi_size in multiples of the network's total stride, such as"
+    return f"{advice} {sizes}, and a network of {images.shape[1]} channels."
 
 
 def _loss_remedy(logits: Any, highest: int) -> str:
@@ -238,23 +212,19 @@ def _peak(device: torch.device, images: torch.Tensor) -> Iterator[Callable[[], i
 
 @contextlib.contextmanager
 def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
-    """Put back weights, buffers, optimizer, modes and random states at the end."""
+    """Put back weights, buffers, optimizer and random states at the end."""
     weights = [parameter.detach().to("cpu", copy=True) for parameter in network.parameters()]
-    modes = [module.training for module in network.modules()]
     moments = {parameter: deepcopy(state) for parameter, state in optimizer.state.items()}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), buffers_kept(network):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, saved in zip(network.parameters(), weights, strict=True):
-                    parameter.copy_(saved)
-            for module, mode in zip(network.modules(), modes, strict=True):
-                module.training = mode
+            for parameter, saved in zip(network.parameters(), weights, strict=True):
+                parameter.data.copy_(saved)
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
             optimizer.state.update(moments)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
