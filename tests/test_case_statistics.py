@@ -45,7 +45,7 @@ def make_case(folder, image, label, case_id="a"):
 def measure(case, ignore_value=None, hashes=None):
     headers, issues = check_headers(case, None)
     assert issues == []
-    return statistics.recall_statistics(case, headers, ignore_value, hashes)
+    return statistics.recall(case, headers, ignore_value, hashes)
 
 
 def measure_voxels(folder, image, label, ignore_value=None):

@@ -143,7 +143,6 @@ class CachedDataset(Dataset):
     Args:
         data: Cases, as dictionaries with `case_id`, `image` and `label`.
         transform: Deterministic preprocessing, applied once per case; arrays and tensors are kept.
-        cache: Keeps the results.
         num_classes: Classes, background included; `None`: label values are not checked.
         ignore_value: Label of voxels that nobody annotated.
 
@@ -311,7 +310,7 @@ def preprocessing_key(source: Config, plan: Plan) -> dict[str, Any]:
 
 
 def _encode(made: Mapping[str, Any], key: str) -> tuple[bytes, Entry]:
-    """Make the file of an entry, in which no text of a header may name a person."""
+    """Make the file of an entry, without the text of headers, which may name a person."""
     kept = {name: t for name, t in made.items() if isinstance(t, np.ndarray | torch.Tensor)}
     arrays = {name: np.ascontiguousarray(np.asarray(t)) for name, t in kept.items()}
     metas = {name: t.meta for name, t in kept.items() if isinstance(t, MetaTensor)}

@@ -90,15 +90,12 @@ def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str
 
 
 def map_threads(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    desc: str | None = None,
-    num_threads: int | None = None,
+    function: Callable[[T], R], items: Sequence[T], desc: str = "", num_threads: int | None = None
 ) -> list[R]:
     """Call a function of each item in several threads, with a progress bar if it has a name."""
     with ThreadPoolExecutor(num_threads or min(MAX_THREADS, distributed.own_cores())) as pool:
         results = pool.map(function, items)
-        enabled = desc is not None and distributed.is_main()
+        enabled = bool(desc) and distributed.is_main()
         return list(ProgressBar(results, desc=desc, total=len(items), enabled=enabled))
 
 

@@ -93,11 +93,7 @@ class DataModule:
         return preflight(cases, self.level, self.cache_dir)
 
     def plan(self, found: Preflight) -> Plan:
-        """Decide what is `auto`.
-
-        Raises:
-            InputError: If the dataset has a fault, or a value does not fit it.
-        """
+        """Decide what is `auto`; raises an InputError if the dataset or a value has a fault."""
         found.require_sound()
         assert found.fingerprint is not None  # a sound dataset has one
         network = self.base_channels, self.recompute_levels, distributed.size()

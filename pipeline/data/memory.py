@@ -1,8 +1,7 @@
 """How much GPU memory a training step takes: a formula for the plan, which needs no card.
 
 The formula counts what a backward pass of the dense U-Net needs; four numbers are fitted to peaks
-that `benchmarks/gpu_memory.py` read on a card. What a run takes is measured by its trial step
-(`pipeline.training.trial`).
+that `benchmarks/gpu_memory.py` read on a card. The trial step of a run measures what it takes.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ class TrainingStep:
         return known + copies * activations + LOGIT_BYTES * logits + PROCESS_BYTES
 
     def terms(self) -> tuple[float, float, float]:
-        """Compute what the fitted numbers are multiplied with.
+        """Compute what the fitted numbers are added to and multiplied with.
 
         Returns:
-            Bytes that are known: of weights, images and the dense layers' activations; bytes of
-            one copy of the activations of all levels; the number of logits.
+            Bytes of weights, images and the dense layers' activations; bytes of one copy of the
+            activations of all levels; the number of logits.
         """
         widths = [self.base_channels * 2**level for level in range(len(self.strides) + 1)]
         voxels = [float(self.batch_size * math.prod(self.roi_size))]

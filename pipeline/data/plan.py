@@ -212,11 +212,10 @@ class Planner:
         self.total_voxels = float(resampled.prod(axis=1).sum())
 
     def _step_bytes(self, roi_size: Sequence[int], batch_size: int) -> float:
-        strides, num_classes, in_channels = (
-            self.chosen[name] for name in ("strides", "num_classes", "in_channels")
-        )
-        network = strides, self.base_channels, num_classes, in_channels, self.recompute_levels
-        return (1 + RESERVE) * TrainingStep(roi_size, batch_size, *network).estimate_bytes()
+        strides, num_classes = self.chosen["strides"], self.chosen["num_classes"]
+        network = strides, self.base_channels, num_classes, self.chosen["in_channels"]
+        step = TrainingStep(roi_size, batch_size, *network, self.recompute_levels)
+        return (1 + RESERVE) * step.estimate_bytes()
 
     def _require_fit(self) -> None:
         names, num_classes, in_channels = self.chosen.values()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,7 @@ from pipeline.data.content import ContentHashes, map_threads
 from pipeline.data.dataset import Cases
 from pipeline.data.issues import DatasetIssue, make_issue, refuse, some
 from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
-from pipeline.data.statistics import (
-    CaseStatistics,
-    DatasetFingerprint,
-    make_fingerprint,
-    recall_statistics,
-)
+from pipeline.data.statistics import CaseStatistics, DatasetFingerprint, make_fingerprint, recall
 from transforms.load import DicomError
 
 SIDES = ("train", "validation", "test")
@@ -32,6 +27,8 @@ MAX_LABEL_VALUE = 254  # labels are kept in a byte
 # a grey value that more cases than this have says nothing about a person
 COMMON_SHARE, COMMON_CASES = 0.05, 4
 MIN_VALUES, MAX_SHARED = 16, 0.5  # least number of values, and the share of them that is an issue
+
+Issues = Iterator[DatasetIssue]
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,6 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
     """Examine all cases.
 
     Args:
-        cases: The cases of a dataset.
         level: `full`: headers and voxels; `fast`: headers; `off`: headers too, since the plan is
             made of them, but only what it cannot be made of is a fault.
         cache_dir: Folder where statistics of voxels are stored, by content, so that the next
@@ -128,17 +124,14 @@ def _examine(case: Case, cases: Cases, level: str, hashes: ContentHashes | None)
     statistics = None
     if headers and level == "full" and all(issue.warning for issue in issues):
         try:
-            statistics = recall_statistics(case, headers, cases.ignore_value, hashes)
+            statistics = recall(case, headers, cases.ignore_value, hashes)
             issues += _check_voxels(case["case_id"], statistics, cases)
         except (VolumeError, DicomError, OSError) as error:
             issues.append(DatasetIssue(case["case_id"], "unreadable", str(error)))
     return Examination(case["case_id"], headers, statistics, issues)
 
 
-# ---- one case
-
-
-def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Issues:
     if non_finite := sum(channel.num_non_finite for channel in found.channels):
         got = f"{non_finite} NaN or infinite voxels, as float32"
         remedy = "Replace them or exclude the case"
@@ -149,7 +142,7 @@ def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator
     yield from _check_label(case_id, found, cases)
 
 
-def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Issues:
     """The first thing that is wrong with a label; others may follow from it."""
     num_classes = min(len(cases.class_names or ()) or MAX_LABEL_VALUE + 1, MAX_LABEL_VALUE + 1)
     allowed = {*map(str, range(num_classes)), str(cases.ignore_value)}
@@ -180,12 +173,7 @@ def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[
     yield make_issue(case_id, check, declared, got, remedy)
 
 
-# ---- all cases
-
-
-def _find_unusual_channels(
-    found: Sequence[Examination], declared: int | None
-) -> Iterator[DatasetIssue]:
+def _find_unusual_channels(found: Sequence[Examination], declared: int | None) -> Issues:
     """Cases with another number of channels than most, where the dataset declares none."""
     counts = {one.case_id: count_channels(one.headers) for one in found if one.headers}
     if declared is not None or len({*counts.values()}) < 2:
@@ -198,22 +186,19 @@ def _find_unusual_channels(
             yield make_issue(case_id, "channels", expected, count, remedy)
 
 
-def _find_identical_images(found: Sequence[Examination]) -> Iterator[DatasetIssue]:
+def _find_identical_images(found: Sequence[Examination]) -> Issues:
     """Cases whose images hold the same voxels, whatever their files are called."""
     first: dict[object, str] = {}
     for one in found:
         if one.headers and one.statistics:
             digests = tuple(channel.digest for channel in one.statistics.channels)
-            case_id = one.case_id
-            other = first.setdefault((one.headers["image"][0].shape, digests), case_id)
-            if other != case_id:
+            other = first.setdefault((one.headers["image"][0].shape, digests), one.case_id)
+            if other != one.case_id:
                 got, remedy = f"the voxels of {other}", "Exclude one of the two"
-                yield make_issue(case_id, "identical", "an image of its own", got, remedy)
+                yield make_issue(one.case_id, "identical", "an image of its own", got, remedy)
 
 
-def _find_shared_values(
-    sides: Mapping[str, Sequence[Examination]], ignored: Collection[str]
-) -> Iterator[DatasetIssue]:
+def _find_shared_values(sides: dict[str, list[Examination]], ignored: set[str]) -> Issues:
     """Cases that share most of their exact grey values with one on another side of the split.
 
     Scans of one session, or two parts of one scan, have values in common that no other person's

@@ -6,7 +6,6 @@ the number of samples in an epoch. Nothing depends on how many processes do the 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import signal
@@ -131,20 +130,20 @@ class PatchDataset(CachedDataset):
 
     def read_all(self, device: torch.device) -> list[dict[str, Any]]:
         """Read all cases, volumes to a device, positions as arrays; equal cases are there once."""
-        loaded: dict[str, dict[str, Any]] = {}
-        for number, key in enumerate(self.keys):
-            if key not in loaded:
-                tensors = self.read(number)[0].items()
-                loaded[key] = {
-                    name: tensor.to(device, copy=True) if name in VOLUMES else tensor.numpy().copy()
-                    for name, tensor in tensors
-                }
+        loaded = {
+            key: {
+                name: tensor.to(device, copy=True) if name in VOLUMES else tensor.numpy().copy()
+                for name, tensor in self.read(number)[0].items()
+            }
+            for key, number in {key: number for number, key in enumerate(self.keys)}.items()
+        }
         return [loaded[key] for key in self.keys]
 
     def cut(self, number: int, in_memory: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return sample `number`, cut from the tensors of cases that are in memory, if given."""
         round_number, place = divmod(number, len(self.data))
-        index = int(_order(self.seed, round_number, len(self.data))[place])
+        # every case comes once in a round, each round in its own order
+        index = int(generator(self.seed, "order", round_number).permutation(len(self.data))[place])
         case = in_memory[index] if in_memory else self.read(index)[0]
         rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
         size = np.asarray(case["label"].shape[1:])
@@ -177,12 +176,6 @@ class PatchDataset(CachedDataset):
         volumes = {k: v for k, v in self.transform(case).items() if k in VOLUMES}
         num_classes = len(self.classes) + 1
         return {**volumes, **sampling_positions(volumes["label"], num_classes, self.ignore_value)}
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, round_number: int, num_cases: int) -> np.ndarray:
-    """Order of the cases in a round, in which every case comes once."""
-    return generator(seed, "order", round_number).permutation(num_cases)
 
 
 def cut_patch(volume: torch.Tensor, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,7 @@ Nothing is judged here, so that stored statistics serve other class names and an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -168,7 +168,7 @@ def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
     return (values[start : start + PIECE] for start in range(0, values.size, PIECE))
 
 
-def recall_statistics(
+def recall(
     case: Case, headers: Headers, ignore_value: int | None, hashes: ContentHashes | None
 ) -> CaseStatistics:
     """Call `measure_case`, unless its result for files of the same content is stored."""
@@ -176,8 +176,7 @@ def recall_statistics(
         return measure_case(case, headers, ignore_value)
     contents: dict[str, bytes] = {}
     content = hashes.of_case(case, contents)
-    name = f"{sha256_of([VERSION, ignore_value, content])}.json"
-    path = hashes.directory / "statistics" / name
+    path = hashes.directory / "statistics" / f"{sha256_of([VERSION, ignore_value, content])}.json"
     if values := read_checked(path):
         channels = [ChannelStatistics(**channel) for channel in values.pop("channels")]
         return CaseStatistics(**values, channels=channels)
@@ -229,7 +228,7 @@ class DatasetFingerprint:
 
 
 def make_fingerprint(
-    cases: Cases, headers: Sequence[Headers], statistics: Sequence[CaseStatistics]
+    cases: Cases, headers: list[Headers], statistics: list[CaseStatistics]
 ) -> DatasetFingerprint:
     """Summarise cases without faults; there are no `statistics` where voxels were not read."""
     images = [files["image"][0] for files in headers]
@@ -247,14 +246,8 @@ def make_fingerprint(
         *facts,
         occupied.tolist(),
         float(np.mean(occupied.prod(axis=1) / shapes.prod(axis=1))),
-        [
-            _summarise_channel(name, [case.channels[n] for case in statistics])
-            for n, name in enumerate(channels)
-        ],
-        [
-            _summarise_class(name, str(value), statistics, spacings.prod(axis=1))
-            for value, name in enumerate(classes)
-        ],
+        [_summarise_channel(statistics, n, name) for n, name in enumerate(channels)],
+        [_summarise_class(statistics, n, name, spacings) for n, name in enumerate(classes)],
     )
 
 
@@ -266,7 +259,8 @@ def _grid(image: Header, box: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     return spacing[order], np.array(image.shape[:3])[order], occupied[order]
 
 
-def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> ChannelFingerprint:
+def _summarise_channel(cases: list[CaseStatistics], number: int, name: str) -> ChannelFingerprint:
+    channels = [case.channels[number] for case in cases]
     means, stds = [one.mean for one in channels], [one.std for one in channels]
     ranges = [min(means), max(means)], [min(stds), max(stds)]
     pooled = np.concatenate([channel.foreground_quantiles for channel in channels])
@@ -278,10 +272,10 @@ def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> Chan
 
 
 def _summarise_class(
-    name: str, value: str, statistics: Sequence[CaseStatistics], voxel_mm3: np.ndarray
+    cases: list[CaseStatistics], value: int, name: str, spacings: np.ndarray
 ) -> ClassFingerprint:
-    counts = np.array([case.label_counts.get(value, 0) for case in statistics])
-    volumes = (counts * voxel_mm3 / 1000)[counts > 0]
+    counts = np.array([case.label_counts.get(str(value), 0) for case in cases])
+    volumes = (counts * spacings.prod(axis=1) / 1000)[counts > 0]
     return ClassFingerprint(name, len(volumes), float(np.median(volumes)) if len(volumes) else None)
 
 
@@ -291,7 +285,6 @@ def training_range(fingerprint: DatasetFingerprint) -> dict[str, Any]:
     return {
         "spacing_mm": [spacings.min(axis=0).tolist(), spacings.max(axis=0).tolist()],
         "channels": [
-            {"name": channel.name, "means": channel.means, "stds": channel.stds}
-            for channel in fingerprint.channels
+            {"name": one.name, "means": one.means, "stds": one.stds} for one in fingerprint.channels
         ],
     }
