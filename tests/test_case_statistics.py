@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -149,25 +151,23 @@ def test_sketch_holds_the_smallest_hashes_of_all_values_but_zero(tmp_path):
 
 
 class Stored:
-    """Measures cases with a store of their own each time, and notes which are really read."""
+    """Measures cases with hashes that are read anew each time, and notes which are really read."""
 
     def __init__(self, cache_dir, monkeypatch):
-        self.cache_dir, self.read = cache_dir, []
-        original = statistics.measure_case
-
-        def measure_case(case, *arguments):
-            self.read.append(case["case_id"])
-            return original(case, *arguments)
-
+        self.cache_dir, self.measure_case = cache_dir, Mock(side_effect=statistics.measure_case)
         monkeypatch.setattr(content, "SETTLED_S", -1)  # files are remembered however new they are
-        monkeypatch.setattr(statistics, "measure_case", measure_case)
+        monkeypatch.setattr(statistics, "measure_case", self.measure_case)
 
     def __call__(self, cases, ignore_value=None):
-        self.read.clear()
+        self.measure_case.reset_mock()
         hashes = ContentHashes(self.cache_dir)
         found = [measure(case, ignore_value, hashes) for case in cases]
         hashes.save()
         return found
+
+    @property
+    def read(self):
+        return [call.args[0]["case_id"] for call in self.measure_case.call_args_list]
 
     @property
     def files(self):
@@ -186,16 +186,17 @@ def cases(tmp_path):
 
 def test_stored_statistics_are_those_that_were_measured(cases, stored):
     expected = [measure(case) for case in cases]
-    stored.read.clear()
     assert (stored(cases), stored.read) == (expected, ["c0", "c1", "c2"])
     assert (stored(cases), stored.read) == (expected, [])
     assert [path.suffix for path in stored.files] == [".json"] * 3
 
 
 def test_files_are_read_once_for_statistics_and_hashes(cases, stored, monkeypatch):
+    read_voxels = Mock(side_effect=statistics.read_voxels)
+    monkeypatch.setattr(statistics, "read_voxels", read_voxels)
     stored(cases)
-    monkeypatch.setattr(content.hashlib, "file_digest", None)
-    assert len(content.contents_of(cases, stored.cache_dir)) == 3
+    paths = [Path(case[key]) for case in cases for key in ("label", "image")]
+    assert [call.args[2] for call in read_voxels.call_args_list] == [p.read_bytes() for p in paths]
 
 
 def test_case_is_measured_again_when_content_or_ignore_value_differs(cases, tmp_path, stored):
@@ -210,10 +211,7 @@ def test_case_is_measured_again_when_content_or_ignore_value_differs(cases, tmp_
 def test_statistics_are_found_when_files_were_moved_or_touched(cases, tmp_path, stored):
     before = stored(cases)
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
-    moved = [
-        {key: value.replace("/data/", "/elsewhere/") for key, value in case.items()}
-        for case in cases
-    ]
+    moved = json.loads(json.dumps(cases).replace("/data/", "/elsewhere/"))
     os.utime(moved[0]["image"], (1, 1))
     assert (stored(moved), stored.read) == (before, [])
 
@@ -221,13 +219,10 @@ def test_statistics_are_found_when_files_were_moved_or_touched(cases, tmp_path, 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda text: "",
         lambda text: text[:-20],
         lambda text: "[" * 100_000,
-        lambda text: "[]",
         lambda text: '{"value": {"channels": []}, "sha256": "0"}',
         lambda text: text.replace('"num_fractions": 0', '"num_fractions": 1'),
-        lambda text: "\0\xff",
     ],
 )
 def test_case_is_measured_again_when_its_statistics_are_not_as_written(cases, stored, change):
@@ -244,8 +239,8 @@ def test_statistics_are_measured_when_nothing_can_be_stored(cases, stored):
     assert stored(cases) == [measure(case) for case in cases]
 
 
-def test_nothing_is_stored_of_files_that_change_meanwhile(cases, tmp_path, stored, monkeypatch):
-    measure_case = statistics.measure_case
+def test_nothing_is_stored_of_files_that_change_meanwhile(cases, tmp_path, stored):
+    measure_case = stored.measure_case.side_effect
 
     def measure_and_change(case, *arguments):
         measured = measure_case(case, *arguments)
@@ -253,8 +248,8 @@ def test_nothing_is_stored_of_files_that_change_meanwhile(cases, tmp_path, store
             save(tmp_path / "data" / "c1.nii.gz", make_voxels(9)[0])
         return measured
 
-    with monkeypatch.context() as patch:
-        patch.setattr(statistics, "measure_case", measure_and_change)
-        stored(cases)
+    stored.measure_case.side_effect = measure_and_change
+    stored(cases)
+    stored.measure_case.side_effect = measure_case
     stored(cases)
     assert stored.read == ["c1"]

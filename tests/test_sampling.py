@@ -244,9 +244,8 @@ def test_loader_gives_the_same_samples_however_they_are_read(
     loader.sampler.start = start
     batches = list(loader)
     if "cache_on_device" in how:
-        assert {batch[key].device.type for batch in batches for key in ("image", "label")} == {
-            device
-        }
+        devices = {batch[key].device.type for batch in batches for key in ("image", "label")}
+        assert devices == {device}
     got = [
         {key: values[n] for key, values in batch.items()}
         for batch in batches
@@ -289,9 +288,7 @@ def test_cases_take_at_most_a_quarter_of_what_is_free(tmp_path, monkeypatch, tim
     size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
     read_all = PatchDataset.read_all
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(times * size), 10**12))
-    monkeypatch.setattr(
-        PatchDataset, "read_all", lambda self, _: read_all(self, torch.device("cpu"))
-    )
+    monkeypatch.setattr(PatchDataset, "read_all", lambda self, _: read_all(self, "cpu"))
     ours = make_loader(patches, device="cuda")
     assert len(list(ours)) == 5
     assert ours.describe()["effective"]["cache_on_device"] is expected
@@ -303,9 +300,7 @@ def test_lack_of_memory_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PatchDataset, "read_all", full)
     ours = make_loader(make_patches(tmp_path, [0]), cache_on_device=True)
-    with pytest.raises(
-        InputError, match=r"^cache_on_device: expected .* Use cache_on_device=false"
-    ):
+    with pytest.raises(InputError, match=r"^cache_on_device: expected .* cache_on_device=false"):
         next(iter(ours))
 
 
