@@ -25,11 +25,6 @@ def shown(cases):
     }
 
 
-def listed(root, names, **keywords):
-    touch(root, names)
-    return shown(list_images(root, **keywords))
-
-
 def test_list_images_finds_nifti_files_by_name(tmp_path):
     touch(tmp_path, ("b.nii.gz", "a.b.nii", "._a.nii", "a.nii.gz.part", "notes.txt"))
     assert list_images(tmp_path) == [
@@ -38,42 +33,35 @@ def test_list_images_finds_nifti_files_by_name(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("num_channels", [None, 2])
-def test_list_images_puts_channels_together(tmp_path, num_channels):
-    names = ["b_0000", "b_0001", "a_1_0000", "a_1_0001"]
-    assert listed(tmp_path, names, num_channels=num_channels) == {
-        "a_1": ["a_1_0000.nii.gz", "a_1_0001.nii.gz"],
-        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
-    }
+def alone(*names):
+    return {name: f"{name}.nii.gz" for name in names}
+
+
+def channels(case_id, *numbers):
+    return {case_id: [f"{case_id}_{number:04d}.nii.gz" for number in numbers]}
 
 
 @pytest.mark.parametrize(
-    ("names", "num_channels"),
+    ("num_channels", "expected"),
     [
-        (["amos_0001", "amos_0002"], None),  # channels count from 0
-        (["amos_0001", "amos_0002"], 2),
-        (["amos_0000", "amos_0001"], 1),
-        (["amos_0000", "amos_0001", "amos_0002"], 2),
-        (["a_0000", "b_0000", "b_0001"], 1),
-        (["a_0000", "a_0001", "b_0000"], None),
-        (["a_0000", "b"], None),
-        (["a_0000", "b_0000"], 2),
+        (None, channels("a_1", 0, 1) | channels("b", 0, 1)),
+        (2, channels("a_1", 0, 1) | channels("b", 0, 1)),
+        (None, alone("amos_0001", "amos_0002")),  # channels count from 0
+        (2, alone("amos_0001", "amos_0002")),
+        (1, alone("amos_0000", "amos_0001")),
+        (2, alone("amos_0000", "amos_0001", "amos_0002")),
+        (1, alone("a_0000", "b_0000", "b_0001")),
+        (None, alone("a_0000", "a_0001", "b_0000")),
+        (None, alone("a_0000", "b")),
+        (2, alone("a_0000", "b_0000")),
+        # cases that lack a channel
+        (2, channels("a", 0, 1) | channels("b", 1) | channels("c", 0, 1, 2) | alone("d", "e_1")),
     ],
 )
-def test_list_images_takes_files_for_cases_when_they_are_no_channels(tmp_path, names, num_channels):
-    expected = {name: f"{name}.nii.gz" for name in names}
-    assert listed(tmp_path, names, num_channels=num_channels) == expected
-
-
-def test_list_images_keeps_a_case_that_lacks_a_channel(tmp_path):
-    names = ["a_0000", "a_0001", "b_0001", "c_0000", "c_0001", "c_0002", "d", "e_1"]
-    assert listed(tmp_path, names, num_channels=2) == {
-        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
-        "b": ["b_0001.nii.gz"],
-        "c": ["c_0000.nii.gz", "c_0001.nii.gz", "c_0002.nii.gz"],
-        "d": "d.nii.gz",
-        "e_1": "e_1.nii.gz",
-    }
+def test_list_images_takes_files_for_channels_or_for_cases(tmp_path, num_channels, expected):
+    for files in expected.values():
+        touch(tmp_path, [files] if isinstance(files, str) else files)
+    assert shown(list_images(tmp_path, num_channels=num_channels)) == expected
 
 
 @pytest.mark.parametrize(

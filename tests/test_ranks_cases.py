@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipeline import distributed
-from pipeline.data.cache import CaseSampler, VolumeCache
+from pipeline.data.cache import CachedDataset, CaseSampler, VolumeCache
 from pipeline.data.dataset import load_cases
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import MeanDice
@@ -66,13 +66,12 @@ def fill(folder: Path, cases, *, folders: int = 1, limit_bytes: int = 10**9, **c
     """Cases that this rank made, and the first voxel of each case's entry."""
     made = Counted(**counted)
     place = folder / f"cache_{distributed.rank() % folders}"
-    cached = VolumeCache(place, limit_bytes, {}).fill(cases, made)
+    cached = CachedDataset(cases, made, VolumeCache(place, limit_bytes, {}))
     return made.seen, [float(cached_image(cached, n)[0, 0, 0, 0]) for n in range(len(cases))]
 
 
 def cached_image(cached, number):
-    with cached.open(number) as entry:
-        return entry["image"][:].numpy()
+    return cached.read(number)[0]["image"].numpy()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -89,13 +89,6 @@ def test_label_a_hair_off_whole_numbers_is_rounded_and_said_once(
     assert models[0] == models[1]
 
 
-def test_check_says_that_labels_are_rounded(command, labelled):
-    data = labelled(lambda voxels: voxels + np.float32(0.0005))
-    status, told = command("check", data)
-    assert status == 0
-    assert told.count("rounded") == 1
-
-
 def test_evaluate_rounds_as_training_does_and_refuses_the_rest(command, labelled, tmp_path):
     data = labelled(lambda voxels: voxels - np.float32(0.0005) * (voxels > 0))
     words = ("evaluate", data / "labelsTr", data / "labelsTr", "--output_dir", tmp_path / "scores")

@@ -88,8 +88,6 @@ def make_table(found: Any) -> list[str]:
     if cases.excluded:
         lines.append(f"Excluded: {', '.join(cases.excluded)}")
     lines += found.notes
-    if found.num_rounded:
-        lines.append(f"Label values of {_count(range(found.num_rounded), 'case')} are rounded.")
     issues = [*found.faults, *found.warnings]
     width = max((len(issue.case_id) for issue in issues), default=0)
     for issue in issues:

@@ -1,7 +1,7 @@
 """What a case's files hold, as one key: equal bytes have equal keys in any folder.
 
-The hash of a file is remembered while its name, size, times and inode stay as they are. The JSON
-file of hashes holds no file names, since the name of a file may name a person.
+The hash of a file is remembered while its name, size, times and inode stay as they are. No JSON
+file here holds the name of a file, since that may name a person.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,18 +24,17 @@ HASHES = "volume_cache_hashes.json"  # in cache_dir, which other programs may us
 MAX_THREADS = 8  # each may hold a volume in memory
 MAX_FILES = 100_000  # the latest of these are remembered
 SETTLED_S = 2.0  # a file changed again so soon may keep size and time: not remembered before
-HEADERS = (".hdr", ".img", ".mhd", ".nhdr")  # whose voxels or header lie in another file
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ContentHashes:
-    """SHA-256 of files, remembered in a JSON file that is ignored unless it is intact."""
+    """SHA-256 of files, remembered in a JSON file of a folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[str, str] = read_checked(path) or {}
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._known: dict[str, str] = read_checked(directory / HASHES) or {}
         self._new: dict[str, str] = {}
 
     def of_case(self, case: Mapping[str, Any], contents: dict[str, bytes] | None = None) -> str:
@@ -49,60 +48,54 @@ class ContentHashes:
             OSError: If a file cannot be read.
         """
         files = {
-            name: [[self._of_file(file, contents) for file in _list_files(path)] for path in paths]
+            name: [[self._hash(file, contents) for file in _list_files(path)] for path in paths]
             for name, paths in files_of(case).items()
         }
         rest = {k: v for k, v in case.items() if k not in ("case_id", "image", "label")}
         return sha256_of([files, rest])
 
-    def _of_file(self, path: Path, contents: dict[str, bytes] | None) -> str:
+    def save(self) -> None:
+        """Remember for the next start."""
+        if self._new:
+            files = {**(read_checked(self.directory / HASHES) or {}), **self._new}
+            write_checked(self.directory / HASHES, dict(list(files.items())[-MAX_FILES:]))
+            self._new = {}
+
+    def _hash(self, path: Path, contents: dict[str, bytes] | None) -> str:
         before = _identity(path)
         if before in self._known:
             return self._known[before]
-        if contents is None:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            contents[str(path)] = path.read_bytes()
-            digest = hashlib.sha256(contents[str(path)]).hexdigest()
+        content = path.read_bytes()
+        if contents is not None:
+            contents[str(path)] = content
+        digest = hashlib.sha256(content).hexdigest()
         settled = time.time() - path.stat().st_ctime > SETTLED_S
         if settled and _identity(path) == before:
             self._known[before] = self._new[before] = digest
         return digest
 
-    def save(self) -> None:
-        """Remember for the next start; without room for it, the next start reads again."""
-        if self._new:
-            files = {**(read_checked(self.path) or {}), **self._new}
-            with contextlib.suppress(OSError):
-                write_checked(self.path, dict(list(files.items())[-MAX_FILES:]))
-            self._new = {}
-
 
 def contents_of(cases: Sequence[Mapping[str, Any]], cache_dir: Path) -> dict[str, str]:
     """SHA-256 of what the files of cases hold, by case id; one that cannot be read is left out."""
-    hashes = ContentHashes(cache_dir / HASHES)
+    hashes = ContentHashes(cache_dir)
+    found: dict[str, str] = {}
 
-    def content(case: Mapping[str, Any]) -> str | None:
+    def note(case: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            return hashes.of_case(case)
-        return None
+            found[case["case_id"]] = hashes.of_case(case)
 
-    found = map_threads(content, cases)
+    map_threads(note, cases)
     hashes.save()
-    return {c["case_id"]: key for c, key in zip(cases, found, strict=True) if key is not None}
+    return dict(sorted(found.items()))
 
 
 def map_threads(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    desc: str | None = None,
-    num_threads: int | None = None,
+    function: Callable[[T], R], items: Sequence[T], desc: str = "", num_threads: int | None = None
 ) -> list[R]:
     """Call a function of each item in several threads, with a progress bar if it has a name."""
     with ThreadPoolExecutor(num_threads or min(MAX_THREADS, distributed.own_cores())) as pool:
         results = pool.map(function, items)
-        enabled = desc is not None and distributed.is_main()
+        enabled = bool(desc) and distributed.is_main()
         return list(ProgressBar(results, desc=desc, total=len(items), enabled=enabled))
 
 
@@ -113,13 +106,11 @@ def sha256_of(value: Any) -> str:
 
 
 def write_checked(path: Path, value: Any) -> None:
-    """Write a value as JSON that `read_checked` takes from a file of this name alone.
-
-    Raises:
-        OSError: If the system refuses; the old file is then unchanged.
-    """
-    with replace_file(path) as file:
-        file.write_text(json.dumps({"sha256": sha256_of([path.name, value]), "value": value}))
+    """Write a value as JSON that `read_checked` takes from a file of this name, or nothing."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as file:
+            file.write_text(json.dumps({"sha256": sha256_of([path.name, value]), "value": value}))
 
 
 def read_checked(path: Path) -> Any:
@@ -137,12 +128,6 @@ def _identity(path: Path) -> str:
     return sha256_of([str(path), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino])
 
 
-def _list_files(path: str) -> Iterator[Path]:
-    """The files that a file name stands for."""
+def _list_files(path: str) -> list[Path]:
     file = Path(path).absolute()
-    if file.is_dir():
-        yield from sorted(child for child in file.rglob("*") if child.is_file())
-    elif file.suffix in HEADERS:
-        yield from sorted(child for child in file.parent.iterdir() if child.stem == file.stem)
-    else:
-        yield file
+    return sorted(one for one in file.rglob("*") if one.is_file()) if file.is_dir() else [file]

@@ -11,33 +11,21 @@ from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases, given_cases, load_cases
 from pipeline.data.memory import available_bytes
 from pipeline.data.phantom import make_phantom
-from pipeline.data.plan import AUTO, SETTINGS, Plan, make_plan
+from pipeline.data.plan import AUTO, SETTINGS, Plan, Planner
 from pipeline.data.preflight import Preflight, preflight
-from pipeline.data.splits import GroupPattern
 from pipeline.precision import resolve_device
 
 PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
 # of what a card has free: cases that are kept there may take a quarter, augmentation a little
 SHARE_OF_CARD = 0.7
-Auto = Literal["auto"]
 
-
-class SplitSettings(TypedDict, total=False):
-    """Which cases there are and how they are split; see `load_cases`."""
-
-    fold: int | str
-    num_folds: int
-    split_seed: int
-    split_file: str | None
-    test_fraction: float
-    group_pattern: GroupPattern
-    exclude: Sequence[str]
-    data_roots: Sequence[str]
-
-
-# values of the plan, or `auto`
-PLAN_TYPES = {name: hint | Auto for name, hint in get_type_hints(Plan).items() if name in SETTINGS}
+# arguments of `load_cases` but the first; values of the plan, or `auto`
+SPLIT_TYPES = {
+    k: v for k, v in get_type_hints(load_cases).items() if k not in ("dataset_dir", "return")
+}
+PLAN_TYPES = {k: v | Literal["auto"] for k, v in get_type_hints(Plan).items() if k in SETTINGS}
+SplitSettings = TypedDict("SplitSettings", SPLIT_TYPES, total=False)  # type: ignore[misc]
 PlanSettings = TypedDict("PlanSettings", PLAN_TYPES)  # type: ignore[misc]
 
 
@@ -50,10 +38,10 @@ class DataModule:
         cache_dir: Folder where results of the preflight are kept.
         split: Arguments of `load_cases` that say which cases there are and how they are split.
         preflight: How much of the files is read; see `pipeline.data.preflight.preflight`.
-        settings: Values of the plan, or `auto`; see `make_plan`.
+        settings: Values of the plan, or `auto`; see `Planner`.
         memory_budget_bytes: Memory that a training step may take; `auto`: 8 GiB, or 70 % of what
             the card has free if that is less, and 2 GiB on a CPU.
-        device, base_channels, recompute_levels: Of the run and its network; see `make_plan`.
+        device, base_channels, recompute_levels: Of the run and its network; see `Planner`.
     """
 
     def __init__(
@@ -73,8 +61,9 @@ class DataModule:
         self.dataset_dir = (root / dataset_dir).resolve()
         self.cache_dir = (root / cache_dir).resolve()
         self.is_phantom = self.dataset_dir == root / PHANTOM
-        file, folders = split["split_file"], [root / folder for folder in split["data_roots"]]
-        self.split: Any = {**split, "split_file": file and root / file, "data_roots": folders}
+        self.split: dict[str, Any] = {**split}
+        self.split["split_file"] = (file := self.split["split_file"]) and root / file
+        self.split["data_roots"] = [root / folder for folder in self.split["data_roots"]]
         self.level = preflight
         self.settings: Mapping[str, Any] = settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
@@ -104,18 +93,12 @@ class DataModule:
         return preflight(cases, self.level, self.cache_dir)
 
     def plan(self, found: Preflight) -> Plan:
-        """Decide what is `auto`.
-
-        Raises:
-            InputError: If the dataset has a fault, or a value does not fit it.
-        """
+        """Decide what is `auto`; raises an InputError if the dataset or a value has a fault."""
         found.require_sound()
         assert found.fingerprint is not None  # a sound dataset has one
-        return make_plan(
-            found.fingerprint, self.settings, dataset=found.cases,
-            budget_bytes=self._budget_bytes(), base_channels=self.base_channels,
-            recompute_levels=self.recompute_levels, num_ranks=distributed.size(),
-        )  # fmt: skip
+        network = self.base_channels, self.recompute_levels, distributed.size()
+        planner = Planner(found.fingerprint, found.cases, self._budget_bytes(), *network)
+        return planner.make_plan(self.settings)
 
     def _budget_bytes(self) -> float:
         if self.memory_budget_bytes != AUTO:

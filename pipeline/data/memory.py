@@ -1,8 +1,7 @@
 """How much GPU memory a training step takes: a formula for the plan, which needs no card.
 
 The formula counts what a backward pass of the dense U-Net needs; four numbers are fitted to peaks
-that `benchmarks/gpu_memory.py` read on a card. What a run takes is measured by its trial step
-(`pipeline.training.trial`).
+that `benchmarks/gpu_memory.py` read on a card. The trial step of a run measures what it takes.
 """
 
 from __future__ import annotations
@@ -42,40 +41,33 @@ class TrainingStep:
         return known + copies * activations + LOGIT_BYTES * logits + PROCESS_BYTES
 
     def terms(self) -> tuple[float, float, float]:
-        """Compute what the fitted numbers are multiplied with.
+        """Compute what the fitted numbers are added to and multiplied with.
 
         Returns:
-            Bytes that are known: of weights, images and the dense layers' activations; bytes of
-            one copy of the activations of all levels; the number of logits.
+            Bytes of weights, images and the dense layers' activations; bytes of one copy of the
+            activations of all levels; the number of logits.
         """
+        widths = [self.base_channels * 2**level for level in range(len(self.strides) + 1)]
         voxels = [float(self.batch_size * math.prod(self.roi_size))]
         for step in triples(self.strides):
             voxels.append(voxels[-1] / math.prod(step))
         value_bytes = 4 if self.mode == FLOAT32 else 2
-        levels = [n * width for n, width in zip(voxels, self._widths, strict=True)]
+        levels = [n * width for n, width in zip(voxels, widths, strict=True)]
         again, kept = levels[: self.recompute_levels], levels[self.recompute_levels :]
-        dense = 2 * self._dense_channels + DENSE_LAYERS * (2 * INNER + GROWTH_RATE)
+        # channels that enter the dense layers, of all of them together
+        entering = DENSE_LAYERS * widths[-1] + GROWTH_RATE * math.comb(DENSE_LAYERS, 2)
+        dense = 2 * entering + DENSE_LAYERS * (2 * INNER + GROWTH_RATE)
         images = 16 * voxels[0] * self.in_channels  # float32: in use, a copy, the next, the graph's
-        known = 16 * self._num_weights() + value_bytes * voxels[-1] * dense + images
+        known = 16 * self._num_weights(widths, entering) + value_bytes * voxels[-1] * dense + images
         activations = value_bytes * (RECOMPUTED * sum(again) + sum(kept))
         return known, activations, voxels[0] * self.num_classes
 
-    @property
-    def _widths(self) -> list[int]:
-        return [self.base_channels * 2**level for level in range(len(self.strides) + 1)]
-
-    @property
-    def _dense_channels(self) -> int:
-        """Channels that enter the dense layers, of all of them together."""
-        return DENSE_LAYERS * self._widths[-1] + GROWTH_RATE * math.comb(DENSE_LAYERS, 2)
-
-    def _num_weights(self) -> int:
-        widths = self._widths
+    def _num_weights(self, widths: list[int], entering: int) -> int:
         above = [self.in_channels, *widths[:-1]]
         below = [*widths[1:-1], widths[-1] + DENSE_LAYERS * GROWTH_RATE]
         down = sum(27 * w * (a + w) for a, w in zip(above, widths, strict=True))
         up = sum(27 * w * (b + 2 * w) for w, b in zip(widths[:-1], below, strict=True))
-        dense = INNER * self._dense_channels + DENSE_LAYERS * 27 * INNER * GROWTH_RATE
+        dense = INNER * entering + DENSE_LAYERS * 27 * INNER * GROWTH_RATE
         return down + up + dense + widths[0] * self.num_classes
 
 

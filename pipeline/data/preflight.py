@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case
-from pipeline.data.content import map_threads
+from pipeline.data.content import ContentHashes, map_threads
 from pipeline.data.dataset import Cases
 from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
-from pipeline.data.statistics import (
-    CaseStatistics,
-    DatasetFingerprint,
-    StatisticsStore,
-    make_fingerprint,
-    measure_case,
-)
+from pipeline.data.statistics import CaseStatistics, DatasetFingerprint, make_fingerprint, recall
 from pipeline.errors import DatasetIssue, make_issue, refuse, some
 from transforms.load import DicomError
 
@@ -34,6 +28,8 @@ MAX_LABEL_VALUE = 254  # labels are kept in a byte
 COMMON_SHARE, COMMON_CASES = 0.05, 4
 MIN_VALUES, MAX_SHARED = 16, 0.5  # least number of values, and the share of them that is an issue
 
+Issues = Iterator[DatasetIssue]
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -43,7 +39,6 @@ class Preflight:
     issues: list[DatasetIssue]
     fingerprint: DatasetFingerprint | None  # of training and validation cases; None with a fault
     notes: list[str]  # how files were understood, for people
-    num_rounded: int = 0  # cases of which label values are rounded to whole numbers nearby
 
     @property
     def faults(self) -> list[DatasetIssue]:
@@ -56,11 +51,7 @@ class Preflight:
         return [issue for issue in self.issues if issue.warning]
 
     def require_sound(self) -> None:
-        """Refuse a dataset that has a fault.
-
-        Raises:
-            InputError: One line per fault.
-        """
+        """Raise an InputError with one line per fault, if there is one."""
         refuse(issue.line for issue in self.faults)
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +66,6 @@ class Preflight:
             "faults": [asdict(issue) for issue in self.faults],
             "warnings": [asdict(issue) for issue in self.warnings],
             "notes": self.notes,
-            "num_rounded": self.num_rounded,
             "fingerprint": self.fingerprint and asdict(self.fingerprint),
         }
 
@@ -84,7 +74,7 @@ class Preflight:
 class Examination:
     """What was read of one case, and what is wrong with it."""
 
-    case: Case
+    case_id: str
     headers: Headers | None  # None: a file has no valid one
     statistics: CaseStatistics | None  # None: voxels were not read
     issues: list[DatasetIssue]
@@ -94,20 +84,16 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
     """Examine all cases.
 
     Args:
-        cases: The cases of a dataset.
         level: `full`: headers and voxels; `fast`: headers; `off`: headers too, since the plan is
             made of them, but only what it cannot be made of is a fault.
         cache_dir: Folder where statistics of voxels are stored, by content, so that the next
             preflight is quick.
     """
-    store = StatisticsStore(cache_dir) if cache_dir and level == "full" else None
-    measure = None
-    if level == "full":
-        measure = store.measure_case if store else measure_case
-    found = map_threads(lambda case: _examine(case, cases, measure), cases.all, "Checking")
-    if store:
-        store.hashes.save()
-    by_id = {one.case["case_id"]: one for one in found}
+    hashes = ContentHashes(cache_dir) if cache_dir else None
+    found = map_threads(lambda case: _examine(case, cases, level, hashes), cases.all, "Checking")
+    if hashes:
+        hashes.save()
+    by_id = {one.case_id: one for one in found}
     sides = {name: [by_id[c["case_id"]] for c in getattr(cases, name)] for name in SIDES}
     issues = [*cases.issues, *(issue for one in found for issue in one.issues)]
     issues += _find_unusual_channels(found, cases.num_channels)
@@ -117,50 +103,35 @@ def preflight(cases: Cases, level: str = "full", cache_dir: Path | None = None) 
         issues = [issue for issue in issues if issue.check in UNPLANNED and not issue.warning]
     fingerprint = None
     if all(issue.warning for issue in issues):
-        fingerprint = _make_fingerprint(cases, [*sides["train"], *sides["validation"]])
-        if level == "full" and not cases.class_names:
-            issues += (gaps := _find_gaps(cases.name, fingerprint))
-            fingerprint = None if gaps else fingerprint
+        known = [*sides["train"], *sides["validation"]]  # not those of the test
+        headers = [one.headers for one in known if one.headers]
+        statistics = [one.statistics for one in known if one.statistics]
+        fingerprint = make_fingerprint(cases, headers, statistics)
+        present = [str(n) for n, entry in enumerate(fingerprint.classes) if entry.num_cases]
+        is_whole = len(present) == len(fingerprint.classes) > 1
+        if statistics and not cases.class_names and not is_whole:
+            expected = "label values 0, 1, 2, … without gaps"
+            remedy = "Renumber them, or name all in a dataset.json"
+            issues.append(make_issue(cases.name, "label_values", expected, some(present), remedy))
+            fingerprint = None
     num_4d = sum(len(one.headers["image"][0].shape) == 4 for one in found if one.headers)
     notes = [f"The fourth axis of {num_4d} images is taken for their channels."] if num_4d else []
-    num_rounded = sum(bool(one.statistics and one.statistics.num_rounded) for one in found)
-    return Preflight(cases, issues, fingerprint, notes, num_rounded)
+    return Preflight(cases, issues, fingerprint, notes)
 
 
-def _examine(
-    case: Case, cases: Cases, measure: Callable[..., CaseStatistics] | None
-) -> Examination:
+def _examine(case: Case, cases: Cases, level: str, hashes: ContentHashes | None) -> Examination:
     headers, issues = check_headers(case, cases.num_channels)
     statistics = None
-    if headers and measure and all(issue.warning for issue in issues):
+    if headers and level == "full" and all(issue.warning for issue in issues):
         try:
-            statistics = measure(case, headers, cases.ignore_value)
+            statistics = recall(case, headers, cases.ignore_value, hashes)
             issues += _check_voxels(case["case_id"], statistics, cases)
         except (VolumeError, DicomError, OSError) as error:
             issues.append(DatasetIssue(case["case_id"], "unreadable", str(error)))
-    return Examination(case, headers, statistics, issues)
+    return Examination(case["case_id"], headers, statistics, issues)
 
 
-def _make_fingerprint(cases: Cases, known: Sequence[Examination]) -> DatasetFingerprint:
-    """Fingerprint of the cases that training may know, which are not those of the test."""
-    headers = [one.headers for one in known if one.headers]
-    statistics = [one.statistics for one in known if one.statistics]
-    values = {int(value) for case in statistics for value in case.label_counts}
-    num_classes = max(values - {cases.ignore_value}, default=0) + 1
-    classes = ["background", *(f"class_{n}" for n in range(1, num_classes))]
-    channels = [f"channel_{n}" for n in range(count_channels(headers[0]))]
-    return make_fingerprint(
-        [one["image"][0] for one in headers],
-        statistics,
-        cases.class_names or classes,
-        cases.channel_names or channels,
-    )
-
-
-# ---- one case
-
-
-def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Issues:
     if non_finite := sum(channel.num_non_finite for channel in found.channels):
         got = f"{non_finite} NaN or infinite voxels, as float32"
         remedy = "Replace them or exclude the case"
@@ -171,47 +142,40 @@ def _check_voxels(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator
     yield from _check_label(case_id, found, cases)
 
 
-def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Iterator[DatasetIssue]:
+def _check_label(case_id: str, found: CaseStatistics, cases: Cases) -> Issues:
     """The first thing that is wrong with a label; others may follow from it."""
     num_classes = min(len(cases.class_names or ()) or MAX_LABEL_VALUE + 1, MAX_LABEL_VALUE + 1)
-    allowed = {f"{n}" for n in range(num_classes)} | {str(cases.ignore_value)}
+    allowed = {*map(str, range(num_classes)), str(cases.ignore_value)}
     declared = f"label values 0 to {num_classes - 1}"
     if cases.ignore_value is not None:
         declared += f" and {cases.ignore_value} (ignored)"
-    values = list(found.label_counts)
+    values = [*found.label_counts]
     unknown = [value for value in values if value not in allowed]
     distinct = [f"{value:g}" for value in found.channels[0].distinct or ()]
-    is_wrong = found.num_fractions or found.num_non_finite_labels or unknown
-    if is_wrong and distinct and {*distinct} <= allowed:
-        expected = "an image under image and a label under label"
+    check, remedy = "label_values", "Correct the label or exclude the case"
+    if not (found.num_fractions or found.num_non_finite_labels or unknown):
+        if {*values} <= {"0", str(cases.ignore_value)}:
+            got, remedy = "background alone", "Exclude the case if it should have some"
+            expected = "foreground in the label"
+            yield make_issue(case_id, "no_foreground", expected, got, remedy, warning=True)
+        return
+    if distinct and {*distinct} <= allowed:
+        check, remedy = "swapped", "Swap the two"
+        declared = "an image under image and a label under label"
         got = f"values {some(distinct)} in the image and {some(values)} in the label"
-        yield make_issue(case_id, "swapped", expected, got, "Swap the two")
     elif found.num_non_finite_labels:
         got = f"{found.num_non_finite_labels} NaN or infinite voxels"
-        remedy = "Correct the label or exclude the case"
-        yield make_issue(case_id, "label_values", declared, got, remedy)
     elif found.num_fractions:
-        got = f"{found.num_fractions} voxels between integers"
+        declared, got = "integer label values", f"{found.num_fractions} voxels between integers"
         remedy = "Resample the label with nearest neighbours or exclude the case"
-        yield make_issue(case_id, "label_values", "integer label values", got, remedy)
-    elif unknown:
-        remedy = "Declare the value in the dataset or correct the label"
-        yield make_issue(case_id, "label_values", declared, some(unknown), remedy)
-    elif {*values} <= {"0", str(cases.ignore_value)}:
-        expected, remedy = "foreground in the label", "Exclude the case if it should have some"
-        yield make_issue(
-            case_id, "no_foreground", expected, "background alone", remedy, warning=True
-        )
+    else:
+        got, remedy = some(unknown), "Declare the value in the dataset or correct the label"
+    yield make_issue(case_id, check, declared, got, remedy)
 
 
-# ---- all cases
-
-
-def _find_unusual_channels(
-    found: Sequence[Examination], declared: int | None
-) -> Iterator[DatasetIssue]:
+def _find_unusual_channels(found: Sequence[Examination], declared: int | None) -> Issues:
     """Cases with another number of channels than most, where the dataset declares none."""
-    counts = {one.case["case_id"]: count_channels(one.headers) for one in found if one.headers}
+    counts = {one.case_id: count_channels(one.headers) for one in found if one.headers}
     if declared is not None or len({*counts.values()}) < 2:
         return
     usual = Counter(counts.values()).most_common(1)[0][0]
@@ -222,22 +186,19 @@ def _find_unusual_channels(
             yield make_issue(case_id, "channels", expected, count, remedy)
 
 
-def _find_identical_images(found: Sequence[Examination]) -> Iterator[DatasetIssue]:
+def _find_identical_images(found: Sequence[Examination]) -> Issues:
     """Cases whose images hold the same voxels, whatever their files are called."""
     first: dict[object, str] = {}
     for one in found:
         if one.headers and one.statistics:
             digests = tuple(channel.digest for channel in one.statistics.channels)
-            case_id = one.case["case_id"]
-            other = first.setdefault((one.headers["image"][0].shape, digests), case_id)
-            if other != case_id:
+            other = first.setdefault((one.headers["image"][0].shape, digests), one.case_id)
+            if other != one.case_id:
                 got, remedy = f"the voxels of {other}", "Exclude one of the two"
-                yield make_issue(case_id, "identical", "an image of its own", got, remedy)
+                yield make_issue(one.case_id, "identical", "an image of its own", got, remedy)
 
 
-def _find_shared_values(
-    sides: Mapping[str, Sequence[Examination]], ignored: Collection[str]
-) -> Iterator[DatasetIssue]:
+def _find_shared_values(sides: dict[str, list[Examination]], ignored: set[str]) -> Issues:
     """Cases that share most of their exact grey values with one on another side of the split.
 
     Scans of one session, or two parts of one scan, have values in common that no other person's
@@ -246,9 +207,9 @@ def _find_shared_values(
     """
     sketches = {
         name: {
-            one.case["case_id"]: {*one.statistics.channels[0].sketch}
+            one.case_id: {*one.statistics.channels[0].sketch}
             for one in side
-            if one.statistics and one.case["case_id"] not in ignored
+            if one.statistics and one.case_id not in ignored
         }
         for name, side in sides.items()
     }
@@ -260,34 +221,24 @@ def _find_shared_values(
     for left, right in itertools.combinations(sides, 2):
         for case_id, sketch in sketches[right].items():
             shares = {
-                other: _overlap(sketch, against, common)
+                other: share
                 for other, against in sketches[left].items()
-                if not sketch & against <= common
+                if (share := _overlap(sketch, against, common)) >= MAX_SHARED
             }
-            alike = {other: share for other, share in shares.items() if share >= MAX_SHARED}
-            if alike:
+            if shares:
                 side = "training" if left == "train" else left
                 expected = f"a {right} case of a person who is not in the {side} cases"
-                others = some(sorted(alike))
-                got = f"{max(alike.values()):.0%} of its exact grey values in {others} as well"
+                others = some(sorted(shares))
+                got = f"{max(shares.values()):.0%} of its exact grey values in {others} as well"
                 remedy = "Name the person with group_pattern or a group column"
                 yield make_issue(case_id, "shared_values", expected, got, remedy, warning=True)
 
 
 def _overlap(left: set[int], right: set[int], common: set[int]) -> float:
     """Share of the smaller set that is in both and not common, as far as both sketches reach."""
+    if (left & right) <= common:
+        return 0.0
     reach = min(max(left), max(right))
     a, b = ({value for value in sketch if value <= reach} for sketch in (left, right))
-    if min(len(a), len(b)) < MIN_VALUES:
-        return 0.0
-    return len((a & b) - common) / min(len(a), len(b))
-
-
-def _find_gaps(name: str, fingerprint: DatasetFingerprint) -> list[DatasetIssue]:
-    """Undeclared label values must count from 0 all the same."""
-    found = [str(n) for n, entry in enumerate(fingerprint.classes) if entry.num_cases]
-    if len(found) == len(fingerprint.classes) > 1:
-        return []
-    expected = "label values 0, 1, 2, … without gaps"
-    remedy = "Renumber them, or name all in a dataset.json"
-    return [make_issue(name, "label_values", expected, some(found), remedy)]
+    least = min(len(a), len(b))
+    return len((a & b) - common) / least if least >= MIN_VALUES else 0.0

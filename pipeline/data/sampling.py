@@ -1,43 +1,40 @@
 """Random patches: training sample number n is a pure function of (seed, n).
 
 Samples are numbered through the whole run; sample n is sample n mod N of epoch n // N, where N is
-the number of samples in an epoch. Nothing depends on how many processes do the work, and a run
-that continues needs to know one number only.
+the number of samples in an epoch. Nothing depends on how many processes do the work.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import ClassesToIndices
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from pipeline import distributed
-from pipeline.data.cache import VolumeCache
-from pipeline.data.cases import Case, add_case_id
-from pipeline.data.device_cache import DeviceCache
-from pipeline.errors import require
+from pipeline.data.cache import CachedDataset, VolumeCache
+from pipeline.data.cases import Case
+from pipeline.errors import as_bool, require
 from pipeline.signals import SIGNALS
+
+log = logging.getLogger(__name__)
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
+VOLUMES = ("image", "label")
+SHARE = 4  # `auto` takes no more than a quarter of what is free: network and activations come later
 
 
 def sampling_positions(
     label: torch.Tensor, num_classes: int, ignore_value: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Find the voxels that centres of patches are drawn from.
-
-    Args:
-        label: `(1, H, W, D)` integer.
-        num_classes: Classes, background included.
-        ignore_value: Label of voxels that nobody annotated.
+    """Find the voxels of a label, `(1, H, W, D)` integer, that centres of patches are drawn from.
 
     Returns:
         Flat positions `class_1`, `class_2`, … for each class that is present, and `annotated`, of
@@ -71,7 +68,7 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-class PatchDataset(Dataset):
+class PatchDataset(CachedDataset):
     """Random patches of cached cases.
 
     A share `foreground_ratio` of the patches is centred on a voxel of a class drawn from those
@@ -81,24 +78,23 @@ class PatchDataset(Dataset):
     that the augmentation's resampling needs.
 
     Args:
-        data: Cases, as dictionaries with `case_id`, `image` and `label`.
-        transform: Deterministic preprocessing, applied once per case.
         roi_size: Network input in voxels.
         patch_size: Size cut out in voxels, at least `roi_size`.
         samples_per_epoch: N above.
-        cache: Keeps preprocessed cases; a sample is read from it when it is asked for.
         foreground_ratio: Share of patches centred on foreground, 0 to 1.
-        ignore_value: Label of voxels that nobody annotated; no patch is centred on one.
+        data, transform, cache, num_classes, ignore_value: See `CachedDataset`.
 
     Raises:
-        InputError: If there is no case, a size or ratio is out of range, or a case has no annotated
-            voxel or cannot be cached.
+        InputError: As `CachedDataset`, and if there is no case, a size or ratio is out of range, or
+            a case has no annotated voxel.
     """
+
+    form = "patches"
 
     def __init__(
         self,
         data: Sequence[Case],
-        transform: Callable,
+        transform: Callable[[Case], Mapping[str, Any]],
         roi_size: Sequence[int],
         patch_size: Sequence[int],
         num_classes: int,
@@ -113,12 +109,11 @@ class PatchDataset(Dataset):
         require(is_share, "foreground_ratio", "0 to 1", foreground_ratio, "Correct it.")
         fits = all(1 <= r <= p for r, p in zip(roi_size, patch_size, strict=True))
         require(fits, "roi_size", f"1 to {tuple(patch_size)}", roi_size, "Correct it.")
-        self.data, self.transform = [add_case_id(case) for case in data], transform
         self.roi_size, self.patch_size = np.asarray(roi_size), np.asarray(patch_size)
         self.seed, self.samples_per_epoch = seed, samples_per_epoch
         self.foreground_ratio = foreground_ratio
-        self.num_classes, self.ignore_value = num_classes, ignore_value
-        self.cached = cache.fill(self.data, self._prepare, "patches", num_classes, ignore_value)
+        self.classes = [f"class_{value}" for value in range(1, num_classes)]
+        super().__init__(data, transform, cache, num_classes, ignore_value)
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -131,18 +126,25 @@ class PatchDataset(Dataset):
             for everything else that is random about this sample), its `number`, `case_id`, and
             `origin`, the patch's first voxel in the preprocessed volume (negative in the padding).
         """
-        index = self._case_index(number)
-        with self.cached.open(index) as case:
-            return self._cut(number, index, case)
+        return self.cut(number)
 
-    def batch_on_device(self, numbers: Sequence[int], cases: Sequence[Any]) -> dict[str, Any]:
-        """Return samples `numbers` of cases whose tensors are in memory, collated."""
-        indices = map(self._case_index, numbers)
-        samples = [self._cut(n, i, cases[i]) for n, i in zip(numbers, indices, strict=True)]
-        return default_collate(samples)
+    def read_all(self, device: torch.device) -> list[dict[str, Any]]:
+        """Read all cases, volumes to a device, positions as arrays; equal cases are there once."""
+        loaded = {
+            key: {
+                name: tensor.to(device, copy=True) if name in VOLUMES else tensor.numpy().copy()
+                for name, tensor in self.read(number)[0].items()
+            }
+            for key, number in {key: number for number, key in enumerate(self.keys)}.items()
+        }
+        return [loaded[key] for key in self.keys]
 
-    def _cut(self, number: int, index: int, case: Any) -> dict[str, Any]:
-        """Draw and cut a sample of a case: a mapping of tensors, in an open file or in memory."""
+    def cut(self, number: int, in_memory: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Return sample `number`, cut from the tensors of cases that are in memory, if given."""
+        round_number, place = divmod(number, len(self.data))
+        # every case comes once in a round, each round in its own order
+        index = int(generator(self.seed, "order", round_number).permutation(len(self.data))[place])
+        case = in_memory[index] if in_memory else self.read(index)[0]
         rng = generator(self.seed, *divmod(number, self.samples_per_epoch))
         size = np.asarray(case["label"].shape[1:])
         low = self.roi_size // 2
@@ -160,43 +162,30 @@ class PatchDataset(Dataset):
 
     def _draw_centre(self, case: Any, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw the voxel `(3,)` that a patch is centred on."""
-        classes = [f"class_{c}" for c in range(1, self.num_classes) if f"class_{c}" in case]
-        if rng.random() < self.foreground_ratio and classes:
-            name = classes[rng.integers(len(classes))]
+        present = [name for name in self.classes if name in case]
+        if rng.random() < self.foreground_ratio and present:
+            name = present[rng.integers(len(present))]
         elif ANNOTATED in case:
             name = ANNOTATED
         else:
             return rng.integers(size)
-        positions = case[name]
-        drawn = int(rng.integers(positions.shape[0]))
-        return np.array(np.unravel_index(int(positions[drawn : drawn + 1][0]), size))
+        drawn = int(rng.integers(len(case[name])))
+        return np.array(np.unravel_index(int(case[name][drawn]), size))
 
-    def _prepare(self, case: Case) -> dict[str, Any]:
-        volumes = {k: v for k, v in self.transform(case).items() if k in ("image", "label")}
-        positions = sampling_positions(volumes["label"], self.num_classes, self.ignore_value)
-        return {**volumes, **positions}
-
-    def _case_index(self, number: int) -> int:
-        """Choose the case: every case comes once in a round, each round in its own order."""
-        round_number, place = divmod(number, len(self.data))
-        return int(_order(self.seed, round_number, len(self.data))[place])
+    def _prepare(self, case: Case) -> Mapping[str, Any]:
+        volumes = {k: v for k, v in self.transform(case).items() if k in VOLUMES}
+        num_classes = len(self.classes) + 1
+        return {**volumes, **sampling_positions(volumes["label"], num_classes, self.ignore_value)}
 
 
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, round_number: int, num_cases: int) -> np.ndarray:
-    return generator(seed, "order", round_number).permutation(num_cases)
-
-
-def cut_patch(volume: Any, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:
+def cut_patch(volume: torch.Tensor, origin: np.ndarray, size: np.ndarray) -> torch.Tensor:
     """Copy a patch `(C, *size)` of a volume `(C, H, W, D)`, zero outside it.
 
-    Args:
-        volume: A tensor, or something with a shape whose slices are tensors.
-        origin: First voxel `(3,)`, negative outside the volume, with which the patch overlaps.
+    Its first voxel `origin`, `(3,)`, may be negative, but patch and volume overlap.
     """
     first, last = np.maximum(origin, 0), np.minimum(origin + size, volume.shape[1:])
     inside = volume[:, *map(slice, first.tolist(), last.tolist())]
-    patch: torch.Tensor = inside.new_zeros((volume.shape[0], *size.tolist()))
+    patch = inside.new_zeros((volume.shape[0], *size.tolist()))
     patch[:, *map(slice, (first - origin).tolist(), (last - origin).tolist())] = inside
     return patch
 
@@ -222,15 +211,14 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, batch_size: int, accumulation_steps: int, steps_per_epoch: int) -> None:
-        rank, num_ranks = distributed.rank(), distributed.size()
+        num_ranks = distributed.size()
         expected = f"{num_ranks} or more, a patch for each rank"
         is_enough = batch_size >= num_ranks
         require(is_enough, "batch_size", expected, batch_size, "Start fewer ranks.")
         self.batch_size = batch_size
         self.samples_per_epoch = batch_size * accumulation_steps * steps_per_epoch
-        least, more = divmod(batch_size, num_ranks)
-        first = rank * least + min(rank, more)
-        self.own = slice(first, first + least + (rank < more))
+        own = np.array_split(range(batch_size), num_ranks)[distributed.rank()].tolist()
+        self.own = slice(own[0], own[-1] + 1)
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -257,8 +245,12 @@ class PatchLoader(DataLoader):
         batch_size: Patches in a micro-batch, of all ranks together.
         num_workers: Processes of this rank that cut them on the host; 0: none.
         timeout_s: Seconds after which a worker that delivers nothing is taken to hang.
-        cache_on_device: Whether the cases are put on the device; see `DeviceCache`.
+        cache_on_device: `auto`: on CUDA, if the cases take no more than a quarter of its free
+            memory; `true`: in any case, on a CPU in this process's memory; `false`: never.
         device: Device that the patches are for.
+
+    Raises:
+        InputError: If `cache_on_device` is none of these.
     """
 
     def __init__(
@@ -271,8 +263,11 @@ class PatchLoader(DataLoader):
         cache_on_device: bool | str = "auto",
         device: str | torch.device = "cpu",
     ) -> None:
-        self.device_cache = DeviceCache(cache_on_device, device, num_workers)
-        self.describe = self.device_cache.describe
+        is_auto, self.device = cache_on_device == "auto", torch.device(device)
+        self.choice = None if is_auto else as_bool(cache_on_device, "cache_on_device")
+        self.requested = {"cache_on_device": cache_on_device, "num_workers": num_workers}
+        self.effective: dict[str, Any] = dict.fromkeys([*self.requested, "bytes", "reason"])
+        self._in_memory: list[dict[str, Any]] | None = None
         super().__init__(
             dataset,
             batch_size=len(range(batch_size)[sampler.own]),
@@ -288,15 +283,19 @@ class PatchLoader(DataLoader):
     def __iter__(self) -> Any:
         """Iterate over one epoch; workers are gone when it ends, however it ends.
 
+        All ranks have to call it the first time.
+
         Raises:
             InputError: If the cases are to be on the device and do not fit.
             RuntimeError: If a worker dies or hangs; see `describe_worker_failure`.
         """
         patches: Any = self.dataset
-        cases = self.device_cache.load(patches.cached)
-        if cases is not None:
+        if self.effective["reason"] is None:
+            with distributed.sync_errors():
+                self._place_cases(patches)
+        if self._in_memory is not None:
             for numbers in self.batch_sampler or ():
-                yield patches.batch_on_device(numbers, cases)
+                yield default_collate([patches.cut(number, self._in_memory) for number in numbers])
             return
         iterator: Any = super().__iter__()
         try:
@@ -306,6 +305,38 @@ class PatchLoader(DataLoader):
                 iterator._shutdown_workers()
                 for worker in iterator._workers:
                     worker.kill()  # one that hangs would not end otherwise, nor the interpreter
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return what is in force, `None` where not yet known, and what was asked for."""
+        return {"effective": self.effective, "requested": self.requested}
+
+    def _place_cases(self, patches: PatchDataset) -> None:
+        """Decide where the cases are during training, and put them there."""
+        paths = map(patches.cache.path, {*patches.keys})
+        size = sum(path.stat().st_size for path in paths if path.exists())
+        if self.choice is not None:
+            on_device, reason = self.choice, "as asked for"
+        elif self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            on_device = size * SHARE <= free
+            share = "at most" if on_device else "more than"
+            reason = f"{size / 1e6:.0f} MB of {free / 1e6:.0f} MB free, {share} a quarter"
+        else:
+            on_device, reason = False, "on a CPU the system keeps what is read often"
+        try:
+            self._in_memory = patches.read_all(self.device) if on_device else None
+        except torch.OutOfMemoryError:
+            expected = f"{size / 1e6:.0f} MB free on {self.device} for the training cases"
+            remedy = "Use cache_on_device=false."
+            require(False, "cache_on_device", expected, "less", remedy)
+        workers = 0 if on_device else self.num_workers
+        place = (
+            f"in the memory of {self.device}" if on_device else f"by {workers} workers from disk"
+        )
+        asked = " and ".join(f"{key}={value}" for key, value in self.requested.items())
+        log.info("Training cases are read %s (%s); asked for: %s", place, reason, asked)
+        values = on_device, workers, size, reason
+        self.effective = dict(zip(self.effective, values, strict=True))
 
 
 def _ignore_signals(worker_id: int) -> None:

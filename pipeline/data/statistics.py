@@ -1,16 +1,13 @@
-"""Statistics of volumes: of one case, measured in one pass over its files, and of a dataset.
+"""Statistics of one case, measured in one pass over its files, and of a dataset.
 
-Nothing is judged here, so that statistics that were stored can be judged again, against other class
-names or another split.
+Nothing is judged here, so that stored statistics serve other class names and another split.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import nibabel as nib
@@ -18,11 +15,12 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from pipeline.data.cases import Case, files_of
-from pipeline.data.content import HASHES, ContentHashes, read_checked, sha256_of, write_checked
-from pipeline.data.nifti import Header, Headers, read_voxels
+from pipeline.data.content import ContentHashes, read_checked, sha256_of, write_checked
+from pipeline.data.dataset import Cases
+from pipeline.data.nifti import Header, Headers, count_channels, read_voxels
 from transforms.preprocess import round_labels
 
-VERSION = 4  # of CaseStatistics; statistics that another version stored are measured again
+VERSION = 5  # of CaseStatistics; statistics that another version stored are measured again
 NUM_QUANTILES = 200  # of a case's foreground intensities
 MAX_FOREGROUND_SAMPLES = 20_000
 MAX_VALUES = 300  # different values of a label that are counted
@@ -30,9 +28,7 @@ MAX_DISTINCT = 64  # values of an image that are listed: one with so few may be 
 SKETCH_SIZE = 256
 PIECE = 2**20  # voxels that are converted to float64 at once
 FEW = 2**13
-PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
-
-log = logging.getLogger(__name__)
+PERCENTILES = ("0.5", "5", "50", "95", "99.5")
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,10 @@ class ChannelStatistics:
     """One channel of an image: of its finite voxels, but for the first field and the last."""
 
     num_non_finite: int  # voxels that are NaN, or infinite as float32
-    min: float | None  # None, as the three that follow: there is no finite voxel
-    max: float | None
-    mean: float | None
-    std: float | None
+    min: float
+    max: float
+    mean: float
+    std: float
     # 200 quantiles, at (n + ½) / 200, of every 2^k-th foreground voxel in file order, with the
     # smallest k for which these are 20,000 or fewer
     foreground_quantiles: list[float]
@@ -59,7 +55,6 @@ class CaseStatistics:
     label_counts: dict[str, int]  # voxels by label value, for the 300 smallest values
     num_fractions: int  # label voxels that are not whole numbers
     num_non_finite_labels: int  # label voxels that are NaN or infinite
-    num_rounded: int  # label voxels that are rounded to a whole number nearby
     box: list[list[int]]  # first and last + 1 voxel per axis that is not zero in every channel
     channels: list[ChannelStatistics]
 
@@ -73,21 +68,15 @@ def measure_case(
     """Measure the voxels of a case whose headers are valid and of one shape.
 
     `ignore_value` is a label value that is not foreground; `contents` holds the bytes of files, by
-    path, where they have been read already.
-
-    Raises:
-        VolumeError: If a file cannot be read to its end.
-        DicomError: If a slice's pixels cannot be decoded.
+    path, where they have been read already. Raises as `read_voxels`.
     """
 
     def read(key: str, number: int) -> np.ndarray:
         path = files_of(case)[key][number]
         return read_voxels(path, headers[key][number], (contents or {}).get(path))
 
-    stored = read("label", 0)
-    label = round_labels(stored)
+    label = round_labels(read("label", 0))
     foreground = ((label > 0) & (label != ignore_value)).ravel(order="F")
-    num_rounded = int(np.count_nonzero((label != stored) & np.isfinite(stored)))
     counts = _count_labels(label)
     occupied = np.zeros(label.shape, bool)
     channels = []
@@ -98,7 +87,7 @@ def measure_case(
             channels.append(_measure_channel(channel.ravel(order="F"), foreground))
     found = find_objects(occupied.view(np.uint8))
     box = [[axis.start, axis.stop] for axis in found[0]] if found else [[0, 0]] * 3
-    return CaseStatistics(**counts, num_rounded=num_rounded, box=box, channels=channels)
+    return CaseStatistics(**counts, box=box, channels=channels)
 
 
 def _count_labels(label: np.ndarray) -> dict[str, Any]:
@@ -130,13 +119,13 @@ def _measure_channel(voxels: np.ndarray, foreground: np.ndarray) -> ChannelStati
         finite = np.abs(voxels) <= np.finfo(np.float32).max  # volumes are loaded as float32
         if num_non_finite := int(voxels.size - finite.sum()):
             voxels, foreground = voxels[finite], foreground[finite]
+    if not voxels.size:
+        voxels, foreground = np.zeros(1), np.zeros(1, bool)
     inside = voxels[foreground]
-    step = 1
-    while -(-inside.size // step) > MAX_FOREGROUND_SAMPLES:
-        step *= 2
-    samples = inside[::step].astype(np.float64)
+    most = max(1, -(-inside.size // MAX_FOREGROUND_SAMPLES))
+    samples = inside[:: 2 ** (most - 1).bit_length()].astype(np.float64)
     levels = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
-    mean = float(np.mean(voxels, dtype=np.float64)) if voxels.size else 0.0
+    mean = float(np.mean(voxels, dtype=np.float64))
     squares, sketch = 0.0, np.zeros(0, np.uint64)
     for piece in _pieces(voxels):
         values = piece.astype(np.float64)
@@ -147,10 +136,10 @@ def _measure_channel(voxels: np.ndarray, foreground: np.ndarray) -> ChannelStati
         distinct = np.unique(voxels)
     return ChannelStatistics(
         num_non_finite=num_non_finite,
-        min=float(voxels.min()) if voxels.size else None,
-        max=float(voxels.max()) if voxels.size else None,
-        mean=mean if voxels.size else None,
-        std=float(np.sqrt(squares / voxels.size)) if voxels.size else None,
+        min=float(voxels.min()),
+        max=float(voxels.max()),
+        mean=mean,
+        std=float(np.sqrt(squares / voxels.size)),
         foreground_quantiles=np.quantile(samples, levels).tolist() if len(samples) else [],
         distinct=distinct.astype(float).tolist() if len(distinct) <= MAX_DISTINCT else None,
         sketch=sketch.tolist(),
@@ -159,7 +148,7 @@ def _measure_channel(voxels: np.ndarray, foreground: np.ndarray) -> ChannelStati
 
 
 def _update_sketch(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The 256 smallest hashes of the values so far (bottom-k sketch), without that of zero.
+    """Keep the 256 smallest hashes of all values but zero so far (bottom-k sketch).
 
     Source: Broder, On the resemblance and containment of documents, 1997; the hash is the
     finalizer of SplitMix64 (Steele et al., OOPSLA 2014).
@@ -179,44 +168,27 @@ def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
     return (values[start : start + PIECE] for start in range(0, values.size, PIECE))
 
 
-class StatisticsStore:
-    """Statistics on disk: a small JSON file for each case, named by the content of its files."""
-
-    def __init__(self, cache_dir: Path) -> None:
-        self.directory = cache_dir / "statistics"
-        self.hashes = ContentHashes(cache_dir / HASHES)
-        self.is_writable = True
-
-    def measure_case(
-        self, case: Case, headers: Headers, ignore_value: int | None = None
-    ) -> CaseStatistics:
-        """Stored statistics, or those of `measure_case`, which are then stored."""
-        contents: dict[str, bytes] = {}
-        content = self.hashes.of_case(case, contents)
-        path = self.directory / f"{sha256_of([VERSION, ignore_value, content])}.json"
-        if values := read_checked(path):
-            channels = [ChannelStatistics(**channel) for channel in values.pop("channels")]
-            return CaseStatistics(**values, channels=channels)
-        statistics = measure_case(case, headers, ignore_value, contents)
-        if self.hashes.of_case(case) == content:  # else a file was changed meanwhile
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                write_checked(path, asdict(statistics))
-            except OSError as error:
-                if self.is_writable:
-                    log.warning("%s: expected to store statistics, got: %s", path.parent, error)
-                self.is_writable = False
-        return statistics
+def recall(
+    case: Case, headers: Headers, ignore_value: int | None, hashes: ContentHashes | None
+) -> CaseStatistics:
+    """Call `measure_case`, unless its result for files of the same content is stored."""
+    if hashes is None:
+        return measure_case(case, headers, ignore_value)
+    contents: dict[str, bytes] = {}
+    content = hashes.of_case(case, contents)
+    path = hashes.directory / "statistics" / f"{sha256_of([VERSION, ignore_value, content])}.json"
+    if values := read_checked(path):
+        channels = [ChannelStatistics(**channel) for channel in values.pop("channels")]
+        return CaseStatistics(**values, channels=channels)
+    statistics = measure_case(case, headers, ignore_value, contents)
+    if hashes.of_case(case) == content:  # else a file was changed meanwhile
+        write_checked(path, asdict(statistics))
+    return statistics
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A triple per case along R, A, S, and the median, smallest and largest along each axis."""
+# ---- all cases
 
-    median: list[float]
-    min: list[float]
-    max: list[float]
-    cases: list[list[float]]
+Triples = list[list[float]]  # of each case, along R, A, S
 
 
 @dataclass(frozen=True)
@@ -224,12 +196,8 @@ class ChannelFingerprint:
     """A channel of all images; every case counts alike, whatever its size."""
 
     name: str
-    mean: float  # mean of the images' means
-    std: float  # mean of the images' standard deviations
     means: list[float]  # smallest and largest of the images' means
     stds: list[float]  # smallest and largest of the images' standard deviations
-    min: float
-    max: float
     foreground_mean: float | None  # of all images' foreground quantiles; None without foreground
     foreground_std: float | None
     foreground_percentiles: dict[str, float | None]  # by level
@@ -241,54 +209,45 @@ class ClassFingerprint:
 
     name: str
     num_cases: int  # that have it
-    voxel_share: float  # of all voxels
     median_volume_ml: float | None  # where it is present; None: nowhere
 
 
 @dataclass(frozen=True)
 class DatasetFingerprint:
-    """Sizes, spacings, intensities and classes of a dataset; axes are R, A, S."""
+    """Sizes, spacings, intensities and classes of a dataset."""
 
     num_cases: int
     num_channels: int
-    voxels_were_read: bool  # if not, the fields about voxels are empty or None
-    spacings_mm: Spread
-    shapes: Spread  # in voxels
-    occupied_shapes: Spread | None  # without empty borders
-    occupied_share: float | None  # mean share of the volumes within their empty borders
-    channels: list[ChannelFingerprint]
-    classes: list[ClassFingerprint]  # background first
+    spacings_mm: Triples
+    shapes: Triples  # in voxels
+    # what follows is None or empty where voxels were not read
+    occupied_shapes: Triples | None = None  # without empty borders
+    occupied_share: float | None = None  # mean share of the volumes within their empty borders
+    channels: list[ChannelFingerprint] = field(default_factory=list)
+    classes: list[ClassFingerprint] = field(default_factory=list)  # background first
 
 
 def make_fingerprint(
-    images: Sequence[Header],
-    statistics: Sequence[CaseStatistics],
-    class_names: Sequence[str],
-    channel_names: Sequence[str],
+    cases: Cases, headers: list[Headers], statistics: list[CaseStatistics]
 ) -> DatasetFingerprint:
-    """Summarise cases without faults.
-
-    `images` holds the header of each case's image, `statistics` those of each case, or none if
-    voxels were not read.
-    """
+    """Summarise cases without faults; there are no `statistics` where voxels were not read."""
+    images = [files["image"][0] for files in headers]
     boxes = [case.box for case in statistics] or [[[0, n] for n in h.shape[:3]] for h in images]
     grids = [_grid(header, np.array(box)) for header, box in zip(images, boxes, strict=True)]
     spacings, shapes, occupied = (np.array(values) for values in zip(*grids, strict=True))
-    facts = len(images), len(channel_names), bool(statistics), _spread(spacings), _spread(shapes)
+    channels = cases.channel_names or [f"channel_{n}" for n in range(count_channels(headers[0]))]
+    facts = len(images), len(channels), spacings.tolist(), shapes.tolist()
     if not statistics:
-        return DatasetFingerprint(*facts, None, None, [], [])
+        return DatasetFingerprint(*facts)
+    values = {int(value) for case in statistics for value in case.label_counts}
+    highest = max(values - {cases.ignore_value}, default=0)
+    classes = cases.class_names or ["background", *(f"class_{n + 1}" for n in range(highest))]
     return DatasetFingerprint(
         *facts,
-        occupied_shapes=_spread(occupied),
-        occupied_share=float(np.mean(occupied.prod(axis=1) / shapes.prod(axis=1))),
-        channels=[
-            _summarise_channel(name, [case.channels[n] for case in statistics])
-            for n, name in enumerate(channel_names)
-        ],
-        classes=[
-            _summarise_class(name, str(value), statistics, spacings.prod(axis=1))
-            for value, name in enumerate(class_names)
-        ],
+        occupied.tolist(),
+        float(np.mean(occupied.prod(axis=1) / shapes.prod(axis=1))),
+        [_summarise_channel(statistics, n, name) for n, name in enumerate(channels)],
+        [_summarise_class(statistics, n, name, spacings) for n, name in enumerate(classes)],
     )
 
 
@@ -300,54 +259,32 @@ def _grid(image: Header, box: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     return spacing[order], np.array(image.shape[:3])[order], occupied[order]
 
 
-def _spread(values: np.ndarray) -> Spread:
-    parts = np.median(values, axis=0), values.min(axis=0), values.max(axis=0), values
-    return Spread(*(part.tolist() for part in parts))
-
-
-def _summarise_channel(name: str, channels: Sequence[ChannelStatistics]) -> ChannelFingerprint:
-    facts = [(one.mean, one.std, one.min, one.max) for one in channels]
-    means, stds, lows, highs = np.array(facts, float).T.copy()
+def _summarise_channel(cases: list[CaseStatistics], number: int, name: str) -> ChannelFingerprint:
+    channels = [case.channels[number] for case in cases]
+    means, stds = [one.mean for one in channels], [one.std for one in channels]
+    ranges = [min(means), max(means)], [min(stds), max(stds)]
     pooled = np.concatenate([channel.foreground_quantiles for channel in channels])
-    known = len(pooled) > 0
-    levels = np.percentile(pooled, PERCENTILES).tolist() if known else [None] * len(PERCENTILES)
-    return ChannelFingerprint(
-        name,
-        mean=float(means.mean()),
-        std=float(stds.mean()),
-        means=[float(means.min()), float(means.max())],
-        stds=[float(stds.min()), float(stds.max())],
-        min=float(lows.min()),
-        max=float(highs.max()),
-        foreground_mean=float(pooled.mean()) if known else None,
-        foreground_std=float(pooled.std()) if known else None,
-        foreground_percentiles=dict(zip(map("{:g}".format, PERCENTILES), levels, strict=True)),
-    )
+    if not len(pooled):
+        return ChannelFingerprint(name, *ranges, None, None, dict.fromkeys(PERCENTILES))
+    levels = np.percentile(pooled, [*map(float, PERCENTILES)]).tolist()
+    percentiles = dict(zip(PERCENTILES, levels, strict=True))
+    return ChannelFingerprint(name, *ranges, float(pooled.mean()), float(pooled.std()), percentiles)
 
 
 def _summarise_class(
-    name: str, value: str, statistics: Sequence[CaseStatistics], voxel_mm3: np.ndarray
+    cases: list[CaseStatistics], value: int, name: str, spacings: np.ndarray
 ) -> ClassFingerprint:
-    counts = np.array([case.label_counts.get(value, 0) for case in statistics])
-    total = sum(sum(case.label_counts.values()) for case in statistics)
-    present = counts > 0
-    volumes = counts[present] * voxel_mm3[present] / 1000
-    median = float(np.median(volumes)) if len(volumes) else None
-    return ClassFingerprint(name, int(present.sum()), float(counts.sum() / total), median)
+    counts = np.array([case.label_counts.get(str(value), 0) for case in cases])
+    volumes = (counts * spacings.prod(axis=1) / 1000)[counts > 0]
+    return ClassFingerprint(name, len(volumes), float(np.median(volumes)) if len(volumes) else None)
 
 
 def training_range(fingerprint: DatasetFingerprint) -> dict[str, Any]:
-    """What images a network was trained on, without facts about any single image.
-
-    Returns:
-        `spacing_mm`: smallest and largest along R, A, S; `channels`: where voxels were read, for
-        each `name`, and the smallest and largest of the images' `means` and `stds`.
-    """
-    spacings = fingerprint.spacings_mm
+    """Smallest and largest spacing, and means and deviations of channels where voxels were read."""
+    spacings = np.array(fingerprint.spacings_mm)
     return {
-        "spacing_mm": [spacings.min, spacings.max],
+        "spacing_mm": [spacings.min(axis=0).tolist(), spacings.max(axis=0).tolist()],
         "channels": [
-            {"name": channel.name, "means": channel.means, "stds": channel.stds}
-            for channel in fingerprint.channels
+            {"name": one.name, "means": one.means, "stds": one.stds} for one in fingerprint.channels
         ],
     }
