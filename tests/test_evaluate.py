@@ -81,18 +81,12 @@ def test_evaluate_writes_the_scores_of_each_case_and_prints_them(root, capsys):
     told, faults = capsys.readouterr()
     dim = summary["classes"]["dim"]
     low, high = dim["dice"]["interval"]
-    (line,) = [line for line in told.splitlines() if line.startswith("dim")]
-    assert line.split() == [
-        "dim",
-        f"{dim['dice']['mean']:.3f}",
-        f"[{low:.3f},",
-        f"{high:.3f}]",
-        f"{dim['hd95_mm']['median']:.2f}",
-        f"{dim['nsd']['mean']:.3f}",
-        *"000",
-    ]
-    assert f"all classes  {summary['mean_dice']:.3f} [" in told
-    assert f"Lowest mean Dice: {summary['worst_cases'][0]['case_id']} 0." in told
+    (line,) = [line for line in told.splitlines() if line.startswith("| dim")]
+    numbers = [dim["dice"]["mean"], low, high, dim["nsd"]["mean"]]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [*cells[1:4], cells[5]] == [f"{number:.3f}" for number in numbers]
+    assert cells[4:] == [f"{dim['hd95_mm']['median']:.2f}", cells[5], *"000"]
+    assert f"| all classes | {summary['mean_dice']:.3f}" in told
     assert str(root / "pred_scores" / "metrics.csv") in told
     assert not faults
 
@@ -343,10 +337,10 @@ def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault
 
 MISTAKES = [
     (["--tolerence_mm", "2"], r"command line: unrecognized arguments: --tolerence_mm 2"),
-    (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2 \('bright'"),
-    (["--class_names", "dim"], r".*--class_names: expected a JSON list of names.*got dim"),
-    (["--class_names", "[0, 1]"], r".*--class_names: expected a JSON list of names.*got \[0, 1\]"),
-    (["--class_names", '["a"]'], r"class_names: expected 2 to 256 different names"),
+    (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2"),
+    (["--class_names", "dim"], r"class_names: expected a JSON list of 2 to 256 .*, got dim"),
+    (["--class_names", "[0, 1]"], r"class_names: expected a JSON list .*, got \[0, 1\]"),
+    (["--class_names", '["a"]'], r"class_names: expected a JSON list of 2 to 256 different"),
     (["--group_pattern", "x(.)"], r"person_1a: expected the case id to match group_pattern"),
     (["--device", "abacus"], r"device: expected auto, cpu or cuda"),
     (["--dataset_dir", "nowhere"], r"dataset_dir: expected a folder .*found no nowhere"),
