@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 from pathlib import Path
@@ -91,19 +90,7 @@ def test_evaluate_writes_the_scores_of_each_case_and_prints_them(root, capsys):
     assert not faults
 
 
-def test_evaluate_does_not_depend_on_the_number_of_threads(root):
-    (root / "pred" / "person_1b.nii.gz").write_bytes(b"none")
-    written = []
-    for number in (1, 2, 5):
-        out = root / f"out_{number}"
-        assert run(root, "--num_threads", number, "--output_dir", out) == 1
-        written.append([(out / name).read_bytes() for name in ("metrics.csv", "summary.json")])
-    assert written[0] == written[1] == written[2]
-
-
-@pytest.mark.parametrize(
-    "orientation", [[[1, 1], [0, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[0, -1], [1, 1], [2, 1]]]
-)
+@pytest.mark.parametrize("orientation", [[[2, -1], [0, 1], [1, -1]], [[0, -1], [1, 1], [2, 1]]])
 def test_evaluate_takes_labels_whose_axes_are_in_another_order(root, orientation):
     assert run(root) == 0
     expected = (root / "pred_scores" / "metrics.csv").read_text()
@@ -169,12 +156,8 @@ def test_classes_are_the_values_found_when_nobody_names_them(root):
     save(path, voxels)
     assert run(root) == 0
     assert class_names(root) == ["2", "7", "30"]
-    assert summary_of(root)["classes"]["30"]["status"] == {
-        "scored": 0,
-        "missed": 0,
-        "spurious": 1,
-        "absent": 3,
-    }
+    status = {"scored": 0, "missed": 0, "spurious": 1, "absent": 3}
+    assert summary_of(root)["classes"]["30"]["status"] == status
     assert [r["dice"] for r in scores_of(root) if r["class"] == "7"] == [
         r["dice"] for r in expected if r["class"] == "1"
     ]
@@ -267,13 +250,6 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-30])
 
 
-def infinite_axis(path):
-    image = nib.Nifti1Image(label_map(1), AFFINE)
-    image.header["srow_x"][0], image.header["vox_offset"] = np.inf, 352
-    content = image.header.binaryblock + bytes(4) + label_map(1).tobytes(order="F")
-    path.write_bytes(gzip.compress(content))
-
-
 def twice(path):
     save(path.with_name(path.name.removesuffix(".gz")), label_map(1))
 
@@ -283,21 +259,13 @@ BAD = {
     "shape": (label_map(1)[:-1], AFFINE, "prediction and label of one shape, got .*Resample"),
     "affine": (label_map(1), moved(1.5), "affine to match label within .*, got 1.500 mm. Resample"),
     "flat": (label_map(1), flat(), "an affine with three directions in the KIND, got .*Correct"),
-    "infinite axis": (
-        infinite_axis,
-        None,
-        "an affine with three directions in the KIND, got .*inf",
-    ),
     "4D": (
         np.zeros((*SIZE, 2), np.uint8),
         AFFINE,
         r"a KIND of shape \(H, W, D\), got \(9, 8, 7, 2\)\. Store",
     ),
-    "2D": (np.zeros((9, 8), np.uint8), AFFINE, r"a KIND of shape \(H, W, D\), got \(9, 8\)\. "),
     "between": (with_value(0.5), AFFINE, "integer values in the KIND, got 0.5. Resample it"),
     "nan": (with_value(np.nan), AFFINE, "integer values in the KIND, got nan"),
-    "infinite": (with_value(np.inf), AFFINE, "values 0 to 255 in the KIND, got inf"),
-    "negative": (with_value(-1, np.int16), AFFINE, "values 0 to 255 in the KIND, got -1"),
     "large": (with_value(256, np.int16), AFFINE, "values 0 to 255 in the KIND, got 256"),
     "unknown": (with_value(3), AFFINE, "values 0 to 2 in the KIND, got 3. Name all"),
     "text": (
@@ -361,14 +329,11 @@ def test_a_mistake_on_the_command_line_ends_with_status_2(root, words, message, 
     ("pred", "label", "message"),
     [
         ("none", "labelsTr", r"none: expected a folder of predictions, got: No such file"),
-        ("pred", "none", r"none: expected a folder of labels, got: No such file"),
         ("pred", "dataset.json", r"dataset.json: expected a folder of labels, got: Not a dir"),
-        ("empty", "labelsTr", r"got 0 and 4 cases, none in common\. Check the paths"),
         ("other", "labelsTr", r"got 1 and 4 cases, none in common"),
     ],
 )
 def test_folders_with_nothing_to_compare_end_with_status_2(root, pred, label, message, capsys):
-    (root / "empty").mkdir()
     save(root / "other" / "stranger.nii.gz", label_map(0))
     assert run(root, pred=pred, label=label) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -31,10 +31,6 @@ def scored(dataset, tmp_path_factory) -> Path:
     return out
 
 
-def weights_of(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "models" / name, weights_only=True)
-
-
 def test_run_scores_both_splits_with_both_weights(scored):
     folders = sorted(path.name for path in (scored / "scores").iterdir())
     assert folders == ["test_best", "test_last", "validation_best", "validation_last"]
@@ -73,17 +69,6 @@ def test_evaluate_of_what_was_predicted_gives_the_same_scores(scored, dataset, t
     assert evaluate([str(folder), str(dataset / "labelsTr"), "--output_dir", str(out)]) == 1
     assert "expected a prediction in" in capsys.readouterr().err
     assert (out / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
-
-
-def test_scoring_leaves_the_models_as_they_were(scored, dataset, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        values = {"test_fraction": 0.2, "num_folds": 2, "max_epochs": 3}
-        assert run_tiny(dataset, tmp_path / "r", **values) == 0
-    assert not (tmp_path / "r/scores").exists()
-    for name in ("model.pt", "last.pt"):
-        with_scores, without = weights_of(scored, name), weights_of(tmp_path / "r", name)
-        assert all(torch.equal(with_scores[key], without[key]) for key in without)
 
 
 def test_run_that_dies_while_it_is_scored_goes_on_there(run, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor
+from monai.engines import SupervisedEvaluator
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
+from monai.transforms import AsDiscreted
 
 from pipeline.evaluation.metrics import MeanDice, dice_per_class
 
@@ -116,15 +118,6 @@ def test_mean_dice_is_over_present_classes_then_cases():
         np.testing.assert_allclose(details["cases"][case_id], dice)
 
 
-def test_mean_dice_is_nan_when_nothing_is_scored():
-    engine = make_engine(MeanDice(NAMES))
-    engine.run([batch("nothing")])
-    assert np.isnan(engine.state.metrics["mean_dice"])
-    details = engine.state.metric_details["mean_dice"]
-    assert all(np.isnan(dice) for dice in details["classes"].values())
-    assert details["absent"] == {"dim": 1, "bright": 1}
-
-
 def test_mean_dice_starts_anew_each_epoch():
     engine = make_engine(MeanDice(NAMES))
     engine.run([batch("both")])
@@ -134,3 +127,17 @@ def test_mean_dice_starts_anew_each_epoch():
     details = engine.state.metric_details["mean_dice"]
     assert list(details["cases"]) == ["missed"]
     assert details["absent"] == {"dim": 0, "bright": 1}
+
+
+def test_mean_dice_works_in_monais_own_evaluator():
+    pred, label = PRED_AND_LABEL["both"]
+    case = {"image": torch.eye(3)[pred.long()].movedim(-1, 0), "label": label[None]}
+    loader = DataLoader([{**case, "case_id": name} for name in ("a", "b")], batch_size=2)
+    to_labels = AsDiscreted(("pred",), argmax=True)
+    evaluator = SupervisedEvaluator(
+        "cpu", loader, torch.nn.Identity(), postprocessing=to_labels,
+        key_val_metric={"mean_dice": MeanDice(NAMES)},
+    )  # fmt: skip
+    evaluator.run()
+    assert evaluator.state.metrics["mean_dice"] == pytest.approx(0.75)
+    assert list(evaluator.state.metric_details["mean_dice"]["cases"]) == ["a", "b"]

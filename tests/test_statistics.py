@@ -112,17 +112,6 @@ def test_holm_is_the_closure_of_bonferroni(p_values):
     assert ((np.array(p_values) < levels) == (adjusted < 0.05)).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_interval_of_a_class_excludes_0_just_where_the_verdict_says_so(seed):
-    a, b = noisy(seed, num_classes=5, num_cases=30, gap=0.012)
-    found = judge(a, b)["classes"].values()
-    for entry in found:
-        low, high = entry["interval"]
-        assert (low > 0 or high < 0) == (entry["verdict"] in CONFIDENT)
-        assert (entry["adjusted_p"] < 0.05) == (entry["verdict"] in CONFIDENT)
-    assert {entry["interval_confidence"] for entry in found} != {0.95}
-
-
 def test_mean_over_classes_is_taken_in_each_case():
     a, b = noisy(8, num_classes=3)
     for scores in (a, b):

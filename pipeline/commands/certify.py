@@ -159,12 +159,7 @@ def _options(values: keys.Config) -> list[str]:
 
 
 def train(sweep: PrecisionSweep) -> None:
-    """Train every run to its end; a finished run says so and ends at once.
-
-    Raises:
-        InputError: If a run refuses its input.
-        SystemExit: With a message, if a run failed.
-    """
+    """Train every run to its end; raise an `InputError` or, if one failed, a `SystemExit`."""
     children: list[subprocess.Popen] = []
     stopping = threading.Event()
 
@@ -180,10 +175,8 @@ def train(sweep: PrecisionSweep) -> None:
             raise InputError(errors.strip())
         if child.returncode:
             tail = "\n".join((output + errors).splitlines()[-8:])
-            raise SystemExit(
-                f"{run[0]} seed {run[1]}: expected the run to end, got exit status "
-                f"{child.returncode}. The same command goes on.\n{tail}"
-            )
+            got = f"exit status {child.returncode}. The same command goes on.\n{tail}"
+            raise SystemExit(f"{run[0]} seed {run[1]}: expected the run to end, got {got}")
 
     with ThreadPoolExecutor(sweep.jobs) as pool:
         try:

@@ -88,7 +88,7 @@ def _compare_files(given: argparse.Namespace) -> dict[str, Any]:
         "margin": given.margin,
         "files": files,
         "num_seeds": {arm: len(names) for arm, names in files.items()},
-        "num_cases": len(scores.case_ids),
+        "num_cases": len(scores.persons),
         "num_persons": len(set(scores.persons)),
         "notes": scores.notes,
         **compare_arms(

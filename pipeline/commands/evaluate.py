@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,6 @@ def _evaluate(given: argparse.Namespace, output_dir: Path) -> scores.Row:
     """Score all cases and write the scores; returns the summary, as `write_scores` does."""
     pairs, refused = match(given.pred_dir, given.label_dir)
     known = _read_dataset(given)
-    names, ignore_value = _choose_classes(known, given)
     groups = {case["case_id"]: case.get("group") for case in known.cases}
     cases = [{"case_id": case_id, "group": groups.get(case_id)} for case_id, *_ in pairs]
     persons = persons_of(cases, given.group_pattern)
@@ -78,11 +78,11 @@ def _evaluate(given: argparse.Namespace, output_dir: Path) -> scores.Row:
     require(not is_foreign, "--output_dir", expected, output_dir, "Choose another folder.")
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     how: dict[str, Any] = {"tolerance_mm": given.tolerance_mm}
-    how["class_names"] = names or [str(value) for value in range(MAX_VALUE + 1)]
+    how["class_names"] = known.class_names or [str(value) for value in range(MAX_VALUE + 1)]
     rows, faults = scores.score_files(
-        pairs, given.num_threads, ignore_value=ignore_value, device=device, **how
+        pairs, given.num_threads, ignore_value=known.ignore_value, device=device, **how
     )
-    if names is None:
+    if known.class_names is None:
         found = {"0"} | {row["class"] for row in rows if row["status"] != "absent"}
         how["class_names"] = [name for name in how["class_names"] if name in found]
     kept = [
@@ -94,19 +94,13 @@ def _evaluate(given: argparse.Namespace, output_dir: Path) -> scores.Row:
 
 
 def _read_dataset(given: argparse.Namespace) -> DatasetLayout:
-    """Return what is known of the dataset; nothing, if no one says so."""
+    """Return what is known of the dataset, classes and ignored value as they are given."""
+    known, folders = DatasetLayout(), [given.label_dir, given.label_dir.resolve().parent]
+    described = [folder for folder in folders if (folder / "dataset.json").is_file()]
     if given.dataset_dir is not None:
-        return read_layout(given.dataset_dir)
-    for folder in (given.label_dir, given.label_dir.resolve().parent):
-        if given.class_names is None and (folder / "dataset.json").is_file():
-            return read_dataset_json(folder)  # of which no image need be there
-    return DatasetLayout()
-
-
-def _choose_classes(
-    known: DatasetLayout, given: argparse.Namespace
-) -> tuple[list[str] | None, int | None]:
-    """Return names of the classes, `None` if not known, and the value to ignore."""
+        known = read_layout(given.dataset_dir)
+    elif given.class_names is None and described:
+        known = read_dataset_json(described[0])  # of which no image need be there
     names = given.class_names or known.class_names
     ignored = given.ignore_value or known.ignore_value
     if names is not None:
@@ -116,7 +110,7 @@ def _choose_classes(
         require(are_sound, "class_names", expected, names, "Quote it for the shell.")
         is_free = ignored is None or ignored >= len(names)
         require(is_free, "ignore_value", "a value that is no class", ignored, "Change it.")
-    return names, ignored
+    return replace(known, class_names=names, ignore_value=ignored)
 
 
 def format_summary(summary: scores.Row) -> list[str]:

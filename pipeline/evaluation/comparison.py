@@ -38,7 +38,6 @@ ERROR = re.compile(r"[mr]mse|mae\b|hd|hausdorff|distance|m?as+d\b|msd|mm\b|false
 class PairedScores:
     """Two arms on the same N cases, sorted, of N persons; and notes for the reader."""
 
-    case_ids: list[str]
     persons: list[str]
     class_names: list[str]
     arms: tuple[np.ndarray, np.ndarray]  # see `compare_arms`
@@ -90,8 +89,12 @@ def read_arms(
     values = [of[key][0] if key in keys else math.nan for _, of in read for key in places]
     table = np.reshape(values, (len(read), len(case_ids), len(class_names)))
     arms = table[:num_a], table[num_a:]
-    persons = _find_persons(read, case_ids, group_pattern)
-    return PairedScores(case_ids, persons, class_names, arms, notes + left_out)
+    told: dict[str, str] = {}
+    for (case, _), (_, person) in chain(*(scores.items() for _, scores in read)):
+        told[case] = told.get(case) or person
+    cases = [{"case_id": case, "group": told[case]} for case in case_ids]
+    persons = [*persons_of(cases, group_pattern).values()]
+    return PairedScores(persons, class_names, arms, notes + left_out)
 
 
 def _read_file(path: str, metric: str) -> ScoreFile:
@@ -159,14 +162,3 @@ def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[set[Key],
 
 def _name(keys: set[Key]) -> str:
     return some(sorted(case if name == ONE_CLASS else f"{case} ({name})" for case, name in keys))
-
-
-def _find_persons(
-    files: Sequence[ScoreFile], case_ids: Sequence[str], group_pattern: GroupPattern
-) -> list[str]:
-    """Return the person of each case; without any, the case itself."""
-    told: dict[str, str] = {}
-    for (case, _), (_, person) in chain(*(scores.items() for _, scores in files)):
-        told[case] = told.get(case) or person
-    cases = [{"case_id": case, "group": told[case]} for case in case_ids]
-    return [*persons_of(cases, group_pattern).values()]

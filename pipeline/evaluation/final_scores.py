@@ -132,7 +132,7 @@ class Scoring:
             log.warning("%s: %s", case_id, why)
         write_json(folder / "cases.json", {case["case_id"]: files_of(case) for case in cases})
         summary = write_scores(folder, rows, refused=refused, **self.how)
-        figures = summary["mean_dice"], *(summary["mean_dice_interval"] or (None, None))
+        figures = [summary["mean_dice"], *(summary["mean_dice_interval"] or (None, None))]
         said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
         log.info(said, folder.name, *np.array(figures, float))
 

@@ -33,10 +33,8 @@ def dice_per_class(
         pred, label = pred[counted], label[counted]
     for name, values in (("pred", pred), ("label", label)):
         if len(values) and (values.min() < 0 or values.max() >= num_classes):
-            raise ValueError(
-                f"{name}: expected values 0 to {num_classes - 1}, "
-                f"got {values.min()} to {values.max()}."
-            )
+            got = f"{values.min()} to {values.max()}"
+            raise ValueError(f"{name}: expected values 0 to {num_classes - 1}, got {got}.")
     # rows are classes of the label, columns of the prediction
     counts = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
     confusion = counts.reshape(num_classes, num_classes).cpu().numpy()
@@ -44,10 +42,7 @@ def dice_per_class(
 
 
 def compute_dice(both: np.ndarray, of_pred: np.ndarray, of_label: np.ndarray) -> np.ndarray:
-    """Compute the Dice from numbers of voxels; `nan` where there are none.
-
-    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
-    """
+    """Compute the Dice from numbers of voxels, `nan` if 0. Source: Dice, Ecology 26 (1945)."""
     return divide(2 * both, of_pred + of_label)
 
 
@@ -68,12 +63,10 @@ def mean_of_defined(values: np.ndarray, axis: int | None = None) -> Any:
 class MeanDice(Metric):
     """Mean Dice over foreground classes, per case, then over cases.
 
-    A class that is absent from both prediction and label of a case is left out of that case. Works
-    on decollated output: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid.
-
-    After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
-    `absent` (name to number of cases left out) and `cases` (case id to Dice per class), on each
-    rank for all cases.
+    A class that is absent from both prediction and label of a case is left out of that case. Output
+    is decollated: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid. After
+    an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice), `absent` (name
+    to number of cases left out) and `cases` (case id to Dice per class), of all ranks.
 
     Args:
         class_names: Names of all classes, background first.

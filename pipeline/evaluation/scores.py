@@ -31,7 +31,6 @@ from pipeline.files import make_directory, nan_to_none, replace_file, write_json
 Row = dict[str, Any]
 
 STATUS = ("scored", "missed", "spurious", "absent")
-NUM_WORST = 5  # cases that the summary names
 DEFINITIONS = {
     "dice": "2 |P ∩ L| / (|P| + |L|), of voxels of prediction P and label L",
     "iou": "|P ∩ L| / (|P| + |L| - |P ∩ L|)",
@@ -61,22 +60,17 @@ def score_case(
     """Score one case; returns a row per foreground class, without `case_id` and `person`.
 
     Args:
-        pred: `(H, W, D)` integer label map; `label` is one on the same grid.
+        pred: `(H, W, D)` integer label map; `label` is one of the same shape.
         spacing_mm: Voxel size in array-axis order.
         class_names: In the order of the label values, background first.
         tolerance_mm: Distance up to which surfaces agree, for `nsd`.
         ignore_value: Label of voxels that become background in both maps.
 
     Raises:
-        InputError: If the shapes differ, or a value is not a class; without the case id.
+        InputError: If a value is not a class; without the case id.
     """
     # in C order, for which erosion is six times faster
     maps = [np.ascontiguousarray(voxels) for voxels in (pred, label)]
-    if maps[0].shape != maps[1].shape or maps[0].ndim != 3:
-        raise InputError(
-            f"expected prediction and label of one shape (H, W, D), got {maps[0].shape} and "
-            f"{maps[1].shape}. Resample one of them or leave the case out."
-        )
     if ignore_value is not None and not (counted := maps[1] != ignore_value).all():
         maps = [voxels * counted for voxels in maps]
     for what, voxels in zip(("prediction", "label"), maps, strict=True):
@@ -215,11 +209,7 @@ def read_scores(path: str | Path) -> list[Row]:
 
 
 def read_csv(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place and cells of each line, by names of columns in lower case.
-
-    Raises:
-        ValueError: If a line has more or fewer cells than the header.
-    """
+    """Yield place and cells of each line, by column in lower case; ValueError for a torn line."""
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip().lower() for name in next(reader, [])]
@@ -241,7 +231,7 @@ def _summarize(rows: Sequence[Row], names: Sequence[str], tolerance_mm: float) -
     means = mean_of_defined(table, axis=2)
     over_classes = _summarize_measures(means, persons)
     dice = zip(means[MEASURES.index("dice")].tolist(), cases, strict=True)
-    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:NUM_WORST]
+    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:5]
     return {
         "mean_dice": over_classes["dice"]["mean"],
         "mean_dice_interval": over_classes["dice"]["interval"],
@@ -276,9 +266,7 @@ def _summarize_measures(table: np.ndarray, persons: Sequence[str]) -> dict[str, 
 def format_table(columns: str, rows: Iterable[Sequence[Any]]) -> list[str]:
     """Lay out rows as a table in Markdown; `None` is shown as `-`.
 
-    Args:
-        columns: Heads, each with the format of its numbers: `class, mean Dice:.3f`.
-        rows: A value for each column.
+    `columns` are heads, each with the format of its numbers, such as `class, mean Dice:.3f`.
     """
     heads = [column.partition(":")[::2] for column in columns.split(", ")]
     table = [[head for head, _ in heads]]

@@ -38,8 +38,8 @@ ROUNDING = 1e-12  # of the largest score; less than that is no difference
 class Estimate:
     """A difference of means, A minus B, and its standard errors; `nan` where unknown.
 
-    `errors` are those from `seeds_a`, `seeds_b` and `persons`, `total` from all three, which is not
-    known with fewer than `MIN_SEEDS` or `MIN_PERSONS`; `freedom` are its degrees of freedom.
+    `errors` are those from each of `SOURCES`, `total` from all three; `freedom` are its degrees of
+    freedom. They are not known with fewer than `MIN_SEEDS` or `MIN_PERSONS`.
     """
 
     value: float
@@ -70,11 +70,7 @@ def estimate_difference(a: np.ndarray, b: np.ndarray, persons: Sequence[str]) ->
     their cases: their variance is that over drawn resamples of the difference, paired by case. Each
     variance is multiplied by n/(n-1), since resamples of n vary too little by that factor, and
     quantiles are those of t. Noise that belongs to neither seed nor person counts twice, which
-    makes intervals wider than necessary.
-
-    Args:
-        a: `(S_A, N)` float64, complete; `b` is `(S_B, N)`.
-        persons: `N` names, of the person of each case.
+    makes intervals wider than necessary. Arms are `(S, N)` float64, complete; `persons` `N` names.
 
     Source: Hesterberg, The American Statistician 69 (2015), for n/(n-1) and t; Owen, Annals of
     Applied Statistics 1 (2007), for what counts twice; Satterthwaite, Biometrics Bulletin 2 (1946),
@@ -177,7 +173,6 @@ def compare_arms(
     Args:
         a: Scores of the S runs of one arm, `(S, N, K)` float64. An undefined one is `inf` if it
             could not be better, as where a class is in neither label nor prediction, else `nan`.
-        b: Scores of the other arm.
         persons: `N` names, of the person of each case.
         confidence: Arms are equivalent if the interval at it lies strictly within the margin.
         margin: Smallest difference that matters, above 0. With ranks, it is the change of the
