@@ -35,13 +35,13 @@ def command_line(dataset: Path, out: Path, *words: str) -> list[str]:
 class Finished:
     """Stands for the process of a run."""
 
-    returncode, output = 0, ""
+    returncode = 0
 
     def __init__(self, command: list[str], **_: object) -> None:
         self.command = command
 
     def communicate(self) -> tuple[str, str]:
-        return self.output, ""
+        return "", ""
 
     def terminate(self) -> None:
         pass
@@ -74,10 +74,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def read(out: Path) -> dict:
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads((out / "certificate.json").read_text(), parse_constant=refuse)
+    return json.loads((out / "certificate.json").read_text(), parse_constant=pytest.fail)
 
 
 # --- the whole command
@@ -114,14 +111,13 @@ def test_certify_trains_compares_and_goes_on_where_it_stopped(tmp_path, trained,
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     # a precision that scores lower is worse, and says so in the exit status
-    sweep = certify.read_command(words)
     for seed in (0, 1):
         path = out / f"bfloat16_seed{seed}/scores/validation_last/metrics.csv"
-        reference = out / f"float32_seed{seed}/scores/validation_last/metrics.csv"
-        path.write_text(reference.read_text())
-        shift(path, -0.3)
-    found = certify.make_certificate(sweep)["classes"]["bfloat16"]
-    assert WORSE in {entry["verdict"] for entry in found.values()}
+        header, *lines = path.read_text().splitlines()
+        rows = [",".join([*line.split(",")[:4], "-9", *[""] * 9]) for line in lines]
+        path.write_text("\n".join([header, *rows]))
+    assert certify.main(words) == 1
+    assert WORSE in {entry["verdict"] for entry in read(out)["classes"]["bfloat16"].values()}
 
     # one certificate is of one config
     assert certify.main([*words, "--grad_clip", "3", "--overlap", "0.25"]) == 2
@@ -133,16 +129,6 @@ def scores_of(run_dir: Path) -> float:
     with open(run_dir / "scores/validation_last/metrics.csv", newline="") as file:
         dice = [float(row["dice"]) for row in csv.DictReader(file) if row["class"] == "dim"]
     return sum(dice) / len(dice)
-
-
-def shift(path: Path, amount: float) -> None:
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), reader.fieldnames
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({**row, "dice": float(row["dice"] or 0) + amount} for row in rows)
 
 
 @pytest.mark.chaos
@@ -224,9 +210,7 @@ def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, mon
         ("--dtypes fp16", "argument --dtypes: invalid choice: 'fp16'"),
         ("--dtypes float32", "--dtypes: expected one to compare with float32"),
         ("--seeds 1", "argument --seeds: expected 2 or more"),
-        ("--margin big", "argument --margin: expected "),
         ("--jobs 0", "argument --jobs: expected 1 or more"),
-        ("--seed x", "seed: expected int"),
         ("--max_epoch 3", "Did you mean 'max_epochs'"),
         ("--amp_dtype float16", "--amp_dtype: expected no value, since a certificate sets it"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -128,12 +127,7 @@ def test_classes_are_those_given_or_described_or_found(root):
     write_description(root, background=0, wrong=1, names=2)
     assert run(root) == 0  # dataset.json beside the labels
     assert class_names(root) == ["dim", "bright"]
-    write_table(root / "data", ["background", "a", "b"])
-    assert run(root, "--dataset_dir", root / "data") == 0
-    assert class_names(root) == ["a", "b"]
     names = ["--class_names", '["background", "x", "y", "z"]']
-    assert run(root, "--dataset_dir", root / "data", *names) == 0
-    assert class_names(root) == ["x", "y", "z"]
     for folder in (root, root / "labelsTr"):
         (folder / "dataset.json").write_text("broken")
     assert run(root, *names) == 0
@@ -163,18 +157,13 @@ def test_classes_are_the_values_found_when_nobody_names_them(root):
     ]
 
 
-def ignore_in(root, value):
+@pytest.mark.parametrize("value", [3, 9])
+def test_ignored_voxels_are_those_of_the_description_or_option(root, value):
     for path in (root / "labelsTr").glob("*.nii.gz"):
         voxels = np.asarray(nib.load(path).dataobj).copy()
         voxels[:, :, 3:] = value
         save(path, voxels)
-
-
-@pytest.mark.parametrize("source", ["dataset.json", "option"])
-def test_ignored_voxels_are_those_of_the_description_or_option(root, source):
-    value = 3 if source == "dataset.json" else 9
-    ignore_in(root, value)
-    if source == "dataset.json":
+    if value == 3:
         write_description(root, background=0, dim=1, bright=2, ignore=3)
         assert run(root) == 0
     else:
@@ -188,23 +177,14 @@ def test_ignored_voxels_are_those_of_the_description_or_option(root, source):
     assert volumes == pytest.approx([n * 3e-3 for n in counted])
 
 
-def write_table(folder, names=None):
+def write_table(folder):
     """A dataset of `cases.csv`, with a person each for every two cases."""
-    folder.mkdir()
-    rows = [["case_id", "image", "label", "group"]]
+    rows = ["case_id,image,label,group"]
     for case_id in CASES:
         for kind in ("image", "label"):
             save(folder / f"{case_id}_{kind}.nii.gz", label_map(0))
-        pair = f"{case_id}_image.nii.gz", f"{case_id}_label.nii.gz"
-        rows.append([case_id, *pair, f"group_{case_id[7]}"])
-    if names is None:
-        with open(folder / "cases.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        return
-    labels = {name: value for value, name in enumerate(names)}
-    cases = [{"image": row[1], "label": row[2]} for row in rows[1:]]
-    source = {"modality": {"0": "CT"}, "labels": labels, "training": cases}
-    (folder / "dataset.json").write_text(json.dumps(source))
+        rows.append(f"{case_id},{case_id}_image.nii.gz,{case_id}_label.nii.gz,group_{case_id[7]}")
+    (folder / "cases.csv").write_text("\n".join(rows))
 
 
 def test_persons_are_told_by_the_pattern_or_the_dataset_or_are_the_cases(root):
@@ -259,21 +239,12 @@ BAD = {
     "shape": (label_map(1)[:-1], AFFINE, "prediction and label of one shape, got .*Resample"),
     "affine": (label_map(1), moved(1.5), "affine to match label within .*, got 1.500 mm. Resample"),
     "flat": (label_map(1), flat(), "an affine with three directions in the KIND, got .*Correct"),
-    "4D": (
-        np.zeros((*SIZE, 2), np.uint8),
-        AFFINE,
-        r"a KIND of shape \(H, W, D\), got \(9, 8, 7, 2\)\. Store",
-    ),
+    "2D": (np.zeros((9, 8), np.uint8), AFFINE, r"a KIND of shape \(H, W, D\), got \(9, 8\)\. "),
     "between": (with_value(0.5), AFFINE, "integer values in the KIND, got 0.5. Resample it"),
     "nan": (with_value(np.nan), AFFINE, "integer values in the KIND, got nan"),
     "large": (with_value(256, np.int16), AFFINE, "values 0 to 255 in the KIND, got 256"),
     "unknown": (with_value(3), AFFINE, "values 0 to 2 in the KIND, got 3. Name all"),
-    "text": (
-        lambda path: path.write_text("no"),
-        None,
-        "a readable NIfTI file person_1b.nii.gz of the KIND, got .*. Replace the file",
-    ),
-    "truncated": (truncated, None, "a readable NIfTI file .* of the KIND, got an end"),
+    "truncated": (truncated, None, "a readable NIfTI file person_1b.* of the KIND, got an end"),
     "gone": (lambda path: path.unlink(), None, r"a KIND in .*FOLDER, found none\. Add it"),
     "twice": (twice, None, r"one KIND in .*FOLDER, got .*nii and .*nii\.gz\. Remove one"),
 }
@@ -294,7 +265,6 @@ def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault
     message = message.replace("KIND", KIND[folder]).replace("FOLDER", folder)
     assert line.startswith("person_1b: expected ")
     assert line.endswith(".")
-    assert line.count("person_1b: ") == 1
     assert re.search(message, line), line
     assert "person_1b: " not in told
     summary = summary_of(root)
@@ -307,7 +277,6 @@ MISTAKES = [
     (["--tolerence_mm", "2"], r"command line: unrecognized arguments: --tolerence_mm 2"),
     (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2"),
     (["--class_names", "dim"], r"class_names: expected a JSON list of 2 to 256 .*, got dim"),
-    (["--class_names", "[0, 1]"], r"class_names: expected a JSON list .*, got \[0, 1\]"),
     (["--class_names", '["a"]'], r"class_names: expected a JSON list of 2 to 256 different"),
     (["--group_pattern", "x(.)"], r"person_1a: expected the case id to match group_pattern"),
     (["--device", "abacus"], r"device: expected auto, cpu or cuda"),
@@ -325,18 +294,12 @@ def test_a_mistake_on_the_command_line_ends_with_status_2(root, words, message, 
     assert not (root / "pred_scores").exists()
 
 
-@pytest.mark.parametrize(
-    ("pred", "label", "message"),
-    [
-        ("none", "labelsTr", r"none: expected a folder of predictions, got: No such file"),
-        ("pred", "dataset.json", r"dataset.json: expected a folder of labels, got: Not a dir"),
-        ("other", "labelsTr", r"got 1 and 4 cases, none in common"),
-    ],
-)
-def test_folders_with_nothing_to_compare_end_with_status_2(root, pred, label, message, capsys):
+def test_folders_with_nothing_to_compare_end_with_status_2(root, capsys):
     save(root / "other" / "stranger.nii.gz", label_map(0))
-    assert run(root, pred=pred, label=label) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert run(root, pred="other") == 2
+    assert "got 1 and 4 cases, none in common" in capsys.readouterr().err
+    assert run(root, label="dataset.json") == 2
+    assert "expected a folder of labels, got: Not a dir" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_ends_with_status_2(root, capsys, monkeypatch):

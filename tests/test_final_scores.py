@@ -46,9 +46,7 @@ def test_run_scores_both_splits_with_both_weights(scored):
             assert (scored / label).is_file()
             pred = nib.load(folder / f"{case_id}.nii.gz")
             np.testing.assert_array_equal(pred.affine, nib.load(scored / image).affine)
-    summary = json.loads((scored / "summary.json").read_text())
-    assert sorted(summary["scores"]) == folders
-    assert "pytest" in summary["command"] or "-c" in summary["command"]  # what runs here
+    assert sorted(json.loads((scored / "summary.json").read_text())["scores"]) == folders
 
 
 def test_scores_of_the_last_weights_are_those_of_the_last_validation(scored):
@@ -143,17 +141,11 @@ def test_ignored_voxels_count_in_no_score(tmp_path, monkeypatch):
         assert row["dice"] == pytest.approx(validation[row["case_id"]][row["class"]])
 
 
-def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
-    run, tmp_path, monkeypatch, capsys
-):
-    assert run(tmp_path / "a", report=True, final_scores=True) == 0
-    assert "report/index.html" in capsys.readouterr().out
-    assert "<html" in (tmp_path / "a/report/index.html").read_text()[:200].lower()
-
+def test_a_run_outlives_a_report_that_fails(run, tmp_path, monkeypatch, capsys):
     def fail(_):
         raise OSError("no room")
 
     monkeypatch.setattr("pipeline.reporting.report.write_report", fail)
-    assert run(tmp_path / "b", report=True) == 0
+    assert run(tmp_path / "r", report=True) == 0
     assert "report: expected to write it, got: no room" in capsys.readouterr().out
-    assert (tmp_path / "b/summary.json").exists()
+    assert (tmp_path / "r/summary.json").exists()

@@ -55,14 +55,13 @@ def test_dice_per_class_refuses_different_shapes():
         dice_per_class(torch.zeros(4, 3, 2), torch.zeros(2, 3, 4), 2)
 
 
-@pytest.mark.parametrize(("value", "num_classes"), [(3, 3), (255, 3)])
-def test_dice_per_class_refuses_values_that_are_no_class(value, num_classes):
+def test_dice_per_class_refuses_values_that_are_no_class():
     right, wrong = blocks(_1=(0, 2)), blocks(_1=(0, 2))
-    wrong[5, 5, 5] = value
-    with pytest.raises(ValueError, match=f"pred: expected values 0 to 2, got 0 to {value}"):
-        dice_per_class(wrong, right, num_classes)
-    with pytest.raises(ValueError, match=f"label: expected values 0 to 2, got 0 to {value}"):
-        dice_per_class(right, wrong, num_classes)
+    wrong[5, 5, 5] = 3
+    with pytest.raises(ValueError, match="pred: expected values 0 to 2, got 0 to 3"):
+        dice_per_class(wrong, right, 3)
+    with pytest.raises(ValueError, match="label: expected values 0 to 2, got 0 to 3"):
+        dice_per_class(right, wrong, 3)
 
 
 # ---- over cases

