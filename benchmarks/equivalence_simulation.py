@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from pipeline.evaluation.statistics import BETTER, WORSE, Arm, compare_arms, estimate_difference
+from pipeline.evaluation.statistics import BETTER, WORSE, compare_arms, estimate_difference
 
 NUM_SEEDS, NUM_PERSONS, MARGIN = 3, 27, 0.01
 # shares of the variance of the difference of means, noise excluded: of seeds and of persons
@@ -100,8 +100,7 @@ def study_difference(pairs: int) -> dict[str, Any]:
                     scores = scores + 0.015 * rng.normal(size=(2, 3, num_cases, 2))
                     if undefined:
                         scores[scores < np.quantile(scores, undefined)] = np.nan
-                    a, b = (Arm(values, np.zeros(values.shape, bool)) for values in scores)
-                    verdict = compare_arms(a, b, persons, ["one", "two"])["overall"]["verdict"]
+                    verdict = compare_arms(*scores, persons, ["one", "two"])["overall"]["verdict"]
                     counts[gap] += verdict in (BETTER, WORSE)
             study[f"{num_cases} cases, {undefined:g} undefined"] = {
                 "wrong_percent": 100 * counts[0.0] / pairs,

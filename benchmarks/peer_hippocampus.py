@@ -349,8 +349,10 @@ def score(words: argparse.Namespace) -> None:
         side: [str(out / "test_scores/metrics.csv") for out in runs[arm]]
         for side, arm in (("a", "ours"), ("b", "nnunet"))
     }
-    compared = compare.run(files, {"metric": "dice", "group_pattern": "pairs"})
-    print("\n".join(compare.table(compared)), flush=True)
+    words = ["--a", *files["a"], "--b", *files["b"], "--group_pattern", "pairs"]
+    if compare.main([*words, "--output", str(work / "compared.json")]):
+        raise SystemExit(f"{work}: the scores could not be compared.")
+    compared = json.loads((work / "compared.json").read_text())
     kept = ("num_seeds", "num_cases", "num_persons", "overall", "classes", "notes")
     result = {
         "scored_on": machine.facts(),
@@ -380,8 +382,8 @@ def difference(files: dict[str, list[str]], num_resamples: int = 10_000) -> dict
     """
     from pipeline.evaluation.comparison import read_arms
 
-    scores = read_arms(files, "dice", person_of=person_of)
-    a, b = (np.nanmean(arm.values, axis=2) for arm in scores.arms)  # (seeds, cases)
+    scores = read_arms(files, "dice", group_pattern="pairs")
+    a, b = (np.nanmean(arm, axis=2) for arm in scores.arms)  # (seeds, cases)
     names, member = np.unique(scores.persons, return_inverse=True)
     rng = np.random.default_rng(0)
     values = np.empty(num_resamples)

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 from test_statistics import judge, noisy
 
@@ -87,7 +86,6 @@ def test_command_compares_our_files(ours, tmp_path, capsys):
     found = compared(ours, tmp_path)
     said = capsys.readouterr().out
     assert "A is better than B" in said
-    assert said.count("\n") > 5
     assert (found["metric"], found["direction"]) == ("dice", "higher is better")
     assert (found["num_cases"], found["num_persons"]) == (12, 6)
     assert found["num_seeds"] == {"a": 3, "b": 3}
@@ -103,13 +101,11 @@ def test_command_compares_our_files(ours, tmp_path, capsys):
         )
 
 
-def test_command_shows_a_difference_of_single_runs(ours, capsys):
+def test_command_says_why_single_runs_are_too_few(ours, capsys):
     assert command({"a": ours["a"][:1], "b": ours["b"][:1]}) == 0
     last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert last.startswith(
-        "Too few to tell: 1 of at least 2 seeds of A, 1 of at least 2 seeds of B."
-    )
-    assert "from persons" in last
+    reason = "1 of at least 2 seeds of A, 1 of at least 2 seeds of B"
+    assert last == f"Overall: too few to tell ({reason})."
 
 
 @pytest.mark.parametrize(
@@ -118,7 +114,6 @@ def test_command_shows_a_difference_of_single_runs(ours, capsys):
         ("DSC", (True, False)),
         ("Normalized Surface Distance", (True, False)),
         ("hd95_mm", (False, False)),
-        ("ASSD", (False, False)),
         ("mean_error", (False, False)),
         ("volume_difference_ml", (False, True)),
         ("false_positives", (False, False)),
@@ -129,20 +124,14 @@ def test_direction_goes_by_the_name(metric, expected):
 
 
 def test_volume_difference_counts_by_its_size(ours, tmp_path):
-    rng = np.random.default_rng(41)
     for name, size in (("a", 1.0), ("b", 5.0)):
-        for file in ours[name]:
-            signs = rng.choice([-1, 1], size=24)
-
-            def change(rows, signs=signs, size=size):
-                for row, sign in zip(rows, signs, strict=True):
-                    row[-1] = sign * (size + 0.1 * rng.random())
-
-            edit(file, change)
+        for number, file in enumerate(ours[name]):
+            rows = [[*row[:-1], (-1) ** n * (size + 0.01 * number)] for n, row in
+                    enumerate(rows_of(file)[1:])]  # fmt: skip
+            write(file, OURS, rows)
     found = compared(ours, tmp_path, "--metric", "volume_difference_ml")
-    assert found["absolute"]
-    assert found["overall"]["verdict"] == BETTER
-    assert found["overall"]["difference"] == pytest.approx(-4, abs=0.1)
+    assert (found["absolute"], found["overall"]["verdict"]) == (True, BETTER)
+    assert found["overall"]["difference"] == pytest.approx(-4)
 
 
 def test_direction_can_be_told(ours, tmp_path):
@@ -150,7 +139,7 @@ def test_direction_can_be_told(ours, tmp_path):
     assert compared(ours, tmp_path, "--metric", "HD95_mm")["overall"]["verdict"] == BETTER
 
 
-@pytest.mark.parametrize("cell", ["", "nan", "NaN", "inf", "-inf", "None", "N/A"])
+@pytest.mark.parametrize("cell", ["", "NaN", "-inf", "N/A"])
 def test_undefined_distance_is_the_worst_however_written(ours, tmp_path, cell):
     for file in ours["a"]:
         for n in range(10):
@@ -209,18 +198,12 @@ def test_command_reads_nnunets_summary(ours, tmp_path):
                 dice = float(row[4] or "nan")
                 value = {"liver": "1", "spleen": "(1, 2)"}[row[2]]
                 cases.setdefault(row[0], {})[value] = {"Dice": dice, "FN": 3, "n_ref": 9}
-            summary = tmp_path / f"{name}{number}" / "summary.json"
-            summary.parent.mkdir()
+            summary = tmp_path / f"{name}{number}.json"
             entries = [
-                {
-                    "metrics": metrics,
-                    "prediction_file": f"/data/fold_0/validation/{case}.nii.gz",
-                    "reference_file": f"/data/labelsTr/{case}.nii.gz",
-                }
+                {"metrics": metrics, "prediction_file": f"/data/validation/{case}.nii.gz"}
                 for case, metrics in cases.items()
             ]
-            text = {"foreground_mean": {}, "mean": {}, "metric_per_case": entries}
-            summary.write_text(json.dumps(text, indent=4))
+            summary.write_text(json.dumps({"mean": {}, "metric_per_case": entries}, indent=4))
             files[name].append(str(summary))
     found = compared(files, tmp_path, "--metric", "Dice")
     assert list(found["classes"]) == ["(1, 2)", "1"]
@@ -228,19 +211,17 @@ def test_command_reads_nnunets_summary(ours, tmp_path):
     assert found["classes"]["1"]["num_apart"] == 1
 
 
-def test_command_reads_files_without_classes(ours, tmp_path):
-    for file in (*ours["a"], *ours["b"]):
-        rows = [row for row in rows_of(file)[1:] if row[2] == "liver"]
-        write(file, ("case", "dice"), [[row[0], row[4]] for row in rows])
-    found = compared(ours, tmp_path)
-    assert list(found["classes"]) == ["all"]
-    assert found["classes"]["all"]["interval"] == found["overall"]["interval"]
-
-
 def test_persons_come_from_column_or_pattern(ours, tmp_path):
     assert compared(ours, tmp_path)["num_persons"] == 6
-    assert compared(ours, tmp_path, "--group_pattern", "pairs")["num_persons"] == 7
     assert compared(ours, tmp_path, "--group_pattern", r"(\d\d)\d$")["num_persons"] == 2
+
+
+def test_command_reads_files_without_classes(tmp_path):
+    files = {
+        arm: [write(tmp_path / f"{arm}.csv", ("case", "dice"), [(n, 0.5) for n in range(9)])]
+        for arm in "ab"
+    }
+    assert list(compared(files, tmp_path)["classes"]) == ["all"]
 
 
 def test_common_cases_leave_out_the_rest(ours, tmp_path, capsys):
@@ -272,32 +253,12 @@ def test_a_file_in_both_arms_or_copied_is_noted(ours, tmp_path):
 # ---- mistakes
 
 
-def drop(rows):
-    return [row for row in rows if row[2] != "liver"]
-
-
-def tear(rows):
-    rows[2].pop()
-
-
-def blank(rows):
-    rows[3][0] = ""
-
-
-def conflict(rows):
-    rows[0][1] = "someone else"
-
-
 MISTAKES = [
-    (
-        lambda rows: [*rows, rows[0]],
-        "one number for each case and class, got case_000 (liver) again in line 26. Correct it.",
-    ),
-    (lambda rows: rows[1].__setitem__(4, "good"), "class, got 'good' in line 3. Correct it."),
-    (lambda rows: rows[1].__setitem__(4, "0,8"), "class, got '0,8' in line 3. Correct it."),
-    (drop, "other files, got no case_000 (liver), case_001 (liver), "),
-    (blank, "class, got a blank in line 5."),
-    (tear, "got: 7 instead of 8 cells in line 4."),
+    (lambda rows: [*rows, rows[0]], "' in line 26. Correct or remove it."),
+    (lambda rows: rows[1].__setitem__(4, "0,8"), "got case_000 spleen: '0,8' in line 3. Correct"),
+    (lambda rows: rows[::2], "other files, got no case_000 (spleen), case_001 (spleen), "),
+    (lambda rows: rows[3].__setitem__(0, ""), " in line 5."),
+    (lambda rows: rows[2].pop() and None, "got: 7 instead of 8 cells in line 4."),
 ]
 
 
@@ -310,49 +271,33 @@ def test_command_refuses_a_file_in_one_line(ours, capsys, change, expected):
     assert expected in lines[0]
 
 
-def test_command_refuses_persons_that_differ(ours, capsys):
-    edit(ours["b"][1], conflict)
-    assert refused(ours, capsys) == [
-        "case_000: expected one person, got p0, someone else. Correct it."
-    ]
-
-
 def test_command_tells_every_fault(ours, tmp_path, capsys):
-    edit(ours["a"][0], lambda rows: rows[1].__setitem__(4, "good"))
+    ours["a"][0] = str(tmp_path)
     ours["b"][2] = str(tmp_path / "none.csv")
-    lines = refused(ours, capsys)
-    assert len(lines) == 2
-    assert "No such file" in lines[1]
-    assert str(tmp_path / "none.csv") in lines[1]
+    first, second = refused(ours, capsys)
+    assert first.startswith(f"{tmp_path}: expected a CSV file")
+    assert "No such file" in second
 
 
-def test_command_refuses_what_is_no_table(ours, tmp_path, capsys):
-    for content in (b"", b"case,dice\n", b"\xff\xfe\x00", b'a,b\n"x\x00'):
-        path = tmp_path / "odd.csv"
-        path.write_bytes(content)
-        lines = refused({"a": [str(path)], "b": ours["b"]}, capsys)
-        assert len(lines) == 1
-        assert lines[0].startswith(f"{path}: expected ")
-    assert "expected a CSV file" in refused({"a": [str(tmp_path)], "b": ours["b"]}, capsys)[0]
+@pytest.mark.parametrize("content", [b"", b"case,dice\n", b"\xff\xfe\x00", b'a,b\n"x\x00'])
+def test_command_refuses_what_is_no_table(ours, tmp_path, capsys, content):
+    path = tmp_path / "odd.csv"
+    path.write_bytes(content)
+    (line,) = refused({"a": [str(path)], "b": ours["b"]}, capsys)
+    assert line.startswith(f"{path}: expected ")
 
 
-def test_command_names_the_nearest_column(ours, tmp_path, capsys):
+def test_command_names_the_nearest_column(ours, capsys):
     lines = refused(ours, capsys, "--metric", "dicee")
     assert len(lines) == 6
     assert "expected a column 'dicee', got none. Did you mean 'dice'?" in lines[0]
-    ours["a"][0] = write(tmp_path / "x.csv", ("foo", "dice"), [["a", 1]])
-    (line,) = refused(ours, capsys)
-    assert line.endswith("expected a column 'case', got none. Did you mean 'dice'?")
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (("--confidence", "95"), "argument --confidence: expected 1e-06 to 0.999999, got 95."),
-        (("--margin", "true"), "argument --margin: expected 1e-12 or more"),
         (("--higher_is_better", "maybe"), "--higher_is_better: expected true or false"),
-        (("--common_cases", "1"), "--common_cases: expected true or false"),
-        (("--metrik", "dice"), "unrecognized arguments: --metrik dice"),
         (("--group_pattern", "("), "group_pattern: expected a regular expression"),
         (("--output", "/no/such/folder/x.json"), "--output: expected a file to write"),
     ],
@@ -363,14 +308,6 @@ def test_command_refuses_options_in_one_line(ours, capsys, options, expected):
     assert len(lines) == 1 or lines[0].startswith("command line: ")  # with the usage
 
 
-@pytest.mark.parametrize("pattern", ["case_00"])
-def test_command_refuses_cases_that_the_pattern_names_no_person_of(ours, capsys, pattern):
-    lines = refused(ours, capsys, "--group_pattern", pattern)
+def test_command_refuses_cases_that_the_pattern_names_no_person_of(ours, capsys):
+    lines = refused(ours, capsys, "--group_pattern", "case_00")
     assert [line.split(":")[0] for line in lines] == ["case_010", "case_011"]
-
-
-def test_command_refuses_a_file_twice_in_an_arm(ours, capsys):
-    (line,) = refused({"a": [*ours["a"], ours["a"][0]], "b": ours["b"]}, capsys)
-    assert line == (
-        f"--a: expected each file once, got {ours['a'][0]} again. Give one file per seed."
-    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import re
 from pathlib import Path
@@ -81,35 +79,17 @@ def test_evaluate_writes_the_scores_of_each_case_and_prints_them(root, capsys):
     told, faults = capsys.readouterr()
     dim = summary["classes"]["dim"]
     low, high = dim["dice"]["interval"]
-    (line,) = [line for line in told.splitlines() if line.startswith("dim")]
-    assert line.split() == [
-        "dim",
-        f"{dim['dice']['mean']:.3f}",
-        f"[{low:.3f},",
-        f"{high:.3f}]",
-        f"{dim['hd95_mm']['median']:.2f}",
-        f"{dim['nsd']['mean']:.3f}",
-        *"000",
-    ]
-    assert f"all classes  {summary['mean_dice']:.3f} [" in told
-    assert f"Lowest mean Dice: {summary['worst_cases'][0]['case_id']} 0." in told
+    (line,) = [line for line in told.splitlines() if line.startswith("| dim")]
+    numbers = [dim["dice"]["mean"], low, high, dim["nsd"]["mean"]]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [*cells[1:4], cells[5]] == [f"{number:.3f}" for number in numbers]
+    assert cells[4:] == [f"{dim['hd95_mm']['median']:.2f}", cells[5], *"000"]
+    assert f"| all classes | {summary['mean_dice']:.3f}" in told
     assert str(root / "pred_scores" / "metrics.csv") in told
     assert not faults
 
 
-def test_evaluate_does_not_depend_on_the_number_of_threads(root):
-    (root / "pred" / "person_1b.nii.gz").write_bytes(b"none")
-    written = []
-    for number in (1, 2, 5):
-        out = root / f"out_{number}"
-        assert run(root, "--num_threads", number, "--output_dir", out) == 1
-        written.append([(out / name).read_bytes() for name in ("metrics.csv", "summary.json")])
-    assert written[0] == written[1] == written[2]
-
-
-@pytest.mark.parametrize(
-    "orientation", [[[1, 1], [0, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[0, -1], [1, 1], [2, 1]]]
-)
+@pytest.mark.parametrize("orientation", [[[2, -1], [0, 1], [1, -1]], [[0, -1], [1, 1], [2, 1]]])
 def test_evaluate_takes_labels_whose_axes_are_in_another_order(root, orientation):
     assert run(root) == 0
     expected = (root / "pred_scores" / "metrics.csv").read_text()
@@ -147,12 +127,7 @@ def test_classes_are_those_given_or_described_or_found(root):
     write_description(root, background=0, wrong=1, names=2)
     assert run(root) == 0  # dataset.json beside the labels
     assert class_names(root) == ["dim", "bright"]
-    write_table(root / "data", ["background", "a", "b"])
-    assert run(root, "--dataset_dir", root / "data") == 0
-    assert class_names(root) == ["a", "b"]
     names = ["--class_names", '["background", "x", "y", "z"]']
-    assert run(root, "--dataset_dir", root / "data", *names) == 0
-    assert class_names(root) == ["x", "y", "z"]
     for folder in (root, root / "labelsTr"):
         (folder / "dataset.json").write_text("broken")
     assert run(root, *names) == 0
@@ -175,29 +150,20 @@ def test_classes_are_the_values_found_when_nobody_names_them(root):
     save(path, voxels)
     assert run(root) == 0
     assert class_names(root) == ["2", "7", "30"]
-    assert summary_of(root)["classes"]["30"]["status"] == {
-        "scored": 0,
-        "missed": 0,
-        "spurious": 1,
-        "absent": 3,
-    }
+    status = {"scored": 0, "missed": 0, "spurious": 1, "absent": 3}
+    assert summary_of(root)["classes"]["30"]["status"] == status
     assert [r["dice"] for r in scores_of(root) if r["class"] == "7"] == [
         r["dice"] for r in expected if r["class"] == "1"
     ]
 
 
-def ignore_in(root, value):
+@pytest.mark.parametrize("value", [3, 9])
+def test_ignored_voxels_are_those_of_the_description_or_option(root, value):
     for path in (root / "labelsTr").glob("*.nii.gz"):
         voxels = np.asarray(nib.load(path).dataobj).copy()
         voxels[:, :, 3:] = value
         save(path, voxels)
-
-
-@pytest.mark.parametrize("source", ["dataset.json", "option"])
-def test_ignored_voxels_are_those_of_the_description_or_option(root, source):
-    value = 3 if source == "dataset.json" else 9
-    ignore_in(root, value)
-    if source == "dataset.json":
+    if value == 3:
         write_description(root, background=0, dim=1, bright=2, ignore=3)
         assert run(root) == 0
     else:
@@ -211,23 +177,14 @@ def test_ignored_voxels_are_those_of_the_description_or_option(root, source):
     assert volumes == pytest.approx([n * 3e-3 for n in counted])
 
 
-def write_table(folder, names=None):
+def write_table(folder):
     """A dataset of `cases.csv`, with a person each for every two cases."""
-    folder.mkdir()
-    rows = [["case_id", "image", "label", "group"]]
+    rows = ["case_id,image,label,group"]
     for case_id in CASES:
         for kind in ("image", "label"):
             save(folder / f"{case_id}_{kind}.nii.gz", label_map(0))
-        pair = f"{case_id}_image.nii.gz", f"{case_id}_label.nii.gz"
-        rows.append([case_id, *pair, f"group_{case_id[7]}"])
-    if names is None:
-        with open(folder / "cases.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        return
-    labels = {name: value for value, name in enumerate(names)}
-    cases = [{"image": row[1], "label": row[2]} for row in rows[1:]]
-    source = {"modality": {"0": "CT"}, "labels": labels, "training": cases}
-    (folder / "dataset.json").write_text(json.dumps(source))
+        rows.append(f"{case_id},{case_id}_image.nii.gz,{case_id}_label.nii.gz,group_{case_id[7]}")
+    (folder / "cases.csv").write_text("\n".join(rows))
 
 
 def test_persons_are_told_by_the_pattern_or_the_dataset_or_are_the_cases(root):
@@ -273,13 +230,6 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-30])
 
 
-def infinite_axis(path):
-    image = nib.Nifti1Image(label_map(1), AFFINE)
-    image.header["srow_x"][0], image.header["vox_offset"] = np.inf, 352
-    content = image.header.binaryblock + bytes(4) + label_map(1).tobytes(order="F")
-    path.write_bytes(gzip.compress(content))
-
-
 def twice(path):
     save(path.with_name(path.name.removesuffix(".gz")), label_map(1))
 
@@ -289,29 +239,12 @@ BAD = {
     "shape": (label_map(1)[:-1], AFFINE, "prediction and label of one shape, got .*Resample"),
     "affine": (label_map(1), moved(1.5), "affine to match label within .*, got 1.500 mm. Resample"),
     "flat": (label_map(1), flat(), "an affine with three directions in the KIND, got .*Correct"),
-    "infinite axis": (
-        infinite_axis,
-        None,
-        "an affine with three directions in the KIND, got .*inf",
-    ),
-    "4D": (
-        np.zeros((*SIZE, 2), np.uint8),
-        AFFINE,
-        r"a KIND of shape \(H, W, D\), got \(9, 8, 7, 2\)\. Store",
-    ),
     "2D": (np.zeros((9, 8), np.uint8), AFFINE, r"a KIND of shape \(H, W, D\), got \(9, 8\)\. "),
     "between": (with_value(0.5), AFFINE, "integer values in the KIND, got 0.5. Resample it"),
     "nan": (with_value(np.nan), AFFINE, "integer values in the KIND, got nan"),
-    "infinite": (with_value(np.inf), AFFINE, "values 0 to 255 in the KIND, got inf"),
-    "negative": (with_value(-1, np.int16), AFFINE, "values 0 to 255 in the KIND, got -1"),
     "large": (with_value(256, np.int16), AFFINE, "values 0 to 255 in the KIND, got 256"),
     "unknown": (with_value(3), AFFINE, "values 0 to 2 in the KIND, got 3. Name all"),
-    "text": (
-        lambda path: path.write_text("no"),
-        None,
-        "a readable NIfTI file person_1b.nii.gz of the KIND, got .*. Replace the file",
-    ),
-    "truncated": (truncated, None, "a readable NIfTI file .* of the KIND, got an end"),
+    "truncated": (truncated, None, "a readable NIfTI file person_1b.* of the KIND, got an end"),
     "gone": (lambda path: path.unlink(), None, r"a KIND in .*FOLDER, found none\. Add it"),
     "twice": (twice, None, r"one KIND in .*FOLDER, got .*nii and .*nii\.gz\. Remove one"),
 }
@@ -332,7 +265,6 @@ def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault
     message = message.replace("KIND", KIND[folder]).replace("FOLDER", folder)
     assert line.startswith("person_1b: expected ")
     assert line.endswith(".")
-    assert line.count("person_1b: ") == 1
     assert re.search(message, line), line
     assert "person_1b: " not in told
     summary = summary_of(root)
@@ -343,10 +275,9 @@ def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault
 
 MISTAKES = [
     (["--tolerence_mm", "2"], r"command line: unrecognized arguments: --tolerence_mm 2"),
-    (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2 \('bright'"),
-    (["--class_names", "dim"], r".*--class_names: expected a JSON list of names.*got dim"),
-    (["--class_names", "[0, 1]"], r".*--class_names: expected a JSON list of names.*got \[0, 1\]"),
-    (["--class_names", '["a"]'], r"class_names: expected 2 to 256 different names"),
+    (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2"),
+    (["--class_names", "dim"], r"class_names: expected a JSON list of 2 to 256 .*, got dim"),
+    (["--class_names", '["a"]'], r"class_names: expected a JSON list of 2 to 256 different"),
     (["--group_pattern", "x(.)"], r"person_1a: expected the case id to match group_pattern"),
     (["--device", "abacus"], r"device: expected auto, cpu or cuda"),
     (["--dataset_dir", "nowhere"], r"dataset_dir: expected a folder .*found no nowhere"),
@@ -363,21 +294,12 @@ def test_a_mistake_on_the_command_line_ends_with_status_2(root, words, message, 
     assert not (root / "pred_scores").exists()
 
 
-@pytest.mark.parametrize(
-    ("pred", "label", "message"),
-    [
-        ("none", "labelsTr", r"none: expected a folder of predictions, got: No such file"),
-        ("pred", "none", r"none: expected a folder of labels, got: No such file"),
-        ("pred", "dataset.json", r"dataset.json: expected a folder of labels, got: Not a dir"),
-        ("empty", "labelsTr", r"got 0 and 4 cases, none in common\. Check the paths"),
-        ("other", "labelsTr", r"got 1 and 4 cases, none in common"),
-    ],
-)
-def test_folders_with_nothing_to_compare_end_with_status_2(root, pred, label, message, capsys):
-    (root / "empty").mkdir()
+def test_folders_with_nothing_to_compare_end_with_status_2(root, capsys):
     save(root / "other" / "stranger.nii.gz", label_map(0))
-    assert run(root, pred=pred, label=label) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert run(root, pred="other") == 2
+    assert "got 1 and 4 cases, none in common" in capsys.readouterr().err
+    assert run(root, label="dataset.json") == 2
+    assert "expected a folder of labels, got: Not a dir" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_ends_with_status_2(root, capsys, monkeypatch):

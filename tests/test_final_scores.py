@@ -31,10 +31,6 @@ def scored(dataset, tmp_path_factory) -> Path:
     return out
 
 
-def weights_of(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "models" / name, weights_only=True)
-
-
 def test_run_scores_both_splits_with_both_weights(scored):
     folders = sorted(path.name for path in (scored / "scores").iterdir())
     assert folders == ["test_best", "test_last", "validation_best", "validation_last"]
@@ -50,9 +46,7 @@ def test_run_scores_both_splits_with_both_weights(scored):
             assert (scored / label).is_file()
             pred = nib.load(folder / f"{case_id}.nii.gz")
             np.testing.assert_array_equal(pred.affine, nib.load(scored / image).affine)
-    summary = json.loads((scored / "summary.json").read_text())
-    assert sorted(summary["scores"]) == folders
-    assert "pytest" in summary["command"] or "-c" in summary["command"]  # what runs here
+    assert sorted(json.loads((scored / "summary.json").read_text())["scores"]) == folders
 
 
 def test_scores_of_the_last_weights_are_those_of_the_last_validation(scored):
@@ -73,17 +67,6 @@ def test_evaluate_of_what_was_predicted_gives_the_same_scores(scored, dataset, t
     assert evaluate([str(folder), str(dataset / "labelsTr"), "--output_dir", str(out)]) == 1
     assert "expected a prediction in" in capsys.readouterr().err
     assert (out / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
-
-
-def test_scoring_leaves_the_models_as_they_were(scored, dataset, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        values = {"test_fraction": 0.2, "num_folds": 2, "max_epochs": 3}
-        assert run_tiny(dataset, tmp_path / "r", **values) == 0
-    assert not (tmp_path / "r/scores").exists()
-    for name in ("model.pt", "last.pt"):
-        with_scores, without = weights_of(scored, name), weights_of(tmp_path / "r", name)
-        assert all(torch.equal(with_scores[key], without[key]) for key in without)
 
 
 def test_run_that_dies_while_it_is_scored_goes_on_there(run, tmp_path, monkeypatch):
@@ -158,17 +141,11 @@ def test_ignored_voxels_count_in_no_score(tmp_path, monkeypatch):
         assert row["dice"] == pytest.approx(validation[row["case_id"]][row["class"]])
 
 
-def test_report_is_written_at_the_end_and_a_run_outlives_one_that_fails(
-    run, tmp_path, monkeypatch, capsys
-):
-    assert run(tmp_path / "a", report=True, final_scores=True) == 0
-    assert "report/index.html" in capsys.readouterr().out
-    assert "<html" in (tmp_path / "a/report/index.html").read_text()[:200].lower()
-
+def test_a_run_outlives_a_report_that_fails(run, tmp_path, monkeypatch, capsys):
     def fail(_):
         raise OSError("no room")
 
     monkeypatch.setattr("pipeline.reporting.report.write_report", fail)
-    assert run(tmp_path / "b", report=True) == 0
+    assert run(tmp_path / "r", report=True) == 0
     assert "report: expected to write them, got: no room" in capsys.readouterr().out
-    assert (tmp_path / "b/summary.json").exists()
+    assert (tmp_path / "r/summary.json").exists()

@@ -2,13 +2,13 @@
 
     python -m pipeline certify CONFIG.json [MORE.json ...] [options] [--key value ...]
 
-Trains the config with the same seeds, hence on the same batches, in each precision, and in float32
-with as many other seeds, as a control, and compares the scores of the validation cases as `compare`
-does. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets the runs, `certificate.json` and
-`certificate.md`. The same command goes on; further dtypes and another margin cost what is new.
+The config is trained with the same seeds, hence on the same batches, in each precision, and in
+float32 with as many other seeds, as a control. The scores of the validation cases are compared as
+`compare` does. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets the runs,
+`certificate.json` and `certificate.md`. The same command goes on; further dtypes cost what is new.
 
-Exit status: 0 if no class is worse, 1 if one is (a precision in which training stops is worse) or a
-run failed, 2 a mistake in input or config, 130 interrupted.
+Exit status: 0 if no class is worse, 1 if one is or a run failed, 2 a mistake in input or config,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,14 @@ from typing import Any
 from pipeline.commands.command import CommandParser, number_in
 from pipeline.config import allowed, keys, validate
 from pipeline.config.compose import compose_located, parse_overrides
-from pipeline.errors import STOPS, InputError, interrupted_status
+from pipeline.errors import InputError, refuse, require
 from pipeline.evaluation.comparison import read_arms
-from pipeline.evaluation.scores import format_number as form
-from pipeline.evaluation.statistics import EQUIVALENT, WORSE, Arm, compare_arms
+from pipeline.evaluation.scores import format_table
+from pipeline.evaluation.statistics import EQUIVALENT, WORSE, compare_arms
 from pipeline.files import write_json
 from pipeline.precision import resolve_device
 from pipeline.run import split_words
+from pipeline.signals import signal_handlers
 
 PRECISIONS: dict[str, keys.Config] = {
     "float32": {"amp": False, "tf32": False},
@@ -49,25 +50,22 @@ UNDECIDED = "not enough evidence"
 Run = tuple[str, int]  # precision and seed
 
 
-class RunFailed(Exception):  # noqa: N818
-    """A run did not come to its end; the message has its last lines."""
-
-
 @dataclass(frozen=True)
 class PrecisionSweep:
-    """Trainings of one config that differ in precision and seed.
+    """Trainings of one config that differ in precision and seed, `jobs` of them at a time.
 
     `command` trains, without precision, seed and run directory; `dtypes` are compared with float32
     over `seeds`, float32 itself over as many `control_seeds`; `margin` is a difference of Dice.
     """
 
     dataset: str
-    out: Path
+    out: str
     command: list[str]
     dtypes: list[str]
     seeds: list[int]
     control_seeds: list[int]
     margin: float
+    jobs: int = 1
 
     @property
     def runs(self) -> list[Run]:
@@ -77,46 +75,37 @@ class PrecisionSweep:
 
     def run_dir(self, run: Run) -> Path:
         """Return the run directory of a run."""
-        return self.out / "{}_seed{}".format(*run)
+        return Path(self.out, "{}_seed{}".format(*run))
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Certify; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Certify; returns the exit status. By default `words` are this process's command line."""
     words = list(sys.argv[1:] if words is None else words)
     try:
-        sweep, jobs = read_command(words)
-        certificate = make_certificate(sweep, train(sweep, jobs))
+        sweep = read_command(words)
+        with signal_handlers({signal.SIGTERM: signal.default_int_handler}):
+            train(sweep)
+        certificate = make_certificate(sweep)
     except InputError as error:
         error.tell()
         return 2
-    except RunFailed as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         return 130
     certificate["command"] = shlex.join(["python", "-m", "pipeline", "certify", *words])
-    write_json(sweep.out / "certificate.json", certificate)
+    write_json(Path(sweep.out, "certificate.json"), certificate)
     page = format_page(certificate)
-    (sweep.out / "certificate.md").write_text(page)
+    Path(sweep.out, "certificate.md").write_text(page)
     print(f"\n{page}\n  {sweep.out}/certificate.json\n  {sweep.out}/certificate.md")
     entries = [of for name in sweep.dtypes for of in certificate["classes"][name].values()]
     return int(WORSE in [entry["verdict"] for entry in entries])
 
 
-def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
-    """Read the command line; also return the number of runs that train at the same time.
-
-    Raises:
-        InputError: For a mistake in options or config.
-    """
+def read_command(words: list[str]) -> PrecisionSweep:
+    """Read the command line; raises an `InputError` for a mistake in options or config."""
     parser = CommandParser("certify", __doc__)
     add = parser.add_argument
-    add("--dtypes", nargs="+", choices=PRECISIONS, default=[*PRECISIONS])
+    add("--dtypes", nargs="+", choices=PRECISIONS, default=[*PRECISIONS], help="tf32: CUDA only")
     add("--seeds", type=number_in(2, kind=int), default=3, help="in each precision (3)")
     add("--margin", type=number_in(1e-6, 1), default=0.005, help="of Dice, that does not matter")
     add("--jobs", type=number_in(1, kind=int), default=1, help="runs at the same time (1)")
@@ -124,87 +113,56 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
     allow, rest = allowed.split_allow(rest)
     given, rest = parser.parse_known_args(rest)
     overrides = parse_overrides(rest)
-    faults = [
-        f"--{key}: expected no value, since a certificate sets it itself. Leave it out."
-        for key in OWN_KEYS
-        if key in overrides
-    ]
-    if not files:
-        faults.append("command line: expected a config file first, got none. See --help.")
-    if faults:
-        raise InputError(*faults)
+    require(files, "command line", "a config file first", "none", "See --help.")
     composed = compose_located(files, overrides)
     validate.check_config(composed, allow, training=True)
     source = composed.source
+    expected = "expected no value, since a certificate sets it itself. Leave it out."
+    faults = [f"--{key}: {expected}" for key in OWN_KEYS if key in overrides]
     if source["fold"] == "all":
-        raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")
-    dataset = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
-    out = source["output_dir"] or f"runs/{dataset}_certificate"
-    epochs = source["train"]["trainer"]["max_epochs"]
-    epochs = source["max_epochs"] if epochs == "@max_epochs" else epochs
-    fixed = {"val_interval": epochs, "final_scores": True, "report": False, "resume": "auto"}
-    for key in ("seed", "output_dir"):  # each run has its own
-        overrides.pop(key, None)
-    command = [sys.executable, "-m", "pipeline.run", *files, *_options(overrides | fixed)]
+        faults.append("fold: expected one of the folds, to compare on, got 'all'. Change it.")
+    dtypes = [name for name in dict.fromkeys(given.dtypes) if name != "float32"]
+    if resolve_device(source["device"]).type != "cuda":
+        dtypes = [name for name in dtypes if name != "tf32"]
+    if not dtypes:
+        faults.append("--dtypes: expected one to compare with float32 here, got none. Add it.")
+    refuse(faults)
+    values = overrides | {"final_scores": True, "report": False, "resume": "auto"}
+    values["val_interval"] = source["max_epochs"]
+    command = [sys.executable, "-m", "pipeline.run", *files, *_options(values)]
     command += [word for name in allow for word in ("--allow", name)]
-    first, middle, end = (source["seed"] + n * given.seeds for n in range(3))
+    dataset = Path(source["bundle_root"], source["dataset_dir"]).resolve().name
+    out = Path(source["bundle_root"], source["output_dir"] or f"runs/{dataset}_certificate")
+    seeds = [source["seed"] + n for n in range(2 * given.seeds)]
     sweep = PrecisionSweep(
-        dataset,
-        Path(source["bundle_root"], out).resolve(),
-        command,
-        _choose_dtypes(given.dtypes, source["device"]),
-        list(range(first, middle)),
-        list(range(middle, end)),
-        given.margin,
-    )
-    _require_same_settings(sweep, source | fixed)
-    return sweep, given.jobs
+        dataset, str(out.resolve()), command, dtypes, seeds[: given.seeds], seeds[given.seeds :],
+        given.margin, given.jobs,
+    )  # fmt: skip
+    _require_same_settings(sweep, source)
+    return sweep
 
 
 def _require_same_settings(sweep: PrecisionSweep, source: keys.Config) -> None:
     """Refuse finished runs of other settings, which would not be trained again."""
-    skipped = {*OWN_KEYS, "seed"}
-    skipped |= {k for k, spec in keys.KEYS.items() if {"object", "path"} & {*spec.types.split()}}
-    for folder in (sweep.run_dir(run) for run in sweep.runs):
+    plain = {key for key, spec in keys.KEYS.items() if "object" not in spec.types} - {*OWN_KEYS}
+    for folder in map(sweep.run_dir, sweep.runs):
         if (folder / "summary.json").is_file():
             stored = json.loads((folder / "configs/train.json").read_text())
-            changed = keys.changes(stored, source)
-            known = keys.KEYS.keys() - skipped
-            names = [k for kind in (keys.IDENTITY, keys.CONTINUABLE) for k in changed[kind]]
-            if names := [name for name in names if name in known]:
-                expected = f"{folder}: expected a run of this config, got other values of "
-                raise InputError(f"{expected}{', '.join(names)}. Choose another output_dir.")
+            changed = plain & {*keys.changes(stored, source)[keys.CONTINUABLE]}
+            got = f"other values of {', '.join(sorted(changed))}"
+            require(not changed, folder, "a run of this config", got, "Choose another output_dir.")
 
 
 def _options(values: keys.Config) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
 
 
-def _choose_dtypes(dtypes: Sequence[str], device: str) -> list[str]:
-    """Return precisions to compare with float32; TF32 exists on CUDA only."""
-    compared = [name for name in dict.fromkeys(dtypes) if name != "float32"]
-    if "tf32" in compared and resolve_device(device).type != "cuda":
-        print("tf32 is left out: it exists on CUDA only.")
-        compared.remove("tf32")
-    if not compared:
-        raise InputError("--dtypes: expected one to compare with float32, got none.")
-    return compared
-
-
-def train(sweep: PrecisionSweep, jobs: int) -> dict[Run, str]:
-    """Train every run to its end; a finished run says so and ends at once.
-
-    Returns:
-        The reason for each run that stopped before damage; in float32 that is a failure.
-
-    Raises:
-        InputError: If a run refuses its input.
-        RunFailed: If a run failed.
-    """
+def train(sweep: PrecisionSweep) -> None:
+    """Train every run to its end; raise an `InputError` or, if one failed, a `SystemExit`."""
     children: list[subprocess.Popen] = []
     stopping = threading.Event()
 
-    def train_one(run: Run) -> str | None:
+    def train_one(run: Run) -> None:
         values = {**PRECISIONS[run[0]], "seed": run[1], "output_dir": str(sweep.run_dir(run))}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         child = subprocess.Popen([*sweep.command, *_options(values)], text=True, **pipes)
@@ -212,83 +170,51 @@ def train(sweep: PrecisionSweep, jobs: int) -> dict[Run, str]:
         if stopping.is_set():
             child.terminate()
         output, errors = child.communicate()
-        return _check_end(run, child.returncode, output, errors)
+        if child.returncode == 2:
+            raise InputError(errors.strip())
+        if child.returncode:
+            tail = "\n".join((output + errors).splitlines()[-8:])
+            got = f"exit status {child.returncode}. The same command goes on.\n{tail}"
+            raise SystemExit(f"{run[0]} seed {run[1]}: expected the run to end, got {got}")
 
-    stopped = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(sweep.jobs) as pool:
         try:
-            for run, reason in zip(sweep.runs, pool.map(train_one, sweep.runs), strict=True):
-                print("{} seed {}: {}".format(*run, reason or "trained"), flush=True)
-                if reason:
-                    stopped[run] = reason
+            for run, _ in zip(sweep.runs, pool.map(train_one, sweep.runs), strict=True):
+                print("{} seed {}: trained".format(*run), flush=True)
         except BaseException:  # runs that are terminated save, and go on with the next command
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
                 child.terminate()
             raise
-    return stopped
 
 
-def _check_end(run: Run, status: int, output: str, errors: str) -> str | None:
-    if status == 0:
-        return None
-    if status == 2:
-        raise InputError(errors.strip())
-    stop = output.find(STOPS)
-    if status == 1 and stop >= 0 and run[0] != "float32":
-        return output[output.rfind("\n", 0, stop) + 1 :].strip()
-    what = "was interrupted" if status == interrupted_status() else "failed"
-    tail = "\n".join((output + errors).splitlines()[-8:])
-    raise RunFailed(
-        f"{run[0]} seed {run[1]}: expected the run to end, it {what} (exit status {status}). The "
-        f"same command goes on.\n{tail}"
-    )
-
-
-def make_certificate(sweep: PrecisionSweep, stopped: Mapping[Run, str]) -> dict[str, Any]:
-    """Compare runs that are all trained, but for those that `stopped`; plain values for JSON."""
+def make_certificate(sweep: PrecisionSweep) -> dict[str, Any]:
+    """Compare runs, all of which are trained; returns plain values for JSON."""
     compared = {dtype: [(dtype, seed) for seed in sweep.seeds] for dtype in sweep.dtypes}
     compared[CONTROL] = [("float32", seed) for seed in sweep.control_seeds]
-    classes = {
-        name: _compare(sweep, runs, bool(stopped.keys() & runs)) for name, runs in compared.items()
-    }
-    kept = ("effective", "last_mean_dice", "skipped_steps", "wall_time_s", "peak_memory_bytes")
+    kept = ("effective", "skipped_steps", "wall_time_s", "peak_memory_bytes")
     records: dict[str, dict[str, Any]] = {}
-    for run in sweep.runs:
-        if run in stopped:
-            record = {"stopped": stopped[run]}
-        else:
-            summary = json.loads((sweep.run_dir(run) / "summary.json").read_text())
-            record = {key: summary[key] for key in kept}
-        records.setdefault(run[0], {})[str(run[1])] = record
-    return {
-        "dataset": sweep.dataset,
-        **{key: summary[key] for key in ("device_name", "versions", "steps", "num_cases")},
-        "margin": sweep.margin,
-        "seeds": sweep.seeds,
-        "control_seeds": sweep.control_seeds,
-        "classes": classes,
-        "runs": records,
-    }
+    for dtype, seed in sweep.runs:
+        summary = json.loads((sweep.run_dir((dtype, seed)) / "summary.json").read_text())
+        records.setdefault(dtype, {})[str(seed)] = {key: summary[key] for key in kept}
+    shared = {key: summary[key] for key in ("device_name", "versions", "steps", "num_cases")}
+    classes = {name: _compare(sweep, runs) for name, runs in compared.items()}
+    return vars(sweep) | shared | {"classes": classes, "runs": records}
 
 
-def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> dict[str, Any]:
+def _compare(sweep: PrecisionSweep, runs: Sequence[Run]) -> dict[str, Any]:
     """Compare runs with those in float32, each class by itself."""
-    reference = [("float32", seed) for seed in sweep.seeds]
-    files = {
-        arm: [str(sweep.run_dir(run) / "scores/validation_last/metrics.csv") for run in of_arm]
-        for arm, of_arm in (("a", reference if is_stopped else runs), ("b", reference))
-    }
+    arms = {"a": runs, "b": [("float32", seed) for seed in sweep.seeds]}
+    table = "scores/validation_last/metrics.csv"
+    files = {arm: [str(sweep.run_dir(run) / table) for run in of] for arm, of in arms.items()}
     scores = read_arms(files, "dice")
     found = {}
     for k, name in enumerate(scores.class_names):
-        a, b = (Arm(arm.values[..., [k]], arm.best[..., [k]]) for arm in scores.arms)
+        a, b = (arm[..., [k]] for arm in scores.arms)
         entry = compare_arms(a, b, scores.persons, [name], margin=sweep.margin)["classes"][name]
         high = entry["interval"][1]
-        if is_stopped:
-            entry |= {"verdict": WORSE, "difference": None, "interval": [None, None]}
-        elif high is not None and high < -entry["margin"]:
+        if high is not None and high < -entry["margin"]:
             entry["verdict"] = WORSE
         elif entry["verdict"] != EQUIVALENT or entry["mean_b"] < 10 * sweep.margin:
             entry["verdict"] = UNDECIDED
@@ -296,6 +222,8 @@ def _compare(sweep: PrecisionSweep, runs: Sequence[Run], is_stopped: bool) -> di
     return found
 
 
+VERDICTS = "precision, class, float32:.4f, difference:+.4f, 95 % from:+.4f, to:+.4f, verdict"
+RUNS = "precision, seed, in force, training s:.0f, peak GB:.2f, skipped steps"
 PAGE = """\
 # Precision certificate: {dataset}
 
@@ -306,44 +234,30 @@ PAGE = """\
 
 Difference of Dice to float32 with the same seeds on the same batches, with a 95 % interval over \
 seeds and persons, as `python -m pipeline compare` computes it. Equivalent: the interval lies \
-within ±{margin:g}; worse: below -{margin:g}, or training stopped; a class with less than \
-{learnt:g} Dice in float32 is not called equivalent. The last rows compare float32 with itself, \
-seeds {control_seeds} with {seeds}: the noise that any comparison stands in.
+within ±{margin:g}; worse: below -{margin:g}; a class with less than {learnt:g} Dice in float32 is \
+not called equivalent. The last rows compare float32 with itself, seeds {control_seeds} with \
+{seeds}: the noise that any comparison stands in.
 
-| precision | class | Dice in float32 | difference | 95 % interval | verdict |
-|---|---|---|---|---|---|
 {verdicts}
 
-| precision | seed | in force | training | peak memory | skipped steps |
-|---|---|---|---|---|---|
 {runs}
 """
 
 
-def format_page(certificate: Mapping[str, Any]) -> str:
+def format_page(certificate: dict[str, Any]) -> str:
     """Format a certificate, as `make_certificate` returns it, with the `command`, in Markdown."""
     verdicts, runs = [], []
     for precision, classes in certificate["classes"].items():
         for name, of in classes.items():
-            interval = " to ".join(form(end, "+.4f") for end in of["interval"])
-            interval += " (of ranks, as scores are undefined)" * (of["scale"] == "rank")
-            cells = form(of["mean_b"]), form(of["difference"], "+.4f"), interval, of["verdict"]
-            verdicts.append(f"| {' | '.join([precision, name, *cells])} |")
+            cells = [of["mean_b"], of["difference"], *of["interval"]]
+            verdict = of["verdict"] + " (of ranks)" * (of["scale"] == "rank")
+            verdicts.append([precision, name, *cells, verdict])
     for precision, by_seed in certificate["runs"].items():
         for seed, run in by_seed.items():
-            if "stopped" in run:
-                said = f"stopped: {run['stopped']} | | |"
-            else:
-                dtype, peak = run["effective"]["dtype"], run["peak_memory_bytes"]
-                said = f"{dtype}{', tf32' * run['effective']['tf32']} | {run['wall_time_s']:.0f} s"
-                said += f" | {form(peak and peak / 1e9, '.2f')} GB | {run['skipped_steps']}"
-            runs.append(f"| {precision} | {seed} | {said} |")
-    certificate = {**certificate, "verdicts": "\n".join(verdicts), "runs": "\n".join(runs)}
-    for key in ("seeds", "control_seeds"):
-        certificate[key] = ", ".join(map(str, certificate[key]))
-    return PAGE.format(**certificate, learnt=10 * certificate["margin"])
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
-    sys.exit(main())
+            dtype = run["effective"]["dtype"] + ", tf32" * run["effective"]["tf32"]
+            peak = run["peak_memory_bytes"] and run["peak_memory_bytes"] / 1e9
+            runs.append([precision, seed, dtype, run["wall_time_s"], peak, run["skipped_steps"]])
+    shown = {key: ", ".join(map(str, certificate[key])) for key in ("seeds", "control_seeds")}
+    shown["verdicts"] = "\n".join(format_table(VERDICTS, verdicts))
+    shown["runs"] = "\n".join(format_table(RUNS, runs))
+    return PAGE.format(**certificate | shown, learnt=10 * certificate["margin"])

@@ -1,66 +1,52 @@
 """Score predictions against labels, per case and class.
 
-Files are matched by name, `<case>.nii.gz` or `.nii`. The output folder gets `metrics.csv`, a row
-per case and class, and `summary.json`. Classes and the value to ignore are those given, else those
-of --dataset_dir, else of a dataset.json in LABEL_DIR or its parent, else every value found is a
-class. Persons, over whom intervals are drawn, are told by --group_pattern, else by --dataset_dir.
+Files are matched by name, `<case>.nii.gz` or `.nii`. The output folder gets `metrics.csv` and
+`summary.json`. Classes and the value to ignore are those given, else those of --dataset_dir, else
+of a dataset.json in LABEL_DIR or its parent, else every value found is a class. Persons, over whom
+intervals are drawn, are told by --group_pattern, else by --dataset_dir.
 
-Exit status: 0 if every case was scored, 1 if one was refused (the others are scored), 2 a mistake
-on the command line.
+Exit status: 0 all cases scored, 1 one was refused, 2 a mistake on the command line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands.command import CommandParser, number_in, run_parsed
+from pipeline.config.keys import read_word
 from pipeline.data.cases import DatasetLayout
 from pipeline.data.layouts import read_dataset_json, read_layout
 from pipeline.data.pairs import MAX_VALUE, match
 from pipeline.data.splits import persons_of
-from pipeline.errors import InputError
-from pipeline.evaluation.scores import Row, format_number, format_table, score_files, write_scores
+from pipeline.distributed import own_cores
+from pipeline.errors import InputError, require
+from pipeline.evaluation import scores
 from pipeline.precision import resolve_device
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Score predictions; returns the exit status.
-
-    Args:
-        words: The command line after the command, by default this process's.
-    """
+    """Score predictions; returns the exit status. By default `words` are this process's."""
     parser = CommandParser("evaluate", __doc__)
     add = parser.add_argument
     add("pred_dir", metavar="PRED_DIR", type=Path, help="folder of predictions")
     add("label_dir", metavar="LABEL_DIR", type=Path, help="folder of labels")
     add("--output_dir", type=Path, help="(PRED_DIR_scores)")
     add("--dataset_dir", help="dataset that says what classes there are")
-    add("--class_names", type=_parse_names, help='JSON, such as \'["background", "liver"]\'')
+    names = partial(read_word, "class_names")
+    add("--class_names", type=names, help='JSON, such as \'["background", "liver"]\'')
     add("--tolerance_mm", type=number_in(0), default=1.0, help="of the surface Dice (1.0)")
     add("--group_pattern", help="tells persons by the case id, as in training")
     add("--ignore_value", type=number_in(1, MAX_VALUE, int), help="label of voxels not to count")
-    add("--num_threads", type=number_in(1, kind=int), default=len(os.sched_getaffinity(0)),
-        help="cases scored at the same time (one for each core)")  # fmt: skip
+    threads = "cases scored at the same time (one for each core)"
+    add("--num_threads", type=number_in(1, kind=int), default=own_cores(), help=threads)
     add("--device", default="cpu", help="for surface distances (cpu)")
     return run_parsed(parser, words, _main)
-
-
-def _parse_names(word: str) -> list[str]:
-    try:
-        names = json.loads(word)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(type(name) is str for name in names):
-        raise argparse.ArgumentTypeError(
-            f"expected a JSON list of names, background first, got {word}; quote it for the shell"
-        )
-    return names
 
 
 def _main(given: argparse.Namespace) -> int:
@@ -78,86 +64,65 @@ def _main(given: argparse.Namespace) -> int:
     return 1 if summary["refused"] else 0
 
 
-def _evaluate(given: argparse.Namespace, output_dir: Path) -> Row:
+def _evaluate(given: argparse.Namespace, output_dir: Path) -> scores.Row:
     """Score all cases and write the scores; returns the summary, as `write_scores` does."""
     pairs, refused = match(given.pred_dir, given.label_dir)
     known = _read_dataset(given)
-    names, ignore_value = _choose_classes(known, given)
-    groups = {case["case_id"]: case["group"] for case in known.cases if "group" in case}
-    persons = persons_of(
-        [{"case_id": name, "group": groups.get(name, name)} for name, *_ in pairs],
-        given.group_pattern,
-    )
-    how: dict[str, Any] = {
-        "class_names": names or [str(value) for value in range(MAX_VALUE + 1)],
-        "tolerance_mm": given.tolerance_mm,
-    }
+    groups = {case["case_id"]: case.get("group") for case in known.cases}
+    cases = [{"case_id": case_id, "group": groups.get(case_id)} for case_id, *_ in pairs]
+    persons = persons_of(cases, given.group_pattern)
     device = resolve_device(given.device)
-    if (output_dir / "summary.json").exists() and not (output_dir / "metrics.csv").exists():
-        raise InputError(  # such as a run's
-            f"--output_dir: expected no summary.json but of scores, got another in {output_dir}. "
-            "Choose another folder."
-        )
+    is_foreign = (output_dir / "summary.json").exists() > (output_dir / "metrics.csv").exists()
+    expected = "a folder without the summary.json of a run"
+    require(not is_foreign, "--output_dir", expected, output_dir, "Choose another folder.")
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
-    rows, faults = score_files(
-        pairs, given.num_threads, ignore_value=ignore_value, device=device, **how
+    how: dict[str, Any] = {"tolerance_mm": given.tolerance_mm}
+    how["class_names"] = known.class_names or [str(value) for value in range(MAX_VALUE + 1)]
+    rows, faults = scores.score_files(
+        pairs, given.num_threads, ignore_value=known.ignore_value, device=device, **how
     )
-    if names is None:
-        found = {row["class"] for row in rows if row["status"] != "absent"}
-        how["class_names"] = [name for name in how["class_names"] if name in found | {"0"}]
-    rows = [row for row in rows if row["class"] in how["class_names"]]
-    for row in rows:
-        row["person"] = persons[row["case_id"]]
-    return write_scores(output_dir, rows, refused=dict(sorted((refused | faults).items())), **how)
+    if known.class_names is None:
+        found = {"0"} | {row["class"] for row in rows if row["status"] != "absent"}
+        how["class_names"] = [name for name in how["class_names"] if name in found]
+    kept = [
+        {**row, "person": persons[row["case_id"]]}
+        for row in rows
+        if row["class"] in how["class_names"]
+    ]
+    return scores.write_scores(output_dir, kept, refused=refused | faults, **how)
 
 
 def _read_dataset(given: argparse.Namespace) -> DatasetLayout:
-    """Return what is known of the dataset; nothing, if no one says so."""
+    """Return what is known of the dataset, classes and ignored value as they are given."""
+    known, folders = DatasetLayout(), [given.label_dir, given.label_dir.resolve().parent]
+    described = [folder for folder in folders if (folder / "dataset.json").is_file()]
     if given.dataset_dir is not None:
-        return read_layout(given.dataset_dir)
-    for folder in (given.label_dir, given.label_dir.resolve().parent):
-        if given.class_names is None and (folder / "dataset.json").is_file():
-            return read_dataset_json(folder)  # of which no image need be there
-    return DatasetLayout(Path(), "", "")
-
-
-def _choose_classes(
-    known: DatasetLayout, given: argparse.Namespace
-) -> tuple[list[str] | None, int | None]:
-    """Return names of the classes, `None` if not known, and the value to ignore."""
+        known = read_layout(given.dataset_dir)
+    elif given.class_names is None and described:
+        known = read_dataset_json(described[0])  # of which no image need be there
     names = given.class_names or known.class_names
     ignored = given.ignore_value or known.ignore_value
-    if names is not None and not 2 <= len(set(names)) == len(names) <= MAX_VALUE + 1:
-        raise InputError(
-            f"class_names: expected 2 to {MAX_VALUE + 1} different names, background first, got "
-            f"{names}. Change them."
-        )
-    if names is not None and ignored is not None and ignored < len(names):
-        raise InputError(
-            f"ignore_value: expected a value that is no class, got {ignored} ('{names[ignored]}'). "
-            "Change it."
-        )
-    return names, ignored
+    if names is not None:
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        are_sound = are_names and 2 <= len(set(names)) == len(names) <= MAX_VALUE + 1
+        expected = f"a JSON list of 2 to {MAX_VALUE + 1} different names, background first,"
+        require(are_sound, "class_names", expected, names, "Quote it for the shell.")
+        is_free = ignored is None or ignored >= len(names)
+        require(is_free, "ignore_value", "a value that is no class", ignored, "Change it.")
+    return replace(known, class_names=names, ignore_value=ignored)
 
 
-def format_summary(summary: Row) -> list[str]:
+def format_summary(summary: scores.Row) -> list[str]:
     """Return the summary for people, a line per class."""
-    rows = [["", "mean Dice [95 %]", "median hd95 mm", "mean nsd", "missed", "spurious", "absent"]]
+    columns = "class, mean Dice:.3f, 95 % from:.3f, to:.3f, median hd95 mm:.2f, mean nsd:.3f, "
+    columns += ", ".join(scores.STATUS[1:])
+    rows = []
     for name, of in [*summary["classes"].items(), ("all classes", summary["over_classes"])]:
-        ends = ", ".join(format_number(end, ".3f") for end in of["dice"]["interval"] or [None] * 2)
-        cells = [
-            f"{format_number(of['dice']['mean'], '.3f')} [{ends}]",
-            format_number(of["hd95_mm"]["median"], ".2f"),
-            format_number(of["nsd"]["mean"], ".3f"),
-        ]
-        counts = of.get("status", dict.fromkeys(rows[0][4:], ""))
-        rows.append([name, *cells, *(str(counts[word]) for word in rows[0][4:])])
-    worst = [
-        f"{n['case_id']} {format_number(n['mean_dice'], '.3f')}" for n in summary["worst_cases"]
-    ]
+        dice, counts = of["dice"], of.get("status", {})
+        numbers = [dice["mean"], *(dice["interval"] or (None, None)), of["hd95_mm"]["median"]]
+        rows.append([name, *numbers, of["nsd"]["mean"], *map(counts.get, scores.STATUS[1:])])
     return [
         f"{summary['num_cases']} cases of {summary['num_persons']} persons; surfaces agree within "
         f"{summary['tolerance_mm']:g} mm",
-        *format_table(rows),
-        f"Lowest mean Dice: {', '.join(worst) or 'none'}",
+        *scores.format_table(columns, rows),
     ]

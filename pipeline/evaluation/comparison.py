@@ -7,162 +7,124 @@ the metric, in any case. Without `class`, all rows are of one class.
 from __future__ import annotations
 
 import csv
-import io
-import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.cases import case_name
-from pipeline.errors import InputError, nearest, some
-from pipeline.evaluation.statistics import Arm
+from pipeline.data.splits import GroupPattern, persons_of
+from pipeline.errors import InputError, nearest, refuse, require, some
+from pipeline.evaluation.scores import read_csv
 
 Key = tuple[str, str]  # case id, class
 Cells = dict[str, str]  # `case`, `class`, `person`, `status` and the metric
+Score = tuple[float, str]  # see `compare_arms`; person or ""
+ScoreFile = tuple[str, dict[Key, Score]]  # path and scores of one run
 
 UNDEFINED = {"", "none", "n/a", "na", "<na>", "null"}  # and numbers that are not finite
 ONE_CLASS = "all"  # in a file without a column of classes
 OVERLAP = re.compile(r"dice|dsc|iou|jaccard|nsd|f1|normali[sz]ed.?surface.?distance")
-SIGNED = re.compile(r"differ|diff\b|rvd")
-ERROR = re.compile(
-    r"loss|err|[mr]mse|mae\b|hd|hausdorff|distance|m?as+d\b|msd|mm\b|false|\bf[pn]r?\b"
-)
-
-
-@dataclass
-class ScoreFile:
-    """Scores of one run, `nan` if undefined; those that stand for the best; and persons."""
-
-    path: str
-    values: dict[Key, float] = field(default_factory=dict)
-    best: set[Key] = field(default_factory=set)
-    persons: set[tuple[str, str]] = field(default_factory=set)  # case and person
+ERROR = re.compile(r"[mr]mse|mae\b|hd|hausdorff|distance|m?as+d\b|msd|mm\b|false|\bf[pn]r?\b")
 
 
 @dataclass(frozen=True)
 class PairedScores:
     """Two arms on the same N cases, sorted, of N persons; and notes for the reader."""
 
-    case_ids: list[str]
     persons: list[str]
     class_names: list[str]
-    arms: tuple[Arm, Arm]
+    arms: tuple[np.ndarray, np.ndarray]  # see `compare_arms`
     notes: list[str]
 
 
 def find_direction(metric: str) -> tuple[bool, bool]:
     """Tell by a metric's name whether more is better, and whether its sign is to be ignored."""
     name = re.sub("[^a-z0-9]+", " ", metric.lower())
-    if SIGNED.search(name):
-        return False, True
+    is_signed = bool(re.search(r"differ|diff\b|rvd", name))
     is_error = re.search("loss|err", name) or (ERROR.search(name) and not OVERLAP.search(name))
-    return not is_error, False
+    return not (is_signed or is_error), is_signed
 
 
 def read_arms(
     files: Mapping[str, Sequence[str]],
     metric: str,
     *,
-    person_of: Callable[[str], str] | None = None,
+    group_pattern: GroupPattern = None,
     common_cases: bool = False,
 ) -> PairedScores:
     """Read the files of both arms, and bring them onto the same cases.
 
     Args:
-        files: Names of the files of `a` and of `b`, one per run.
-        metric: Name of the column, in any case.
-        person_of: Person of a case id; `None`: the column `person`, else each case is one.
-        common_cases: Leave out what is not in every file.
+        files: Paths of `a` and of `b`, one per run.
+        group_pattern: Tells persons by the case id; without it, the column `person` does, or each
+            case is a person.
+        common_cases: Whether to leave out what is not in every file.
 
     Raises:
-        InputError: One line per fault: a file that cannot be read or names a case twice, and files
-            that do not agree.
+        InputError: If files cannot be read, name a case twice, or do not agree.
     """
+    read: list[ScoreFile] = []
     faults: list[str] = []
-    read: dict[str, list[ScoreFile]] = {arm: [] for arm in files}
-    for arm, paths in files.items():
-        if twice := [path for path in paths if paths.count(path) > 1]:
-            faults.append(
-                f"--{arm}: expected each file once, got {twice[0]} again. Give one file per seed."
-            )
-        for path in paths:
-            try:
-                read[arm].append(_read_file(path, metric.lower()))
-            except InputError as error:
-                faults += error.faults
-    if faults:
-        raise InputError(*dict.fromkeys(faults))
-    every = [*read["a"], *read["b"]]
+    for path in (*files["a"], *files["b"]):
+        try:
+            read.append(_read_file(path, metric.lower()))
+        except InputError as error:
+            faults += error.faults
+    refuse(dict.fromkeys(faults))
     notes, seen = [], dict[str, str]()
-    for file in every:
-        if (scores := repr(sorted(file.values.items()))) in seen:
-            notes.append(f"{file.path} has the very scores of {seen[scores]}: it is no new run.")
-        seen.setdefault(scores, file.path)
-    keys, left_out = _find_common(every, common_cases)
+    for path, of_file in read:
+        if (text := repr(sorted(of_file.items()))) in seen:
+            notes.append(f"{path} has the very scores of {seen[text]}: it is no new run.")
+        seen.setdefault(text, path)
+    keys, left_out = _find_common(read, common_cases)
     case_ids, class_names = (sorted(set(part)) for part in zip(*keys, strict=True))
-    a, b = (_make_arm(of_arm, keys, case_ids, class_names) for of_arm in (read["a"], read["b"]))
-    persons = _find_persons(every, case_ids, person_of)
-    return PairedScores(case_ids, persons, class_names, (a, b), notes + left_out)
+    places, num_a = [*product(case_ids, class_names)], len(files["a"])
+    values = [of[key][0] if key in keys else math.nan for _, of in read for key in places]
+    table = np.reshape(values, (len(read), len(case_ids), len(class_names)))
+    arms = table[:num_a], table[num_a:]
+    told: dict[str, str] = {}
+    for (case, _), (_, person) in chain(*(scores.items() for _, scores in read)):
+        told[case] = told.get(case) or person
+    cases = [{"case_id": case, "group": told[case]} for case in case_ids]
+    persons = [*persons_of(cases, group_pattern).values()]
+    return PairedScores(persons, class_names, arms, notes + left_out)
 
 
 def _read_file(path: str, metric: str) -> ScoreFile:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        read = _read_nnunet if text.lstrip().startswith("{") else _read_csv
-        lines = list(read(text))
+        lines = list(_read_nnunet(text) if text.lstrip().startswith("{") else read_csv(text))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(
             f"{path}: expected a CSV file or nnU-Net's summary.json, got: {error}. Check the path."
         ) from None
-    if not lines:
-        raise InputError(f"{path}: expected a header and a row per case and class, got none.")
-    for name in ("case", metric):
-        if name not in (header := lines[0][1]):
-            raise InputError(
-                f"{path}: expected a column '{name}', got none. {nearest(name, header)}"
-            )
-    found, wrong = ScoreFile(path), []
+    require(lines, path, "a header and a row per case and class", "none", "Score some cases.")
+    header = [*lines[0][1]]
+    case = "case" if "case" in header else "case_id"
+    for name in (case, metric):
+        shown = name.removesuffix("_id")
+        require(name in header, path, f"a column '{shown}'", "none", nearest(shown, header))
+    scores: dict[Key, Score] = {}
+    wrong = []
     for place, cells in lines:
-        key = cells["case"], cells.get("class", ONE_CLASS)
-        score, status = _parse_score(cells[metric]), cells.get("status")
-        if "" in key:
-            wrong.append(f"a blank {place}")
-        elif key in found.values:
-            wrong.append(f"{_name(key)} again {place}")
-        elif score is None:
-            wrong.append(f"'{cells[metric]}' {place}")
+        key = cells[case], cells.get("class", ONE_CLASS)
+        value, status = _parse_score(cells[metric]), cells.get("status")
+        if "" in key or key in scores or value is None:
+            wrong.append(f"{' '.join(key)}: '{cells[metric]}' {place}")
         else:
-            found.values[key] = score
             # overlap is undefined only where neither label nor prediction has the class
             is_best = status == "absent" if status else OVERLAP.search(metric)
-            if math.isnan(score) and is_best:
-                found.best.add(key)
-            found.persons.add((cells["case"], cells.get("person", "")))
-    if wrong:
-        raise InputError(
-            f"{path}: expected one number for each case and class, got {some(wrong)}. Correct it."
-        )
-    return found
-
-
-def _read_csv(text: str) -> Iterator[tuple[str, Cells]]:
-    """Yield place and cells of each line, by names of columns in lower case."""
-    first = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
-    names = [name.strip().lower() for name in next(reader, [])]
-    if "case" not in names:
-        names = ["case" if name == "case_id" else name for name in names]
-    for row in reader:
-        if len(row) not in (0, len(names)):
-            raise ValueError(f"{len(row)} instead of {len(names)} cells in line {reader.line_num}")
-        if row:
-            cells = dict(zip(names, map(str.strip, row), strict=True))
-            yield f"in line {reader.line_num}", cells
+            value = math.inf if math.isnan(value) and is_best else value
+            scores[key] = value, cells.get("person", "")
+    expected = "one number for each case and class"
+    require(not wrong, path, expected, some(wrong), "Correct or remove it.")
+    return path, scores
 
 
 def _read_nnunet(text: str) -> Iterator[tuple[str, Cells]]:
@@ -184,55 +146,18 @@ def _parse_score(cell: str) -> float | None:
 
 def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[set[Key], list[str]]:
     """Return cases and classes that every file has, and a note on what was left out."""
-    every = set().union(*(file.values for file in files))
-    common = every.intersection(*(file.values for file in files))
-    if common == every:
-        return common, []
-    if leave_out and common:
-        left_out = sorted(map(_name, every - common))
-        return common, [f"Left out, not in every file: {some(left_out)}."]
-    raise InputError(
-        *(
-            f"{file.path}: expected the cases and classes of the other files, got no "
-            f"{some(sorted(map(_name, missing)))}. Score them, or compare what is common: "
-            "--common_cases true"
-            for file in files
-            if (missing := every - {*file.values})
-        )
+    every = set().union(*(scores for _, scores in files))
+    common = every.intersection(*(scores for _, scores in files))
+    if leave_out and common and common != every:
+        return common, [f"Left out, not in every file: {_name(every - common)}."]
+    refuse(
+        f"{path}: expected the cases and classes of the other files, got no {_name(missing)}. "
+        "Score them, or compare what is common: --common_cases true"
+        for path, scores in files
+        if (missing := every - scores.keys())
     )
+    return common, []
 
 
-def _find_persons(
-    files: Sequence[ScoreFile], case_ids: Sequence[str], person_of: Callable[[str], str] | None
-) -> list[str]:
-    """Return the person of each case; without any, the case itself."""
-    told: dict[str, set[str]] = {case: set() for case in case_ids}
-    faults: list[str] = []
-    for case, person in set().union(*(file.persons for file in files)):
-        if person and case in told and person_of is None:
-            told[case].add(person)
-    for case, persons in told.items():
-        if len(persons) > 1:
-            faults.append(f"{case}: expected one person, got {some(sorted(persons))}. Correct it.")
-        try:
-            persons |= {person_of(case)} if person_of else set()
-        except InputError as error:
-            faults += error.faults
-    if faults:
-        raise InputError(*dict.fromkeys(faults))
-    return [min(persons, default=case) for case, persons in told.items()]
-
-
-def _make_arm(
-    files: Sequence[ScoreFile], keys: set[Key], case_ids: list[str], class_names: list[str]
-) -> Arm:
-    """Return scores as arrays; undefined where a case and class is none of `keys`."""
-    shape = len(files), len(case_ids), len(class_names)
-    places = list(itertools.product(case_ids, class_names))
-    values = [file.values[key] if key in keys else math.nan for file in files for key in places]
-    best = [key in keys and key in file.best for file in files for key in places]
-    return Arm(np.reshape(values, shape), np.reshape(best, shape))
-
-
-def _name(key: Key) -> str:
-    return key[0] if key[1] == ONE_CLASS else f"{key[0]} ({key[1]})"
+def _name(keys: set[Key]) -> str:
+    return some(sorted(case if name == ONE_CLASS else f"{case} ({name})" for case, name in keys))

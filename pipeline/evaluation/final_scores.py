@@ -1,27 +1,26 @@
-"""The scores of a run: its validation and test cases, predicted with its best and last weights.
-
-Each rank predicts and scores a share of the cases; rank 0 writes the results of all.
-"""
+"""The scores of a run: its validation and test cases, predicted with its best and last weights."""
 
 from __future__ import annotations
 
 import logging
-import math
-import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline import distributed
 from pipeline.data.cache import CachedDataset
 from pipeline.data.cases import Case, files_of, paths_of
 from pipeline.data.dataset import Cases
+from pipeline.data.pairs import Pair
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import TrainingStopped, as_bool
-from pipeline.evaluation.scores import Row, score_files, write_scores
+from pipeline.evaluation.scores import score_files, write_scores
 from pipeline.files import make_directory, write_json
 from pipeline.precision import Precision
 from pipeline.prediction.predict_files import FAULTS, describe_fault, save_like
@@ -33,30 +32,20 @@ from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 4
-LoadImage = Callable[[int], Any]  # number of a case to preprocessed image
-
 
 class Scoring:
     """Scores a trained run, into its `scores/<split>_<weights>/`.
 
     Each folder gets the prediction of every case (`<case_id>.nii.gz`), `metrics.csv`,
-    `summary.json`, and `cases.json`: where images and labels are, as paths from the run directory.
+    `summary.json`, and `cases.json`, which says where images and labels are. Each rank predicts and
+    scores a share of the cases; rank 0 writes the results of all.
 
     Args:
-        run_dir: Of the run.
         is_held: Whether this process is in the run; else nothing is done.
-        cases: Of the run; `validation` has those for validation preprocessed.
-        network: On its device; has the same weights afterwards.
-        precision: Used for prediction.
-        inferer: Cuts windows and blends them.
-        validation: See `cases`.
-        preprocessing: Makes the same of a test case.
-        class_names: In the order of the label values, background first.
-        ignore_value: Label of voxels that do not count.
+        network: Network on its device; it has the same weights afterwards.
+        validation: The validation cases of `cases`, preprocessed.
+        preprocessing: Preprocesses a test case.
         group_pattern: Tells persons by the case id, as in the split.
-        tolerance_mm: Of the normalised surface Dice.
-        enabled: Whether anything is scored.
     """
 
     def __init__(
@@ -76,9 +65,12 @@ class Scoring:
         tolerance_mm: float = 1.0,
         enabled: bool | str = True,
     ) -> None:
-        self.run_dir, self.is_held, self.cases, self.network = run_dir, is_held, cases, network
+        self.run_dir, self.is_held, self.network = run_dir, is_held, network
         self.segmenter = Segmenter([network], precision, inferer)
-        self.validation, self.preprocessing = validation, preprocessing
+        self.splits: dict[str, tuple[list[Case], Callable[[int], Any]]] = {
+            "validation": (cases.validation, lambda n: validation[n]["image"]),
+            "test": (cases.test, lambda n: preprocessing(cases.test[n])["image"]),
+        }
         self.group_pattern = group_pattern
         self.enabled = as_bool(enabled, "final_scores")
         self.how: dict[str, Any] = {"class_names": class_names, "tolerance_mm": tolerance_mm}
@@ -92,86 +84,70 @@ class Scoring:
         """
         if not self.is_held:
             return
-        folder = self.run_dir / "scores"
         trained = {name: value.clone() for name, value in self.network.state_dict().items()}
         try:
             with distributed.sync_errors():
-                if distributed.is_main():
-                    shutil.rmtree(folder, ignore_errors=True)  # scores of earlier weights
+                if distributed.is_main():  # scores of earlier weights
+                    shutil.rmtree(self.run_dir / "scores", ignore_errors=True)
                 if self.enabled:
-                    self._score_weights(folder)
+                    self._score_weights()
         except OSError as error:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         finally:
             self.network.load_state_dict(trained)
 
-    def _score_weights(self, folder: Path) -> None:
-        splits: dict[str, tuple[list[Case], LoadImage]] = {
-            "validation": (self.cases.validation, lambda n: self.validation[n]["image"]),
-            "test": (self.cases.test, lambda n: self.preprocessing(self.cases.test[n])["image"]),
-        }
+    def _score_weights(self) -> None:
         best, last = (self.run_dir / "models" / name for name in ("model.pt", "last.pt"))
         # there is no best one where no score was a number; not all ranks may see it at once
-        has_best = distributed.broadcast_object(best.is_file())
-        is_last = distributed.broadcast_object(
-            has_best and distributed.is_main() and best.read_bytes() == last.read_bytes()
+        has_best, is_last = distributed.run_on_main(
+            lambda: (best.is_file(), best.is_file() and best.read_bytes() == last.read_bytes())
         )
-        for split, (cases, load) in splits.items():
-            if cases and has_best:
-                load_weights(self.network, best)
-                self._score(cases, load, folder / f"{split}_best")
-            if cases and not is_last:
-                load_weights(self.network, last)
-                self._score(cases, load, folder / f"{split}_last")
-            elif cases and distributed.is_main():
-                shutil.copytree(folder / f"{split}_best", folder / f"{split}_last")
+        for split in (name for name, (cases, _) in self.splits.items() if cases):
+            of_best, of_last = (self.run_dir / f"scores/{split}_{n}" for n in ("best", "last"))
+            if has_best:
+                self._score(split, best, of_best)
+            if not is_last:
+                self._score(split, last, of_last)
+            elif distributed.is_main():
+                shutil.copytree(of_best, of_last)
 
-    def _score(self, cases: list[Case], load: LoadImage, folder: Path) -> None:
-        if distributed.is_main():
-            make_directory(folder)
-        distributed.all_gather_object(None)  # the others write into it as well
-        mine = distributed.shard(range(len(cases)))
-        refused: dict[str, str] = {}
-        pairs, enabled = [], distributed.is_main()
-        for number in ProgressBar(mine, desc=f"Predicting {folder.name}", enabled=enabled):
-            case = cases[number]
-            case_id, path = case["case_id"], folder / f"{case['case_id']}.nii.gz"
+    def _score(self, split: str, weights: Path, folder: Path) -> None:
+        load_weights(self.network, weights)
+        distributed.run_on_main(lambda: make_directory(folder))
+        pairs, refused = self._predict(split, folder)
+        rows, unscored = score_files(pairs, ignore_value=self.ignore_value, **self.how)
+        shares = distributed.all_gather_object((rows, refused | unscored))
+        if not distributed.is_main():
+            return
+        cases = self.splits[split][0]
+        persons = persons_of(cases, self.group_pattern)
+        order = {case_id: number for number, case_id in enumerate(persons)}
+        found, faults = zip(*shares, strict=True)
+        rows = [{**row, "person": persons[row["case_id"]]} for row in chain(*found)]
+        rows.sort(key=lambda row: order[row["case_id"]])
+        refused = dict(ChainMap(*faults))
+        for case_id, why in refused.items():
+            log.warning("%s: %s", case_id, why)
+        write_json(folder / "cases.json", {case["case_id"]: files_of(case) for case in cases})
+        summary = write_scores(folder, rows, refused=refused, **self.how)
+        figures = [summary["mean_dice"], *(summary["mean_dice_interval"] or (None, None))]
+        said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
+        log.info(said, folder.name, *np.array(figures, float))
+
+    def _predict(self, split: str, folder: Path) -> tuple[list[Pair], dict[str, str]]:
+        """Predict this rank's cases; return files to score, and why others have none."""
+        cases, load = self.splits[split]
+        mine, is_main = distributed.shard(range(len(cases))), distributed.is_main()
+        pairs, refused = [], {}
+        for number in ProgressBar(mine, desc=f"Predicting {folder.name}", enabled=is_main):
+            case_id = cases[number]["case_id"]
+            path = folder / f"{case_id}.nii.gz"
             try:
                 labels = self.segmenter(load(number)).labels
             except FAULTS as error:
                 refused[case_id] = describe_fault(error)
             else:  # a full disk is no fault of the case
-                save_like(labels, paths_of(case)[0], path)
-                pairs.append((case_id, path, Path(case["label"])))
-        threads = min(MAX_THREADS, distributed.own_cores())
-        rows, unscored = score_files(pairs, threads, ignore_value=self.ignore_value, **self.how)
-        shares = distributed.all_gather_object((rows, refused | unscored))
-        if distributed.is_main():
-            rows = [row for of_rank, _ in shares for row in of_rank]
-            refused = {case_id: why for _, of_rank in shares for case_id, why in of_rank.items()}
-            self._write(cases, rows, refused, folder)
-
-    def _write(
-        self, cases: list[Case], rows: list[Row], refused: dict[str, str], folder: Path
-    ) -> None:
-        persons = persons_of(cases, self.group_pattern)
-        order = list(persons)
-        rows = [{**row, "person": persons[row["case_id"]]} for row in rows]
-        rows.sort(key=lambda row: order.index(row["case_id"]))
-        refused = {case_id: refused[case_id] for case_id in order if case_id in refused}
-        for case_id, why in refused.items():
-            log.warning("%s: %s", case_id, why)
-        write_json(folder / "cases.json", {case["case_id"]: self._files(case) for case in cases})
-        summary = write_scores(folder, rows, refused=refused, **self.how)
-        low, high = summary["mean_dice_interval"] or (math.nan, math.nan)
-        mean = math.nan if summary["mean_dice"] is None else summary["mean_dice"]
-        what = folder.name.replace("_", " cases, ")
-        said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
-        log.info(said, what, mean, low, high)
-
-    def _files(self, case: Case) -> dict[str, list[str]]:
-        return {
-            key: [os.path.relpath(path, self.run_dir) for path in paths]
-            for key, paths in files_of(case).items()
-        }
+                save_like(labels, paths_of(cases[number])[0], path)
+                pairs.append((case_id, path, Path(cases[number]["label"])))
+        return pairs, refused

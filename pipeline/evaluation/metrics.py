@@ -17,16 +17,10 @@ from pipeline import distributed
 def dice_per_class(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_value: int | None = None
 ) -> np.ndarray:
-    """Compute the Dice of every foreground class.
+    """Return the Dice of every foreground class, `(num_classes - 1,)` float64.
 
-    Args:
-        pred: `(H, W, D)` integer label map.
-        label: `(H, W, D)` integer reference on the same grid.
-        num_classes: Classes, background (0) included.
-        ignore_value: Label of voxels that do not count.
-
-    Returns:
-        `(num_classes - 1,)` float64; `nan` where a class is absent from both.
+    It is `nan` where a class is absent from both label maps, `(H, W, D)` integers on one grid.
+    Voxels with the label `ignore_value` do not count.
 
     Raises:
         ValueError: If the shapes differ, or a value is not a class.
@@ -39,10 +33,8 @@ def dice_per_class(
         pred, label = pred[counted], label[counted]
     for name, values in (("pred", pred), ("label", label)):
         if len(values) and (values.min() < 0 or values.max() >= num_classes):
-            raise ValueError(
-                f"{name}: expected values 0 to {num_classes - 1}, "
-                f"got {values.min()} to {values.max()}."
-            )
+            got = f"{values.min()} to {values.max()}"
+            raise ValueError(f"{name}: expected values 0 to {num_classes - 1}, got {got}.")
     # rows are classes of the label, columns of the prediction
     counts = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
     confusion = counts.reshape(num_classes, num_classes).cpu().numpy()
@@ -50,10 +42,7 @@ def dice_per_class(
 
 
 def compute_dice(both: np.ndarray, of_pred: np.ndarray, of_label: np.ndarray) -> np.ndarray:
-    """Compute the Dice from numbers of voxels; `nan` where there are none.
-
-    Source: Dice, Ecology 26 (1945); 2 |P ∩ L| / (|P| + |L|).
-    """
+    """Compute the Dice from numbers of voxels, `nan` if 0. Source: Dice, Ecology 26 (1945)."""
     return divide(2 * both, of_pred + of_label)
 
 
@@ -63,17 +52,9 @@ def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(whole, part / whole, np.nan)
 
 
-def mean_of_defined(
-    values: np.ndarray, axis: int | None = None, defined: np.ndarray | None = None
-) -> Any:
-    """Return the mean of defined values along an axis; `nan` where there is none.
-
-    Args:
-        values: Any shape.
-        axis: `None`: the mean over all axes.
-        defined: Which values count, bool of the same shape; by default those that are not `nan`.
-    """
-    defined = ~np.isnan(values) if defined is None else defined
+def mean_of_defined(values: np.ndarray, axis: int | None = None) -> Any:
+    """Return the mean of values that are not `nan`, over all axes or one; `nan` without any."""
+    defined = ~np.isnan(values)
     if axis is None:
         return np.mean(values[defined]) if defined.any() else np.nan
     return divide(np.where(defined, values, 0).sum(axis=axis), defined.sum(axis=axis))
@@ -82,12 +63,10 @@ def mean_of_defined(
 class MeanDice(Metric):
     """Mean Dice over foreground classes, per case, then over cases.
 
-    A class that is absent from both prediction and label of a case is left out of that case. Works
-    on decollated output: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid.
-
-    After an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice),
-    `absent` (name to number of cases left out) and `cases` (case id to Dice per class), on each
-    rank for all cases.
+    A class that is absent from both prediction and label of a case is left out of that case. Output
+    is decollated: a dictionary per case, with `pred` and `label` `(1, H, W, D)` on one grid. After
+    an epoch `engine.state.metric_details[name]` holds `classes` (name to mean Dice), `absent` (name
+    to number of cases left out) and `cases` (case id to Dice per class), of all ranks.
 
     Args:
         class_names: Names of all classes, background first.
@@ -95,8 +74,7 @@ class MeanDice(Metric):
     """
 
     def __init__(self, class_names: Sequence[str], ignore_value: int | None = None) -> None:
-        self.class_names = list(class_names)
-        self.ignore_value = ignore_value
+        self.class_names, self.ignore_value = list(class_names), ignore_value
         super().__init__()
 
     def reset(self) -> None:
@@ -112,13 +90,11 @@ class MeanDice(Metric):
         """Score cases, given the decollated batch, for the case ids, and the decollated output."""
         for case, result in zip(*output, strict=True):
             pred, label = (convert_to_tensor(result[key][0]) for key in ("pred", "label"))
-            self.cases[case["case_id"]] = dice_per_class(
-                pred, label, len(self.class_names), self.ignore_value
-            )
+            self.cases[case["case_id"]] = self.try_on(pred, label)
 
-    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> None:
+    def try_on(self, pred: torch.Tensor, label: torch.Tensor) -> np.ndarray:
         """Compare label maps `(H, W, D)`, and forget them; raises as `dice_per_class`."""
-        dice_per_class(pred, label, len(self.class_names), self.ignore_value)
+        return dice_per_class(pred, label, len(self.class_names), self.ignore_value)
 
     def compute(self) -> float:
         """Return the mean over cases of the mean over the classes present; `nan` without any."""
@@ -128,9 +104,8 @@ class MeanDice(Metric):
     def completed(self, engine: Engine, name: str) -> None:
         """Publish the metric and its details. All ranks have to call it."""
         # once, and here, so that one rank alone may call `compute`
-        self.cases = dict(
-            distributed.interleave(distributed.all_gather_object(list(self.cases.items())))
-        )
+        shares = distributed.all_gather_object(list(self.cases.items()))
+        self.cases = dict(distributed.interleave(shares))
         super().completed(engine, name)
         names = self.class_names[1:]
         table = np.array(list(self.cases.values())).reshape(-1, len(names))

@@ -1,25 +1,23 @@
 """Scores of predictions: a row per case and class, kept as `metrics.csv`, and their summary.
 
 `DEFINITIONS` says what each measure is; where it is undefined it is `nan`, never 0 or 1. Surface
-voxels are those that MONAI's erosion removes, and distances are between their centres: equal masks
-are 0 mm apart, and a mask of one voxel is its own surface.
+voxels are those that MONAI's erosion removes, and distances are between their centres.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics.utils import get_mask_edges, get_surface_distance
-from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
 from pipeline.data.content import map_threads
@@ -27,13 +25,11 @@ from pipeline.data.pairs import Pair, read_pair
 from pipeline.errors import InputError, some
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
-from pipeline.files import nan_to_none, replace_file
+from pipeline.files import make_directory, nan_to_none, replace_file, write_json
 
-Voxels = np.ndarray | torch.Tensor
 Row = dict[str, Any]
 
 STATUS = ("scored", "missed", "spurious", "absent")
-NUM_WORST = 5  # cases that the summary names
 DEFINITIONS = {
     "dice": "2 |P ∩ L| / (|P| + |L|), of voxels of prediction P and label L",
     "iou": "|P ∩ L| / (|P| + |L| - |P ∩ L|)",
@@ -43,25 +39,16 @@ DEFINITIONS = {
     "assd_mm": "mean of the distances from surface to surface, both ways together",
     "nsd": "share of surface voxels of both that lie within tolerance_mm of the other surface",
     "volume_difference_ml": "volume of the prediction minus volume of the label",
-    "mean_dice": "dice over foreground classes, per case, then over cases; absent classes left out",
-    "surface": "voxels of a class that share a face with another voxel or the border",
-    "n": "number of defined values, which all other figures are made of",
-    "interval": "95 % of the bootstrap means, persons drawn; null with fewer than two persons",
-    "missed": "in the label, not predicted: dice, iou, sensitivity, nsd 0, distances undefined",
-    "spurious": "predicted, not in the label: dice, iou, precision, nsd 0, distances undefined",
-    "absent": "in neither: undefined, and a volume difference of 0",
 }
-MEASURES = tuple(DEFINITIONS)[:8]
+MEASURES = tuple(DEFINITIONS)
 WORDS = ("case_id", "person", "class", "status")
 COLUMNS = (*WORDS, *MEASURES, "label_volume_ml", "pred_volume_ml")
-# Relative. Spacings pass through float32 in headers, and distances in MONAI: without it, a surface
-# of which all voxels lie one voxel of 1.2 mm off would not be within 1.2 mm.
-ROUNDING = 1e-5
+ROUNDING = 1e-5  # relative; spacings in headers and distances in MONAI pass through float32
 
 
 def score_case(
-    pred: Voxels,
-    label: Voxels,
+    pred: np.ndarray,
+    label: np.ndarray,
     *,
     spacing_mm: Sequence[float],
     class_names: Sequence[str],
@@ -69,35 +56,29 @@ def score_case(
     ignore_value: int | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Row]:
-    """Score one case.
+    """Score one case; returns a row per foreground class, without `case_id` and `person`.
 
     Args:
-        pred: `(H, W, D)` integer label map.
-        label: `(H, W, D)` integer reference on the same grid.
-        spacing_mm: Voxel size in mm, in array-axis order.
+        pred: `(H, W, D)` integer label map; `label` is one of the same shape.
+        spacing_mm: Voxel size in array-axis order.
         class_names: In the order of the label values, background first.
-        tolerance_mm: Of the normalised surface Dice.
-        ignore_value: Label of voxels that do not count: they become background in both, so that a
-            class ends where they begin.
-        device: For the surface distances.
-
-    Returns:
-        A row for each foreground class, in their order: `COLUMNS` without `case_id` and `person`.
+        tolerance_mm: Distance up to which surfaces agree, for `nsd`.
+        ignore_value: Label of voxels that become background in both maps.
 
     Raises:
-        InputError: If the shapes differ, or a value is not a class; without the case id.
+        InputError: If a value is not a class; without the case id.
     """
     # in C order, for which erosion is six times faster
-    maps = [np.ascontiguousarray(convert_to_numpy(voxels)) for voxels in (pred, label)]
-    if maps[0].shape != maps[1].shape or maps[0].ndim != 3:
-        raise InputError(
-            f"expected prediction and label of one shape (H, W, D), got {maps[0].shape} and "
-            f"{maps[1].shape}. Resample one of them or leave the case out."
-        )
+    maps = [np.ascontiguousarray(voxels) for voxels in (pred, label)]
     if ignore_value is not None and not (counted := maps[1] != ignore_value).all():
         maps = [voxels * counted for voxels in maps]
     for what, voxels in zip(("prediction", "label"), maps, strict=True):
-        _require_classes(what, voxels, len(class_names))
+        if voxels.size and (voxels.min() < 0 or voxels.max() >= len(class_names)):
+            unknown = [str(n) for n in np.unique(voxels) if not 0 <= n < len(class_names)]
+            raise InputError(
+                f"expected values 0 to {len(class_names) - 1} in the {what}, got {some(unknown)}. "
+                "Name all classes or correct it."
+            )
     voxel_ml = math.prod(map(float, spacing_mm)) / 1000
     rows = []
     boxes = (find_objects(voxels, len(class_names) - 1) for voxels in maps)
@@ -108,27 +89,15 @@ def score_case(
         masks = [voxels[box or (slice(0),) * 3] == value for voxels in maps]
         row = {"class": class_names[value], **_score_overlap(masks, voxel_ml)}
         if row["status"] == "scored":
-            tensors = (torch.as_tensor(mask, device=device) for mask in masks)
-            row |= score_surfaces(*tensors, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)
+            tensors = [torch.as_tensor(mask, device=device) for mask in masks]
+            row |= _score_surfaces(tensors, [*map(float, spacing_mm)], tolerance_mm)
         rows.append(row)
     return rows
 
 
-def _require_classes(what: str, voxels: np.ndarray, num_classes: int) -> None:
-    if voxels.dtype.kind not in "iub":
-        raise InputError(f"expected integer values in the {what}, got {voxels.dtype}. Convert it.")
-    if voxels.size and (voxels.min() < 0 or voxels.max() >= num_classes):
-        unknown = [str(n) for n in np.unique(voxels) if not 0 <= n < num_classes]
-        raise InputError(
-            f"expected values 0 to {num_classes - 1} in the {what}, got {some(unknown)}. "
-            "Name all classes or correct it."
-        )
-
-
 def _score_overlap(masks: Sequence[np.ndarray], voxel_ml: float) -> Row:
     """Return all measures of a class that follow from numbers of voxels."""
-    counts = [np.count_nonzero(mask) for mask in (masks[0] & masks[1], *masks)]
-    both, pred, label = np.array(counts)
+    both, pred, label = np.array([*map(np.count_nonzero, (masks[0] & masks[1], *masks))])
     status = STATUS[2 * (not label) + (not pred)]
     measures = {
         "dice": compute_dice(both, pred, label),
@@ -145,31 +114,22 @@ def _score_overlap(masks: Sequence[np.ndarray], voxel_ml: float) -> Row:
     return {"status": status, **{name: float(value) for name, value in measures.items()}}
 
 
-def score_surfaces(
-    pred: torch.Tensor, label: torch.Tensor, *, spacing_mm: Sequence[float], tolerance_mm: float
+def _score_surfaces(
+    masks: Sequence[torch.Tensor], spacing: Sequence[float], tolerance_mm: float
 ) -> dict[str, float]:
-    """Measure the distances from either surface to the nearest voxel of the other.
+    """Measure the distances between the surfaces of two `(H, W, D)` bool masks, none empty.
 
-    Args:
-        pred: `(H, W, D)` bool mask, not empty. On CUDA, MONAI measures with cuCIM where that is
-            installed, else with SciPy.
-        label: `(H, W, D)` bool reference on the same grid, not empty.
-        spacing_mm: Voxel size in mm, in array-axis order; axes are taken to be perpendicular.
-        tolerance_mm: Distance up to which surfaces agree.
-
-    Returns:
-        `hd95_mm`, `assd_mm` and `nsd`; see `DEFINITIONS`.
+    Axes are taken to be perpendicular. On CUDA, MONAI measures with cuCIM where that is installed.
 
     Source: Huttenlocher et al., IEEE TPAMI 15 (1993) for the Hausdorff distance by ranks; Heimann
     et al., IEEE TMI 28 (2009) for the average symmetric distance; Nikolov et al., J Med Internet
     Res 23 (2021) for surface Dice, here over voxels instead of pieces of a mesh.
     """
     # as MONAI's get_edge_surface_distance, which warns of an argument of its own
-    edges: tuple[torch.Tensor, torch.Tensor] = get_mask_edges(pred, label)
-    spacing = [float(size) for size in spacing_mm]
+    a, b = get_mask_edges(*masks)
     directed = [
         torch.as_tensor(get_surface_distance(*way, spacing=spacing)).double().cpu().numpy()
-        for way in (edges, edges[::-1])
+        for way in ((a, b), (b, a))
     ]
     both = np.concatenate(directed)
     return {
@@ -180,37 +140,27 @@ def score_surfaces(
 
 
 def score_files(
-    pairs: Sequence[Pair], num_threads: int, **how: Any
+    pairs: Sequence[Pair], num_threads: int | None = None, **how: Any
 ) -> tuple[list[Row], dict[str, str]]:
-    """Score predictions in files against labels in files.
-
-    Args:
-        pairs: Case id, prediction and label.
-        num_threads: Cases that are scored at the same time.
-        how: Arguments of `score_case` beside voxels and spacing.
+    """Score predictions in files, several at a time; `how` are further arguments of `score_case`.
 
     Returns:
         Rows of the cases in their order, without `person`, and for each refused case the reason.
     """
+    refused = {}
 
-    def score(pair: Pair) -> list[Row] | str:
+    def score(pair: Pair) -> list[Row]:
         case_id, *paths = pair
         try:
             pred, label, spacing_mm = read_pair(*paths)
             rows = score_case(pred, label, spacing_mm=spacing_mm, **how)
         except InputError as error:
-            return str(error)
+            refused[case_id] = str(error)
+            return []
         return [{"case_id": case_id, **row} for row in rows]
 
-    rows: list[Row] = []
-    refused = {}
     found = map_threads(score, pairs, "Scoring", num_threads)
-    for (case_id, *_), result in zip(pairs, found, strict=True):
-        if isinstance(result, str):
-            refused[case_id] = result
-        else:
-            rows += result
-    return rows, refused
+    return list(itertools.chain.from_iterable(found)), refused
 
 
 def write_scores(
@@ -223,34 +173,24 @@ def write_scores(
 ) -> Row:
     """Write `metrics.csv` and `summary.json` into a directory, each whole or not at all.
 
-    Args:
-        directory: Made if it is not there.
-        rows: As `score_case` returns them, with `case_id` and `person` in addition.
-        class_names: As for `score_case`.
-        tolerance_mm: With which the rows were made.
-        refused: Cases that could not be scored, and the reasons.
+    `rows` are those of `score_case` with `case_id` and `person`; `refused` are cases and reasons.
 
     Returns:
-        The content of `summary.json`, `None` where undefined. `mean_dice` and its
-        `mean_dice_interval`; `classes`: for each class `status`, a count for each word of `STATUS`,
-        and for each of `MEASURES` `n`, `mean`, `median`, `q1`, `q3`, `interval`; `over_classes`:
-        the same for the mean over the classes of each case; `worst_cases`: `case_id` and
-        `mean_dice`, the lowest first; `num_cases`, `num_persons`, `tolerance_mm`, `definitions`,
-        `refused`.
+        The content of `summary.json`, `None` where undefined; `classes` and `over_classes`, the
+        mean over the classes of each case, have figures for each of `MEASURES`.
 
     Raises:
         OSError: If the system refuses; a file is then as it was.
     """
-    summary = _summarize(rows, class_names[1:], tolerance_mm) | {"refused": dict(refused or {})}
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: nan_to_none(value) for name, value in row.items()} for row in rows)
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, content in (("metrics.csv", table.getvalue()), ("summary.json", text)):
-        with replace_file(Path(directory) / name) as temporary:
-            temporary.write_text(content, encoding="utf-8", newline="")
+    summary = _summarize(rows, class_names[1:], tolerance_mm)
+    summary["refused"] = dict(sorted((refused or {}).items()))
+    make_directory(Path(directory))
+    target = Path(directory, "metrics.csv")
+    with replace_file(target) as path, open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: nan_to_none(value) for key, value in row.items()} for row in rows)
+    write_json(Path(directory, "summary.json"), summary)
     return summary
 
 
@@ -258,44 +198,48 @@ def read_scores(path: str | Path) -> list[Row]:
     """Read the rows of a `metrics.csv`, as they were given to `write_scores`.
 
     Raises:
-        InputError: If it is not there, or not such a file.
+        OSError, ValueError, KeyError, csv.Error: If it is not there, or not such a file.
     """
     numbers = COLUMNS[len(WORDS) :]
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="nothing")
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"the columns {','.join(reader.fieldnames or ['none'])}")
-            return [row | {n: float(row[n] or "nan") for n in numbers} for row in reader]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(
-            f"{path}: expected a metrics.csv of the columns {','.join(COLUMNS)}, got: {error}. "
-            "Name another file."
-        ) from None
+    return [
+        {word: cells[word] for word in WORDS} | {n: float(cells[n] or "nan") for n in numbers}
+        for _, cells in read_csv(Path(path).read_text(encoding="utf-8-sig"))
+    ]
+
+
+def read_csv(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield place and cells of each line, by column in lower case; ValueError for a torn line."""
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    names = [name.strip().lower() for name in next(reader, [])]
+    for row in filter(None, reader):
+        if len(row) != len(names):
+            raise ValueError(f"{len(row)} instead of {len(names)} cells in line {reader.line_num}")
+        yield f"in line {reader.line_num}", dict(zip(names, row, strict=True))
 
 
 def _summarize(rows: Sequence[Row], names: Sequence[str], tolerance_mm: float) -> Row:
-    """Summarize scores of the foreground classes; see `write_scores`."""
-    persons = {row["case_id"]: row["person"] for row in rows}
-    at = {case_id: number for number, case_id in enumerate(persons)}
-    table = np.full((len(MEASURES), len(at), len(names)), np.nan)  # (measures, N, classes)
+    person_of = {row["case_id"]: row["person"] for row in rows}
+    cases = {case_id: number for number, case_id in enumerate(person_of)}
+    persons = list(person_of.values())
+    table = np.full((len(MEASURES), len(cases), len(names)), np.nan)  # (measures, N, classes)
     for row in rows:
-        values = [row[measure] for measure in MEASURES]
-        table[:, at[row["case_id"]], names.index(row["class"])] = values
+        place = cases[row["case_id"]], names.index(row["class"])
+        table[:, *place] = [row[measure] for measure in MEASURES]
     statuses = Counter((row["class"], row["status"]) for row in rows)
     means = mean_of_defined(table, axis=2)
-    over_classes = _summarize_measures(means, list(persons.values()))
-    dice = zip(means[MEASURES.index("dice")].tolist(), at, strict=True)
-    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:NUM_WORST]
+    over_classes = _summarize_measures(means, persons)
+    dice = zip(means[MEASURES.index("dice")].tolist(), cases, strict=True)
+    worst = sorted(pair for pair in dice if not math.isnan(pair[0]))[:5]
     return {
         "mean_dice": over_classes["dice"]["mean"],
         "mean_dice_interval": over_classes["dice"]["interval"],
-        "num_cases": len(persons),
-        "num_persons": len(set(persons.values())),
+        "num_cases": len(cases),
+        "num_persons": len(set(persons)),
         "tolerance_mm": tolerance_mm,
         "classes": {
             name: {"status": {word: statuses[name, word] for word in STATUS}}
-            | _summarize_measures(table[..., number], list(persons.values()))
+            | _summarize_measures(table[..., number], persons)
             for number, name in enumerate(names)
         },
         "over_classes": over_classes,
@@ -305,7 +249,6 @@ def _summarize(rows: Sequence[Row], names: Sequence[str], tolerance_mm: float) -
 
 
 def _summarize_measures(table: np.ndarray, persons: Sequence[str]) -> dict[str, Row]:
-    """Return figures by measure, of `(measures, N)` values."""
     figures = {}
     for name, values in zip(MEASURES, table, strict=True):
         found = values[~np.isnan(values)]
@@ -319,12 +262,16 @@ def _summarize_measures(table: np.ndarray, persons: Sequence[str]) -> dict[str, 
     return figures
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay out cells in columns as wide as their longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def format_table(columns: str, rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lay out rows as a table in Markdown; `None` is shown as `-`.
 
-
-def format_number(value: float | None, form: str = ".4f") -> str:
-    """Format a number; `-` where there is none."""
-    return "-" if value is None else format(value, form)
+    `columns` are heads, each with the format of its numbers, such as `class, mean Dice:.3f`.
+    """
+    heads = [column.partition(":")[::2] for column in columns.split(", ")]
+    table = [[head for head, _ in heads]]
+    for row in rows:
+        pairs = zip(row, heads, strict=True)
+        table.append(["-" if value is None else format(value, form) for value, (_, form) in pairs])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in table]
