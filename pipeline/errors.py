@@ -29,10 +29,10 @@ class InputError(ValueError):
             print(self, file=sys.stderr)
 
 
-# whose exceptions say all that is to be said; the last one differs in an exported bundle
+# packages whose exceptions are the cause themselves; the last one differs in an exported bundle
 OWN = ("pipeline", "transforms", "networks", __name__.partition(".")[0])
 
-# in the diagnosis of a run whose numbers went wrong, and of no other
+# stands in the diagnosis of a run whose numbers went wrong, and of no other
 STOPS = "Training stops"
 
 
@@ -70,11 +70,7 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return one line about an exception: the object or step, what was said, where, and notes.
-
-    The object or step is the `config_id` that `pipeline.config.compose` notes at the exception.
-    Notes that were added to the exception follow in brackets.
-    """
+    """Return one line: the `config_id` that `config.compose` noted, what was said, where, notes."""
     cause = innermost(error)
     said = " ".join(str(cause).split())[:500]
     frames = traceback.extract_tb(cause.__traceback__)[-1:]
@@ -100,9 +96,7 @@ def print_failure(error: BaseException, log_file: Path | None = None) -> int:
         cause.tell()
         return 2
     if log_file is None or not log_file.parent.is_dir():
-        handle, name = tempfile.mkstemp(prefix="traceback_", suffix=".txt")
-        os.close(handle)
-        log_file = Path(name)
+        log_file = Path(tempfile.mkdtemp(prefix="traceback_"), "traceback.txt")
     with open(log_file, "a") as file:
         traceback.print_exception(error, file=file)
     print(f"{describe_failure(error)}. The traceback is in {log_file}.", file=sys.stderr)
@@ -118,30 +112,13 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 def require_choice(value: object, valid: Iterable[str], where: str) -> None:
     """Raise an InputError if the value of config key `where` is not one of the valid names."""
-    valid = list(valid)
-    if value not in valid:
-        expected = f"expected one of {', '.join(valid)}, got {value!r}."
-        raise InputError(f"{where}: {expected} {nearest(str(value), valid)}")
-
-
-def describe_worker_failure(error: RuntimeError) -> str | None:
-    """Return one line where a loader worker died or hung; `None` for any other error."""
-    if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
-        return None
-    return (
-        f"num_workers: expected workers that deliver every case, got: {error}. Look at the memory "
-        "that is free, or use num_workers=0; the same command goes on from the newest checkpoint."
-    )
+    if value not in (names := list(valid)):
+        expected = f"{where}: expected one of {', '.join(names)}, got {value!r}."
+        raise InputError(f"{expected} {nearest(str(value), names)}")
 
 
 def as_bool(value: object, where: str) -> bool:
-    """A JSON boolean, or the words 'true' and 'false' as `monai.bundle` passes them.
-
-    Raises:
-        InputError: If the value of config key `where` is neither.
-    """
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
+    """A JSON boolean, or 'true' or 'false' as `monai.bundle` passes them; else an InputError."""
+    if str(value).lower() not in ("true", "false"):
         raise InputError(f"{where}: expected true or false, got {value!r}. Use one of the two.")
-    return value
+    return str(value).lower() == "true"

@@ -164,7 +164,7 @@ def test_list_is_what_shipped_configs_and_that_test_use():
         "monai.losses.os.DiceLoss", "monai.losses..DiceLoss", "monai.losses.dice.DiceLoss",
         "DiceLoss ", "networks.dense_unet.nn",
         "pipeline.lifecycle.lifecycle.shutil.rmtree", "monai.utils.module.instantiate", "@name",
-        "$@x.y", "%x",
+        "$@x.y", "%x", 7, None, ["os.system"],
         "", ".", "pathlib.Path.unlink", "pipeline.run.main", "poison.PoisonedAugment",
     ],
 )  # fmt: skip
@@ -172,11 +172,6 @@ def test_other_targets_are_refused_in_files(tmp_path, capfd, name):
     error = refused(tmp_path, {"network_def#_target_": name}, capfd)
     assert "overlay.json:1: network_def#_target_: expected a class or function of the list" in error
     assert f"got '{name}'" in error
-
-
-@pytest.mark.parametrize("name", [7, None, ["os.system"], {"_target_": "os.system"}])
-def test_target_that_is_no_string_is_refused(tmp_path, capfd, name):
-    assert "expected the name of a class" in refused(tmp_path, {"precision#_target_": name}, capfd)
 
 
 def test_refused_target_is_not_imported(tmp_path, capfd, monkeypatch):
@@ -264,7 +259,7 @@ ATTACKS = [
     "$@x.run(\uff3f\uff3fimport__('os'))", "$@", "$@.run()", "$@x.run(@)", "$@x.run() # @y",
     "$@x.run(1j)", "$@x.run(" + "(" * 300 + "@x" + ")" * 300 + ")", "$@x" + ".a" * 20000 + ".__b",
     "$@x.run(None\x00)", "$@x.append(1)", "$@x.__init__()", "$@x.run(@y.__dict__)", "$@x.run(-1)",
-    "%configs/amp.json", "%seed", "%/etc/hosts.json#a", "%#x", "%##x", "%",
+    "%configs/amp.json", "%seed", "%/etc/hosts.json#a", "%#x", "%##x", "%", "@####b",
 ]  # fmt: skip
 
 
@@ -272,9 +267,8 @@ ATTACKS = [
 def test_expression_or_macro_is_refused_wherever_it_stands(text):
     x = {"_target_": "pipeline.lifecycle.lifecycle.Lifecycle"}  # which must be there
     for source in (text, {"x": text}, {"x": [[text]]}, {"_meta_": {"a": text}}):
-        found = list(allowed.find_faults({"k": source, "x": x}))
-        assert len(found) == 1, source
-        assert found[0][0][:1] == ("k",)
+        (path,) = allowed.find_faults({"k": source, "x": x})
+        assert path[:1] == ("k",)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +280,7 @@ def test_expression_or_macro_is_refused_wherever_it_stands(text):
     ],
 )  # fmt: skip
 def test_expression_of_the_grammar_is_taken(text):
-    assert list(allowed.find_faults({"a": {"b": {"c": text}}})) == []
+    assert not allowed.find_faults({"a": {"b": {"c": text}}})
 
 
 def test_expression_is_judged_as_monai_resolves_it():
@@ -295,15 +289,14 @@ def test_expression_is_judged_as_monai_resolves_it():
     source = {evil: {"a": {"b": "$@##y.run()"}}}
     resolved = ConfigParser.resolve_relative_ids(f"{evil}::a::b", "$@##y.run()")
     assert "__import__" in ReferenceResolver.update_refs_pattern(resolved, {"x": None})
-    assert [path for path, _ in allowed.find_faults(source)] == [(evil, "a", "b")]
-    assert list(allowed.find_faults({"a": "@####b"}))  # out of the config
+    assert [*allowed.find_faults(source)] == [(evil, "a", "b")]
 
 
 def test_expressions_are_refused_in_a_file(tmp_path, capfd):
     overlay = {"initialize": ["$@lifecycle.enter()", "$@lifecycle.run_dir.rmdir()"], "seed": "%x"}
     error = refused(tmp_path, overlay, capfd)
     assert "overlay.json:1: initialize#1: expected an expression on an id" in error
-    assert "overlay.json:1: seed: expected no macro" in error
+    assert "overlay.json:1: seed: expected an expression on an id, got '%x'" in error
 
 
 # --- overrides
@@ -320,7 +313,6 @@ def test_expressions_are_refused_in_a_file(tmp_path, capfd):
         ("--loss_function#_target_", "os.system"), ("--loss_function::_target_", "DiceLoss"),
         ("--loss_function#_mode_", "debug"), ("--seed", "%configs/amp.json"), ("--seed", "@fold"),
         ("--seed", " $@fold"), ("--initialize", '["$import os"]'),
-        ("--output_dir", "{_target_: os.system}"),
         ("--transforms_after", '[{"_target_": "Identityd", "keys": "image"}]'), ("--seed", "%#x"),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ ASKED = {
     "a chain that ends in unpickling": (
         {"train#loader": LOADER, "validate#postprocessing": statistics(
             additional_info=f"$@train#loader.{LOADS}")},
-        "validate#postprocessing#additional_info: ", f"reaches for '{LOADS}'",
+        "validate#postprocessing#additional_info: ", "has another form.",
     ),
     "its first step": (
         {"train#loader": LOADER, "train#context": "$@train#loader.multiprocessing_context"},
@@ -91,7 +91,7 @@ ASKED = {
     ),
     "a class that is handed on instead of made": (
         {"train#x": {"_target_": "Compose", "_mode_": "callable"}, "train#y": "$@train#x.func"},
-        "train#y: ", "asks for 'func' of @train#x, of which nothing may be asked.",
+        "train#x#_mode_: ", "expected default",
     ),
     "two values under one id": (
         {"train#x": {"a::b": LOADER, "a": {"b": {"_target_": "Dataset", "data": []}}},

@@ -169,7 +169,7 @@ def test_check_pinpoints_mutations_of_every_key(monkeypatch, every):
         found = mutations(json.loads(file.read_text()))
         for kind, path, mutated in itertools.islice(found, 0, None, every):
             composed = located(mutated, file.name)
-            lines = faults_of(composed)
+            lines = faults_of(composed, training=file.name == "amp.json")
             if is_pinpointed(lines, composed, kind, path):
                 caught[kind] += 1
             else:
@@ -237,7 +237,7 @@ LEGAL = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_config_as_it_is_has_no_fault(file):
-    check_config(compose_located([str(file)], {}))
+    check_config(compose_located([str(file)], {}), training=file.name == "amp.json")
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -292,32 +292,31 @@ CASES = {  # overlay, line and id of the place in it, what is said there
     ),
     "wrong type": (
         {"train#trainer#grad_clip": "twelve"},
-        '2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.',
+        '2: train#trainer#grad_clip: expected float, got "twelve". Correct it.',
     ),
     "word for no boolean": (
         {"loss_function#batch_dice": "yes"},
-        '2: loss_function#batch_dice: expected true or false, got "yes". Correct it.',
+        '2: loss_function#batch_dice: expected bool, got "yes". Correct it.',
     ),
     "boolean as a number": (
         {"network_def#base_channels": True},
-        "2: network_def#base_channels: expected an integer, got true. Correct it.",
+        "2: network_def#base_channels: expected int, got true. Correct it.",
     ),
     "wrong type in a list": (
         {"loss_function#class_weights": [1, "2"]},
-        '4: loss_function#class_weights#1: expected a number, got "2". Correct it.',
+        '4: loss_function#class_weights#1: expected float, got "2". Correct it.',
     ),
     "reference of another type": (
         {"optimizer#lr": "@network"},
-        '2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module. '
-        "Refer to something else.",
+        '2: optimizer#lr: expected float | Tensor, got "@network", which is a Module. Correct it.',
     ),
     "expression of another type": (
         {"optimizer#lr": "$@cases.train"},
-        '2: optimizer#lr: expected a number or Tensor, got "$@cases.train", which is a list',
+        '2: optimizer#lr: expected float | Tensor, got "$@cases.train", which is a list',
     ),
     "value that its only use does not take": (
         {"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
-        '2: validate#limit: expected a number for validate#inferer#overlap, got "x". Correct it.',
+        '2: validate#limit: expected float for validate#inferer#overlap, got "x". Correct it.',
     ),
     "no such id": (
         {"train#sampler#batch_size": "@batch_sise"},
@@ -351,7 +350,7 @@ CASES = {  # overlay, line and id of the place in it, what is said there
     ),
     "@ forgotten before a number": (
         {"train#sampler#batch_size": "batch_size"},
-        '2: train#sampler#batch_size: expected an integer, got "batch_size". '
+        '2: train#sampler#batch_size: expected a reference, got the string "batch_size". '
         "Did you mean '@batch_size'?",
     ),
     "@ forgotten before a string": (
@@ -376,13 +375,13 @@ CASES = {  # overlay, line and id of the place in it, what is said there
     ),
     "no handler": (
         {"+train#handlers": [{"_target_": "DiceLoss"}]},
-        "3: train#handlers#7: expected a handler (with a method attach) for "
-        "train#trainer#train_handlers, got a DiceLoss.",
+        "3: train#handlers#7: expected Handler for train#trainer#train_handlers#7, "
+        'got {"_target_": "DiceLoss"}, which is a DiceLoss.',
     ),
     "name in the place of a handler": (
         {"validate#handlers": ["StatsHandler"]},
-        "3: validate#handlers#0: expected a handler (with a method attach) for "
-        'validate#evaluator#val_handlers, got "StatsHandler".',
+        "3: validate#handlers#0: expected Handler for "
+        'validate#evaluator#val_handlers#0, got "StatsHandler".',
     ),
     "augmentation": (
         {"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
@@ -405,7 +404,7 @@ CASES = {  # overlay, line and id of the place in it, what is said there
     ),
     "transform that is none": (
         {"transforms_after": ["ScaleIntensityd"]},
-        "3: transforms_after#0: expected something to call for preprocessing#after, got "
+        "3: transforms_after#0: expected Callable for preprocessing#after#0, got "
         '"ScaleIntensityd".',
     ),
     "circle": (
@@ -432,11 +431,11 @@ def test_mistake_is_one_line(tmp_path, name):
 def test_override_is_named_in_the_place_of_file_and_line():
     overrides = {"network_def#dropout": "much", "network_def#dropuot": 0, "seed": "a"}
     assert faults_of(compose_located([AMP], overrides)) == [
-        '--network_def#dropout: expected a number, got "much". Correct it.',
-        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
-        "Did you mean 'dropout'?",
         "--seed: expected int (seed of weights, sample order, crops, augmentation and dropout), "
         'got "a". Correct it.',
+        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
+        "Did you mean 'dropout'?",
+        '--network_def#dropout: expected float, got "much". Correct it.',
     ]  # fmt: skip
 
 
@@ -450,7 +449,8 @@ def test_later_file_and_not_the_first_is_blamed(tmp_path):
 def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}')
-    assert faults_of(compose_located(["configs/inference.json", str(file)], {})) == [
+    composed = compose_located(["configs/inference.json", str(file)], {})
+    assert faults_of(composed, training=False) == [
         f"{file}:2: postprocesing: expected a known key, got 'postprocesing'. "
         "Did you mean 'postprocessing'?"
     ]
@@ -483,7 +483,7 @@ def test_commands_end_with_status_2_before_data_are_read(command, tmp_path, name
     words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path / "none")
     status, text = command(name, *words)
     assert (status, text.count("\n")) == (2, 1)
-    assert "mine.json:1: optimizer#lr: expected a number" in text
+    assert "mine.json:1: optimizer#lr: expected float" in text
 
 
 def test_lines_are_those_of_the_file():

@@ -134,7 +134,7 @@ def read_command(words: list[str]) -> tuple[PrecisionSweep, int]:
     if faults:
         raise InputError(*faults)
     composed = compose_located(files, overrides)
-    validate.check_config(composed, allow, training=True)
+    validate.check_config(composed, allow)
     source = composed.source
     if source["fold"] == "all":
         raise InputError("fold: expected one of the folds, to compare on, got 'all'. Change it.")

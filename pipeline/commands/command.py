@@ -36,16 +36,16 @@ def number_in(
     low: float, high: float = math.inf, kind: Callable[[str], float] = float
 ) -> Callable[[str], float]:
     """Return a type of options: a finite number from `low` to `high`, both included."""
-    limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
 
     def parse(word: str) -> float:
         try:
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected {limits}, got {word}")
-        return value
+        if low <= value <= high and math.isfinite(value):
+            return value
+        limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
+        raise argparse.ArgumentTypeError(f"expected {limits}, got {word}")
 
     return parse
 
@@ -53,12 +53,9 @@ def number_in(
 def run_parsed(
     parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Run a command; returns its exit status, 2 for a mistake of the user's.
+    """Do the work of a command; returns its exit status, 2 where an `InputError` was printed.
 
-    Args:
-        parser: Reads the words.
-        words: The command line after the command; `None`: this process's.
-        work: Takes what was read and returns the exit status; may raise `InputError`.
+    `words` are the command line after the command; `None` stands for this process's.
     """
     try:
         return work(parser.parse_args(words))

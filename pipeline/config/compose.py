@@ -267,7 +267,7 @@ def _place_fault(source: Config, path: Keys) -> str | None:
 
 
 def _unknown(part: str, valid: list[str]) -> str:
-    new = old_names.renamed(part)
+    new = old_names.RENAMED.get(part)
     hint = nearest(part, valid) if valid else "Set it first."
     return f"{part} was renamed to {new}" if new else f"expected a known key, got '{part}'. {hint}"
 

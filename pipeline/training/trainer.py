@@ -31,7 +31,6 @@ from pipeline.errors import (
     InputError,
     TrainingInterrupted,
     TrainingStopped,
-    describe_worker_failure,
     require_choice,
 )
 from pipeline.files import NO_ROOM
@@ -345,7 +344,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
                 # not Trainer.run, which would put a new scaler in the place of the policy's
                 super(Workflow, self).run(self._batches, self.state.max_epochs)
         except RuntimeError as error:
-            reason = distributed.explain_lost_rank(error) or describe_worker_failure(error)
+            reason = distributed.explain_lost_rank(error)
             if reason is None:
                 raise
             self.stop(reason)
