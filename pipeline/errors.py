@@ -14,9 +14,8 @@ from pathlib import Path
 class InputError(ValueError):
     """A mistake in the input or the config: commands print it and exit with status 2.
 
-    Args:
-        faults: One line per fault, in the form `{where}: expected {X}, got {Y}. {what to do}`.
-        is_told: Whether another process prints it.
+    Each fault is a line, `{where}: expected {X}, got {Y}. {what to do}`. Where `is_told` is true,
+    another process prints it.
     """
 
     def __init__(self, *faults: str, is_told: bool = False) -> None:
@@ -37,10 +36,7 @@ STOPS = "Training stops"
 
 
 class TrainingStopped(SystemExit):
-    """A run that ended itself before it did damage: exit status 1, the reason already logged.
-
-    A SystemExit, so that it ends `monai.bundle run` as quietly as `pipeline.run`.
-    """
+    """A run that ended itself before it did damage: exit status 1, the reason already logged."""
 
     def __init__(self, diagnosis: str) -> None:
         super().__init__(diagnosis)
@@ -60,10 +56,7 @@ def interrupted_status() -> int:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return the exception that those around it were raised from, such as the config system's.
-
-    Causes of an exception of this project itself are not looked for.
-    """
+    """Return the exception that others were raised from, or the outermost of this project."""
     while error.__cause__ is not None and type(error).__module__.split(".")[0] not in OWN:
         error = error.__cause__
     return error
@@ -77,20 +70,13 @@ def describe_failure(error: BaseException) -> str:
     details = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     details += getattr(cause, "__notes__", [])
     name = getattr(error, "config_id", "")
-    if (step := name.partition("#")[0]) in ("initialize", "run", "finalize"):
-        name = step
     return f"{name and f'{name}: '}{type(cause).__name__}: {said} ({', '.join(details)})"
 
 
 def print_failure(error: BaseException, log_file: Path | None = None) -> int:
-    """Print one line about an exception, or a line per fault of an `InputError`.
+    """Print the faults of an `InputError` and return 2, or one line about another error: 1.
 
-    Args:
-        error: As it was raised, with its causes.
-        log_file: Gets the traceback of what is no `InputError`; `None`: a temporary file.
-
-    Returns:
-        The exit status: 2 for an `InputError`, else 1.
+    Its traceback goes to `log_file`, by default a temporary one.
     """
     if isinstance(cause := innermost(error), InputError):
         cause.tell()

@@ -47,7 +47,7 @@ def _check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) 
     found = data_module.run_preflight(data_module.load())
     report = found.as_dict()
     print("\n".join(make_table(found)))
-    refusal: InputError | None = None
+    status = 2 if found.faults else 0
     if not found.faults:
         try:
             plan = data_module.plan(found)
@@ -55,15 +55,14 @@ def _check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) 
             if wants_plan:
                 print("\nPlan:\n" + "\n".join(f"  {line}" for line in plan.lines()))
         except InputError as error:
-            refusal, report["plan_faults"] = error, list(error.faults)
+            error.tell()
+            status, report["plan_faults"] = 2, list(error.faults)
     if file is not None:
         try:
             write_json(file, report)
         except OSError as error:
             raise InputError(f"--json: {error}") from None
-    if refusal is not None:
-        raise refusal
-    return 2 if found.faults else 0
+    return status
 
 
 def make_table(found: Any) -> list[str]:

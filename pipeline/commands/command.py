@@ -11,12 +11,7 @@ from pipeline.errors import InputError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of options whose mistakes are `InputError`s.
-
-    Args:
-        command: Name of the command, as it is typed after `python -m pipeline`.
-        description: What `--help` prints above the options, laid out as it is written.
-    """
+    """A parser of the options of `python -m pipeline COMMAND`; mistakes are `InputError`s."""
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(
@@ -53,10 +48,7 @@ def number_in(
 def run_parsed(
     parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Do the work of a command; returns its exit status, 2 where an `InputError` was printed.
-
-    `words` are the command line after the command; `None` stands for this process's.
-    """
+    """Do the work of a command; returns its exit status, 2 where an `InputError` was printed."""
     try:
         return work(parser.parse_args(words))
     except InputError as error:

@@ -165,8 +165,8 @@ class _Guard:
         uses = read_uses(path, written)
         reasons = [self.refuse(*use) for use in uses] if uses else ["has another form."]
         if reason := next(filter(None, reasons), None):
-            what = f"expected an expression on an id, got {written!r}, which {reason}"
-            self.faults[path] = f"{what} Write @id, $@id.attribute or $@id.method(@id, 1)."
+            hint = f"{reason} Write @id, $@id.attribute or $@id.method(@id, 1)."
+            self.faults[path] = f"expected an expression on an id, got {written!r}, which {hint}"
 
     def refuse(self, name: str, member: str) -> str:
         """Why a member may not be used of an id, if so; a value that has none is a fault itself."""
@@ -187,8 +187,8 @@ class _Guard:
         for key in (key for key in node if key.startswith("_") and key not in (*SPECIAL, "_meta_")):
             near = nearest(key, SPECIAL)
             if "_target_" in node or near.startswith("Did"):
-                expected = f"expected one of {', '.join(SPECIAL)}"
-                self.faults[*path, key] = f"{expected}, got '{key}'. {near}"
+                fault = f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
+                self.faults[*path, key] = fault
         if "_target_" not in node:
             return
         target = str(node["_target_"])
@@ -240,7 +240,6 @@ def split_allow(words: Sequence[str]) -> tuple[list[str], list[str]]:
     parser.add_argument("--allow", action="append", nargs="?", const="", default=[])
     options, rest = parser.parse_known_args(words)
     names = [name.strip() for given in options.allow for name in given.split(",")]
-    for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise InputError(f"--allow: expected a name such as package.Class, got {name!r}.")
+    if wrong := [name for name in names if not re.fullmatch(r"\w+(\.\w+)*", name)]:
+        raise InputError(f"--allow: expected a name such as package.Class, got {', '.join(wrong)}.")
     return names, rest

@@ -49,15 +49,10 @@ PACKAGES = ("ignite", "monai", "networks", "pipeline", "torch", "transforms")
 
 
 def check_config(composed: Composed, allow: Names | None = (), *, training: bool = True) -> None:
-    """Look for mistakes in a config.
+    """Raise an `InputError` with a line for each mistake in a config.
 
-    Args:
-        composed: The config, and where its values come from.
-        allow: Names that `--allow` gives; `None`: any, as under `monai.bundle`.
-        training: Whether the config must have every key of `keys.KEYS`; else it predicts.
-
-    Raises:
-        InputError: A line for each mistake.
+    `allow` are the names that `--allow` gives; `None` admits any, as `monai.bundle` does. A config
+    for training must have every key of `keys.KEYS`.
     """
     checker = _Checker(composed, allow)
     checker.check_keys(training)
@@ -193,10 +188,7 @@ class _Checker:
 
     def value(self, path: Path, seen: tuple[Path, ...] = ()) -> Any:
         """What a path holds once it is resolved: plain values, classes for objects, or `Any`."""
-        if path in seen:
-            got = str(self.nodes[path])[:60]
-            self.note(path, f"expected no circle of references, got {got}. Break it.")
-        if path not in self.nodes or self.is_broken(path):
+        if path not in self.nodes or path in seen or self.is_broken(path):
             return Any
         node, seen = self.nodes[path], (*seen, path)
         if isinstance(node, dict) and "_target_" in node:
