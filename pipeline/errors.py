@@ -15,9 +15,8 @@ from pathlib import Path
 class InputError(ValueError):
     """A mistake in the input or the config: commands print it and exit with status 2.
 
-    Args:
-        faults: One line per fault, in the form `{where}: expected {X}, got {Y}. {what to do}`.
-        is_told: Whether another process prints it.
+    Each fault is a line, `{where}: expected {X}, got {Y}. {what to do}`. Where `is_told` is true,
+    another process prints it.
     """
 
     def __init__(self, *faults: str, is_told: bool = False) -> None:
@@ -30,18 +29,15 @@ class InputError(ValueError):
             print(self, file=sys.stderr)
 
 
-# whose exceptions say all that is to be said; the last one differs in an exported bundle
+# packages whose exceptions are the cause themselves; the last one differs in an exported bundle
 OWN = ("pipeline", "transforms", "networks", __name__.partition(".")[0])
 
-# in the diagnosis of a run whose numbers went wrong, and of no other
+# stands in the diagnosis of a run whose numbers went wrong, and of no other
 STOPS = "Training stops"
 
 
 class TrainingStopped(SystemExit):
-    """A run that ended itself before it did damage: exit status 1, the reason already logged.
-
-    A SystemExit, so that it ends `monai.bundle run` as quietly as `pipeline.run`.
-    """
+    """A run that ended itself before it did damage: exit status 1, the reason already logged."""
 
     def __init__(self, diagnosis: str) -> None:
         super().__init__(diagnosis)
@@ -61,49 +57,33 @@ def interrupted_status() -> int:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return the exception that those around it were raised from, such as the config system's.
-
-    Causes of an exception of this project itself are not looked for.
-    """
+    """Return the exception that others were raised from, or the outermost of this project."""
     while error.__cause__ is not None and type(error).__module__.split(".")[0] not in OWN:
         error = error.__cause__
     return error
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return one line about an exception: the object or step, what was said, where, and notes.
-
-    The object or step is the `config_id` that `pipeline.config.compose` notes at the exception.
-    Notes that were added to the exception follow in brackets.
-    """
+    """Return one line: the `config_id` that `config.compose` noted, what was said, where, notes."""
     cause = innermost(error)
     said = " ".join(str(cause).split())[:500]
     frames = traceback.extract_tb(cause.__traceback__)[-1:]
     details = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     details += getattr(cause, "__notes__", [])
     name = getattr(error, "config_id", "")
-    if (step := name.partition("#")[0]) in ("initialize", "run", "finalize"):
-        name = step
     return f"{name and f'{name}: '}{type(cause).__name__}: {said} ({', '.join(details)})"
 
 
 def print_failure(error: BaseException, log_file: Path | None = None) -> int:
-    """Print one line about an exception, or a line per fault of an `InputError`.
+    """Print the faults of an `InputError` and return 2, or one line about another error: 1.
 
-    Args:
-        error: As it was raised, with its causes.
-        log_file: Gets the traceback of what is no `InputError`; `None`: a temporary file.
-
-    Returns:
-        The exit status: 2 for an `InputError`, else 1.
+    Its traceback goes to `log_file`, by default a temporary one.
     """
     if isinstance(cause := innermost(error), InputError):
         cause.tell()
         return 2
     if log_file is None or not log_file.parent.is_dir():
-        handle, name = tempfile.mkstemp(prefix="traceback_", suffix=".txt")
-        os.close(handle)
-        log_file = Path(name)
+        log_file = Path(tempfile.mkdtemp(prefix="traceback_"), "traceback.txt")
     with open(log_file, "a") as file:
         traceback.print_exception(error, file=file)
     print(f"{describe_failure(error)}. The traceback is in {log_file}.", file=sys.stderr)
@@ -119,13 +99,12 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 def require_choice(value: object, valid: Iterable[str], where: str) -> None:
     """Raise an InputError if the value of config key `where` is not one of the valid names."""
-    valid = list(valid)
-    if value not in valid:
-        expected = f"expected one of {', '.join(valid)}, got {value!r}."
-        raise InputError(f"{where}: {expected} {nearest(str(value), valid)}")
+    if value not in (names := list(valid)):
+        expected = f"{where}: expected one of {', '.join(names)}, got {value!r}."
+        raise InputError(f"{expected} {nearest(str(value), names)}")
 
 
-def describe_worker_failure(error: RuntimeError) -> str | None:
+def describe_worker_failure(error: Exception) -> str | None:
     """Return one line where a loader worker died or hung; `None` for any other error."""
     if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
         return None
@@ -136,16 +115,10 @@ def describe_worker_failure(error: RuntimeError) -> str | None:
 
 
 def as_bool(value: object, where: str) -> bool:
-    """A JSON boolean, or the words 'true' and 'false' as `monai.bundle` passes them.
-
-    Raises:
-        InputError: If the value of config key `where` is neither.
-    """
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
+    """A JSON boolean, or 'true' or 'false' as `monai.bundle` passes them; else an InputError."""
+    if str(value).lower() not in ("true", "false"):
         raise InputError(f"{where}: expected true or false, got {value!r}. Use one of the two.")
-    return value
+    return str(value).lower() == "true"
 
 
 @dataclass(frozen=True)

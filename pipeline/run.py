@@ -1,10 +1,6 @@
 """The main job: `python -m pipeline.run configs/amp.json [more.json ...] [--key value ...]`.
 
-An inference config predicts, with the values of the run that `--run_dir RUN` names.
-
-`initialize`, `run` and `finalize` are evaluated as `python -m monai.bundle run` does. With
-`--replay_step N` nothing is trained, but a skipped step of the run that is there is replayed.
-`--allow NAME` lets `_target_` hold a name that is not on the list; see `pipeline.config.allowed`.
+`initialize`, `run` and `finalize` are evaluated as `python -m monai.bundle run` does.
 Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
 """
 
@@ -22,13 +18,7 @@ from typing import Any
 
 from pipeline import distributed
 from pipeline.config import allowed, keys, old_names, validate
-from pipeline.config.compose import (
-    Composed,
-    Parser,
-    Resolver,
-    compose_located,
-    parse_overrides,
-)
+from pipeline.config.compose import Composed, Parser, Resolver, compose_located, parse_overrides
 from pipeline.errors import InputError, describe_failure, innermost, print_failure
 
 USAGE = (
@@ -57,13 +47,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 files, overrides = insert_run(files, overrides)
                 composed = compose_located(files, {})
                 composed.source = old_names.translate(composed.source)
-            replays = trains and "replay_step" in overrides
-            step = overrides.pop("replay_step") if replays else None
+            step = overrides.pop("replay_step", None) if trains else None
             composed.override(overrides)
             validate.check_config(composed, allow, training=trains)
-            if replays and distributed.size() > 1:
-                raise InputError("--replay_step: expected one process, got several. Use python.")
-        if replays:
+        if step is not None:
             with contextlib.redirect_stdout(sys.stderr):  # for what is logged
                 found = replay(composed, step)
             print(json.dumps(found, indent=2))
@@ -92,22 +79,18 @@ def is_training(source: keys.Config) -> bool:
 
 
 def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str], keys.Config]:
-    """Give an inference config the values of the run that `--run_dir` names.
+    """Give an inference config the values of the run that `--run_dir` names, or of an ensemble.
 
-    Args:
-        files: An inference config, and files that are merged over it.
-        overrides: Of the command line; `run_dir` may be a list, of an ensemble.
-
-    Returns:
-        The files, that of the run after the first, and the overrides for it. Paths of the command
-        line start from the working directory, those of the run from its own.
-
-    Raises:
-        InputError: If there is no run.
+    Paths of the command line start from the working directory, those of the run from its own.
     """
     from pipeline.prediction.predictor import CONFIG, read_inference_config
 
-    paths = {key: _paths(key, overrides[key]) for key in PATHS if key in overrides}
+    paths = {key: overrides[key] for key in PATHS if key in overrides}
+    for key, value in paths.items():
+        several = paths[key] = value if isinstance(value, list) else [value]
+        is_one = len(several) == 1 or key in ("run_dir", "ensemble")
+        if not (several and is_one and all(isinstance(path, str) for path in several)):
+            raise InputError(f"--{key}: expected a path, got {json.dumps(value)}. Quote it.")
     first, *others = paths.pop("run_dir")
     read_inference_config(first)
     members = [*others, *paths.pop("ensemble", [])]
@@ -117,14 +100,6 @@ def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str],
         values["ensemble"] = [os.path.abspath(member) for member in members]
     values["bundle_root"] = os.path.abspath(first)
     return [files[0], str(Path(first, CONFIG)), *files[1:]], values
-
-
-def _paths(key: str, value: Any) -> list[str]:
-    """One path, or several where there may be."""
-    several = value if isinstance(value, list) and key in ("run_dir", "ensemble") else [value]
-    if not several or not all(isinstance(one, str) for one in several):
-        raise InputError(f"--{key}: expected a path, got {json.dumps(value)}. Quote it.")
-    return several
 
 
 def make_parser(composed: Composed) -> Parser:
@@ -140,11 +115,7 @@ def make_parser(composed: Composed) -> Parser:
 
 
 def build(parser: Parser, name: str) -> Any:
-    """Make an object of a config.
-
-    Raises:
-        InputError: If it, or an object that it needs, refuses its arguments.
-    """
+    """Make an object of a config; raise an `InputError` if arguments are refused."""
     try:
         return parser.get_parsed_content(name)
     except Exception as error:
@@ -158,15 +129,7 @@ def build(parser: Parser, name: str) -> Any:
 
 
 def run_workflow(composed: Composed, trains: bool = True) -> None:
-    """Initialize, run and finalize a checked config, as a MONAI bundle workflow does.
-
-    Args:
-        trains: Whether the config has a lifecycle; else it predicts.
-
-    Raises:
-        InputError: If an object of it refuses its arguments.
-        SystemExit: With status 1 after a failure, which was printed in one line.
-    """
+    """Initialize, run and finalize a checked config; a failure is printed and exits with 1."""
     from pipeline.signals import interruptible_at_once
 
     parser, lifecycle = make_parser(composed), None
@@ -192,11 +155,7 @@ def run_workflow(composed: Composed, trains: bool = True) -> None:
 
 
 def replay(composed: Composed, step: object) -> dict[str, Any]:
-    """Replay a skipped step of the run that the config names; nothing is written.
-
-    Raises:
-        InputError: If there is no such run or step, or an object refuses its arguments.
-    """
+    """Replay a skipped step of the run that is there; raise an `InputError` if it is not."""
     if type(step) is not int:
         raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
     from pipeline.training.flight_recorder import replay_kept
@@ -215,10 +174,7 @@ def help_text(source: keys.Config) -> str:
     width = max(map(len, table))
     lines = [USAGE, "", "Top-level keys, their values here, and what they mean:", ""]
     for key, spec in table.items():
-        value = source.get(key)
-        plain = not isinstance(value, (dict, list)) or len(json.dumps(value)) < 30
-        shown = json.dumps(value) if plain else "{...}" if isinstance(value, dict) else "[...]"
-        lines.append(f"  --{key:<{width}}  {shown:<28}  {spec.meaning}")
+        lines.append(f"  --{key:<{width}}  {json.dumps(source.get(key)):<28.28}  {spec.meaning}")
     lines += ["", "Parts of objects are named with #: --train#trainer#max_epochs 3"]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))
             interrupt()
 
-    with _handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
+    with signal_handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
         try:
             yield
         finally:
@@ -55,14 +55,15 @@ def interruptible_at_once() -> Iterator[None]:
         os.write(2, b"Interrupted outside of training; the same command continues.\n")
         raise TrainingInterrupted
 
-    with _handlers(dict.fromkeys(SIGNALS, end)):
+    with signal_handlers(dict.fromkeys(SIGNALS, end)):
         yield
 
 
 @contextlib.contextmanager
-def _handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+def signal_handlers(handlers: dict[signal.Signals, Callable]) -> Iterator[None]:
+    """Inside, signals have these handlers; outside of the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
-        handlers = {}  # only the main thread may set them
+        handlers = {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

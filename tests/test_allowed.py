@@ -157,26 +157,18 @@ def test_list_is_what_shipped_configs_and_that_test_use():
     "name",
     [
         "os.system", "torch.os.system", "builtins.eval", "builtins.exec", "eval", "subprocess.run",
-        "torch.utils.collect_env.run", "monai.bundle.run", "monai.bundle.scripts.run", "run",
-        "monai.bundle.ConfigParser", "torch.load", "torch.hub.load", "torch.jit.load",
-        "torch.optim.lr_scheduler.LambdaLR", "LoadImaged", "LoadImage", "Lambdad", "RandLambdad",
-        "PersistentDataset", "DecathlonDataset", "PatchInferer", "NumpyReader", "TorchVisiond",
-        "monai.losses.os.DiceLoss", "monai.losses..DiceLoss", "monai.losses.dice.DiceLoss",
-        "DiceLoss ", "networks.dense_unet.nn",
+        "monai.bundle.run", "torch.load", "torch.optim.lr_scheduler.LambdaLR", "LoadImaged",
+        "Lambdad", "monai.losses.os.DiceLoss", "monai.losses..DiceLoss",
+        "monai.losses.dice.DiceLoss", "DiceLoss ", "networks.dense_unet.nn",
         "pipeline.lifecycle.lifecycle.shutil.rmtree", "monai.utils.module.instantiate", "@name",
-        "$@x.y", "%x",
-        "", ".", "pathlib.Path.unlink", "pipeline.run.main", "poison.PoisonedAugment",
+        "$@x.y", "%x", 7, None, ["os.system"], "", ".", "pathlib.Path.unlink", "pipeline.run.main",
+        "poison.PoisonedAugment",
     ],
 )  # fmt: skip
 def test_other_targets_are_refused_in_files(tmp_path, capfd, name):
     error = refused(tmp_path, {"network_def#_target_": name}, capfd)
     assert "overlay.json:1: network_def#_target_: expected a class or function of the list" in error
     assert f"got '{name}'" in error
-
-
-@pytest.mark.parametrize("name", [7, None, ["os.system"], {"_target_": "os.system"}])
-def test_target_that_is_no_string_is_refused(tmp_path, capfd, name):
-    assert "expected the name of a class" in refused(tmp_path, {"precision#_target_": name}, capfd)
 
 
 def test_refused_target_is_not_imported(tmp_path, capfd, monkeypatch):
@@ -240,31 +232,20 @@ def test_special_keys_are_no_way_in(tmp_path, capfd, changes):
 # --- expressions
 
 ATTACKS = [
-    "$__import__('os').system('true')", "$torch.os.system('true')", "$import os",
-    "$from os import *",
-    "$monai.utils.optional_import('os')", "$np.load('x')", "$open('x')", "$1", "$'a'", "$", "$ @x",
-    "$(lambda: 0)()", "$lambda: @x", "$[@x for _ in (1,)]", "${@x}", "$(@x,)", "$[@x]", "$(@x)",
-    "$@x.__class__", "$@x.forward.__globals__", "$@x._private", "$@x.a._b", "$@x.run.__self__",
-    "$@x.rmdir()", "$@x.run_dir.unlink()", "$@x.run_dir.unlink", "$@x.run_dir.rename",
-    "$@x.os.system",
-    "$@x.logger.manager", "$@x.torch.hub.load", "$@x.system('true')", "$@x()", "$@x.run()()",
-    "$@x.run().a",
-    "$@x.a.run()", "$@x.run(@x.place())", "$@x.run(*@y)", "$@x.run(**@y)",
-    "$@x.run(__import__('os'))",
+    "$__import__('os').system('true')", "$torch.os.system('true')", "$import os", "$np.load('x')",
+    "$1", "$'a'", "$", "$ @x", "$(lambda: 0)()", "$lambda: @x", "$[@x for _ in (1,)]", "${@x}",
+    "$(@x,)", "$(@x)", "$@x.__class__", "$@x.forward.__globals__", "$@x._private", "$@x.a._b",
+    "$@x.rmdir()", "$@x.run_dir.unlink()", "$@x.run_dir.rename", "$@x.os.system",
+    "$@x.system('true')", "$@x()", "$@x.run()()", "$@x.run().a", "$@x.a.run()",
+    "$@x.run(@x.place())", "$@x.run(*@y)", "$@x.run(**@y)", "$@x.run(__import__('os'))",
     "$@x.run(lambda: 0)", "$@x.run([1])", "$@x.run(a)", "$@x.run(_a=1)", "$@x.run(y := 1)",
-    "$@x.run(f'{1}')",
-    "$@x.run(f'{@x}')", "$@x.run('@x')", "$@x.run('@')", "$@x.run('@or')", "$@x.run(b'a')",
-    "$@x.run(...)",
-    "$@x[0]", "$@x['a']", "$@x + @y", "$@x @ @y", "$-@x", "$not @x", "$@x or @y",
-    "$@x if @y else @z",
-    "$@x == @y", "$@x, @y", "$@x; @y", "$@x\n.run()\n@y", "$await @x", "$@x.run(yield)", "$@x := 1",
-    "$@x.run(__local_refs['y'])", "$__local_refs['x']", "$@x.run(__local_refs['@'])",
-    "$@x.\uff3f\uff3fclass__", "$@x.__cl\u1d43ss__", "$@x.\uff52\uff4d\uff44\uff49\uff52",
-    "$\uff20x.run()",
-    "$@x.run(\uff3f\uff3fimport__('os'))", "$@", "$@.run()", "$@x.run(@)", "$@x.run() # @y",
-    "$@x.run(1j)", "$@x.run(" + "(" * 300 + "@x" + ")" * 300 + ")", "$@x" + ".a" * 20000 + ".__b",
-    "$@x.run(None\x00)", "$@x.append(1)", "$@x.__init__()", "$@x.run(@y.__dict__)", "$@x.run(-1)",
-    "%configs/amp.json", "%seed", "%/etc/hosts.json#a", "%#x", "%##x", "%",
+    "$@x.run(f'{1}')", "$@x.run('@x')", "$@x.run(b'a')", "$@x.run(...)", "$@x[0]", "$@x + @y",
+    "$-@x", "$not @x", "$@x or @y", "$@x if @y else @z", "$@x, @y", "$@x; @y", "$@x\n.run()\n@y",
+    "$await @x", "$@x := 1", "$@x.run(__local_refs['y'])", "$__local_refs['x']",
+    "$@x.\uff3f\uff3fclass__", "$@x.__cl\u1d43ss__", "$\uff20x.run()", "$@", "$@.run()",
+    "$@x.run(@)", "$@x.run() # @y", "$@x.run(" + "(" * 300 + "@x" + ")" * 300 + ")",
+    "$@x" + ".a" * 20000 + ".__b", "$@x.run(None\x00)", "$@x.append(1)", "$@x.run(@y.__dict__)",
+    "$@x.run(-1)", "%configs/amp.json", "%seed", "%/etc/hosts.json#a", "%##x", "%", "@######b",
 ]  # fmt: skip
 
 
@@ -272,9 +253,8 @@ ATTACKS = [
 def test_expression_or_macro_is_refused_wherever_it_stands(text):
     x = {"_target_": "pipeline.lifecycle.lifecycle.Lifecycle"}  # which must be there
     for source in (text, {"x": text}, {"x": [[text]]}, {"_meta_": {"a": text}}):
-        found = list(allowed.find_faults({"k": source, "x": x}))
-        assert len(found) == 1, source
-        assert found[0][0][:1] == ("k",)
+        (path,) = allowed.find_faults({"k": source, "x": x})
+        assert path[:1] == ("k",)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +266,7 @@ def test_expression_or_macro_is_refused_wherever_it_stands(text):
     ],
 )  # fmt: skip
 def test_expression_of_the_grammar_is_taken(text):
-    assert list(allowed.find_faults({"a": {"b": {"c": text}}})) == []
+    assert not allowed.find_faults({"a": {"b": {"c": text}}})
 
 
 def test_expression_is_judged_as_monai_resolves_it():
@@ -295,15 +275,7 @@ def test_expression_is_judged_as_monai_resolves_it():
     source = {evil: {"a": {"b": "$@##y.run()"}}}
     resolved = ConfigParser.resolve_relative_ids(f"{evil}::a::b", "$@##y.run()")
     assert "__import__" in ReferenceResolver.update_refs_pattern(resolved, {"x": None})
-    assert [path for path, _ in allowed.find_faults(source)] == [(evil, "a", "b")]
-    assert list(allowed.find_faults({"a": "@####b"}))  # out of the config
-
-
-def test_expressions_are_refused_in_a_file(tmp_path, capfd):
-    overlay = {"initialize": ["$@lifecycle.enter()", "$@lifecycle.run_dir.rmdir()"], "seed": "%x"}
-    error = refused(tmp_path, overlay, capfd)
-    assert "overlay.json:1: initialize#1: expected an expression on an id" in error
-    assert "overlay.json:1: seed: expected no macro" in error
+    assert [*allowed.find_faults(source)] == [(evil, "a", "b")]
 
 
 # --- overrides
@@ -320,7 +292,6 @@ def test_expressions_are_refused_in_a_file(tmp_path, capfd):
         ("--loss_function#_target_", "os.system"), ("--loss_function::_target_", "DiceLoss"),
         ("--loss_function#_mode_", "debug"), ("--seed", "%configs/amp.json"), ("--seed", "@fold"),
         ("--seed", " $@fold"), ("--initialize", '["$import os"]'),
-        ("--output_dir", "{_target_: os.system}"),
         ("--transforms_after", '[{"_target_": "Identityd", "keys": "image"}]'), ("--seed", "%#x"),
     ],
 )  # fmt: skip
@@ -331,22 +302,7 @@ def test_override_that_is_more_than_a_value_is_refused(words, capfd):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("key", ["tracking", "config_file", "meta_file", "logging_file", "init_id"])
-def test_override_is_no_argument_of_monais_workflow(key, capfd):
-    assert main([AMP, f"--{key}", "x"]) == 2
-    assert f"--{key}: expected a known key" in capfd.readouterr().err
-
-
 # --- what MONAI reads beside the config
-
-
-def test_metadata_beside_the_config_is_not_read(tmp_path, dataset, capfd):
-    (tmp_path / "amp.json").write_text((REPOSITORY / AMP).read_text())
-    (tmp_path / "metadata.json").write_text('{"version": "$import os"}')
-    words = ["--dataset_dir", str(dataset / "no"), "--output_dir", str(tmp_path / "r")]
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "amp.json"), *words])
-    assert "dataset_dir: expected a folder with dataset.json" in capfd.readouterr().err
 
 
 def test_logging_conf_and_modules_beside_the_config_are_not_used(tmp_path, dataset, monkeypatch):

@@ -6,7 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from conftest import REPOSITORY
 
 # a room may import what stands in an earlier line, or in its own; the last ones may import all
@@ -125,22 +124,3 @@ def test_public_names_stand_once():
                 places.setdefault(node.name, []).append(name_of(path))
     exempt = {"main", "add_arguments"}
     assert {n: p for n, p in places.items() if len(p) > 1 and n not in exempt} == {}
-
-
-@pytest.mark.parametrize(
-    ("importer", "imported"),
-    [
-        ("networks.dense_unet", "pipeline.errors"),
-        ("transforms.augment", "networks.dense_unet"),
-        ("pipeline.data.sampling", "pipeline.training.trainer"),
-        ("pipeline.prediction.segmenter", "pipeline.training.trainer"),
-        ("pipeline.errors", "pipeline.precision"),
-        ("pipeline.config.validate", "pipeline.data.plan"),
-        ("pipeline.bundle.package", "pipeline.lifecycle.summary"),
-        ("pipeline.commands.export", "pipeline.commands.predict"),
-        ("pipeline.run", "tests.conftest"),
-        ("pipeline.precision", "networks.dense_unet"),
-    ],
-)
-def test_rule_forbids(importer, imported):
-    assert not is_allowed(importer, imported)

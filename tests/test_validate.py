@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY
 
 from pipeline.config import keys
 from pipeline.config.compose import Composed, compose_located
@@ -123,18 +123,7 @@ def misspelt(value: str) -> str:
 
 def located(source: dict, name: str) -> Composed:
     """A config as if read from a file with a line for each key, without the file."""
-    places: dict[tuple[str, ...], str] = {(): f"{name}:1"}
-    line = 1
-
-    def number(node: Any, path: tuple[str, ...]) -> None:
-        nonlocal line
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            line += 1
-            places[(*path, str(key))] = f"{name}:{line}"
-            if isinstance(child, (dict, list)):
-                number(child, (*path, str(key)))
-
-    number(source, ())
+    places = {path: f"{name}:{line}" for line, (path, _) in enumerate(keys.walk(source), 1)}
     return Composed(source, places)
 
 
@@ -169,7 +158,7 @@ def test_check_pinpoints_mutations_of_every_key(monkeypatch, every):
         found = mutations(json.loads(file.read_text()))
         for kind, path, mutated in itertools.islice(found, 0, None, every):
             composed = located(mutated, file.name)
-            lines = faults_of(composed)
+            lines = faults_of(composed, training=file.name == "amp.json")
             if is_pinpointed(lines, composed, kind, path):
                 caught[kind] += 1
             else:
@@ -237,7 +226,7 @@ LEGAL = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_config_as_it_is_has_no_fault(file):
-    check_config(compose_located([str(file)], {}))
+    check_config(compose_located([str(file)], {}), training=file.name == "amp.json")
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -252,177 +241,108 @@ def test_overlay_has_no_fault(name):
     assert name != "multi_gpu.json" or set(keys.KEYS) == set(composed.source)
 
 
-def test_config_with_overrides_has_no_fault():
-    check_config(compose_located([AMP], {**TINY, "learning_rate": 1, "amp": "true"}), training=True)
-
-
 def test_config_under_monai_bundle_is_checked_but_for_its_names():
     source = json.loads((REPOSITORY / AMP).read_text())
     source["optimizer"]["_target_"] = "torch.optim.lr_scheduler.LambdaLR"  # not on the list
     source["network_def"]["dropuot"] = 0.1
     source["train"]["inferer"] = "$__import__('os')"
-    found = faults_of(Composed(source), allow=None, training=True)
-    assert [fault.split(": ")[0] for fault in found] == [
-        "network_def#dropuot",
-        "optimizer#_target_",
+    source["loss_function"]["_target_"] = "monai.losses.DiceLos"
+    del source["seed"]
+    assert [fault.partition(", got ")[0] for fault in faults_of(Composed(source), allow=None)] == [
+        "seed: expected seed for the config",
+        "network_def#dropuot: expected an argument of DenseUNet",
+        "loss_function#_target_: expected a class or function that is there",
+        "optimizer#_target_: expected a class that takes params, fused, lr, weight_decay",
     ]
 
 
 # --- one mistake each
 
-# of 33 that were once chosen; names of metrics that nobody defines are not looked for any more
-CASES = {  # overlay, line and id of the place in it, what is said there
-    "unknown key": (
-        {"learning_rat": 1},
-        "2: learning_rat: expected a known key, got 'learning_rat'. Did you mean 'learning_rate'?",
-    ),
-    "unknown argument": (
-        {"network_def#dropuot": 0.5},
-        "2: network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
-        "Did you mean 'dropout'?",
-    ),
-    "another class": (
-        {"optimizer#_target_": "torch.optim.lr_scheduler.StepLR"},
-        "2: optimizer#_target_: expected a class that takes params, fused, lr, weight_decay, got "
-        "StepLR, which takes optimizer, step_size, gamma, last_epoch. Name another.",
-    ),
-    "argument missing": (
-        {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},
-        "2: optimizer#params: expected params for SGD, got none. Add it.",
-    ),
-    "wrong type": (
-        {"train#trainer#grad_clip": "twelve"},
-        '2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.',
-    ),
-    "word for no boolean": (
-        {"loss_function#batch_dice": "yes"},
-        '2: loss_function#batch_dice: expected true or false, got "yes". Correct it.',
-    ),
-    "boolean as a number": (
-        {"network_def#base_channels": True},
-        "2: network_def#base_channels: expected an integer, got true. Correct it.",
-    ),
-    "wrong type in a list": (
-        {"loss_function#class_weights": [1, "2"]},
-        '4: loss_function#class_weights#1: expected a number, got "2". Correct it.',
-    ),
-    "reference of another type": (
-        {"optimizer#lr": "@network"},
-        '2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module. '
-        "Refer to something else.",
-    ),
-    "expression of another type": (
-        {"optimizer#lr": "$@cases.train"},
-        '2: optimizer#lr: expected a number or Tensor, got "$@cases.train", which is a list',
-    ),
-    "value that its only use does not take": (
-        {"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
-        '2: validate#limit: expected a number for validate#inferer#overlap, got "x". Correct it.',
-    ),
-    "no such id": (
-        {"train#sampler#batch_size": "@batch_sise"},
-        "2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. "
-        "Did you mean '@batch_size' (configs/amp.json:",
-    ),
-    "no such id in an expression": (
-        {"finalize": ["$@lifecycle.leave(@train#trainr)"]},
-        "3: finalize#0: expected an id that is there, got '@train#trainr'. "
-        "Did you mean '@train#trainer' (configs/amp.json:",
-    ),
-    "no such attribute": (
-        {"steps_per_epoch": "$@plan.batch_sise"},
-        "2: steps_per_epoch: expected an expression on an id, got '$@plan.batch_sise', "
-        "which asks for 'batch_sise' of @plan, a Plan. Did you mean 'batch_size'?",
-    ),
-    "no such attribute of an object": (
-        {"cases": "$@lifecycle.casez"},
-        "2: cases: expected an expression on an id, got '$@lifecycle.casez', which asks for "
-        "'casez' of @lifecycle, a Lifecycle. Did you mean 'cases'?",
-    ),
-    "method of another object": (
-        {"initialize": ["$@precision.enter()"]},
-        "3: initialize#0: expected an expression on an id, got '$@precision.enter()', which "
-        "asks for 'enter()' of @precision, a Precision. Valid are: device, place().",
-    ),
-    "unknown method": (
-        {"run": ["$@train#trainer.runn()"]},
-        "3: run#0: expected an expression on an id, got '$@train#trainer.runn()', which "
-        "asks for 'runn()' of @train#trainer, a MixedPrecisionTrainer. Did you mean 'run()'?",
-    ),
-    "@ forgotten before a number": (
-        {"train#sampler#batch_size": "batch_size"},
-        '2: train#sampler#batch_size: expected an integer, got "batch_size". '
-        "Did you mean '@batch_size'?",
-    ),
-    "@ forgotten before a string": (
-        {"lifecycle#bundle_root": "bundle_root"},
-        '2: lifecycle#bundle_root: expected a reference, got the string "bundle_root". '
-        "Did you mean '@bundle_root'?",
-    ),
-    "$ forgotten": (
-        {"train#dataset#data": "@cases.train"},
-        '2: train#dataset#data: expected @id, got "@cases.train". '
-        "With attributes: '$@cases.train'.",
-    ),
-    "misspelt target": (
-        {"loss_function": {"_target_": "DiceCELos"}},
-        "3: loss_function#_target_: expected a class or function of the list, got 'DiceCELos'. "
-        "Did you mean 'DiceCELoss'? If you trust it: --allow DiceCELos",
-    ),
-    "misspelt _target_": (
-        {"loss_function": {"_targt_": "DiceCELoss"}},
-        "3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
-        "_target_, got '_targt_'. Did you mean '_target_'?",
-    ),
-    "no handler": (
-        {"+train#handlers": [{"_target_": "DiceLoss"}]},
-        "3: train#handlers#5: expected a handler (with a method attach) for "
-        "train#trainer#train_handlers, got a DiceLoss.",
-    ),
-    "name in the place of a handler": (
-        {"validate#handlers": ["StatsHandler"]},
-        "3: validate#handlers#0: expected a handler (with a method attach) for "
-        'validate#evaluator#val_handlers, got "StatsHandler".',
-    ),
-    "augmentation": (
-        {"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
-        "3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, got 1.5.",
-    ),
-    "name in augmentation": (
-        {"augmentation#intensity#nois": {"prob": 0.1}},
-        ": augmentation#intensity: expected one of noise, blur, brightness, contrast, "
-        "gamma_inverted, gamma, got 'nois'. Use 'noise'",
-    ),
-    "name in split": (
-        {"data_module#split#group_patern": None},
-        "2: data_module#split#group_patern: expected an argument of split, got "
-        "'group_patern'. Did you mean 'group_pattern'?",
-    ),
-    "transform": (
-        {"transforms_after": [{"_target_": "ScaleIntensityd", "key": "image"}]},
-        "5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. "
-        "Did you mean 'keys'?",
-    ),
-    "transform that is none": (
-        {"transforms_after": ["ScaleIntensityd"]},
-        "3: transforms_after#0: expected something to call for preprocessing#after, got "
-        '"ScaleIntensityd".',
-    ),
-    "circle": (
-        {"train#sampler#batch_size": "@train#dataloader#batch_size",
-         "train#dataloader#batch_size": "@train#sampler#batch_size"},
-        ": expected no circle of references, got @train#",
-    ),
-    "renamed part": (
-        {"train": "renamed"},
-        "2: train: expected object (dataset, augmentation, handlers, trainer), got",
-    ),
-}  # fmt: skip
+# 30 of 33 that were once chosen; names of metrics and circles are left to MONAI
+CASES = [  # overlay, line and id of the place in it, what is said there
+    ({"learning_rat": 1},
+     "2: learning_rat: expected a known key, got 'learning_rat'. Did you mean 'learning_rate'?"),
+    ({"network_def#dropuot": 0.5},
+     "2: network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. Did you mean"
+     " 'dropout'?"),
+    ({"optimizer#_target_": "torch.optim.lr_scheduler.StepLR"},
+     "2: optimizer#_target_: expected a class that takes params, fused, lr, weight_decay, "
+     "got StepLR, which takes optimizer, step_size, gamma, last_epoch. Name another."),
+    ({"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},
+     "2: optimizer#params: expected params for SGD, got none. Add it."),
+    ({"train#trainer#grad_clip": "twelve"},
+     '2: train#trainer#grad_clip: expected float, got "twelve". Correct it.'),
+    ({"loss_function#batch_dice": "yes"},
+     '2: loss_function#batch_dice: expected bool, got "yes". Correct it.'),
+    ({"network_def#base_channels": True},
+     "2: network_def#base_channels: expected int, got true. Correct it."),
+    ({"loss_function#class_weights": [1, "2"]},
+     '2: loss_function#class_weights#1: expected float, got "2". Correct it.'),
+    ({"optimizer#lr": "@network"},
+     '2: optimizer#lr: expected float | Tensor, got "@network", which is a Module. Correct it.'),
+    ({"optimizer#lr": "$@cases.train"},
+     '2: optimizer#lr: expected float | Tensor, got "$@cases.train", which is a list'),
+    ({"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
+     '2: validate#limit: expected float for validate#inferer#overlap, got "x". Correct it.'),
+    ({"train#sampler#batch_size": "@batch_sise"},
+     "2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. Did you "
+     "mean '@batch_size' (configs/amp.json:"),
+    ({"finalize": ["$@lifecycle.leave(@train#trainr)"]},
+     "2: finalize#0: expected an id that is there, got '@train#trainr'. Did you mean "
+     "'@train#trainer' (configs/amp.json:"),
+    ({"steps_per_epoch": "$@plan.batch_sise"},
+     "2: steps_per_epoch: expected an expression on an id, got '$@plan.batch_sise', which "
+     "asks for 'batch_sise' of @plan, a Plan. Did you mean 'batch_size'?"),
+    ({"cases": "$@lifecycle.casez"},
+     "2: cases: expected an expression on an id, got '$@lifecycle.casez', which asks for "
+     "'casez' of @lifecycle, a Lifecycle. Did you mean 'cases'?"),
+    ({"initialize": ["$@precision.enter()"]},
+     "2: initialize#0: expected an expression on an id, got '$@precision.enter()', which "
+     "asks for 'enter()' of @precision, a Precision. Valid are: device, place()."),
+    ({"run": ["$@train#trainer.runn()"]},
+     "2: run#0: expected an expression on an id, got '$@train#trainer.runn()', which asks "
+     "for 'runn()' of @train#trainer, a MixedPrecisionTrainer. Did you mean 'run()'?"),
+    ({"train#sampler#batch_size": "batch_size"},
+     '2: train#sampler#batch_size: expected a reference, got the string "batch_size". Did '
+     "you mean '@batch_size'?"),
+    ({"lifecycle#bundle_root": "bundle_root"},
+     '2: lifecycle#bundle_root: expected a reference, got the string "bundle_root". Did you '
+     "mean '@bundle_root'?"),
+    ({"train#dataset#data": "@cases.train"},
+     '2: train#dataset#data: expected @id, got "@cases.train". With attributes: '
+     "'$@cases.train'."),
+    ({"loss_function": {"_target_": "DiceCELos"}},
+     "3: loss_function#_target_: expected a class or function of the list, got 'DiceCELos'. "
+     "Did you mean 'DiceCELoss'? If you trust it: --allow DiceCELos"),
+    ({"loss_function": {"_targt_": "DiceCELoss"}},
+     "3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
+     "_target_, got '_targt_'. Did you mean '_target_'?"),
+    ({"+train#handlers": [{"_target_": "DiceLoss"}]},
+     "2: train#handlers#5: expected Handler for train#trainer#train_handlers#5, got "
+     '{"_target_": "DiceLoss"}, which is a DiceLoss.'),
+    ({"validate#handlers": ["StatsHandler"]},
+     "2: validate#handlers#0: expected Handler for validate#evaluator#val_handlers#0, got "
+     '"StatsHandler".'),
+    ({"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
+     "3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, got 1.5."),
+    ({"augmentation#intensity#nois": {"prob": 0.1}},
+     ": augmentation#intensity: expected one of noise, blur, brightness, contrast, "
+     "gamma_inverted, gamma, got 'nois'. Use 'noise'"),
+    ({"data_module#split#group_patern": None},
+     "2: data_module#split#group_patern: expected an argument of split, got 'group_patern'. "
+     "Did you mean 'group_pattern'?"),
+    ({"transforms_after": [{"_target_": "ScaleIntensityd", "key": "image"}]},
+     "5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. Did you"
+     " mean 'keys'?"),
+    ({"transforms_after": ["ScaleIntensityd"]},
+     '2: transforms_after#0: expected Callable for preprocessing#after#0, got "ScaleIntensityd".'),
+    ({"train": "renamed"},
+     "2: train: expected object (dataset, augmentation, handlers, trainer), got"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_mistake_is_one_line(tmp_path, name):
-    overlay, message = CASES[name]
+@pytest.mark.parametrize(("overlay", "message"), CASES)
+def test_mistake_is_one_line(tmp_path, overlay, message):
     lines = faults_in(tmp_path, overlay, training=True)
     assert len(lines) == 1, lines
     start = "" if message.startswith(":") else f"{tmp_path}/mine.json:"
@@ -432,11 +352,11 @@ def test_mistake_is_one_line(tmp_path, name):
 def test_override_is_named_in_the_place_of_file_and_line():
     overrides = {"network_def#dropout": "much", "network_def#dropuot": 0, "seed": "a"}
     assert faults_of(compose_located([AMP], overrides)) == [
-        '--network_def#dropout: expected a number, got "much". Correct it.',
-        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
-        "Did you mean 'dropout'?",
         "--seed: expected int (seed of weights, sample order, crops, augmentation and dropout), "
         'got "a". Correct it.',
+        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
+        "Did you mean 'dropout'?",
+        '--network_def#dropout: expected float, got "much". Correct it.',
     ]  # fmt: skip
 
 
@@ -450,7 +370,8 @@ def test_later_file_and_not_the_first_is_blamed(tmp_path):
 def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{\n"postprocesing": {"_target_": "Identityd", "keys": "a"}}')
-    assert faults_of(compose_located(["configs/inference.json", str(file)], {})) == [
+    composed = compose_located(["configs/inference.json", str(file)], {})
+    assert faults_of(composed, training=False) == [
         f"{file}:2: postprocesing: expected a known key, got 'postprocesing'. "
         "Did you mean 'postprocessing'?"
     ]
@@ -459,14 +380,19 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"seed": 1,\n"seed": 2}', ":2: seed: expected a key once in an object, got it on line 1"),
-        ('{"seed": 1,\n"a": [1 2]}', ":2: expected JSON, got: Expecting ',' delimiter in column 9"),
+        ('{"seed": 1,\n"a": [1 2]}', ": expected JSON, got: Expecting ',' delimiter: line 2 "),
         ("[" * 100000, ": expected JSON, got: "),
         ("[1]", ": expected a JSON object, got a list."),
         ('{"train#trainr#max_epochs": 1}', ":1: train#trainr#max_epochs: expected a known key"),
-        ('{"+train#handlers": {}}', ":1: +train#handlers: expected a list, got {}."),
+        (
+            '{"+train#handlers": {}}',
+            ":1: +train#handlers: expected what fits the list there, got {}.",
+        ),
         ('{"+nothing": []}', ":1: +nothing: expected a known key, got 'nothing'."),
-        ('{"train#handlers#9": {}}', ":1: train#handlers#9: expected 0 to 4, got '9'."),
+        (
+            '{"train#handlers#7": {}}',
+            ":1: train#handlers#7: expected what fits the list there, got {}.",
+        ),
     ],
 )
 def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):
@@ -483,7 +409,7 @@ def test_commands_end_with_status_2_before_data_are_read(command, tmp_path, name
     words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path / "none")
     status, text = command(name, *words)
     assert (status, text.count("\n")) == (2, 1)
-    assert "mine.json:1: optimizer#lr: expected a number" in text
+    assert "mine.json:1: optimizer#lr: expected float" in text
 
 
 def test_lines_are_those_of_the_file():

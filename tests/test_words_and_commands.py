@@ -1,20 +1,14 @@
 """What a user writes reaches its place unchanged, and what the README shows works: by commands."""
 
-import base64
 import csv
-import io
 import json
 import re
 import subprocess
 import sys
 
 import monai.bundle
-import nibabel as nib
-import numpy as np
 import pytest
 from conftest import REPOSITORY, write_case, write_dataset_json
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # MONAI's own entry says that it executes what a config says
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
@@ -44,14 +38,10 @@ def test_folder_is_reached_by_the_name_that_is_typed(command, train, tmp_path, n
 
 @pytest.mark.parametrize("name", ["out #2", "@home", "1e5", "true", "007"])
 @pytest.mark.usefixtures("at_the_root")
-def test_run_and_report_are_reached_by_the_name_that_is_typed(command, tmp_path, name, monkeypatch):
+def test_run_is_reached_by_the_name_that_is_typed(command, name):
     status, told = command("run", "configs/inference.json", "--run_dir", name)
     assert (status, "expected the directory of a run, got" in told) == (2, True)
     assert name in told
-    place = tmp_path / name
-    place.mkdir()
-    status, told = command("evaluate", place, place, "--output_dir", name)
-    assert (status, f"{place}: expected NIfTI files" in told) == (2, True)
 
 
 @pytest.fixture(scope="module")
@@ -134,38 +124,13 @@ def test_names_that_a_config_could_not_hold_are_told_before_training(train, tmp_
 
 # --- what is shown works, and nothing ends silently
 
-CT = {"clip": [0, 120], "mean": 40, "std": 30}
 
-
-def planned(told):
-    return next(line for line in told.splitlines() if line.split()[:1] == ["normalization"])
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_normalization_as_it_is_documented(command, train, dataset, tmp_path, channels):
-    given, root = CT if channels == 1 else [CT, "zscore"], dataset
-    if channels == 2:
-        root = tmp_path / "two"
-        for n in range(4):
-            write_case(root, f"c{n}_0000", seed=n)
-            write_case(root, f"c{n}_0001", seed=n + 9)
-            (root / f"labelsTr/c{n}_0001.nii.gz").unlink()
-            (root / f"labelsTr/c{n}_0000.nii.gz").rename(root / f"labelsTr/c{n}.nii.gz")
-    overlay = tmp_path / "mine.json"
-    overlay.write_text(json.dumps({"normalization": given}))
+def test_normalization_as_it_is_documented(command, dataset, tmp_path):
+    given = {"clip": [0, 120], "mean": 40, "std": 30}
     words = ["--num_folds", 3, "--cache_dir", tmp_path, "--normalization", json.dumps(given)]
-    status, told = command("check", root, "--plan", *words)
-    assert (status, '"clip"' in planned(told)) == (0, True), told
-    how = {**SHORT, "dataset_dir": str(root)}
-    status, told = train(tmp_path / "r", overlay, **how)
-    assert status == 0, told
-    assert json.loads((tmp_path / "r/plan.json").read_text())["normalization"] == given
-    status, told = train(tmp_path / "q", normalization=given, **how)
-    assert status == 0, told
-    image = root / "imagesTr" / ("tiny_001.nii.gz" if channels == 1 else "c0_0000.nii.gz")
-    status, told = command("predict", tmp_path / "r", image, tmp_path / "out")
-    assert status == 0, told
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    status, told = command("check", dataset, "--plan", *words)
+    assert status == 0
+    assert f"  normalization      {json.dumps(given)}" in told
 
 
 def test_prediction_says_what_to_type(command):
@@ -197,34 +162,3 @@ def test_package_lists_its_commands_at_once():
         assert not re.search(r"\| +(torch|monai|numpy)$", done.stderr, re.MULTILINE)
         for name in ("check", "run", "predict", "evaluate", "compare", "certify", "export"):
             assert re.search(rf"python -m pipeline[. ]{name} ", done.stdout)
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS"])
-def test_pictures_show_the_patients_left_on_the_right(train, tmp_path, axes):
-    """A bright structure on the left, a dark one on the right, however the file stores them."""
-    image, label = np.zeros((2, 24, 20, 12), np.float32)
-    image[:] = np.random.default_rng(0).normal(20, 5, image.shape)
-    label[3:8, 6:14], label[16:21, 6:14] = 1, 2  # of R, A, S: index 0 is the left end
-    image[label == 1] = 200
-    for n in range(3):
-        for folder, voxels in (("imagesTr", image + n), ("labelsTr", label.astype(np.uint8))):
-            file = nib.Nifti1Image(voxels, np.eye(4))
-            if axes == "LPS":
-                file = file.as_reoriented([[0, -1], [1, -1], [2, 1]])
-            place = tmp_path / "d" / folder / f"c{n}.nii.gz"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(file, place)
-    write_dataset_json(tmp_path / "d", ["c0", "c1", "c2"])
-    more = {**SHORT, "report": True, "final_scores": True, "dataset_dir": str(tmp_path / "d")}
-    status, told = train(tmp_path / "r", **more)
-    assert status == 0, told
-    events = EventAccumulator(str(tmp_path / "r/tensorboard")).Reload()
-    pictures = [event.encoded_image_string for event in events.Images("val/first_case")]
-    page = (tmp_path / "r/report/index.html").read_text()
-    found = re.findall(r'src="data:image/png;base64,([^"]+)" alt="[^"]*, axial slice', page)
-    pictures += map(base64.b64decode, found)
-    assert len(pictures) >= 2
-    for picture in pictures:
-        grey = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).min(axis=2).astype(float)
-        half = grey.shape[1] // 2
-        assert grey[:, half:].mean() > 1.5 * grey[:, :half].mean()

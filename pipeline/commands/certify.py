@@ -115,7 +115,7 @@ def read_command(words: list[str]) -> PrecisionSweep:
     overrides = parse_overrides(rest)
     require(files, "command line", "a config file first", "none", "See --help.")
     composed = compose_located(files, overrides)
-    validate.check_config(composed, allow, training=True)
+    validate.check_config(composed, allow)
     source = composed.source
     expected = "expected no value, since a certificate sets it itself. Leave it out."
     faults = [f"--{key}: {expected}" for key in OWN_KEYS if key in overrides]

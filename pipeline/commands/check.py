@@ -34,32 +34,20 @@ def main(words: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(words)
         dataset = str(Path(options.dataset_dir).resolve())
         overrides = {**parse_overrides(rest), "dataset_dir": dataset}
-        if options.json and not options.json.parent.is_dir():
-            raise InputError(f"--json: expected a file in a folder that is, got {options.json}.")
         composed = compose_located([options.config], overrides)
-        validate.check_config(composed, allow, training=True)
-        return check_dataset(composed.source, options.plan, options.json)
+        validate.check_config(composed, allow)
+        return _check_dataset(composed.source, options.plan, options.json)
     except InputError as error:
         error.tell()
         return 2
 
 
-def check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
-    """Check the dataset of a config, and print what was found; returns the exit status.
-
-    Args:
-        wants_plan: Whether to print the plan as well.
-        file: Gets the report as JSON, if given.
-
-    Raises:
-        InputError: If there is no dataset, it cannot be split as asked, there is no plan for it, or
-            `file` cannot be written.
-    """
+def _check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -> int:
     data_module = Parser(source).get_parsed_content("data_module")
     found = data_module.run_preflight(data_module.load())
     report = found.as_dict()
     print("\n".join(make_table(found)))
-    refusal: InputError | None = None
+    status = 2 if found.faults else 0
     if not found.faults:
         try:
             plan = data_module.plan(found)
@@ -67,16 +55,14 @@ def check_dataset(source: dict[str, Any], wants_plan: bool, file: Path | None) -
             if wants_plan:
                 print("\nPlan:\n" + "\n".join(f"  {line}" for line in plan.lines()))
         except InputError as error:
-            refusal, report["plan_faults"] = error, list(error.faults)
+            error.tell()
+            status, report["plan_faults"] = 2, list(error.faults)
     if file is not None:
         try:
             write_json(file, report)
         except OSError as error:
-            message = f"--json: expected a file that can be written, got: {error}."
-            raise InputError(message) from None
-    if refusal is not None:
-        raise refusal
-    return 2 if found.faults else 0
+            raise InputError(f"--json: {error}") from None
+    return status
 
 
 def make_table(found: Any) -> list[str]:
@@ -93,11 +79,9 @@ def make_table(found: Any) -> list[str]:
     for issue in issues:
         kind = "warning" if issue.warning else "fault  "
         lines.append(f"{kind}  {issue.case_id:<{width}}  {issue.check:<13}  {issue.message}")
-    faults = _count(found.faults, "fault")
     faulty = _count({issue.case_id for issue in found.faults}, "case")
-    warnings = _count(found.warnings, "warning")
-    lines.append(f"{faults} in {faulty}, {warnings}; {sum(counts.values())} cases were looked at")
-    return lines
+    total = f"{_count(found.faults, 'fault')} in {faulty}, {_count(found.warnings, 'warning')}"
+    return [*lines, f"{total}; {sum(counts.values())} cases were looked at"]
 
 
 def _count(things: Collection[Any], word: str) -> str:

@@ -11,12 +11,7 @@ from pipeline.errors import InputError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of options whose mistakes are `InputError`s.
-
-    Args:
-        command: Name of the command, as it is typed after `python -m pipeline`.
-        description: What `--help` prints above the options, laid out as it is written.
-    """
+    """A parser of the options of `python -m pipeline COMMAND`; mistakes are `InputError`s."""
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(
@@ -36,16 +31,16 @@ def number_in(
     low: float, high: float = math.inf, kind: Callable[[str], float] = float
 ) -> Callable[[str], float]:
     """Return a type of options: a finite number from `low` to `high`, both included."""
-    limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
 
     def parse(word: str) -> float:
         try:
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected {limits}, got {word}")
-        return value
+        if low <= value <= high and math.isfinite(value):
+            return value
+        limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
+        raise argparse.ArgumentTypeError(f"expected {limits}, got {word}")
 
     return parse
 
@@ -53,13 +48,7 @@ def number_in(
 def run_parsed(
     parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Run a command; returns its exit status, 2 for a mistake of the user's.
-
-    Args:
-        parser: Reads the words.
-        words: The command line after the command; `None`: this process's.
-        work: Takes what was read and returns the exit status; may raise `InputError`.
-    """
+    """Do the work of a command; returns its exit status, 2 where an `InputError` was printed."""
     try:
         return work(parser.parse_args(words))
     except InputError as error:

@@ -1,11 +1,7 @@
 """What a config may name: a guard against configs that run code, not a sandbox.
 
-`_target_` holds a name of `LISTED`, which is what the shipped configs and the documentation use, or
-one that `--allow` admits. An expression reads one attribute of an `@id`, or calls one method with
-ids and literals as arguments: one of `MEMBERS` for the class of the object. Some arguments of
-listed classes are restricted (`RESTRICTED`). Classes stay off the list that take code or the name
-of a class as a value, unpickle, download, or write text under any name (`Lambdad`, `LambdaLR`,
-`LoadImaged`, `LogfileHandler`, ...). `python -m monai.bundle` does not ask here.
+Classes stay off the list that take code or the name of a class as a value, unpickle, download, or
+write text under any name. `python -m monai.bundle` does not ask here.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 import argparse
 import pydoc
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -23,70 +19,47 @@ from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 from pipeline.config.keys import MARKS, Path, walk
 from pipeline.errors import InputError, nearest
 
-LISTED = {  # classes and functions by module; those of MONAI may be named without it
-    "ignite.handlers": "EMAHandler",
-    "ignite.metrics": "Average",
-    "monai.data": "DataLoader Dataset",
-    "monai.engines": "SupervisedEvaluator",
+LISTED = {  # classes and functions by package; those of MONAI may be named without it
+    "ignite": "handlers.EMAHandler metrics.Average",
+    "monai": """data.DataLoader data.Dataset engines.SupervisedEvaluator inferers.SimpleInferer
+        inferers.SliceInferer inferers.SlidingWindowInferer losses.DiceCELoss losses.DiceLoss""",
     "monai.handlers": """CheckpointLoader CheckpointSaver ConfusionMatrix GarbageCollector
         LrScheduleHandler MeanDice MetricsSaver StatsHandler TensorBoardImageHandler
         TensorBoardStatsHandler ValidationHandler""",
-    "monai.inferers": "SimpleInferer SliceInferer SlidingWindowInferer",
-    "monai.losses": "DiceCELoss DiceLoss",
     "monai.networks.nets": "DynUNet SegResNet UNet",
     "monai.transforms": """CenterSpatialCropd Compose DataStatsd EnsureTyped Flipd Identityd OneOf
         RandFlipd RandGaussianNoised Resized Rotate90d SaveImaged ScaleIntensityd""",
-    "networks.dense_unet": "DenseUNet",
-    "pipeline.data.cache": "CachedDataset CaseSampler VolumeCache",
-    "pipeline.data.cases": "list_images",
-    "pipeline.data.data_module": "DataModule",
-    "pipeline.data.plan": "Plan",
-    "pipeline.data.sampling": "EpochSampler PatchDataset PatchLoader",
-    "pipeline.distributed": "DistributedSettings",
-    "pipeline.evaluation.final_scores": "Scoring",
-    "pipeline.evaluation.metrics": "MeanDice",
-    "pipeline.lifecycle.lifecycle": "Lifecycle",
-    "pipeline.lifecycle.read_only_run": "ReadOnlyRun",
-    "pipeline.precision": "Precision resolve_device",
-    "pipeline.prediction.predict_files": "Prediction",
-    "pipeline.prediction.predictor": "load_networks",
-    "pipeline.prediction.segmenter": "Segmenter SlidingWindowLabels",
-    "pipeline.prediction.sliding_window": "SlidingWindow",
-    "pipeline.training.checkpoint": "CheckpointHandler",
-    "pipeline.training.evaluator": "EvaluationLog MixedPrecisionEvaluator",
-    "pipeline.training.flight_recorder": "FlightRecorder",
-    "pipeline.training.logging_handlers": "LoggingHandler",
-    "pipeline.training.loss": "SegmentationLoss",
-    "pipeline.training.schedule": "warmup_cosine",
-    "pipeline.training.trainer": "MixedPrecisionTrainer",
-    "pipeline.training.trial": "TrialStep",
-    "torch.optim": "AdamW SGD",
+    "networks": "dense_unet.DenseUNet",
+    "pipeline": """distributed.DistributedSettings evaluation.final_scores.Scoring
+        evaluation.metrics.MeanDice lifecycle.lifecycle.Lifecycle
+        lifecycle.read_only_run.ReadOnlyRun precision.Precision precision.resolve_device""",
+    "pipeline.data": """cache.CachedDataset cache.CaseSampler cache.VolumeCache cases.list_images
+        data_module.DataModule plan.Plan sampling.EpochSampler sampling.PatchDataset
+        sampling.PatchLoader""",
+    "pipeline.prediction": """predict_files.Prediction predictor.load_networks segmenter.Segmenter
+        segmenter.SlidingWindowLabels sliding_window.SlidingWindow""",
+    "pipeline.training": """checkpoint.CheckpointHandler evaluator.EvaluationLog
+        evaluator.MixedPrecisionEvaluator flight_recorder.FlightRecorder
+        logging_handlers.LoggingHandler loss.SegmentationLoss schedule.warmup_cosine
+        trainer.MixedPrecisionTrainer trial.TrialStep""",
+    "torch": "optim.AdamW optim.SGD utils.data.DataLoader",
     "torch.optim.lr_scheduler": """ChainedScheduler CosineAnnealingLR ExponentialLR LinearLR
         MultiStepLR OneCycleLR PolynomialLR SequentialLR StepLR""",
-    "torch.utils.data": "DataLoader",
-    "transforms.augment": "Augment",
-    "transforms.cleanup": "Cleanup",
-    "transforms.postprocess": "ToOriginalGridd",
-    "transforms.preprocess": "ValidationPreprocessing preprocessing",
+    "transforms": """augment.Augment cleanup.Cleanup postprocess.ToOriginalGridd
+        preprocess.ValidationPreprocessing preprocess.preprocessing""",
 }
-DOTTED = [f"{module}.{name}" for module, names in LISTED.items() for name in names.split()]
+DOTTED = [f"{package}.{name}" for package, names in LISTED.items() for name in names.split()]
 BARE = {name.rpartition(".")[2]: name for name in DOTTED if name.startswith("monai.")}
 NAMES = {*DOTTED, *BARE}
 
-# Arguments of listed classes that are left out or match a pattern, and why.
-_COMPILE = dict.fromkeys(("compile", "compile_kwargs"), ("", "the compiler runs programs"))
-_LOG_DIR = {"log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent")}
-_FILE = (r".*\.pt", "Python might execute a file that is not named *.pt")
-_FORMAT = (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects")
-RESTRICTED: dict[str, dict[str, tuple[str, str]]] = {
-    "CheckpointSaver": {"final_filename": _FILE, "key_metric_filename": _FILE},
-    "MixedPrecisionEvaluator": _COMPILE,
-    "MixedPrecisionTrainer": _COMPILE,
-    "SaveImaged": {"writer": ("", "it names any class by dotted path")},
-    "StatsHandler": {"key_var_format": _FORMAT},
-    "SupervisedEvaluator": _COMPILE,
-    "TensorBoardImageHandler": _LOG_DIR,
-    "TensorBoardStatsHandler": _LOG_DIR,
+RESTRICTED = {  # arguments of listed classes that are left out or match a pattern, and why
+    "compile": ("", "the compiler runs programs"),
+    "compile_kwargs": ("", "the compiler runs programs"),
+    "final_filename": (r".*\.pt", "Python might execute a file that is not named *.pt"),
+    "key_metric_filename": (r".*\.pt", "Python might execute a file that is not named *.pt"),
+    "key_var_format": (r"([^{}]|{(:[^{}]*)?})*", "it could print what is inside of objects"),
+    "log_dir": (r"(?!.*://).*", "what is behind :// would be fetched or sent"),
+    "writer": ("", "it names any class by dotted path"),
 }
 # Members that expressions may use, by class, and after a colon the class of their value.
 _LIFECYCLE = """cache_dir:Path cases:Cases checkpoint:Path enter() initial_weights is_held leave()
@@ -112,10 +85,7 @@ MEMBERS = {
 USERS = "*"  # the kind of what --allow admits, of which any public member may be used
 MEMBERS[USERS] = {member: kind for known in MEMBERS.values() for member, kind in known.items()}
 
-OUTSIDE = "#"  # stands for a relative id that leads out of the config
 SPECIAL = sorted(ConfigComponent.non_arg_keys)
-KNOWN = (*SPECIAL, "_meta_")
-OBJECT = re.compile(r"_target_[\"']?\s*[:=]")  # in malformed JSON, too
 _ID, _MEMBER = r"@(\w+(?:::\w+)*)", r"\.([A-Za-z][A-Za-z0-9_]*)"
 USE = re.compile(rf"{_ID}(?:{_MEMBER}(\()?)?")
 _PLAIN = r"None|True|False|\d+(?:\.\d+)?(?:e-?\d+)?|'[\w .:/+-]*'"
@@ -138,127 +108,103 @@ def find(name: str) -> Any:
     """Import the class or function of an allowed name; `None` if there is none."""
     if name not in BARE and "." not in name:
         name = str(ConfigComponent({"_target_": name}).resolve_module_name())
-    try:
+    with suppress(pydoc.ErrorDuringImport):
         return pydoc.locate(BARE.get(name, name))  # as MONAI does
-    except pydoc.ErrorDuringImport:
-        return None
+    return None
 
 
 def check_names(source: Any, allow: Collection[str] = ()) -> None:
     """Raise an `InputError` with a line for each place that names what configs may not name."""
-    if found := [f"{'#'.join(path)}: {fault}" for path, fault in find_faults(source, allow)]:
-        raise InputError(*found)
+    if found := find_faults(source, allow):
+        raise InputError(*(f"{'#'.join(path)}: {fault}" for path, fault in found.items()))
 
 
-def find_faults(source: Any, allow: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
-    """Yield the path of each refused value, and what is expected there."""
+def find_faults(source: Any, allow: Collection[str] = ()) -> dict[Path, str]:
+    """Find the path of each refused value, and what is expected there."""
     guard = _Guard(source, allow)
     for path, value in walk(source):
         if isinstance(value, str) and path[-1:] != ("_target_",):
-            if fault := guard.check_string("::".join(path), value):
-                yield path, fault
+            guard.check_string(path, value)
         elif isinstance(value, dict):
-            for key, fault in guard.check_object("::".join(path), value):
-                yield (*path, key), fault
-    for name, member in guard.plain_values.items():
-        got = repr(guard.nodes[name])[:60]
-        yield tuple(name.split("::")), f"expected an object with {member!r}, got {got}. Correct it."
+            guard.check_object(path, value)
+    return guard.faults
 
 
 class _Guard:
-    """What is known of the objects of a config before they are made."""
+    """The values of a config, and which of them are refused."""
 
     def __init__(self, source: Any, allow: Collection[str]) -> None:
-        self.allow = allow
+        self.allow, self.faults = allow, dict[Path, str]()
         self.nodes: dict[str, Any] = {}
         for path, node in walk(source):
             name = "::".join(path)
             self.nodes[name] = {} if name in self.nodes else node  # of two MONAI takes either
-        self.plain_values: dict[str, str] = {}  # ids of what is no object, and a member used of it
 
     def follow(self, name: str, seen: tuple[str, ...] = ()) -> tuple[str, str | None]:
-        """Where the references of an id end, and the class of its object as `MEMBERS` names it.
-
-        The class is empty if not known; `None`: nothing is there, a circle, or a refused value.
-        """
+        """Where an id leads, and its class: empty if not known, `None` if refused or not there."""
         if name not in self.nodes or name in seen:
             return name, None
         node = self.nodes[name]
         if isinstance(node, dict) and "_target_" in node:
-            target, is_made = node["_target_"], node.get("_mode_", "default") == "default"
-            if not isinstance(target, str) or not is_allowed(target, self.allow):
-                return name, None
+            target = str(node["_target_"])
             listed = target.rpartition(".")[2] if target in NAMES else USERS
-            return name, listed if is_made else ""
+            return name, listed if is_allowed(target, self.allow) else None
         is_expression = str(node).startswith("$")
         if not (uses := read_uses((name,), node) if isinstance(node, str) else []):
             return name, (None if is_expression else "")
-        (other, used), *_ = uses
+        other, used = uses[0]
         end, kind = self.follow(other, (*seen, name))
-        unknown = "" if kind == USERS else None
-        of_used = MEMBERS.get(kind or "", {}).get(used, unknown) if used else kind
-        return (name if is_expression else end), of_used
+        if used:
+            kind = MEMBERS.get(kind or "", {}).get(used, "" if kind == USERS else None)
+        return (name if is_expression else end), kind
 
-    def check_string(self, name: str, written: str) -> str | None:
-        text = _resolve(name, written)
-        if text == OUTSIDE:
-            return f"expected a relative id within the config, got {written!r}. Use fewer #."
-        if text.startswith("%"):
-            return f"expected no macro, got {written!r}. Write the value, or refer to it by @."
-        if not text.startswith("$"):
-            return None
-        chain = re.match(r"\$@[\w:]+\.(\w+\..*?)(\(|$)", text)
-        reasons = [self._refuse_member(*use) for use in read_uses((name,), written)] or [
-            f"reaches for {chain[1]!r}." if chain else "has another form."
-        ]
-        reason = next(filter(None, reasons), None)
-        what = f"expected an expression on an id, got {written!r}, which {reason}"
-        return reason and f"{what} Write @id, $@id.attribute or $@id.method(@id, 1)."
+    def check_string(self, path: Path, written: str) -> None:
+        if not _resolve("::".join(path), written).startswith(("$", "%")):
+            return
+        uses = read_uses(path, written)
+        reasons = [self.refuse(*use) for use in uses] if uses else ["has another form."]
+        if reason := next(filter(None, reasons), None):
+            hint = f"{reason} Write @id, $@id.attribute or $@id.method(@id, 1)."
+            self.faults[path] = f"expected an expression on an id, got {written!r}, which {hint}"
 
-    def _refuse_member(self, name: str, member: str) -> str:
+    def refuse(self, name: str, member: str) -> str:
+        """Why a member may not be used of an id, if so; a value that has none is a fault itself."""
         end, kind = self.follow(name)
         known = MEMBERS.get(kind or "", {})
         if not member or kind in (None, USERS) or member in known:
             return ""
         node = self.nodes[end]
         if not ConfigComponent.is_instantiable(node) and not str(node).startswith("$"):
-            self.plain_values.setdefault(end, member)
+            fault = f"expected an object with {member!r}, got {str(node)[:60]!r}. Correct it."
+            self.faults[tuple(end.split("::"))] = fault
             return ""
         what = f"a {kind}. {nearest(member, known)}" if known else "of which nothing may be asked."
         return f"asks for {member!r} of @{name.replace('::', '#')}, {what}"
 
-    def check_object(self, name: str, node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield the keys that are refused: those that MONAI reads itself, and restricted ones."""
-        for key in (key for key in node if key.startswith("_") and key not in KNOWN):
+    def check_object(self, path: Path, node: dict[str, Any]) -> None:
+        """Check the keys that MONAI reads itself, and restricted arguments."""
+        for key in (key for key in node if key.startswith("_") and key not in (*SPECIAL, "_meta_")):
             near = nearest(key, SPECIAL)
             if "_target_" in node or near.startswith("Did"):
-                yield key, f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
+                fault = f"expected one of {', '.join(SPECIAL)}, got '{key}'. {near}"
+                self.faults[*path, key] = fault
         if "_target_" not in node:
             return
-        target = node["_target_"]
-        restricted: dict[str, tuple[str, str]] = {}
-        if not isinstance(target, str):
-            yield "_target_", f"expected the name of a class, got {target!r}. Write a string."
-        elif target in NAMES:
-            restricted = RESTRICTED.get(target.rpartition(".")[2], {})
-        elif not is_allowed(target, self.allow):
-            near = nearest(target, [*NAMES, *self.allow])
-            hint = f"{near} If" if near.startswith("Did") else "If"
-            fault = f"expected a class or function of the list, got '{target}'. {hint} you trust it"
-            yield "_target_", f"{fault}: --allow {target}"
-        for key in restricted.keys() & node.keys():
-            pattern, reason = restricted[key]
-            end, kind = self.follow(f"{name}::{key}")
+        target = str(node["_target_"])
+        if not is_allowed(target, self.allow):
+            near = nearest(target, [*DOTTED, *BARE]).partition("Valid are")[0]
+            fault = f"expected a class or function of the list, got '{target}'. {near}".rstrip()
+            self.faults[*path, "_target_"] = f"{fault} If you trust it: --allow {target}"
+        if node.get("_mode_", "default") != "default":
+            self.faults[*path, "_mode_"] = f"expected default, got {node['_mode_']}. Leave it out."
+        for key in RESTRICTED.keys() & node.keys() if target in NAMES else ():
+            pattern, reason = RESTRICTED[key]
+            end, kind = self.follow("::".join((*path, key)))
             value = self.nodes.get(end)
             is_text = isinstance(value, str) and re.fullmatch(rf"(?!\$){pattern}", value)
             if not (value in (None, False) or is_text or kind == "Path"):
                 fault = f"expected no such {key}, since {reason}, got {node[key]!r}. Leave it out."
-                yield key, fault
-        modes = ("default",) if restricted else ("default", "callable")  # its arguments come later
-        for key, valid in (("_mode_", modes), ("_disabled_", (True, False, "true", "false"))):
-            if node.get(key, valid[0]) not in valid:
-                shown = " or ".join(map(str, valid))
-                yield key, f"expected {shown}, got {node[key]!r}. Leave it out."
+                self.faults[*path, key] = fault
 
 
 def _resolve(name: str, written: str) -> str:
@@ -266,14 +212,11 @@ def _resolve(name: str, written: str) -> str:
         return written
     with suppress(ValueError):
         return str(ConfigParser.resolve_relative_ids(name, written))
-    return OUTSIDE
+    return "$"  # an id that leads out of the config
 
 
 def read_uses(path: Path, written: str) -> list[tuple[str, str]]:
-    """Each id in a reference or expression, with the `attribute` or `method()` used of it.
-
-    The object of the expression is the first. Nothing for text, and for another form of expression.
-    """
+    """Each id in a reference or expression, its object first, with the member used of it."""
     text = ReferenceResolver.normalize_id(_resolve("::".join(path), written))
     if not (EXPRESSION.fullmatch(text) or re.fullmatch(_ID, text)):
         return []
@@ -284,24 +227,18 @@ def override_fault(key: str, value: Any) -> str | None:
     """Why `--key value` is no plain value, or `None`."""
     for path, inner in walk(value, tuple(ReferenceResolver.split_id(key))):
         special = next((part for part in path if part in SPECIAL), None)
-        text = inner if isinstance(inner, str) else ""
-        if special or text.lstrip().startswith(MARKS) or OBJECT.search(text):
-            got = f"--{key}: expected a JSON value or a plain string, got {special or text!r}."
+        if special or str(inner).lstrip().startswith(MARKS):
+            got = f"--{key}: expected a JSON value or a plain string, got {special or inner!r}."
             return f"{got} Expressions and references belong into a file, `_target_` likewise."
     return None
 
 
 def split_allow(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the names of its `--allow` options and the other words.
-
-    Raises:
-        InputError: If a name is not a dotted name.
-    """
+    """Split a command line into the names of its `--allow` options, and the other words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow", action="append", nargs="?", const="", default=[])
     options, rest = parser.parse_known_args(words)
     names = [name.strip() for given in options.allow for name in given.split(",")]
-    for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise InputError(f"--allow: expected a name such as package.Class, got {name!r}.")
+    if wrong := [name for name in names if not re.fullmatch(r"\w+(\.\w+)*", name)]:
+        raise InputError(f"--allow: expected a name such as package.Class, got {', '.join(wrong)}.")
     return names, rest

@@ -1,8 +1,7 @@
 """One config out of files and a command line, as MONAI's ConfigParser composes it.
 
-`compose_located` also remembers on which line of which file each value stands. `Parser` evaluates
-the result and leaves text as it was written, where MONAI's own puts `::` in the place of every `#`.
-`config_of_monai` finds the config where MONAI's own commands evaluate it.
+`Parser` evaluates it and leaves text as it was written, where MONAI's own puts `::` in the place of
+every `#`. `config_of_monai` finds the config where MONAI's own commands evaluate it.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +19,11 @@ from monai.bundle import ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
 
 from pipeline.config import allowed, old_names
-from pipeline.config.keys import KEYS, MARKS, Config, read_word
+from pipeline.config.keys import KEYS, MARKS, Config, read_word, walk
 from pipeline.config.keys import Path as Keys
 from pipeline.errors import InputError, nearest
 
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+')  # of JSON
+STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?')  # of JSON; with a colon it is a key
 
 
 class Resolver(ReferenceResolver):
@@ -67,15 +65,10 @@ class Parser(ConfigParser):
 
 @dataclass
 class Composed:
-    """A merged config, and where each of its values comes from.
-
-    Attributes:
-        source: The config, unevaluated.
-        places: For paths in it, `file:line` or `--key`.
-    """
+    """A merged config, unevaluated, and where each of its values comes from."""
 
     source: Config
-    places: dict[Keys, str] = field(default_factory=dict)
+    places: dict[Keys, str] = field(default_factory=dict)  # of paths: `file:line` or `--key`
 
     def place(self, path: Keys) -> str:
         """Return where the value at a path comes from, or else what contains it."""
@@ -95,32 +88,43 @@ class Composed:
         self.places = kept | {path + at: place for at, place in places.items()}
 
     def override(self, values: Config) -> None:
-        """Put values in the place of those of the files; the key `a#b` names a part.
-
-        Raises:
-            InputError: One line for each key that has no place in the config.
-        """
-        parser = ConfigParser(self.source)
+        """Put values in the place of others; raise an `InputError` for keys that have no place."""
         faults = []
         for key, value in values.items():
             path = tuple(ReferenceResolver.split_id(key))
             if fault := _place_fault(self.source, path):
                 faults.append(f"--{key}: {fault}")
                 continue
-            parser[key] = value
+            ConfigParser(self.source)[key] = value
             self.put(path, {(): f"--{key}"})
         if faults:
             raise InputError(*faults)
 
+    def merge(self, key: str, value: Any, places: dict[Keys, str]) -> None:
+        """Merge a key of a file, `a#b` or `+a`; raise an `InputError` if it does not fit there."""
+        adding = key.startswith("+")
+        path = tuple(ReferenceResolver.split_id(key[adding:]))
+        node: Any = self.source
+        for part in path if adding else path[:-1]:
+            if part not in (valid := _children(node)):
+                raise InputError(f"{places[()]}: {key}: {_unknown(part, list(valid))}")
+            node = valid[part]
+        offset = len(node) if adding and isinstance(node, list) else 0
+        try:
+            merge_kv(ConfigParser(self.source), key, deepcopy(value))
+        except (ValueError, IndexError, TypeError):
+            expected = f"{places[()]}: {key}: expected what fits the {type(node).__name__} there"
+            raise InputError(f"{expected}, got {json.dumps(value)[:60]}. Correct it.") from None
+        if adding and isinstance(node, list):
+            places = {at and (str(int(at[0]) + offset), *at[1:]): places[at] for at in places}
+        if adding:
+            self.places |= {path + at: place for at, place in places.items()}
+        else:
+            self.put(path, places)
+
 
 def parse_overrides(words: Sequence[str]) -> Config:
-    """`--key value` pairs; see `config.read_word`.
-
-    A top-level key that is true or false may stand alone for true.
-
-    Raises:
-        InputError: If a key or value is missing, or a value is an expression or reference.
-    """
+    """Read `--key value` pairs, or raise an `InputError`; `--key` may stand for a true one."""
     overrides: Config = {}
     faults: list[str] = []
     rest = list(words)
@@ -130,12 +134,11 @@ def parse_overrides(words: Sequence[str]) -> Config:
             raise InputError(f"{word}: expected --key value, got a word without key.")
         key, given, value = word[2:].partition("=")
         is_flag = key in KEYS and KEYS[key].types == "bool"
-        if is_flag and not given and (not rest or rest[0].startswith("--")):
-            value = given = "true"
-        text = value if given else rest.pop(0) if rest else None
-        if text is None:
+        if not given and is_flag and (not rest or rest[0].startswith("--")):
+            value = "true"
+        elif not given and not rest:
             raise InputError(f"--{key}: expected a value after it, got none.")
-        overrides[key] = read_word(key, text)
+        overrides[key] = read_word(key, value if given or value else rest.pop(0))
         faults += filter(None, [allowed.override_fault(key, overrides[key])])
     if faults:
         raise InputError(*faults)
@@ -143,112 +146,52 @@ def parse_overrides(words: Sequence[str]) -> Config:
 
 
 def compose_located(files: Sequence[str], overrides: Config) -> Composed:
-    """Merge config files in order, then overrides, as MONAI's ConfigParser does.
-
-    Raises:
-        InputError: If a file is missing or is not a JSON object, or a key has no place; see
-            `Composed.override`.
-    """
+    """Merge config files in order, then overrides; raise an `InputError` for what does not fit."""
     merged = Composed({})
-    parser = ConfigParser(merged.source)
-    for file, (content, lines) in [(file, _read(file)) for file in files]:
+    for file in files:
+        content, places = _read(file)
         merged.places.setdefault((), f"{file}:1")
         for key, value in content.items():
-            places = {at[1:]: f"{file}:{n}" for at, n in lines.items() if at[:1] == (key,)}
-            _merge(merged, parser, key, value, places)
+            below = {at[1:]: place for at, place in places.items() if at[:1] == (key,)}
+            merged.merge(key, value, below)
     merged.override(overrides)
     return merged
 
 
-def _read(file: str) -> tuple[Config, dict[Keys, int]]:
-    """The content of a file, and the line of each value by its path (of the key in an object)."""
+def _read(file: str) -> tuple[Config, dict[Keys, str]]:
+    """The content of a file, and `file:line` of each key of an object by its path."""
     path = Path(file)
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.json")]
         hint = nearest(file, known) if known else "Check the path."
         raise InputError(f"{file}: expected a config file, found none. {hint}")
-    if path.suffix.lower() != ".json":  # MONAI goes by the name
-        raise InputError(f"{file}: expected a file named *.json. Rename it.")
-    lines: dict[Keys, int] = {(): 1}
-    faults = []
     try:
         text = path.read_text()
         content = json.loads(text)
-        for at, line in _lines(text):
-            if at in lines:
-                faults.append(
-                    f"{file}:{line}: {'#'.join(at)}: expected a key once in an object, got it "
-                    f"on line {lines[at]} too. Remove one."
-                )
-            lines[at] = line
+        places = {at: f"{file}:{line}" for at, line in _number_lines(text).items()}
     except (ValueError, RecursionError) as error:  # of huge numbers and deep nesting, too
-        place, reason = file, str(error)
-        if isinstance(error, json.JSONDecodeError):
-            place, reason = f"{file}:{error.lineno}", f"{error.msg} in column {error.colno}"
-        raise InputError(f"{place}: expected JSON, got: {reason}. Mend the file.") from None
+        raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
-        faults = [f"{file}: expected a JSON object, got a {type(content).__name__}."]
-    if faults:
-        raise InputError(*faults)
+        raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
     if path.absolute().parents[1].joinpath("run.json").is_file():  # of a stored run
-        content = old_names.translate(content)
-        lines = {tuple(old_names.TOP_LEVEL.get(key, key) for key in at): lines[at] for at in lines}
-    return content, lines
+        content, names = old_names.translate(content), old_names.TOP_LEVEL
+        places = {tuple(names.get(key, key) for key in at): places[at] for at in places}
+    return content, places
 
 
-def _lines(text: str) -> Iterator[tuple[Keys, int]]:
-    """Yield the path and line of each value of a text that is known to be JSON."""
-    starts = [match.start() for match in re.finditer("\n", text)]
-    tokens = ((match[0], bisect(starts, match.start()) + 1) for match in TOKEN.finditer(text))
+def _number_lines(text: str) -> dict[Keys, int]:
+    """The line of each key of a text that is known to be JSON, by its path."""
 
-    def read(token: str, path: Keys) -> Iterator[tuple[Keys, int]]:
-        if token not in ("{", "["):
-            return
-        number = 0
-        for inner, line in tokens:
-            if inner in ("}", "]"):
-                return
-            if inner == ",":
-                continue
-            below = (*path, json.loads(inner) if token == "{" else str(number))
-            number += 1
-            yield below, line
-            if token == "{":
-                next(tokens)  # the colon
-                inner, _ = next(tokens)
-            yield from read(inner, below)
+    def number(found: re.Match[str]) -> str:
+        line = text.count("\n", 0, found.start()) + 1
+        return f'"{line}:{found[1]}"{found[2]}' if found[2] else found[0]
 
-    yield from read(next(tokens)[0], ())
-
-
-def _merge(
-    merged: Composed, parser: ConfigParser, key: str, value: Any, places: dict[Keys, str]
-) -> None:
-    """One top-level key of a file: `a#b` is a part, `+a` is added to what is there."""
-    adding = key.startswith("+")
-    path = tuple(ReferenceResolver.split_id(key[adding:]))
-    node: Any = merged.source
-    fault = ""
-    for part in path if adding else path[:-1]:
-        if part not in (valid := _children(node)):
-            raise InputError(f"{places[()]}: {key}: {_unknown(part, list(valid))}")
-        node = valid[part]
-    if adding and not (isinstance(value, (dict, list)) and type(value) is type(node)):
-        kind = "object" if isinstance(node, dict) else "list"
-        fault = f"expected a {kind}, got {json.dumps(value)[:60]}."
-    elif not adding and isinstance(node, list) and path[-1] not in _children(node):
-        fault = f"expected 0 to {len(node) - 1}, got '{path[-1]}'."
-    elif not adding and not isinstance(node, (dict, list)):
-        fault = f"expected a key of an object, got {node!r} there."
-    if fault:
-        raise InputError(f"{places[()]}: {key}: {fault}")
-    offset = len(node) if adding and isinstance(node, list) else 0
-    merge_kv(parser, key, deepcopy(value))
-    if not adding:
-        return merged.put(path, places)
-    for name in {at[0] for at in places if at}:
-        below = {at[1:]: place for at, place in places.items() if at[:1] == (name,)}
-        merged.put((*path, str(int(name) + offset) if offset else name), below)
+    lines = {}
+    for path, _ in walk(json.loads(STRING.sub(number, text))):
+        if path and ":" in path[-1]:
+            at = tuple(part.partition(":")[2] if ":" in part else part for part in path)
+            lines[at] = int(path[-1].partition(":")[0])
+    return lines
 
 
 def _place_fault(source: Config, path: Keys) -> str | None:
@@ -256,18 +199,15 @@ def _place_fault(source: Config, path: Keys) -> str | None:
     node: Any = source
     for depth, part in enumerate(path):
         known = _children(node)
-        valid = known if depth else {**KEYS, **known}
-        is_argument = isinstance(node, dict) and "_target_" in node  # `validate` knows which
-        if part not in valid and not is_argument:
-            return _unknown(part, list(valid))
-        if part not in known and depth < len(path) - 1:
-            return f"expected '{part}' to be set before its parts."
+        may_be_new = "_target_" in known if depth else part in KEYS  # `validate` knows arguments
+        if part not in known and not (may_be_new and depth == len(path) - 1):
+            return _unknown(part, [*known, *(() if depth else KEYS)])
         node = known.get(part)
     return None
 
 
 def _unknown(part: str, valid: list[str]) -> str:
-    new = old_names.renamed(part)
+    new = old_names.RENAMED.get(part)
     hint = nearest(part, valid) if valid else "Set it first."
     return f"{part} was renamed to {new}" if new else f"expected a known key, got '{part}'. {hint}"
 
@@ -280,13 +220,7 @@ def _children(node: Any) -> dict[str, Any]:
 
 
 def config_of_monai() -> Composed:
-    """Return the config from which MONAI's own commands and clients are building an object.
-
-    `pipeline.run` does not need this: it hands the config over.
-
-    Raises:
-        RuntimeError: If no config is being resolved.
-    """
+    """Return the config from which MONAI is building an object; a RuntimeError if there is none."""
     resolver = _resolver_at_work()
     if resolver is None:
         raise RuntimeError("config: expected to be built from a config, got a direct call.")
@@ -294,31 +228,24 @@ def config_of_monai() -> Composed:
 
 
 def require_unaltered() -> None:
-    """Refuse paths and patterns in which MONAI's own parser put `::` in the place of `#`.
-
-    Raises:
-        InputError: A line for each.
-    """
+    """Raise an `InputError` where MONAI's own parser put `::` in the place of `#`."""
     resolver = _resolver_at_work()
     if resolver is None or isinstance(resolver, Resolver):
         return
     source = resolver.items[""].get_config()
+    values = {key: str(source.get(key)) for key in ("output_dir", "cache_dir", "group_pattern")}
     faults = [
         f"{key}: expected no # under monai.bundle, which puts :: in its place, got {value!r}. "
         "Use python -m pipeline.run."
-        for key in ("output_dir", "cache_dir", "group_pattern")
-        if "::" in str(value := source.get(key)) and not str(value).startswith(MARKS)
+        for key, value in values.items()
+        if "::" in value and not value.startswith(MARKS)
     ]
     if faults:
         raise InputError(*faults)
 
 
 def _resolver_at_work() -> ReferenceResolver | None:
-    """The resolver that is building an object or evaluating an expression, if any.
-
-    MONAI hands a component its arguments only; but the resolver, which has the merged config, is on
-    the call stack.
-    """
+    """The resolver that is at work, which MONAI hands to nobody, from the call stack."""
     frame = inspect.currentframe()
     while frame and not isinstance(frame.f_locals.get("self"), ReferenceResolver):
         frame = frame.f_back

@@ -1,8 +1,7 @@
-"""Configs: the table of keys, and what a change of one means.
+"""Configs: the table of keys, and what a change of one means for a run that is continued.
 
-A config is one JSON object as MONAI's ConfigParser reads it. The class of a key says what a change
-does to a run that is continued: `identity` makes another run, which is refused; `continuable` is
-logged and taken; `free` is taken silently, since it changes where things are, not what they are.
+A change of an `identity` key makes another run, which is refused; a `continuable` one is logged and
+taken; a `free` one changes where things are, not what they are, and is taken silently.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,8 @@ cache_on_device | "auto",true,false | continuable | keep training cases there; a
 num_workers | int >=0 | continuable | processes that cut patches of cases not on the device; 0: none
 worker_timeout_s | float >=1 | continuable | seconds that workers may take for a batch
 preflight | "full","fast","off" | free | what is checked: headers and voxels, headers, or neither
-data_roots | paths | free | folders beside dataset_dir in which its files may lie
-exclude | names | identity | case ids to leave out
+data_roots | list[path] | free | folders beside dataset_dir in which its files may lie
+exclude | list[str] | identity | case ids to leave out
 fold | int all | identity | fold that is validated on; all: train on every case
 num_folds | int | identity | parts that the persons are divided into
 split_seed | int | identity | seed of the division into folds
@@ -96,7 +96,7 @@ flip_axes | list auto | identity | axes that may be mirrored; auto spares left-r
 augmentation | object | identity | probability and range of each augmentation
 in_channels | int auto >=1 | identity | image channels
 num_classes | int auto >=2 | identity | classes, background included
-class_names | names auto | identity | names of the classes, background first
+class_names | list[str] auto | identity | names of the classes, background first
 strides | strides auto | identity | pooling per level: a number, or one for each axis
 base_channels | int >=1 | identity | channels of the first level; 32 for real work
 recompute_levels | int >=0 | continuable | finest levels that save memory by a second forward pass
@@ -141,34 +141,19 @@ PREDICTION_KEYS = _read_table("""
 device | str object | continuable | auto, cpu, cuda or cuda:N; MONAI's clients need an object
 input | path | free | file or folder to predict: NIfTI, or DICOM series
 weights | path | free | state dict of the network, as a path from bundle_root
-ensemble | paths | free | further run directories, whose probabilities are averaged
+ensemble | list[path] | free | further run directories, whose probabilities are averaged
 mirror | bool | free | average over mirror images along flip_axes
 max_blend_bytes | int >=1 | free | memory for the blended windows of a slab, all classes
 min_volume_ml | float object | free | smaller parts become background; one number, or one per class
-keep_largest | names all | free | classes of which only the largest part is kept
-fill_holes | names all | free | classes whose holes are filled
+keep_largest | list[str] all | free | classes of which only the largest part is kept
+fill_holes | list[str] all | free | classes whose holes are filled
 probabilities | bool | free | write the probabilities of all classes as well
 strict | bool | free | stop at the first case that cannot be predicted
 trained_on | object null | free | range of the training images, to warn of others
-dataset | object | free | the volumes, preprocessed
-dataloader | object | free | data loader of the dataset
-inferer | object | free | the sliding window
-cleanup | object | free | last changes of label maps
-segmenter | object | free | from a preprocessed image to labels on the grid of the file
-prediction | object | free | from files to files
-postprocessing | object | free | postprocessing of the evaluator
-handlers | list | free | handlers of the evaluator
 evaluator | object | free | predicts whole volumes in all class channels, for clients
 """)
 
-WORDS_OF_COMMANDS = {  # keys of command lines alone
-    **dict.fromkeys(("run_dir", "ensemble"), "path paths null"),
-    **dict.fromkeys(("config", "json", "output"), "path"),
-    **dict.fromkeys(("metric", "case_column", "class_column", "person_column"), "str"),
-}
-
 CLIENT_KEYS = ("run_name",)  # that MONAI's clients add
-
 # where the class of a nested key differs from that of its top-level key
 _NESTED = {
     CONTINUABLE: """network_def::recompute_levels loss_function::backend optimizer::fused
@@ -187,9 +172,6 @@ _TYPES = {
 }  # fmt: skip
 _SHOWN = {
     "triple": "[x, y, z], each above 0",
-    "path": "a path",
-    "paths": "a list of paths",
-    "names": "a list of strings",
     "strides": "a list of whole numbers or [x, y, z], each above 0,",
 }
 
@@ -204,10 +186,9 @@ def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[
     """Yield each top-level key whose value is not what a table says, and what is expected."""
     for key, spec in keys.items():
         value = source.get(key, "@")  # nothing is expected of a key that is not there
-        if isinstance(value, str) and value[:1] in ("$", "@"):
+        is_word = spec.types == "bool" and value in ("true", "false")  # see errors.as_bool
+        if is_word or (isinstance(value, str) and value[:1] in ("$", "@")):
             continue
-        if spec.types == "bool" and value in ("true", "false"):
-            continue  # as monai.bundle passes them; see errors.as_bool
         if spec.choices and value not in spec.choices:
             shown = ", ".join(map(json.dumps, spec.choices))
             yield key, f"expected one of {shown}, got {json.dumps(value)}. Correct it."
@@ -219,23 +200,16 @@ def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[
 
 
 def read_word(key: str, word: str) -> Any:
-    """A value of the command line: JSON, and a string where that is none, or none for its key.
-
-    So a folder may be named 2024 or true. A path that begins as a reference does gets `./` before.
-    """
+    """A value of the command line: JSON or text; a path that begins with a mark gets `./` first."""
     spec = {**PREDICTION_KEYS, **KEYS}.get(key)
-    types = WORDS_OF_COMMANDS.get(key) or (spec.types if spec else "")
-    try:
+    types = "path list[path]" if key in ("run_dir", "ensemble") else spec.types if spec else ""
+    value: Any = word
+    with suppress(ValueError, RecursionError):
         value = json.loads(word)
-    except (ValueError, RecursionError):
-        value = word
     if {"str", "path"} & {*types.split()} and not _is_one_of(value, types):
         value = word
-    if "path" not in types:
-        return value
-    several = value if isinstance(value, list) else [value]
-    marked = [f"./{one}" if str(one).lstrip().startswith(MARKS) else one for one in several]
-    return marked if isinstance(value, list) else marked[0]
+    is_marked = "path" in types and str(value).lstrip().startswith(MARKS)
+    return f"./{value}" if is_marked else value
 
 
 def _is_one_of(value: Any, types: str) -> bool:
@@ -269,12 +243,10 @@ def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def _leaves(source: Config) -> dict[str, Any]:
     """Values by id that contain no others; an empty list or object is one."""
-    found = {"::".join(path): value for path, value in walk(source)}
-    return {
-        name: value
-        for name, value in found.items()
-        if not (isinstance(value, (dict, list)) and value)
-    }
+    inner = (
+        value for value in walk(source) if not (isinstance(value[1], (dict, list)) and value[1])
+    )
+    return {"::".join(path): value for path, value in inner}
 
 
 def _kind_of(path: str) -> str:

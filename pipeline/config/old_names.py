@@ -9,7 +9,6 @@ from typing import Any
 
 from pipeline.errors import InputError
 
-LAST_VERSION = "0.1.0"  # the last one that continues runs with these names
 TOP_LEVEL = {
     "check": "preflight", "compile": "cuda_graph", "init_head": "reinit_head",
     "intake": "data_module", "layout": "memory_format", "resident": "cache_on_device",
@@ -17,7 +16,6 @@ TOP_LEVEL = {
 }  # fmt: skip
 TARGETS = {  # of modules, or of single classes
     "pipeline.data.images": "pipeline.data.cases",
-    "pipeline.data.input_images": "pipeline.data.cases",
     "pipeline.data.intake.Intake": "pipeline.data.data_module.DataModule",
     "pipeline.lifecycle": "pipeline.lifecycle.lifecycle",
     "pipeline.predict": "pipeline.prediction.predict_files",
@@ -34,19 +32,10 @@ TARGETS = {  # of modules, or of single classes
 SCORING = {"run_dir": "$@lifecycle.run_dir", "is_held": "$@lifecycle.is_held", "cases": "@cases",
            "class_names": "$@plan.class_names", "ignore_value": "$@plan.ignore_value",
            "group_pattern": "@group_pattern", "preprocessing": "@preprocessing"}  # fmt: skip
-# by class or key of today; `None`: dropped, a dict: arguments that replace it
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "": {**TOP_LEVEL},
-    "DataModule": {"check": "preflight", "amp": None, "amp_dtype": None, "windows": None},
-    "Lifecycle": {"init_head": "reinit_head", "intake": "data_module"},
-    "MixedPrecisionTrainer": {"compile": "cuda_graph", "roi_size": None},
-    "PatchLoader": {"resident": "cache_on_device"},
-    "ReadOnlyRun": {"init_head": "reinit_head", "intake": "data_module"},
-    "Precision": {"layout": "memory_format"},
-    "Scoring": {"lifecycle": SCORING},
-    "SlidingWindow": {"sums_bytes": "max_blend_bytes"},
-    "VolumeCache": {"recipe": "preprocessing_key"},
-    "split": {"test_share": "test_fraction"},
+RENAMED = {**TOP_LEVEL, "recipe": "preprocessing_key"}  # arguments of our own classes, too
+DROPPED = {
+    "DataModule": ("amp", "amp_dtype", "windows"),
+    "MixedPrecisionTrainer": ("roi_size",),
 }
 EXPRESSIONS = {rf"@{old}\b": f"@{new}" for old, new in TOP_LEVEL.items()} | {
     r"@lifecycle\.start\.tensors\b": "@lifecycle.initial_weights",
@@ -65,19 +54,13 @@ def translate(node: Any, key: str = "") -> Any:
         return TARGETS.get(node) or (f"{TARGETS[module]}.{name}" if module in TARGETS else node)
     if not isinstance(node, dict):
         return node
-    node = {name: translate(value, name) for name, value in node.items()}
-    names = ARGUMENTS.get(str(node.get("_target_", key)).rpartition(".")[2], {})
-    kept = {name: value for name, value in node.items() if name not in names}
-    present = {old: new for old, new in names.items() if old in node}
-    for several in (new for new in present.values() if isinstance(new, dict)):
-        kept |= several
-    return {new: node[old] for old, new in present.items() if isinstance(new, str)} | kept
-
-
-def renamed(name: str, owner: str = "") -> str | None:
-    """Today's name of a top-level key, or of an argument of a class, if it was renamed."""
-    new = ARGUMENTS.get(owner, {}).get(name)
-    return new if isinstance(new, str) else None
+    target = str(translate(node.get("_target_", "")))
+    owner = target.rpartition(".")[2]
+    names = RENAMED if target.startswith("pipeline.") or key in ("", "split") else {}
+    kept = {name: node[name] for name in node if name not in DROPPED.get(owner, ())}
+    node = {names.get(name, name): translate(value, name) for name, value in kept.items()}
+    is_old = owner == "Scoring" and node.pop("lifecycle", None)
+    return {**node, **SCORING} if is_old else node
 
 
 def require_todays_names(run_dir: Path) -> None:
@@ -85,6 +68,6 @@ def require_todays_names(run_dir: Path) -> None:
     source = json.loads((run_dir / "configs" / "train.json").read_text())
     if translate(source) != source:
         raise InputError(
-            f"{run_dir}: expected a run of this version, got one that {LAST_VERSION} began. "
-            f"Continue it with version {LAST_VERSION}, or choose another output_dir."
+            f"{run_dir}: expected a run of this version, got one that 0.1.0 began. "
+            "Continue it with version 0.1.0, or choose another output_dir."
         )

@@ -287,7 +287,7 @@ class PatchLoader(DataLoader):
 
         Raises:
             InputError: If the cases are to be on the device and do not fit.
-            RuntimeError: If a worker dies or hangs; see `describe_worker_failure`.
+            RuntimeError: If a worker dies or hangs.
         """
         patches: Any = self.dataset
         if self.effective["reason"] is None:

@@ -201,7 +201,7 @@ class Lifecycle:
         """Check the config and read the dataset, or the cases that a client has put there."""
         if not self.is_checked:  # what a config of MONAI's commands may name is their business
             require_unaltered()
-            validate.check_config(Composed(self.source), None, training=True)
+            validate.check_config(Composed(self.source), None)
         given, plan = given_data(self.source), None
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network has to be that of the bundle, whatever the data are like
