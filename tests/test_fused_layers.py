@@ -17,11 +17,8 @@ from networks.dense_unet import DenseUNet
 pytest.importorskip("triton")
 LAST = torch.channels_last_3d
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-EPS = {
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-    torch.float32: 2e-5,
-}  # of one rounding, with a factor of two
+# of one rounding, with a factor of two
+EPS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
 
 
 def tensor(*shape, dtype=torch.float16, seed=0, shift=0.0):
@@ -39,9 +36,6 @@ def check(mine, oracle, dtype=torch.float16):
         one, other = one.detach().cpu().double(), other.detach().cpu().double()
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=EPS[dtype], atol=EPS[dtype] * other.abs().max())
-
-
-# ---------------------------------------------------------------- norm and ReLU
 
 
 def norm_of(kind, channels, device):
@@ -106,9 +100,6 @@ def test_nan_is_not_hidden_by_relu(place):
     assert out[:, 1:].isfinite().all()
 
 
-# ---------------------------------------------------------------- pooling
-
-
 def pool_and_skip(x, stride, gradients, device):
     x = leaf(x, device)
     wide = gradients[1].new_zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:])
@@ -143,9 +134,6 @@ def test_nan_is_the_largest_value(place):
     pooled = place.run(nan_of_pool, place.device)
     assert pooled.isnan().sum() == 1
     assert pooled[0, 0, 0, 0, 0].isnan()
-
-
-# ---------------------------------------------------------------- upsampling and concatenation
 
 
 def upsample_concat(x, skip, gradient, device):
@@ -192,9 +180,6 @@ def test_lines_may_be_more_than_an_axis_of_a_grid_takes():
     up = F.interpolate(x.float(), size=skip.shape[2:], mode="trilinear")
     (expected,) = torch.autograd.grad(up.sum(), x)
     check([out[:, :8], gradient], [up, expected])
-
-
-# ---------------------------------------------------------------- the network
 
 
 def counted(function, name, seen):

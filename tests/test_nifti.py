@@ -146,8 +146,6 @@ CHANGES = {
                        "an end before the last voxel"),
     "more than the file can hold": (bytes, {"dim": [3, 999, 999, 999, 1, 1, 1, 1]},
                                     "in a file that can hold"),
-    "more voxels than anyone has": (bytes, {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
-                                    "claims 999700029999 voxels"),
     "axis of no voxel": (bytes, {"dim": [3, 7, 0, 5, 1, 1, 1, 1]}, "a shape of (7, 0, 5)"),
     "huge offset": (bytes, {"vox_offset": 2.0**30}, "in a file that can hold"),
     "offset of NaN": (bytes, {"vox_offset": np.nan}, "NaN"),
@@ -183,34 +181,19 @@ def test_little_memory_is_taken_by_a_small_file_that_claims_much(tmp_path):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
 
 
-def outcome(reader, path, expected):
-    """`refused`, `same` or `other`, of what a reader makes of a file."""
-    try:
-        got, affine = reader(path)
-    except Exception:
-        return "refused"
-    same = got.shape == expected.shape and np.array_equal(got, expected)
-    return "same" if same and np.array_equal(affine, AFFINE) else "other"
-
-
 def test_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
-    """Also where nibabel reads other voxels without a word."""
-
-    def nibabels(path):
-        image = nib.load(path)
-        return image.get_fdata(), image.affine
-
-    voxels = voxels_of()
+    """Where nibabel reads other voxels without an error."""
+    voxels, outcomes = voxels_of(), []
     content = Path(save(tmp_path / "a.nii.gz", voxels)).read_bytes()
-    readers = {"ours": lambda path: (read(path), read_header(path).affine), "nibabel": nibabels}
-    seen = {name: [] for name in readers}
     path = tmp_path / "b.nii.gz"
     for place in np.linspace(0, 8 * len(content) - 1, 200).astype(int):
         changed = bytearray(content)
         changed[place // 8] ^= 1 << (place % 8)
         path.write_bytes(bytes(changed))
-        for name, reader in readers.items():
-            seen[name].append(outcome(reader, str(path), voxels))
-    assert "other" not in seen["ours"]
-    assert seen["ours"].count("same") < 200 * 0.1  # time, name and system in the gzip header
-    assert "other" in seen["nibabel"]
+        try:
+            got, affine = read(str(path)), read_header(str(path)).affine
+            outcomes.append(np.array_equal(got, voxels) and np.array_equal(affine, AFFINE))
+        except VolumeError:
+            outcomes.append("refused")
+    assert False not in outcomes
+    assert outcomes.count(True) < 200 * 0.1  # time, name and system in the gzip header

@@ -43,7 +43,6 @@ def put(value):
 @pytest.mark.parametrize(
     ("value", "dtype", "check"),
     [
-        (257, np.int16, "full"),
         (257, np.int16, "fast"),
         (257, np.int16, "off"),
         (-1, np.int16, "fast"),
@@ -87,13 +86,6 @@ def test_label_a_hair_off_whole_numbers_is_rounded_and_said_once(
     assert train(tmp_path / "exact", dataset_dir=str(dataset), preflight=check)[0] == 0
     models = [(tmp_path / run / "models/last.pt").read_bytes() for run in ("r", "exact")]
     assert models[0] == models[1]
-
-
-def test_check_says_that_labels_are_rounded(command, labelled):
-    data = labelled(lambda voxels: voxels + np.float32(0.0005))
-    status, told = command("check", data)
-    assert status == 0
-    assert told.count("rounded") == 1
 
 
 def test_evaluate_rounds_as_training_does_and_refuses_the_rest(command, labelled, tmp_path):

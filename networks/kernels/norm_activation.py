@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ---------------------------------------------------------------- norm and ReLU
-
 
 @triton.jit
 def moments_of_parts(
@@ -190,9 +188,6 @@ def norm_relu_backward(
     tl.store(out + at * channels + c[None, :], g * (w * r), mask=mask)
 
 
-# ---------------------------------------------------------------- pooling
-
-
 @triton.jit
 def max_pool(
     x, out, depth, height, width, channels, Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
@@ -255,9 +250,6 @@ def max_pool_backward(
                 share = tl.where(largest == (dz * Y + dy) * X + dx, pooled, 0.0)
                 at = out + row[:, None] * channels + c[None, :]
                 tl.store(at, skip.to(tl.float32) + share, mask=mask)
-
-
-# ---------------------------------------------------------------- trilinear interpolation
 
 
 @triton.jit

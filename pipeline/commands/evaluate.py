@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.command import CommandParser, number_in, run_parsed
-from pipeline.data.cases import DatasetLayout
+from pipeline.data.cases import DatasetLayout, match
 from pipeline.data.layouts import read_dataset_json, read_layout
-from pipeline.data.pairs import MAX_VALUE, match
 from pipeline.data.splits import persons_of
 from pipeline.errors import InputError
 from pipeline.evaluation.scores import Row, format_number, format_table, score_files, write_scores
 from pipeline.precision import resolve_device
+from transforms.preprocess import MAX_VALUE
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -22,9 +22,10 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from monai.utils import convert_to_numpy
 from scipy.ndimage import find_objects
 
+from pipeline.data.cases import Pair
 from pipeline.data.content import map_threads
 from pipeline.data.issues import some
-from pipeline.data.pairs import Pair, read_pair
+from pipeline.data.nifti import read_pair
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
