@@ -96,14 +96,11 @@ class DenseUNet(nn.Module):
         self._initialise(None if seed is None else torch.Generator().manual_seed(seed))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of every voxel.
+        """Logits `(B, out_channels, H, W, D)` of an image `(B, in_channels, H, W, D)`.
 
-        Args:
-            image: `(B, in_channels, H, W, D)` of any floating dtype, at least `minimum_size`.
-
-        Returns:
-            `(B, out_channels, H, W, D)` logits; in train mode with deep supervision a list of
-            them, one for each decoder level at its own resolution, full resolution first.
+        The image has any floating dtype, and at least `minimum_size`. In train mode with deep
+        supervision there is a list of logits, one for each decoder level at its own resolution,
+        full resolution first.
 
         Raises:
             ValueError: If the image has another number of axes or channels, or is too small.
@@ -152,7 +149,6 @@ class DenseUNet(nn.Module):
         return size[0], size[1], size[2]
 
     def _values_needed(self, batch_size: int) -> int:
-        """Return how many voxels per image the norm needs at the bottleneck."""
         return 2 if self.norm == "instance" or (self.training and batch_size == 1) else 1
 
     def _check(self, image: torch.Tensor) -> None:

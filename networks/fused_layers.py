@@ -44,11 +44,12 @@ class InstanceNorm(nn.InstanceNorm3d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise each channel of each volume of `x` `(B, C, H, W, D)`, scale and shift it."""
-        if _applies(x):
-            return _instance_norm(x, self.weight, self.bias, self.eps)
-        if x.device.type == "cpu" and not torch.jit.is_tracing():
-            return _plain(x, self.weight, self.bias, self.eps)
-        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if _applies(x) and (moments := _usual_moments(x)):
+            return _InstanceNorm.apply(x, self.weight, self.bias, *moments, self.eps)
+        y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if x.device.type == "cpu" and _is_eager() and type(y) is torch.Tensor and y.requires_grad:
+            y.register_hook(torch.Tensor.contiguous)  # for torch, with a single volume
+        return y
 
 
 def upsample(x: torch.Tensor, size: list[int]) -> torch.Tensor:
@@ -74,24 +75,14 @@ def _applies(x: torch.Tensor) -> bool:
     )
 
 
-def _instance_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
-    with torch.no_grad():
-        axes, voxels = (2, 3, 4), x[0, 0].numel()
-        mean = x.sum(axes) / voxels  # (B, C)
-        var = (x * x).sum(axes) / voxels - mean * mean
-        usual = voxels > 1 and bool((mean.square() <= LARGEST_MEAN**2 * var).all())
-    if not usual:  # a constant channel too, and what is not finite
-        return _plain(x, weight, bias, eps)
-    return _InstanceNorm.apply(x, weight, bias, mean, var, eps)
-
-
-def _plain(x: torch.Tensor, weight: Any, bias: Any, eps: float) -> torch.Tensor:
-    y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
-    if y.requires_grad and type(y) is torch.Tensor and not torch.compiler.is_compiling():
-        y.register_hook(torch.Tensor.contiguous)  # torch misreads the gradient of a single volume
-    return y
+@torch.no_grad()
+def _usual_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return mean and variance, `(B, C)`; `None` for a constant channel, or one not finite."""
+    axes, voxels = (2, 3, 4), x[0, 0].numel()
+    mean = x.sum(axes) / voxels
+    var = (x * x).sum(axes) / voxels - mean * mean
+    usual = voxels > 1 and bool((mean.square() <= LARGEST_MEAN**2 * var).all())
+    return (mean, var) if usual else None
 
 
 class _InstanceNorm(torch.autograd.Function):

@@ -52,9 +52,8 @@ def read(path: Path) -> Any:
 def predict(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that the bundle in a run directory predicts."""
     monkeypatch.chdir(run_dir)
-    workflow = ConfigWorkflow(
-        "configs/inference.json", workflow_type="inference", logging_file=False
-    )
+    config = "configs/inference.json"
+    workflow = ConfigWorkflow(config, workflow_type="inference", logging_file=False)
     workflow.initialize()
     workflow.run()
     workflow.finalize()
@@ -126,24 +125,6 @@ def test_run_validates_on_annotated_voxels_alone(train, tmp_path, monkeypatch):
             assert dice[name] == pytest.approx(expected, abs=1e-6)
 
 
-def test_run_normalises_hounsfield_units_by_the_foreground_of_all_cases(train, tmp_path):
-    dataset = any_datasets.ct(tmp_path / "data")
-    assert train(dataset)[0] == 0
-    (planned,) = read(tmp_path / "r/plan.json")["normalization"]
-    foreground = np.concatenate([voxels[label > 0] for voxels, label in ct_cases(dataset)])
-    assert planned["mean"] == pytest.approx(foreground.mean(), rel=0.02)
-    assert planned["std"] == pytest.approx(foreground.std(), rel=0.02)
-    assert planned["clip"] == pytest.approx(np.percentile(foreground, [0.5, 99.5]), abs=2)
-    assert read(tmp_path / "r/configs/inference.json")["normalization"] == [planned]
-
-
-def ct_cases(dataset):
-    for case in any_datasets.case_ids():
-        label = np.asarray(nib.load(dataset / f"labelsTr/{case}.nii.gz").dataobj)
-        voxels = nib.load(dataset / f"imagesTr/{case}_0000.nii.gz").get_fdata()
-        yield voxels, np.where(label == 3, 0, label)
-
-
 def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, monkeypatch):
     status, told = train(any_datasets.folders(tmp_path / "data"), fold="all")
     assert status == 0
@@ -154,20 +135,6 @@ def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, m
     assert all(torch.equal(last[name], model[name]) for name in last)
     assert read(tmp_path / "r/summary.json")["best_mean_dice"] is None
     assert len(predict(tmp_path / "r", monkeypatch)) == 6
-
-
-def test_run_keeps_a_test_fraction(train, tmp_path):
-    _, told = train(any_datasets.csv_table(tmp_path / "data"), test_fraction=0.3, num_folds=2)
-    assert "2 training, 2 validation and 2 test cases" in told
-
-
-def test_run_follows_a_split_file(train, tmp_path):
-    a, b, c, *_ = any_datasets.case_ids()
-    file = tmp_path / "split.json"
-    file.write_text(json.dumps({"train": [a, b], "val": [c]}))
-    assert train(any_datasets.folders(tmp_path / "data"), split_file=str(file))[0] == 0
-    assert list(read(tmp_path / "r/validation.json")["cases"]) == [c]
-    assert "case_005: expected the case in " in (tmp_path / "r/log.txt").read_text()
 
 
 def test_run_goes_on_with_its_plan_when_the_budget_is_another(train, tmp_path):

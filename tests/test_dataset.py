@@ -27,9 +27,6 @@ def faults_of(function, *arguments, **keywords):
     return caught.value.faults
 
 
-# ---- the fingerprint
-
-
 def fingerprint_of(root, **keywords):
     return load_cases(root, **{"num_folds": 2, **keywords}).fingerprint
 
@@ -73,9 +70,6 @@ def test_fingerprint_is_the_one_that_stored_runs_have(writable):
     assert fingerprint_of(writable) == expected
 
 
-# ---- cases that are excluded or have faults
-
-
 def take_files(root):
     (root / "imagesTr" / "tiny_002.nii.gz").unlink()
     (root / "labelsTr" / "tiny_002.nii.gz").unlink()
@@ -113,9 +107,6 @@ def test_load_cases_finds_all_missing_files(writable):
     *faults, split = faults_of(load_cases, writable, num_folds=4)
     assert missing_of(faults) == missing
     assert split.startswith("num_folds: expected 2 to 2")
-
-
-# ---- a dataset.json that cannot be used
 
 
 def test_load_cases_names_all_missing_and_empty_keys(writable):

@@ -292,7 +292,7 @@ BAD = {
     "infinite axis": (
         infinite_axis,
         None,
-        "an affine with three directions in the KIND, got .*inf",
+        "an affine of finite numbers in the KIND, got .*inf",
     ),
     "4D": (
         np.zeros((*SIZE, 2), np.uint8),

@@ -61,9 +61,6 @@ def refusal(path):
     return message.removeprefix(before).removesuffix(after)
 
 
-# ---- what is right
-
-
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u8", "f4", "f8"])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("endian", ["<", ">"])
@@ -108,18 +105,15 @@ def test_header_knows_whether_the_file_is_oriented(tmp_path):
     for sform, qform in ((0, 0), (1, 0), (0, 1), (2, 3)):
         path = edited(tmp_path, bytes, sform_code=sform, qform_code=qform)
         assert read_header(path).is_oriented == (sform + qform > 0)
-        np.testing.assert_array_equal(read_header(path).affine, nib.load(path).affine)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_padding_after_the_voxels_is_allowed(tmp_path, name):
-    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    np.testing.assert_array_equal(read(str(path)), voxels_of())
-    longer = raw + b"\0"
-    path.write_bytes(gzip.compress(longer) if name.endswith("gz") else longer)
-    assert "bytes after the last voxel" in refusal(str(path))
+def test_padding_after_the_voxels_is_allowed(tmp_path):
+    padded = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
+    for path, write in ((tmp_path / "a.nii", bytes), (tmp_path / "a.nii.gz", gzip.compress)):
+        path.write_bytes(write(padded))
+        np.testing.assert_array_equal(read(str(path)), voxels_of())
+        path.write_bytes(write(padded + b"\0"))
+        assert "bytes after the last voxel" in refusal(str(path))
 
 
 def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
@@ -132,8 +126,6 @@ def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
     np.testing.assert_array_equal(read_header(path).affine, affine)
     np.testing.assert_allclose(read_header(path).zooms_mm, np.linalg.norm(affine[:3, :3], axis=0))
 
-
-# ---- what is not
 
 CHANGES = {
     "checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], {}, "CRC check failed"),
@@ -179,21 +171,3 @@ def test_little_memory_is_taken_by_a_small_file_that_claims_much(tmp_path):
         tracemalloc.stop()
         assert peak < 2**20
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
-
-
-def test_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
-    """Where nibabel reads other voxels without an error."""
-    voxels, outcomes = voxels_of(), []
-    content = Path(save(tmp_path / "a.nii.gz", voxels)).read_bytes()
-    path = tmp_path / "b.nii.gz"
-    for place in np.linspace(0, 8 * len(content) - 1, 200).astype(int):
-        changed = bytearray(content)
-        changed[place // 8] ^= 1 << (place % 8)
-        path.write_bytes(bytes(changed))
-        try:
-            got, affine = read(str(path)), read_header(str(path)).affine
-            outcomes.append(np.array_equal(got, voxels) and np.array_equal(affine, AFFINE))
-        except VolumeError:
-            outcomes.append("refused")
-    assert False not in outcomes
-    assert outcomes.count(True) < 200 * 0.1  # time, name and system in the gzip header

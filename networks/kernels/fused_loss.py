@@ -110,19 +110,14 @@ def sums(
 ) -> torch.Tensor:
     """Sums of each volume over its voxels, `(B, 3 C + 2)` float64, of tensors in any layout.
 
-    Args:
-        logits: `(B, C, …)` of a floating dtype, C up to `MAX_CLASSES`. The gradient has their dtype
-            and layout; one that is asked for by another loses no bit in between.
-        label: `(B, 1, …)` integers of any dtype. A voxel whose label is neither a class nor ignored
-            counts in the masses alone.
-        class_weights: `(C,)` float32 on the same device.
-        ignore_value: Label of voxels that do not count.
-        dice: Whether overlap and mass are wanted; they are 0 otherwise.
-        entropy: Whether the cross-entropy is.
+    These are overlap, mass and size, C numbers each; the weighted sum of -ln(p) at the labels; and
+    the sum of the weights. Numbers of voxels are exact. What `dice` and `entropy` exclude is 0.
 
-    Returns:
-        Overlap, mass and size, C numbers each; the weighted sum of -ln(p) at the labels; the sum of
-        the weights. Numbers of voxels are exact.
+    Args:
+        logits: `(B, C, …)` of a floating dtype, which the gradient has; C up to `MAX_CLASSES`.
+        label: `(B, 1, …)` integers of any dtype. A voxel whose label is neither a class nor
+            `ignore_value` counts in the masses alone.
+        class_weights: `(C,)` float32 on the same device.
     """
     if not (logits.is_contiguous() or _is_last(logits)):
         logits = logits.contiguous()

@@ -1,8 +1,7 @@
 """Triton kernels of the dense U-Net's layers that only move memory.
 
 All tensors are channels last: a *row* is one voxel with its channels, and rows follow one another
-as `(b, z, y, x)`. Sums are float32 in an order that shapes alone decide: there are no atomics, so
-that equal inputs give equal bits. `networks.fused_layers` makes differentiable operations of them.
+as `(b, z, y, x)`. Sums are float32 in an order that shapes alone decide, without atomics.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Dataset layouts: how the cases of a folder or a table are listed.
+"""Reads the layouts of datasets.
 
-msd      dataset.json with labels and training pairs (Medical Segmentation Decathlon)
-nnunet   dataset.json with channel_names, imagesTr/<case>_0000.nii.gz (nnU-Net v2 raw)
-table    a CSV or JSON list of image and label, or a folder with cases.csv or cases.json
-folders  images/ and labels/ (or imagesTr/ and labelsTr/) with equal names
+`msd` (Medical Segmentation Decathlon) and `nnunet` have a dataset.json, a `table` is a CSV or JSON
+list of image and label, and `folders` hold images and labels of equal names.
 """
 
 from __future__ import annotations

@@ -288,12 +288,9 @@ def _read_label_map(path: Path, kind: str) -> tuple[Header, np.ndarray]:
     except VolumeError as error:
         named = f"{path.name} of the {kind}"
         raise InputError(str(error).replace(path.name, named, 1)) from error
-    axes, shown = header.affine[:3, :3], header.affine[:3].tolist()
-    is_sound = np.isfinite(header.affine).all() and (
-        abs(np.linalg.det(axes)) > 1e-3 * np.linalg.norm(axes, axis=0).prod()
-    )
-    expected = f"an affine with three directions in the {kind}"
-    _demand(is_sound, expected, shown, "Correct the header")
+    for issue in _check_geometry("", f"the {kind}", header):
+        if not issue.warning:
+            raise InputError(issue.message)
     between = voxels[voxels != np.rint(voxels)]  # a NaN is no integer
     remedy = "Resample it with nearest neighbours"
     _demand(not between.size, f"integer values in the {kind}", between[:1], remedy)
