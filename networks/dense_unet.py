@@ -6,6 +6,7 @@ A *level* is one resolution. The *skip* of a level is its encoder output, handed
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -167,11 +168,28 @@ class DenseUNet(nn.Module):
                 "Enlarge roi_size or reduce strides."
             )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _Traced(self)
+
     def _initialise(self, generator: torch.Generator | None) -> None:
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv3d)):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+
+
+class _Traced(nn.Module):
+    """The network for `torch.jit.script`, which cannot read how kernels are chosen: its trace."""
+
+    def __init__(self, network: DenseUNet) -> None:
+        super().__init__()
+        size = [2 * n for n in network.reduction]
+        example = network.head.weight.new_zeros(2, network.in_channels, *size)
+        with warnings.catch_warnings(action="ignore"):  # torch's check of sizes is not recorded
+            self.network = torch.jit.trace(network, example)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network(image)
 
 
 class _ConvBlock(nn.Module):

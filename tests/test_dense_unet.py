@@ -260,14 +260,14 @@ def test_weights_are_kaiming_normal_by_fan_in():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_trace_and_compile_agree_with_eager():
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_script_and_compile_agree_with_eager(norm):
     deep = {"deep_supervision": True, "recompute_levels": 1}
-    network = tiny(strides=[[2, 2, 1]], num_dense_layers=1, **deep).eval()
-    x = image(1, 1, 5, 4, 3)
+    network = tiny(strides=[[2, 2, 1]], num_dense_layers=1, norm=norm, **deep).eval()
+    x, larger = image(1, 1, 5, 4, 3), image(2, 1, 7, 6, 4)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), network(x))
-    traced, larger = torch.jit.trace(network, x), image(2, 1, 7, 6, 4)
-    torch.testing.assert_close(traced(larger), network(larger))
+    torch.testing.assert_close(torch.jit.script(network)(larger), network(larger))
 
 
 def test_channels_last_and_autocast_give_the_same_logits():

@@ -22,13 +22,13 @@ def volume(num_classes, size, seed=0, batch=2):
     return 2 * torch.randn(batch, num_classes, *size, generator=rng), label
 
 
-def definition(logits, label, weights=None, ignored=None, smooth=1e-5, **options):
+def definition(logits, label, class_weights=None, ignore_value=None, smooth=1e-5, **options):
     """Loss by its formula in float64; a label that is no class counts in the masses alone."""
     logits, num_classes = logits.double(), logits.shape[1]
     log_p = logits - logits.logsumexp(1, keepdim=True)
-    w = torch.ones(num_classes) if weights is None else torch.tensor(weights)
+    w = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
     w = w.double().to(logits.device)
-    valid = torch.ones_like(label, dtype=torch.bool) if ignored is None else label != ignored
+    valid = (label != ignore_value) if ignore_value is not None else (label == label)
     classes = torch.arange(num_classes, device=label.device).view(1, -1, *[1] * (label.ndim - 2))
     true = ((label == classes) & valid).double()
     axes = tuple(range(2, label.ndim))
@@ -70,8 +70,6 @@ def fused(logits, label, device, scale=1.0, options=None, levels=()):
 
 def exact(logits, label, **options):
     leaf = logits.double().requires_grad_()
-    names = {"class_weights": "weights", "ignore_value": "ignored"}
-    options = {names.get(key, key): value for key, value in options.items()}
     value = definition(leaf, label, **options)
     return value.item(), torch.autograd.grad(value, leaf)[0]
 

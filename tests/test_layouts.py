@@ -318,28 +318,20 @@ def test_read_layout_refuses_a_table_in_one_line(tmp_path, text, name, message):
     assert re.search(message, fault_of(table(tmp_path, text, name)))
 
 
-def test_read_layout_refuses_what_it_does_not_know(tmp_path):
-    touch(tmp_path, *(f"scan{n}.mha" for n in range(7)), ".hidden")
-    fault = fault_of(tmp_path)
-    assert fault.startswith("dataset_dir: expected a folder with dataset.json (Medical ")
-    assert (
-        f"found scan0.mha, scan1.mha, scan2.mha, scan3.mha, scan4.mha and 2 more in {tmp_path}."
-        in (fault)
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("absent", r"^dataset_dir: expected a folder with dataset.json .*, found no .*absent\."),
         ("file.mha", r"^dataset_dir: expected a folder, or a \.csv or \.json file .*file\.mha\."),
         ("empty", r"found nothing in .*empty\."),
+        ("scans", r"found 0\.mha, 1\.mha, 2\.mha, 3\.mha, 4\.mha and 2 more in .*scans\."),
         ("both", r"expected one of cases\.csv and cases\.json, got both"),
         ("none", r"expected cases, got none"),
     ],
 )
 def test_read_layout_refuses_a_place_that_is_no_dataset(tmp_path, name, message):
-    touch(tmp_path, "file.mha", "both/cases.csv", "both/cases.json")
+    touch(tmp_path, "file.mha", "both/cases.csv", "both/cases.json", "scans/.hidden")
+    touch(tmp_path / "scans", *(f"{n}.mha" for n in range(7)))
     for folder in ("empty", "none/images", "none/labels"):
         (tmp_path / folder).mkdir(parents=True)
     assert re.search(message, fault_of(tmp_path / name))

@@ -61,7 +61,7 @@ def test_every_case_is_told_of(command, train, tmp_path, level, folders):
     assert not (tmp_path / "r").exists()
 
 
-def test_the_others_are_predicted_and_scored(command, train, dataset, tmp_path):
+def test_the_others_are_predicted(command, train, tmp_path):
     few = {"max_epochs": 1, "steps_per_epoch": 1}
     assert train(tmp_path / "r", **few)[0] == 0
     images = make_dataset(tmp_path / "d", len(FIELDS) + 1) / "imagesTr"
@@ -75,12 +75,3 @@ def test_the_others_are_predicted_and_scored(command, train, dataset, tmp_path):
     listed = told.partition("Not predicted: ")[2].splitlines()
     assert [line.split(":")[0].strip() for line in listed[1:]] == names[:-1], told
     assert all(": expected " in line for line in listed[1:])
-
-    labels = tmp_path / "d" / "labelsTr"
-    for name, fields in zip(names, FIELDS.values(), strict=False):
-        (tmp_path / "out" / f"{name}.nii.gz").write_bytes((labels / f"{name}.nii.gz").read_bytes())
-        spoil(tmp_path / "out" / f"{name}.nii.gz", fields)
-    status, told = command("evaluate", tmp_path / "out", labels, "--output_dir", tmp_path / "s")
-    assert status == 1
-    refused = [line.split(":")[0] for line in told.splitlines() if ": expected " in line]
-    assert refused == names[:-1], told
