@@ -173,14 +173,12 @@ def test_run_refuses_a_damaged_plan_in_one_line(train, tmp_path, text):
     [
         ("spacing", [0.001, 0.001, 0.0005], "spacing: expected mm that leave 1 to 10000 voxels"),
         ("roi_size", [1.5, 8, 8], "roi_size#0: expected an integer"),
-        ("strides", [], "--strides: expected a list of whole numbers or [x, y, z]"),
         ("normalization", ["zscore", "zscore"], "normalization: expected 1 entries, one per"),
         ("class_names", ["a", "b", "b"], "class_names: expected different names, got a, b, b."),
         ("num_classes", 2, "class_names: expected 2 names, background included, got 3."),
         ("in_channels", 4, "in_channels: expected 1, the channels of the images, got 4."),
         ("test_fraction", 2, "test_fraction: expected 0 to below 1, got 2."),
         ("split_file", "missing.json", "missing.json: expected JSON, got: "),
-        ("exclude", "case_001", "--exclude: expected a list of strings (case ids to leave out)"),
     ],
 )
 def test_run_answers_a_mistyped_value_and_starts_without_it(train, tmp_path, key, value, message):

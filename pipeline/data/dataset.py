@@ -99,8 +99,7 @@ def given_cases(
 ) -> Cases:
     """Take cases that a client lists and splits itself, in place of a dataset.
 
-    Their file names are absolute; without `case_id` a case is named after its image. Class names
-    are in the order of the label values, where known.
+    Their file names are absolute; class names are in the order of the label values, where known.
 
     Raises:
         InputError: If there is no training case, or a case has another form.

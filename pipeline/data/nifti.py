@@ -162,10 +162,9 @@ def _name_file(path: str) -> Iterator[None]:
 def check_headers(
     case: Case, num_channels: int | None
 ) -> tuple[Headers | None, list[DatasetIssue]]:
-    """Read the headers of a case, which may have no label, and check them.
+    """Read and check the headers of a case, which are `None` if one is not valid.
 
-    `num_channels` is that of an image, where the dataset declares it. Returns the headers, `None`
-    if one is not valid, and what is wrong with them.
+    `num_channels` is that of an image, where the dataset declares it.
     """
     case_id, files = case["case_id"], files_of(case)
     headers: Headers = {key: [] for key in files}

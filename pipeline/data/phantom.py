@@ -92,9 +92,8 @@ def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -
 def make_case(seed: int, case: int) -> tuple[NDArray[np.int16], NDArray[np.uint8], FloatArray]:
     """Sample patient number `case`, from 0, of the dataset of a seed on one voxel grid.
 
-    Returns:
-        Image `(I, J, K)`, label map `(I, J, K)`, and the affine `(4, 4)` from voxel to world RAS+
-        in mm; axis order, flips and obliquity vary from case to case.
+    Image and label map are `(I, J, K)`. The affine `(4, 4)`, from voxel to world RAS+ in mm, has
+    another axis order, flips and obliquity in each case.
     """
     rng = np.random.default_rng((seed, case))
     shape, affine = _grid(rng, ORIENTATIONS[case % len(ORIENTATIONS)])
