@@ -74,10 +74,7 @@ class DenseUNet(nn.Module):
         self.strides = _triples(strides)
         self.reduction = tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
         self.deep_supervision = deep_supervision in (True, "true")
-        most = len(self.strides)
-        valid = _is_int(recompute_levels, 0) and recompute_levels <= most
-        expected = f"0 to {most}, as many as there are decoders"
-        _expect(valid, "recompute_levels", expected, recompute_levels)
+        _check_recomputed(recompute_levels, len(self.strides))
         self.recompute_levels = recompute_levels
         widths = [base_channels * 2**i for i in range(len(self.strides) + 1)]
         below = [*widths[1:-1], widths[-1] + num_dense_layers * growth_rate]
@@ -271,6 +268,11 @@ def _check_options(norm: str, dropout: float, deep: bool, seed: int | None) -> N
     valid = deep in (True, False, "true", "false")  # `monai.bundle` passes words
     _expect(valid, "deep_supervision", "true or false", deep)
     _expect(seed is None or _is_int(seed, 0), "seed", "null or an integer from 0 up", seed)
+
+
+def _check_recomputed(levels: int, most: int) -> None:
+    valid = _is_int(levels, 0) and levels <= most
+    _expect(valid, "recompute_levels", f"0 to {most}, as many as there are decoders", levels)
 
 
 def _is_int(value: object, minimum: int) -> bool:

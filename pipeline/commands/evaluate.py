@@ -22,11 +22,11 @@ from typing import Any
 from pipeline.commands.command import CommandParser, number_in, run_parsed
 from pipeline.data.cases import DatasetLayout, match
 from pipeline.data.layouts import read_dataset_json, read_layout
+from pipeline.data.nifti import MAX_VALUE
 from pipeline.data.splits import persons_of
 from pipeline.errors import InputError
 from pipeline.evaluation.scores import Row, format_number, format_table, score_files, write_scores
 from pipeline.precision import resolve_device
-from transforms.preprocess import MAX_VALUE
 
 
 def main(words: Sequence[str] | None = None) -> int:
