@@ -1,27 +1,21 @@
-"""A 3D U-Net with a dense bottleneck: the whole network.
+"""A 3D U-Net with a dense bottleneck; `fused_layers` computes some layers faster than torch does.
 
-This file defines what is computed; `fused_layers` computes some of it faster than
-torch does, with the same results.
-
-Terms: a *level* is one resolution; the *skip* of a level is its encoder output, handed to its
-decoder; the *reduction* of an axis is the product of its strides, so `n` voxels along it are
-`n // reduction` at the bottleneck.
+A *level* is one resolution. The *skip* of a level is its encoder output, handed to its decoder. The
+*reduction* of an axis is the product of its strides: `n` voxels are `n // reduction` at the bottom.
 """
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import fused_layers
-from networks.fused_layers import InstanceNorm, upsample
 
-NORMS = {"batch": nn.BatchNorm3d, "instance": InstanceNorm}
+NORMS = {"batch": nn.BatchNorm3d, "instance": fused_layers.InstanceNorm}
 COUNTS = ("in_channels", "out_channels", "base_channels", "num_dense_layers", "growth_rate")
 BOTTLENECK_FACTOR = 4  # a dense layer's 1×1×1 convolution has 4 · growth_rate channels
 
@@ -31,9 +25,8 @@ class DenseUNet(nn.Module):
 
     Level `i` has `base_channels · 2^i` channels and two 3×3×3 convolutions, each followed by a
     norm and ReLU. Max pooling leads down, trilinear upsampling to the skip's exact size and
-    concatenation with it lead up. Each dense layer appends `growth_rate` channels to the deepest
-    level. With the defaults: 32, 64, 128 and 256 channels, 256 → 384 in the bottleneck at 1/8
-    resolution.
+    concatenation with it lead up. With the defaults there are 32, 64, 128 and 256 channels, and
+    256 → 384 in the bottleneck at 1/8 resolution.
 
     Args:
         in_channels: Channels of the image.
@@ -76,11 +69,11 @@ class DenseUNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_counts(in_channels, out_channels, base_channels, num_dense_layers, growth_rate)
-        _check_options(norm, dropout, seed)
+        _check_options(norm, dropout, deep_supervision, seed)
         self.in_channels, self.out_channels, self.norm = in_channels, out_channels, norm
         self.strides = _triples(strides)
         self.reduction = tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
-        self.deep_supervision = _as_bool("deep_supervision", deep_supervision)
+        self.deep_supervision = deep_supervision in (True, "true")
         _check_recomputed(recompute_levels, len(self.strides))
         self.recompute_levels = recompute_levels
         widths = [base_channels * 2**i for i in range(len(self.strides) + 1)]
@@ -90,7 +83,9 @@ class DenseUNet(nn.Module):
             self.encoders = _blocks([in_channels, *widths[:-2]], widths[:-1], norm)
             self.pools = nn.ModuleList(nn.MaxPool3d(stride, stride) for stride in self.strides)
             self.deepest = _ConvBlock(widths[-2], widths[-1], norm)
-            self.bottleneck = _dense_block(widths[-1], num_dense_layers, growth_rate, norm, dropout)
+            inputs = [widths[-1] + i * growth_rate for i in range(num_dense_layers)]
+            layers = (_DenseLayer(n, growth_rate, norm, dropout) for n in inputs)
+            self.bottleneck = nn.Sequential(*layers)
             joined = [skip + up for skip, up in zip(widths[:-1], below, strict=True)]
             self.decoders = _blocks(joined[::-1], widths[-2::-1], norm)  # deepest first
             self.head = nn.Conv3d(base_channels, out_channels, 1)
@@ -99,66 +94,47 @@ class DenseUNet(nn.Module):
         self._initialise(None if seed is None else torch.Generator().manual_seed(seed))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of every voxel.
+        """Logits `(B, out_channels, H, W, D)` of an image `(B, in_channels, H, W, D)`.
 
-        Args:
-            image: `(B, in_channels, H, W, D)` of any floating dtype, at least `minimum_size`.
-
-        Returns:
-            `(B, out_channels, H, W, D)` logits; in train mode with deep supervision a list of
-            them, one for each decoder level at its own resolution, full resolution first.
+        The image has any floating dtype, and at least `minimum_size`. In train mode with deep
+        supervision there is a list of logits, one for each decoder level at its own resolution,
+        full resolution first.
 
         Raises:
             ValueError: If the image has another number of axes or channels, or is too small.
         """
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+        if not torch.jit.is_tracing():
             self._check(image)
-        x = image
-        if not torch.jit.is_scripting():
-            x = fused_layers.channels_last(image, self.deepest.conv2.weight)
+        x = fused_layers.channels_last(image, self.deepest.conv2.weight)
         skips: list[torch.Tensor] = []
-        for encoder, pool in zip(self.encoders, self.pools):  # noqa: B905 (TorchScript)
-            if torch.jit.is_scripting():
-                x = encoder(x)
-                skips.append(x)
-                x = pool(x)
-            else:
-                x = self._at(len(skips), encoder, x)
-                x, skip = fused_layers.pool_and_skip(x, pool)
-                skips.append(skip)
+        for encoder, pool in zip(self.encoders, self.pools, strict=True):
+            x, skip = fused_layers.pool_and_skip(self._at(len(skips), encoder, x), pool)
+            skips.append(skip)
         x = self.bottleneck(self.deepest(x))
         levels: list[torch.Tensor] = []
         for decoder in self.decoders:
             skip = skips.pop()
-            if torch.jit.is_scripting():
-                x = decoder(torch.cat([upsample(x, list(skip.shape[2:])), skip], dim=1))
-            else:
-                x = self._at(len(skips), decoder, x, skip)
+            x = self._at(len(skips), decoder, x, skip)
             levels.append(x)
         logits = self.head(x)
         if not (self.training and self.deep_supervision):
             return logits
-        outputs = [logits]
-        for i, head in enumerate(self.deep_heads):
-            outputs.insert(1, head(levels[i]))
-        return outputs
+        coarse = [head(level) for head, level in zip(self.deep_heads, levels, strict=False)]
+        return [logits, *coarse[::-1]]
 
-    @torch.jit.unused
     def _at(self, level: int, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run a block of a level; an input from below is first upsampled and joined to the skip."""
-        run = block if len(inputs) == 1 else partial(_decoded, block)
+        """Run a block of a level, and drop what it computed where it is to be recomputed."""
         wanted = level < self.recompute_levels and self.training and torch.is_grad_enabled()
         if not wanted or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return run(*inputs)
+            return block(*inputs)
         return checkpoint(
-            run,
+            block,
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,  # there is no dropout in a block
             context_fn=lambda: (contextlib.nullcontext(), _untouched_buffers(block)),
         )
 
-    @torch.jit.unused
     def minimum_size(self, batch_size: int = 1) -> tuple[int, int, int]:
         """Smallest `(H, W, D)` in voxels that `forward` accepts in the present mode.
 
@@ -171,7 +147,6 @@ class DenseUNet(nn.Module):
         return size[0], size[1], size[2]
 
     def _values_needed(self, batch_size: int) -> int:
-        """Return how many voxels per image the norm needs at the bottleneck."""
         return 2 if self.norm == "instance" or (self.training and batch_size == 1) else 1
 
     def _check(self, image: torch.Tensor) -> None:
@@ -190,6 +165,9 @@ class DenseUNet(nn.Module):
                 "Enlarge roi_size or reduce strides."
             )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _Traced(self)
+
     def _initialise(self, generator: torch.Generator | None) -> None:
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv3d)):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
@@ -197,8 +175,25 @@ class DenseUNet(nn.Module):
                 nn.init.zeros_(conv.bias)
 
 
+class _Traced(nn.Module):
+    """The network for `torch.jit.script`, which cannot read how kernels are chosen: its trace."""
+
+    def __init__(self, network: DenseUNet) -> None:
+        super().__init__()
+        size = [2 * n for n in network.reduction]
+        example = network.head.weight.new_zeros(2, network.in_channels, *size)
+        with warnings.catch_warnings(action="ignore"):  # torch's check of sizes is not recorded
+            self.network = torch.jit.trace(network, example)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network(image)
+
+
 class _ConvBlock(nn.Module):
-    """Twice 3×3×3 convolution, norm and ReLU; the norm's shift takes the place of a bias."""
+    """Twice 3×3×3 convolution, norm and ReLU; the norm's shift takes the place of a bias.
+
+    The input of a decoder is first upsampled to the size of the skip, and joined to it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__()
@@ -207,16 +202,10 @@ class _ConvBlock(nn.Module):
         self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = _norm(norm, out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-            return F.relu(self.norm2(self.conv2(x)), inplace=True)
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if skip is None else fused_layers.upsample_concat(x, skip)
         x = fused_layers.norm_relu(self.norm1, self.conv1(x))
         return fused_layers.norm_relu(self.norm2, self.conv2(x))
-
-
-def _decoded(block: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    return block(fused_layers.upsample_concat(x, skip))
 
 
 @contextlib.contextmanager
@@ -225,9 +214,7 @@ def _untouched_buffers(block: nn.Module) -> Iterator[None]:
     own = [(module._buffers, dict(module._buffers)) for module in block.modules()]
     try:
         for buffers, kept in own:
-            buffers.update(
-                {name: tensor.clone() for name, tensor in kept.items() if tensor is not None}
-            )
+            buffers.update({name: t.clone() for name, t in kept.items() if t is not None})
         yield
     finally:
         for buffers, kept in own:
@@ -247,20 +234,9 @@ class _DenseLayer(nn.Module):
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            new = self.conv1(F.relu(self.norm1(x), inplace=True))
-            new = self.conv2(F.relu(self.norm2(new), inplace=True))
-        else:
-            new = self.conv1(fused_layers.norm_relu(self.norm1, x))
-            new = self.conv2(fused_layers.norm_relu(self.norm2, new))
+        new = self.conv1(fused_layers.norm_relu(self.norm1, x))
+        new = self.conv2(fused_layers.norm_relu(self.norm2, new))
         return torch.cat([x, self.dropout(new)], dim=1)  # (B, channels + growth_rate, …)
-
-
-def _dense_block(
-    channels: int, num_layers: int, growth_rate: int, norm: str, dropout: float
-) -> nn.Sequential:
-    inputs = [channels + i * growth_rate for i in range(num_layers)]
-    return nn.Sequential(*(_DenseLayer(n, growth_rate, norm, dropout) for n in inputs))
 
 
 def _blocks(inputs: list[int], outputs: list[int], norm: str) -> nn.ModuleList:
@@ -285,22 +261,18 @@ def _check_counts(*counts: int) -> None:
         _expect(_is_int(count, 1), name, "a positive integer", count)
 
 
-def _check_options(norm: str, dropout: float, seed: int | None) -> None:
+def _check_options(norm: str, dropout: float, deep: bool, seed: int | None) -> None:
     _expect(norm in tuple(NORMS), "norm", "one of " + ", ".join(NORMS), norm)
     valid = type(dropout) in (int, float) and 0 <= dropout < 1
     _expect(valid, "dropout", "a number in [0, 1)", dropout)
+    valid = deep in (True, False, "true", "false")  # `monai.bundle` passes words
+    _expect(valid, "deep_supervision", "true or false", deep)
     _expect(seed is None or _is_int(seed, 0), "seed", "null or an integer from 0 up", seed)
 
 
 def _check_recomputed(levels: int, most: int) -> None:
     valid = _is_int(levels, 0) and levels <= most
     _expect(valid, "recompute_levels", f"0 to {most}, as many as there are decoders", levels)
-
-
-def _as_bool(name: str, value: object) -> bool:
-    """Convert a JSON boolean, or the words `true` and `false` as `monai.bundle` passes them."""
-    _expect(value in (True, False, "true", "false"), name, "true or false", value)
-    return value in (True, "true")
 
 
 def _is_int(value: object, minimum: int) -> bool:

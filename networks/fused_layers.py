@@ -1,13 +1,12 @@
 """Layers limited by memory bandwidth, each in one pass where torch needs several.
 
-On CUDA, for channels-last tensors, they run the kernels of `networks.kernels`. Everywhere else, and
-in a network that is scripted, traced or exported, they run torch's operations. Both compute the
-same functions; the kernels compute in float32 and round once, to the dtype that they store.
+On CUDA, for channels-last tensors, they run the kernels of `networks.kernels`, which compute in
+float32 and round once, to the dtype that they store. Everywhere else, and in a network that is
+traced or exported, they run torch's operations.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from functools import cache
@@ -16,28 +15,41 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+try:
+    import triton
+
+    from networks.kernels import norm_activation
+except ImportError:  # no Triton for this platform
+    triton = None
+
+log = logging.getLogger(__name__)
+
+Grid = tuple[int, int, int]
+
+LAST = torch.channels_last_3d
+TILE = 4096  # values that a program holds at a time
+PROGRAMS = 1024  # that share the sums over an image: some for each multiprocessor of a card
 LARGEST_MEAN = 10.0  # in standard deviations; above it E[x²] − E[x]² loses more than a digit
 
 
 class InstanceNorm(nn.InstanceNorm3d):
     """Instance norm that works in channels_last_3d; torch's converts it to contiguous and back.
 
-    The statistics are sums in the given memory format, and the rest is batch norm of each volume
-    alone. Sums are torch's pairwise ones: its batch norm adds the voxels of a channel one after the
-    other, and is off by 1e-3 standard deviations at 96³. The gradient of torch's instance norm is
-    wrong for a single volume if the next layer's gradient is channels last (torch 2.13); this one
-    is right.
+    The statistics are torch's pairwise sums, and the rest is batch norm of each volume alone:
+    statistics of torch's batch norm are off by 1e-3 standard deviations at 96³. The gradient is
+    right where torch's is not (2.13: a single volume whose output's gradient is channels last).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise each channel of each volume of `x` `(B, C, H, W, D)`, scale and shift it."""
-        if not torch.jit.is_scripting():
-            if _applies(x):
-                return _instance_norm(x, self.weight, self.bias, self.eps)
-            if x.device.type == "cpu" and not torch.jit.is_tracing():
-                return _plain(x, self.weight, self.bias, self.eps)
-        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if _applies(x) and (moments := _usual_moments(x)):
+            return _InstanceNorm.apply(x, self.weight, self.bias, *moments, self.eps)
+        y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if x.device.type == "cpu" and _is_eager() and type(y) is torch.Tensor and y.requires_grad:
+            y.register_hook(torch.Tensor.contiguous)  # for torch, with a single volume
+        return y
 
 
 def upsample(x: torch.Tensor, size: list[int]) -> torch.Tensor:
@@ -46,9 +58,8 @@ def upsample(x: torch.Tensor, size: list[int]) -> torch.Tensor:
     The gradient is computed axis by axis, as products with small matrices of linear interpolation;
     torch visits all eight neighbours of every voxel.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript)
-        if x.requires_grad and torch.is_grad_enabled() and _applies(x):
-            return _Upsample.apply(x, tuple(size))
+    if x.requires_grad and torch.is_grad_enabled() and _applies(x):
+        return _Upsample.apply(x, tuple(size))
     return F.interpolate(x, size=size, mode="trilinear", align_corners=False)
 
 
@@ -58,44 +69,20 @@ def _applies(x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.dim() == 5
-        and x.is_contiguous(memory_format=torch.channels_last_3d)
+        and x.is_contiguous(memory_format=LAST)
         and not x.is_contiguous()  # of one channel both are true
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
+        and _is_eager()
     )
 
 
-def _instance_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
-    with torch.no_grad():
-        axes, voxels = (2, 3, 4), x[0, 0].numel()
-        mean = x.sum(axes) / voxels  # (B, C)
-        var = (x * x).sum(axes) / voxels - mean * mean
-        usual = voxels > 1 and bool((mean.square() <= LARGEST_MEAN**2 * var).all())
-    if not usual:  # a constant channel too, and what is not finite
-        return _plain(x, weight, bias, eps)
-    return _InstanceNorm.apply(x, weight, bias, mean, var, eps)
-
-
-def _plain(x: torch.Tensor, weight: Any, bias: Any, eps: float) -> torch.Tensor:
-    y = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
-    if not y.requires_grad or type(y) is not torch.Tensor or torch.compiler.is_compiling():
-        return y
-    return _ContiguousGradient.apply(y)
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """Make the gradient contiguous: torch's instance norm misreads one of a single volume."""
-
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
-        ctx.mark_dirty(y)  # the same tensor, which ReLU may then overwrite
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad.contiguous()
+@torch.no_grad()
+def _usual_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return mean and variance, `(B, C)`; `None` for a constant channel, or one not finite."""
+    axes, voxels = (2, 3, 4), x[0, 0].numel()
+    mean = x.sum(axes) / voxels
+    var = (x * x).sum(axes) / voxels - mean * mean
+    usual = voxels > 1 and bool((mean.square() <= LARGEST_MEAN**2 * var).all())
+    return (mean, var) if usual else None
 
 
 class _InstanceNorm(torch.autograd.Function):
@@ -109,24 +96,16 @@ class _InstanceNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
         x, weight, mean, inverse = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad = grad.contiguous(memory_format=LAST)
         grad_x, parts = torch.empty_like(x), []
         for i in range(len(x)):
             one = slice(i, i + 1)
+            statistics = None, None, mean[i], inverse[i], True, ctx.eps
             grad_x[one], *rest = torch.ops.aten.native_batch_norm_backward(
-                grad[one],
-                x[one],
-                weight,
-                None,
-                None,
-                mean[i],
-                inverse[i],
-                True,
-                ctx.eps,
-                [True] * 3,
+                grad[one], x[one], weight, *statistics, [True] * 3
             )
             parts.append(rest)
         grad_weight, grad_bias = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
@@ -140,7 +119,7 @@ class _Upsample(torch.autograd.Function):
         return F.interpolate(x, size=size, mode="trilinear", align_corners=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
         y = grad.permute(0, 2, 3, 4, 1)  # (B, H, W, D, C), as it lies in memory
         for axis in (1, 2, 3):
@@ -159,20 +138,6 @@ def _interpolation(coarse: int, fine: int) -> torch.Tensor:
     return F.interpolate(unit, size=fine, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-try:
-    import triton
-
-    from networks.kernels import norm_activation
-except ImportError:  # no Triton for this platform
-    triton = None
-
-log = logging.getLogger(__name__)
-
-LAST = torch.channels_last_3d
-TILE = 4096  # values that a program holds at a time
-PROGRAMS = 1024  # that share the sums over an image: some for each multiprocessor of a card
-
-
 def serves(*tensors: torch.Tensor) -> bool:
     """Return whether the kernels can process these tensors, `(B, C, H, W, D)`, here and now."""
     if triton is None or not _is_eager():
@@ -188,7 +153,7 @@ def serves(*tensors: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
+@cache
 def _works_on(device: torch.device) -> bool:
     """Return whether Triton runs there: it may lack a C compiler, or the card may be too old."""
     if device.type != "cuda":
@@ -210,30 +175,24 @@ def _is_eager() -> bool:
 
 
 def channels_last(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Give a one-channel `image` channels-last strides if `weight` is channels last.
+    """Give a one-channel `image` `(B, 1, H, W, D)` on CUDA channels-last strides, if `weight` has.
 
-    A one-channel image is both contiguous and channels last. A convolution takes its memory format
-    from its input, and converted the gradient of its output for such an image: 10 % of a step.
-
-    Args:
-        image: `(B, C, H, W, D)`.
-        weight: Of a convolution of the same network that has several channels.
+    A convolution takes its memory format from its input. It took such an image for contiguous, and
+    converted the gradient of its output: 10 % of a step. `weight` is that of a convolution of the
+    same network that has several channels; other images are returned as they are.
     """
     last = weight.is_contiguous(memory_format=LAST) and not weight.is_contiguous()
-    if not (last and image.is_cuda and _is_eager()):
-        return image
-    if image.shape[1] != 1 or not image.is_contiguous():
+    last = last and image.is_cuda and _is_eager()
+    if not last or image.shape[1] != 1 or not image.is_contiguous():
         return image
     _, _, height, width, depth = image.shape
     return image.as_strided(image.shape, (height * width * depth, 1, width * depth, depth, 1))
 
 
 def norm_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Compute `relu(norm(x))`.
+    """Compute `relu(norm(x))`; `x` `(B, C, H, W, D)` may be overwritten.
 
-    Args:
-        norm: BatchNorm3d or InstanceNorm3d with weights; any other, or one with a hook, is called.
-        x: `(B, C, H, W, D)`; it may be overwritten.
+    The kernels serve BatchNorm3d and InstanceNorm3d with weights and without hooks.
     """
     if _is_usual(norm) and serves(x):
         return _NormReLU.apply(x, norm.weight, norm.bias, norm)
@@ -241,20 +200,19 @@ def norm_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_usual(norm: nn.Module) -> bool:
-    """Return whether the kernels compute this norm, and it has no hooks."""
-    if not isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d) or not norm.affine:
-        return False
-    if norm._forward_hooks or norm._forward_pre_hooks or norm.momentum is None:
-        return False
-    return isinstance(norm, nn.BatchNorm3d) == norm.track_running_stats
+    return (
+        isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d)
+        and norm.affine
+        and norm.momentum is not None
+        and isinstance(norm, nn.BatchNorm3d) == norm.track_running_stats
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+    )
 
 
 def pool_and_skip(x: torch.Tensor, pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x` pooled, and `x` for the skip; the backward pass adds both gradients in one pass.
+    """Return `x` `(B, C, H, W, D)` pooled, and `x` for the skip; their gradients are added at once.
 
-    Args:
-        x: `(B, C, H, W, D)`.
-        pool: MaxPool3d whose stride is its kernel's size, a triple; called where it has a hook.
+    `pool` is a MaxPool3d whose stride is its kernel's size, a triple.
     """
     if not pool._forward_hooks and not pool._forward_pre_hooks and serves(x):
         return _PoolAndSkip.apply(x, pool.kernel_size)
@@ -262,11 +220,9 @@ def pool_and_skip(x: torch.Tensor, pool: Any) -> tuple[torch.Tensor, torch.Tenso
 
 
 def upsample_concat(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """Concatenate `x`, interpolated to the size of `skip` (trilinear), and `skip`.
+    """Concatenate `x` `(B, C, h, w, d)`, interpolated to the size of `skip`, and `skip`.
 
-    Args:
-        x: `(B, C, h, w, d)`, no larger than `skip` along any axis.
-        skip: `(B, C', H, W, D)`.
+    `skip` `(B, C', H, W, D)` is no smaller along any axis; interpolation is trilinear.
     """
     if serves(x, skip):
         return _UpsampleConcat.apply(x, skip)
@@ -293,22 +249,21 @@ class _NormReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         grad = _rows(grad)
         groups = images if ctx.per_image else 1
-        part = _Parts(rows, channels, images)
-        parts = x.new_empty((images, part.count, 2, channels), dtype=torch.float32)
-        norm_activation.norm_relu_sums_of_parts[part.grid](
-            grad, x, parts, mean, rstd, weight, bias, rows, part.rows, channels, grad.stride(4),
-            PER_IMAGE=ctx.per_image, **_tile(channels),
+        parts, part_rows, tile, grid = _parts(x)
+        norm_activation.norm_relu_sums_of_parts[grid](
+            grad, x, parts, mean, rstd, weight, bias, rows, part_rows, channels, grad.stride(4),
+            PER_IMAGE=ctx.per_image, **tile,
         )  # fmt: skip
         sums = parts.new_empty((groups, 2, channels))
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
         norm_activation.norm_relu_sums[(triton.cdiv(channels, 16),)](
-            parts, sums, grad_weight, grad_bias, channels, NUM_PARTS=part.count,
+            parts, sums, grad_weight, grad_bias, channels, NUM_PARTS=grid[0],
             IMAGES=images // groups, GROUPS=groups, PARTS=64, CHANNELS=16,
         )  # fmt: skip
         out = torch.empty_like(x)
@@ -323,18 +278,15 @@ class _NormReLU(torch.autograd.Function):
 def _moments(x: torch.Tensor, norm: Any, per_image: bool) -> tuple[torch.Tensor, torch.Tensor]:
     images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     groups = images if per_image else 1
-    part = _Parts(rows, channels, images)
-    parts = x.new_empty((images, part.count, 2, channels), dtype=torch.float32)
-    norm_activation.moments_of_parts[part.grid](
-        x, parts, rows, part.rows, channels, **_tile(channels)
-    )
+    parts, part_rows, tile, grid = _parts(x)
+    norm_activation.moments_of_parts[grid](x, parts, rows, part_rows, channels, **tile)
     mean, rstd = parts.new_empty((2, groups, channels))
     running = not per_image and norm.track_running_stats
     if running:
         norm.num_batches_tracked.add_(1)
     norm_activation.moments[(triton.cdiv(channels, 16), groups)](
-        parts, mean, rstd, norm.running_mean, norm.running_var, rows, part.rows, channels,
-        norm.eps, norm.momentum, NUM_PARTS=part.count, IMAGES=images // groups, RUNNING=running,
+        parts, mean, rstd, norm.running_mean, norm.running_var, rows, part_rows, channels,
+        norm.eps, norm.momentum, NUM_PARTS=grid[0], IMAGES=images // groups, RUNNING=running,
         PARTS=64, CHANNELS=16,
     )  # fmt: skip
     return mean, rstd
@@ -353,7 +305,7 @@ class _PoolAndSkip(torch.autograd.Function):
         return out, x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_pooled: torch.Tensor, grad_skip: torch.Tensor):
         (x,) = ctx.saved_tensors
         (images, channels, *size), (sz, sy, sx) = x.shape, ctx.stride
@@ -392,7 +344,7 @@ class _UpsampleConcat(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images, new, *size_in = ctx.shape
         grad, size_out = _rows(grad), grad.shape[2:]
@@ -412,33 +364,28 @@ def _taps(size_in: int, size_out: int) -> int:
     return 1 if size_in == size_out else whole + 2 * (rest > 0)
 
 
-class _Parts:
-    """Divides sums over the rows of an image between programs."""
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, int, dict[str, int], Grid]:
+    """Return room for two sums of each part of the images' rows, `(B, P, 2, C)`, and rows of one.
 
-    def __init__(self, rows: int, channels: int, images: int) -> None:
-        tile = _tile(channels)
-        blocks = triton.cdiv(channels, tile["CHANNELS"])
-        wanted = max(1, PROGRAMS // (images * blocks))
-        self.rows = triton.cdiv(triton.cdiv(rows, wanted), tile["ROWS"]) * tile["ROWS"]
-        self.count = triton.cdiv(rows, self.rows)
-        self.grid = (self.count, blocks, images)
+    The programs that sum up the parts have the tile and the grid that follow.
+    """
+    images, channels, rows = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    tile, (_, blocks, _) = _tiles(rows, channels, images)
+    wanted = max(1, PROGRAMS // (images * blocks))
+    part_rows = triton.cdiv(triton.cdiv(rows, wanted), tile["ROWS"]) * tile["ROWS"]
+    count = triton.cdiv(rows, part_rows)
+    parts = x.new_empty((images, count, 2, channels), dtype=torch.float32)
+    return parts, part_rows, tile, (count, blocks, images)
 
 
-def _tile(channels: int) -> dict[str, int]:
-    """Return the rows and channels of a program's tile."""
+def _tiles(rows: int, channels: int, images: int) -> tuple[dict[str, int], Grid]:
+    """Return the rows and channels of a program's tile, and the grid of programs."""
     block = _channel_block(channels)
-    return {"ROWS": TILE // block, "CHANNELS": block}
+    tile = {"ROWS": TILE // block, "CHANNELS": block}
+    return tile, (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(channels, block), images)
 
 
-def _tiles(rows: int, channels: int, images: int) -> tuple[dict[str, int], tuple[int, ...]]:
-    tile = _tile(channels)
-    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(channels, tile["CHANNELS"]), images
-    return tile, grid
-
-
-def _line_tiles(
-    lines: int, length: int, channels: int
-) -> tuple[dict[str, int], tuple[int, int, int]]:
+def _line_tiles(lines: int, length: int, channels: int) -> tuple[dict[str, int], Grid]:
     """Return the tile of a program that works along a line of voxels, and the grid of programs.
 
     Lines are the first axis of the grid: CUDA allows fewer programs on the other axes.

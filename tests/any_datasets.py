@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,23 +27,16 @@ def volumes(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(path: Path, voxels: np.ndarray) -> None:
-    """One NIfTI file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, AFFINE), path)
 
 
 def case_ids() -> list[str]:
-    """Of every dataset here."""
     return [f"case_{n:03d}" for n in range(NUM_CASES)]
 
 
-def msd(root: Path) -> Path:
-    """Medical Segmentation Decathlon."""
-    return make_dataset(root)
-
-
 def msd_of_two_channels(root: Path) -> Path:
-    """Medical Segmentation Decathlon, channels along the fourth axis."""
+    """Decathlon, channels along the fourth axis."""
     for n, case in enumerate(case_ids()):
         image, label = volumes(n)
         save(root / f"imagesTr/{case}.nii.gz", np.stack([image, image[::-1]], axis=-1))
@@ -76,33 +68,28 @@ def ct(root: Path) -> Path:
     return nnunet(root, channels=["CT"])
 
 
-def folders(root: Path) -> Path:
-    """Folders with equal names, no class declared."""
+def folders(root: Path, margin: int = 0) -> Path:
+    """Folders with equal names, no class declared; a margin around the volumes is 0."""
     for n, case in enumerate(case_ids()):
+        around = [(margin + n, margin)] + 2 * [(margin, margin)] if margin else 3 * [(0, 0)]
         for folder, voxels in zip(("images", "labels"), volumes(n), strict=True):
-            save(root / folder / f"{case}.nii.gz", voxels)
+            save(root / folder / f"{case}.nii.gz", np.pad(voxels, around))
     return root
 
 
 def with_borders(root: Path) -> Path:
-    """Folders; around what there is to see the image is 0, in most of the volume."""
-    for n, case in enumerate(case_ids()):
-        margin = ((5 + n, 7), (6, 4), (5, 5))
-        image, label = (np.pad(voxels, margin) for voxels in volumes(n))
-        save(root / f"images/{case}.nii.gz", image)
-        save(root / f"labels/{case}.nii.gz", label)
-    return root
+    """Folders whose images are 0 in most of the volume."""
+    return folders(root, margin=6)
 
 
 def csv_table(root: Path) -> Path:
     """A table whose cases belong to persons, two each."""
     folders(root)
-    with (root / "cases.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "label", "case_id", "group"])
-        for n, case in enumerate(case_ids()):
-            files = [f"{folder}/{case}.nii.gz" for folder in ("images", "labels")]
-            rows.writerow([*files, case, f"person_{n // 2}"])
+    rows = [
+        f"images/{case}.nii.gz,labels/{case}.nii.gz,{case},person_{n // 2}"
+        for n, case in enumerate(case_ids())
+    ]
+    (root / "cases.csv").write_text("\n".join(["image,label,case_id,group", *rows]))
     return root
 
 
@@ -126,5 +113,6 @@ def dicom(root: Path) -> Path:
 
 
 MAKERS: list[Callable[[Path], Path]] = [
-    msd, msd_of_two_channels, nnunet, ct, folders, with_borders, csv_table, json_table, dicom,
+    make_dataset, msd_of_two_channels, nnunet, ct, folders, with_borders, csv_table, json_table,
+    dicom,
 ]  # fmt: skip

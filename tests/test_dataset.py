@@ -27,33 +27,6 @@ def faults_of(function, *arguments, **keywords):
     return caught.value.faults
 
 
-def test_load_cases_reads_dataset_json(writable):
-    write_dataset_json(
-        writable,
-        ["tiny_001", "tiny_002", "tiny_003"],
-        # 10 sorts before 2 as a word
-        labels={**{str(n): f"class {n}" for n in (10, 2, 1, 3, 4, 5, 6, 7, 8, 9)}, "0": "none"},
-        modality={"0": "FLAIR", "1": "T1w"},
-        description="Left and right",
-        licence="CC-BY-SA 4.0",
-        release="2.0",
-    )
-    cases = load_cases(writable, num_folds=3)
-    assert cases.name == "tiny"
-    assert cases.class_names == ["none", *(f"class {n}" for n in range(1, 11))]
-    assert (cases.num_channels, cases.channel_names) == (2, ["FLAIR", "T1w"])
-    assert cases.description == {"description": "Left and right", "licence": "CC-BY-SA 4.0"}
-    case = min(cases.train + cases.validation, key=lambda case: case["case_id"])
-    assert case == {
-        "case_id": "tiny_001",
-        "image": str(writable / "imagesTr" / "tiny_001.nii.gz"),
-        "label": str(writable / "labelsTr" / "tiny_001.nii.gz"),
-    }
-
-
-# ---- the fingerprint
-
-
 def fingerprint_of(root, **keywords):
     return load_cases(root, **{"num_folds": 2, **keywords}).fingerprint
 
@@ -65,26 +38,21 @@ def test_fingerprint_is_that_of_the_data_not_of_the_place(writable, tmp_path):
     assert fingerprint_of(writable, num_folds=3, fold=1, split_seed=5) == before
 
 
-def remove_case(root):
-    write_dataset_json(root, ["tiny_001", "tiny_002", "tiny_003"])
-
-
 def rename_class(root):
     text = (root / "dataset.json").read_text()
     (root / "dataset.json").write_text(text.replace("bright", "brighter"))
 
 
-def lengthen(folder):
-    def change(root):
-        with open(root / folder / "tiny_002.nii.gz", "ab") as file:
-            file.write(b"\0")
-
-    return change
+def lengthen(root):
+    with open(root / "labelsTr/tiny_002.nii.gz", "ab") as file:
+        file.write(b"\0")
 
 
-@pytest.mark.parametrize(
-    "change", [remove_case, rename_class, lengthen("imagesTr"), lengthen("labelsTr")]
-)
+def remove_case(root):
+    write_dataset_json(root, ["tiny_001", "tiny_002", "tiny_003"])
+
+
+@pytest.mark.parametrize("change", [remove_case, rename_class, lengthen])
 def test_fingerprint_differs_with_cases_file_sizes_and_classes(writable, change):
     before = fingerprint_of(writable)
     change(writable)
@@ -100,9 +68,6 @@ def test_fingerprint_is_the_one_that_stored_runs_have(writable):
         facts.append((case_id, *(file.stat().st_size for file in files)))
     expected = hashlib.sha256(json.dumps([facts, source["labels"]]).encode()).hexdigest()
     assert fingerprint_of(writable) == expected
-
-
-# ---- cases that are excluded or have faults
 
 
 def take_files(root):
@@ -144,9 +109,6 @@ def test_load_cases_finds_all_missing_files(writable):
     assert split.startswith("num_folds: expected 2 to 2")
 
 
-# ---- a dataset.json that cannot be used
-
-
 def test_load_cases_names_all_missing_and_empty_keys(writable):
     write_dataset_json(writable, [], labels=["background", "dim"], modality={})
     faults = faults_of(load_cases, writable)
@@ -156,24 +118,7 @@ def test_load_cases_names_all_missing_and_empty_keys(writable):
 
 def test_load_cases_names_all_invalid_training_entries(writable):
     right = {"image": "./imagesTr/tiny_001.nii.gz", "label": "./labelsTr/tiny_001.nii.gz"}
-    wrong = ["tiny_002", {"image": "a.nii.gz"}, {"image": "a.nii.gz", "label": ["b.nii.gz"]}]
+    wrong = ["tiny_002", {"image": "a.nii.gz"}, {"image": [], "label": "b.nii.gz"}]
     write_dataset_json(writable, [], training=[right, *wrong])
     faults = faults_of(load_cases, writable)
     assert [re.search(r"training\[(\d)\]", fault)[1] for fault in faults] == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        {"0": "background", "2": "bright"},
-        {"1": "dim", "2": "bright"},
-        {"0": "background"},
-        {"0": "background", "1": "dim", "one": "bright"},
-        {"background": 0, "dim": 1, "bright": 1},
-    ],
-)
-def test_load_cases_refuses_labels_that_do_not_count_from_0(writable, labels):
-    write_dataset_json(writable, ["tiny_001", "tiny_002"], labels=labels)
-    (fault,) = faults_of(load_cases, writable, num_folds=2)
-    assert "without gaps" in fault
-    assert str(list(labels)) in fault

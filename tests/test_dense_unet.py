@@ -82,19 +82,7 @@ def reference_forward(x, weights, strides, *, training):
 
 
 def test_default_network_has_6_88_million_parameters():
-    network = DenseUNet(out_channels=14, seed=0)
-    assert sum(p.numel() for p in network.parameters()) == 6_881_710
-
-
-def test_bottleneck_appends_128_channels_at_an_eighth_of_the_resolution():
-    network = DenseUNet(seed=0).eval()
-    shapes = []
-    network.bottleneck.register_forward_hook(
-        lambda _, inputs, output: shapes.extend([inputs[0].shape, output.shape])
-    )
-    with torch.no_grad():
-        network(image(1, 1, 16, 24, 8))
-    assert shapes == [(1, 256, 2, 3, 1), (1, 384, 2, 3, 1)]
+    assert sum(p.numel() for p in DenseUNet(out_channels=14).parameters()) == 6_881_710
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
@@ -121,26 +109,6 @@ def test_forward_agrees_with_a_plain_function_of_the_weights(norm, training, str
 
 
 @pytest.mark.parametrize(
-    ("strides", "size"),
-    [
-        ([2], (2, 3, 2)),
-        ([2, 2, 2], (8, 8, 16)),
-        ([2, 2, 2], (15, 17, 23)),
-        (((2, 2, 2),) * 4, (16, 31, 33)),
-        ([[2, 2, 1], [2, 2, 2], [2, 2, 2]], (13, 9, 5)),
-        ([[1, 3, 2], 1, 2], (5, 7, 9)),
-    ],
-)
-@pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (4, 5)])
-def test_logits_have_the_size_of_the_image(strides, size, in_channels, out_channels):
-    network = tiny(strides=strides, in_channels=in_channels, out_channels=out_channels)
-    with torch.no_grad():
-        assert network(image(2, in_channels, *size)).shape == (2, out_channels, *size)
-        assert network.eval()(image(1, in_channels, *size)).shape == (1, out_channels, *size)
-
-
-@pytest.mark.parametrize("strides", [[2, 2], ANISOTROPIC])
-@pytest.mark.parametrize(
     ("norm", "training", "batch_size", "voxels"),
     [
         ("batch", True, 2, 1),
@@ -150,18 +118,15 @@ def test_logits_have_the_size_of_the_image(strides, size, in_channels, out_chann
         ("instance", False, 1, 2),
     ],
 )
-def test_minimum_size_is_named_and_works(strides, norm, training, batch_size, voxels):
-    network = tiny(strides=strides, norm=norm).train(training)
+def test_minimum_size_is_named_and_works(norm, training, batch_size, voxels):
+    network = tiny(strides=ANISOTROPIC, norm=norm).train(training)
     size = network.minimum_size(batch_size)
     assert math.prod(size) == voxels * math.prod(network.reduction)
     assert network(image(batch_size, 1, *size)).shape == (batch_size, 2, *size)
-    named = "x".join(map(str, size))
-    for axis in range(3):
-        smaller = list(size)
-        smaller[axis] -= 1
-        got = "x".join(map(str, smaller))
-        with pytest.raises(ValueError, match=f"^DenseUNet: expected .* {named} voxels, got {got}"):
-            network(image(batch_size, 1, *smaller))
+    named, smaller = "x".join(map(str, size)), (size[0] - 1, *size[1:])
+    got = "x".join(map(str, smaller))
+    with pytest.raises(ValueError, match=f"^DenseUNet: expected .* {named} voxels, got {got}"):
+        network(image(batch_size, 1, *smaller))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8, 8), (1, 8, 8, 8)])
@@ -174,24 +139,16 @@ def test_image_of_another_shape_is_refused(shape):
     ("argument", "value", "expected"),
     [
         ("norm", "group", "batch, instance"),
-        ("norm", ["batch"], "batch, instance"),
         ("in_channels", 0, "positive integer"),
-        ("out_channels", -1, "positive integer"),
         ("base_channels", 32.0, "positive integer"),
-        ("growth_rate", "32", "positive integer"),
         ("num_dense_layers", True, "positive integer"),
         ("strides", [], "positive ints or triples"),
-        ("strides", 2, "positive ints or triples"),
         ("strides", [[2, 2]], "positive ints or triples"),
         ("strides", [[2, 2, 0]], "positive ints or triples"),
-        ("strides", [2, None], "positive ints or triples"),
         ("dropout", 1.0, r"number in \[0, 1\)"),
-        ("dropout", "0.1", r"number in \[0, 1\)"),
         ("deep_supervision", "yes", "true or false"),
         ("seed", -1, "integer from 0 up"),
         ("recompute_levels", 4, "0 to 3, as many as there are decoders"),
-        ("recompute_levels", -1, "0 to 3, as many as there are decoders"),
-        ("recompute_levels", True, "0 to 3, as many as there are decoders"),
     ],
 )
 def test_wrong_argument_is_refused_in_one_line(argument, value, expected):
@@ -255,15 +212,10 @@ def test_nothing_is_recomputed_without_gradients_or_in_eval(norm, monkeypatch):
     network.eval()(image(1, 1, 16, 16, 16))
 
 
-def test_strides_may_be_ints_or_triples():
-    assert tiny(strides=[2, [2, 2, 1]]).strides == ((2, 2, 2), (2, 2, 1))
-
-
 def test_deep_supervision_returns_every_decoder_level_only_in_training():
     network = tiny(deep_supervision="true", strides=[[2, 2, 1], 2, 2])
     shapes = [tuple(logits.shape) for logits in network(image(2, 1, 19, 16, 9))]
     assert shapes == [(2, 2, 19, 16, 9), (2, 2, 9, 8, 9), (2, 2, 4, 4, 4)]
-    assert network.eval()(image(2, 1, 19, 16, 9)).shape == (2, 2, 19, 16, 9)
 
 
 def test_deep_heads_leave_the_rest_of_the_network_as_it_is():
@@ -272,23 +224,6 @@ def test_deep_heads_leave_the_rest_of_the_network_as_it_is():
     assert extra == {f"deep_heads.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
     x = image(1, 1, 8, 8, 8)
     torch.testing.assert_close(deep(x), plain(x), rtol=0, atol=0)
-
-
-def test_instance_norm_treats_images_apart_and_batch_norm_does_not_in_training():
-    x = image(2, 1, 8, 8, 8)
-    alone = {norm: tiny(norm=norm, strides=[2])(x[:1]) for norm in ("batch", "instance")}
-    together = {norm: tiny(norm=norm, strides=[2])(x)[:1] for norm in ("batch", "instance")}
-    torch.testing.assert_close(together["instance"], alone["instance"])
-    assert (together["batch"] - alone["batch"]).abs().max() > 1e-2
-    assert not any("running" in name for name in tiny(norm="instance").state_dict())
-
-
-def test_eval_is_deterministic_and_treats_images_apart():
-    network = tiny(dropout=0.5, strides=[2]).eval()
-    x = image(2, 1, 4, 4, 4)
-    first, again = network(x), network(x)
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
-    torch.testing.assert_close(network(x[1:]), first[1:])
 
 
 def test_dropout_zeroes_appended_channels_in_training():
@@ -313,16 +248,6 @@ def test_seed_fixes_the_weights_and_leaves_the_global_state_alone():
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
-def test_without_a_seed_weights_come_from_the_global_state():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        first, different = tiny(seed=None), tiny(seed=None)
-        torch.manual_seed(3)
-        again = tiny(seed=None)
-    assert torch.equal(first.head.weight, again.head.weight)
-    assert not torch.equal(first.head.weight, different.head.weight)
-
-
 def test_weights_are_kaiming_normal_by_fan_in():
     network = DenseUNet(seed=0)
     for name, weight in network.named_parameters():
@@ -331,30 +256,15 @@ def test_weights_are_kaiming_normal_by_fan_in():
             assert weight.std().item() == pytest.approx(expected, rel=0.03), name
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance"])
-def test_gradients_reach_every_parameter(norm):
-    network = tiny(norm=norm, deep_supervision=True, strides=[2, 2])
-    outputs = network(image(2, 1, 8, 8, 8))
-    sum(logits.square().mean() for logits in outputs).backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
-def test_convolutions_before_a_norm_have_no_bias():
-    biases = [n for n, _ in DenseUNet(seed=0).named_parameters() if "conv" in n and "bias" in n]
-    assert biases == []
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_script_trace_and_compile_agree_with_eager():
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_script_and_compile_agree_with_eager(norm):
     deep = {"deep_supervision": True, "recompute_levels": 1}
-    network = tiny(strides=[[2, 2, 1]], num_dense_layers=1, **deep).eval()
-    x = image(1, 1, 5, 4, 3)
+    network = tiny(strides=[[2, 2, 1]], num_dense_layers=1, norm=norm, **deep).eval()
+    x, larger = image(1, 1, 5, 4, 3), image(2, 1, 7, 6, 4)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), network(x))
-    torch.testing.assert_close(torch.jit.script(network)(x), network(x))
-    torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))
+    torch.testing.assert_close(torch.jit.script(network)(larger), network(larger))
 
 
 def test_channels_last_and_autocast_give_the_same_logits():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -24,13 +22,13 @@ def volume(num_classes, size, seed=0, batch=2):
     return 2 * torch.randn(batch, num_classes, *size, generator=rng), label
 
 
-def definition(logits, label, weights=None, ignored=None, smooth=1e-5, **options):
+def definition(logits, label, class_weights=None, ignore_value=None, smooth=1e-5, **options):
     """Loss by its formula in float64; a label that is no class counts in the masses alone."""
     logits, num_classes = logits.double(), logits.shape[1]
     log_p = logits - logits.logsumexp(1, keepdim=True)
-    w = torch.ones(num_classes) if weights is None else torch.tensor(weights)
+    w = torch.ones(num_classes) if class_weights is None else torch.tensor(class_weights)
     w = w.double().to(logits.device)
-    valid = torch.ones_like(label, dtype=torch.bool) if ignored is None else label != ignored
+    valid = (label != ignore_value) if ignore_value is not None else (label == label)
     classes = torch.arange(num_classes, device=label.device).view(1, -1, *[1] * (label.ndim - 2))
     true = ((label == classes) & valid).double()
     axes = tuple(range(2, label.ndim))
@@ -56,9 +54,9 @@ def laid_out(logits, layout):
     return logits
 
 
-def fused(logits, label, device, scale=1.0, levels=(), **options):
+def fused(logits, label, device, scale=1.0, options=None, levels=()):
     """Value and gradients by the kernels, on the CPU."""
-    loss = SegmentationLoss(backend="triton", **options)
+    loss = SegmentationLoss(backend="triton", **(options or {}))
     leaves = [x.to(device).requires_grad_() for x in (logits, *levels)]
     value = loss(leaves if levels else leaves[0], label.to(device))
     gradients = torch.autograd.grad(scale * value, leaves)
@@ -72,22 +70,16 @@ def fused(logits, label, device, scale=1.0, levels=(), **options):
 
 def exact(logits, label, **options):
     leaf = logits.double().requires_grad_()
-    names = {"class_weights": "weights", "ignore_value": "ignored"}
-    options = {names.get(key, key): value for key, value in options.items()}
     value = definition(leaf, label, **options)
     return value.item(), torch.autograd.grad(value, leaf)[0]
 
 
 def assert_right(place, logits, label, scale=1.0, **options):
-    value, (gradient,) = place.run(call, logits, label, place.device, scale, options)
+    value, (gradient,) = place.run(fused, logits, label, place.device, scale, options)
     expected, expected_gradient = exact(logits, label, **options)
     assert value == pytest.approx(expected, rel=1e-5)
     error = (gradient.double() / scale - expected_gradient).abs().max()
     assert error <= EPS[logits.dtype] * expected_gradient.abs().max()
-
-
-def call(logits, label, device, scale, options):
-    return fused(logits, label, device, scale, **options)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -128,11 +120,7 @@ def test_every_option_is_that_of_the_definition(place, options):
     assert_right(place, laid_out(logits, "last"), label, **options)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32], ids=str)
 def test_label_is_read_in_its_own_dtype_and_layout(place, dtype):
     logits, label = volume(2, place.size)
     other = label.to(dtype).repeat_interleave(2, -1)[..., ::2]
@@ -144,33 +132,26 @@ def test_label_is_read_in_its_own_dtype_and_layout(place, dtype):
 def test_label_that_is_no_class_counts_in_the_masses_alone(place):
     logits, label = volume(3, place.size)
     label[0, 0, 0, 0, :3] = torch.tensor([3, -1, 2**31 - 1])
-    assert_right(place, logits, label)
     assert_right(place, laid_out(logits, "last"), label, class_weights=[1, 2, 3])
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_dice": True, "class_weights": [1, 2, 3]}], ids=str)
 def test_loss_and_gradient_are_zero_when_all_voxels_are_ignored(place, options):
     logits, label = volume(3, place.size)
-    options = {"ignore_value": 7, **options}
-    label = torch.full_like(label, 7)
-    value, (gradient,) = place.run(call, logits, label, place.device, 1.0, options)
-    assert value == 0
-    assert not gradient.any()
+    options, label = {"ignore_value": 7, **options}, torch.full_like(label, 7)
+    value, (gradient,) = place.run(fused, logits, label, place.device, 1.0, options)
+    assert (value, bool(gradient.any())) == (0, False)
 
 
 def test_levels_of_deep_supervision_have_halving_weights(place):
     logits, label = volume(3, (4, 6, 8))
     level = volume(3, (2, 3, 4), seed=1)[0]
-    value, gradients = place.run(deep, logits, label, level, place.device)
+    value, gradients = place.run(fused, logits, label, place.device, 1.0, None, [level])
     first = exact(logits, label)
     second = exact(level, label[..., 1::2, 1::2, 1::2])
     assert value == pytest.approx((2 * first[0] + second[0]) / 3, rel=1e-5)
     for gradient, expected in zip(gradients, (first[1] * 2 / 3, second[1] / 3), strict=True):
         assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def deep(logits, label, level, device):
-    return fused(logits, label, device, levels=[level])
 
 
 def test_loss_scale_is_in_the_gradient_before_it_is_rounded(place):
@@ -190,10 +171,11 @@ def test_loss_scale_is_in_the_gradient_before_it_is_rounded(place):
 
 def test_two_passes_agree_bit_for_bit(place):
     logits, label = volume(14, place.size)
-    first = place.run(fused, logits, label, place.device)
-    second = place.run(fused, logits, label, place.device)
-    assert first[0] == second[0]
-    assert torch.equal(first[1][0], second[1][0])
+    (first, [one]), (second, [other]) = (
+        place.run(fused, logits, label, place.device) for _ in range(2)
+    )
+    assert first == second
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -209,22 +191,8 @@ def test_logits_at_the_ends_of_float16_are_no_overflow(place, layout):
 def test_nan_among_the_logits_makes_the_loss_nan(place, options, where):
     logits, label = volume(3, (4, 4, 4))
     logits[0, where, 1, 2, 3] = torch.nan
-    value, _ = place.run(call, logits, label, place.device, 1.0, options)
+    value, _ = place.run(fused, logits, label, place.device, 1.0, options)
     assert value != value
-
-
-@pytest.mark.parametrize("element_size", [2, 4, 8])
-@pytest.mark.parametrize("is_last", [False, True])
-def test_every_number_of_classes_has_a_tile_of_one_vector_per_thread(is_last, element_size):
-    for num_classes in range(2, fused_loss.MAX_CLASSES + 1):
-        for name in ("sums", "gradient"):
-            tiling = fused_loss.TILINGS[name, is_last]
-            tile = fused_loss.shape_of_tile(num_classes, is_last, element_size, tiling)
-            assert all(n & (n - 1) == 0 for n in tile)  # as Triton wants
-            vector, rest = divmod(math.prod(tile), 32 * tiling.num_warps)
-            assert rest == 0
-            assert vector * element_size <= 16
-            assert math.ceil(num_classes / tile[1]) * vector <= max(tiling.held, 64)
 
 
 def chosen(backend, device, num_classes):

@@ -1,7 +1,6 @@
 """Headers and voxels as this project reads them, against nibabel's own reading."""
 
 import gzip
-import resource
 import tracemalloc
 from pathlib import Path
 
@@ -61,9 +60,6 @@ def refusal(path):
     return message.removeprefix(before).removesuffix(after)
 
 
-# ---- what is right
-
-
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u8", "f4", "f8"])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("endian", ["<", ">"])
@@ -108,18 +104,15 @@ def test_header_knows_whether_the_file_is_oriented(tmp_path):
     for sform, qform in ((0, 0), (1, 0), (0, 1), (2, 3)):
         path = edited(tmp_path, bytes, sform_code=sform, qform_code=qform)
         assert read_header(path).is_oriented == (sform + qform > 0)
-        np.testing.assert_array_equal(read_header(path).affine, nib.load(path).affine)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_padding_after_the_voxels_is_allowed(tmp_path, name):
-    raw = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    np.testing.assert_array_equal(read(str(path)), voxels_of())
-    longer = raw + b"\0"
-    path.write_bytes(gzip.compress(longer) if name.endswith("gz") else longer)
-    assert "bytes after the last voxel" in refusal(str(path))
+def test_padding_after_the_voxels_is_allowed(tmp_path):
+    padded = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
+    for path, write in ((tmp_path / "a.nii", bytes), (tmp_path / "a.nii.gz", gzip.compress)):
+        path.write_bytes(write(padded))
+        np.testing.assert_array_equal(read(str(path)), voxels_of())
+        path.write_bytes(write(padded + b"\0"))
+        assert "bytes after the last voxel" in refusal(str(path))
 
 
 def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
@@ -133,8 +126,6 @@ def test_dicom_series_is_read_as_it_is_loaded(tmp_path):
     np.testing.assert_allclose(read_header(path).zooms_mm, np.linalg.norm(affine[:3, :3], axis=0))
 
 
-# ---- what is not
-
 CHANGES = {
     "checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], {}, "CRC check failed"),
     "cut off": (lambda b: b[: len(b) // 2], {}, "an end before that of its gzip stream"),
@@ -146,10 +137,7 @@ CHANGES = {
                        "an end before the last voxel"),
     "more than the file can hold": (bytes, {"dim": [3, 999, 999, 999, 1, 1, 1, 1]},
                                     "in a file that can hold"),
-    "more voxels than anyone has": (bytes, {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
-                                    "claims 999700029999 voxels"),
     "axis of no voxel": (bytes, {"dim": [3, 7, 0, 5, 1, 1, 1, 1]}, "a shape of (7, 0, 5)"),
-    "huge offset": (bytes, {"vox_offset": 2.0**30}, "in a file that can hold"),
     "offset of NaN": (bytes, {"vox_offset": np.nan}, "NaN"),
     "offset within the header": (bytes, {"vox_offset": 0}, "voxels from byte 0 on"),
     "complex voxels": (bytes, {"datatype": 32}, "voxels of type complex64"),
@@ -170,47 +158,14 @@ def test_volume_is_refused_when_it_is_missing_or_a_plain_file_is_cut_off(tmp_pat
 
 def test_little_memory_is_taken_by_a_small_file_that_claims_much(tmp_path):
     """64 MB of zeros in 65 kB, behind a header that claims 210 voxels or 2 billion."""
+
+    def with_zeros(content):
+        return gzip.compress(gzip.decompress(content) + bytes(2**26))
+
     for shape in ([3, 7, 6, 5, 1, 1, 1, 1], [3, 2047, 1024, 1023, 1, 1, 1, 1]):
-        path = edited(
-            tmp_path, lambda b: gzip.compress(gzip.decompress(b) + bytes(2**26)), dim=shape
-        )
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        path = edited(tmp_path, with_zeros, dim=shape)
         tracemalloc.start()
         refusal(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2**20
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
-
-
-def outcome(reader, path, expected):
-    """`refused`, `same` or `other`, of what a reader makes of a file."""
-    try:
-        got, affine = reader(path)
-    except Exception:
-        return "refused"
-    same = got.shape == expected.shape and np.array_equal(got, expected)
-    return "same" if same and np.array_equal(affine, AFFINE) else "other"
-
-
-def test_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
-    """Also where nibabel reads other voxels without a word."""
-
-    def nibabels(path):
-        image = nib.load(path)
-        return image.get_fdata(), image.affine
-
-    voxels = voxels_of()
-    content = Path(save(tmp_path / "a.nii.gz", voxels)).read_bytes()
-    readers = {"ours": lambda path: (read(path), read_header(path).affine), "nibabel": nibabels}
-    seen = {name: [] for name in readers}
-    path = tmp_path / "b.nii.gz"
-    for place in np.linspace(0, 8 * len(content) - 1, 200).astype(int):
-        changed = bytearray(content)
-        changed[place // 8] ^= 1 << (place % 8)
-        path.write_bytes(bytes(changed))
-        for name, reader in readers.items():
-            seen[name].append(outcome(reader, str(path), voxels))
-    assert "other" not in seen["ours"]
-    assert seen["ours"].count("same") < 200 * 0.1  # time, name and system in the gzip header
-    assert "other" in seen["nibabel"]

@@ -5,16 +5,13 @@ import gzip
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import make_dataset, write_case
+from conftest import make_dataset
 
 NAN, INF = np.nan, np.inf
 FIELDS = {
     "NaN in the sform": {"srow_x": [NAN, 0, 0, 0]},
-    "NaN in the sform's offset": {"srow_y": [0, 1, 0, NAN]},
     "infinite sform": {"srow_x": [INF, 0, 0, 0]},
-    "infinite offset": {"srow_z": [0, 0, 1.5, -INF]},
     "column of zeros": {"srow_x": [0, 0, 0, 0]},
-    "all zeros": {"srow_x": [0] * 4, "srow_y": [0] * 4, "srow_z": [0] * 4},
     "two parallel columns": {"srow_x": [1, 1, 0, 0], "srow_y": [0, 0, 0, 0]},
     "spacing of a kilometre": {"srow_x": [1e6, 0, 0, 0]},
     "qform of NaN": {"sform_code": 0, "qform_code": 1, "quatern_b": NAN},
@@ -23,7 +20,6 @@ FIELDS = {
     "qform, pixdim of NaN": {"sform_code": 0, "qform_code": 1, "pixdim": [1] + [NAN] * 7},
     "pixdim of zero": {"sform_code": 0, "qform_code": 1, "pixdim": [1, 0, 1, 1, 0, 0, 0, 0]},
     "neither, pixdim of zero": {"sform_code": 0, "qform_code": 0, "pixdim": [1] + [0] * 7},
-    "neither, pixdim of NaN": {"sform_code": 0, "qform_code": 0, "pixdim": [1] + [NAN] * 7},
 }
 
 
@@ -65,22 +61,7 @@ def test_every_case_is_told_of(command, train, tmp_path, level, folders):
     assert not (tmp_path / "r").exists()
 
 
-def test_one_channel_of_several_is_told_of(command, tmp_path):
-    root, names = tmp_path / "d", [f"c{n:02d}" for n in range(len(FIELDS) + 4)]
-    for seed, name in enumerate(names):
-        for channel in ("0000", "0001"):
-            write_case(root, f"{name}_{channel}", seed)
-        (root / f"labelsTr/{name}_0001.nii.gz").unlink()
-        (root / f"labelsTr/{name}_0000.nii.gz").rename(root / f"labelsTr/{name}.nii.gz")
-    for name, fields in zip(names, FIELDS.values(), strict=False):
-        spoil(root / f"imagesTr/{name}_0001.nii.gz", fields)
-    status, told = command("check", root, "--preflight", "fast", "--num_folds", 2)
-    assert status == 2
-    assert blamed(told) == {*names[: len(FIELDS)]}, told
-    assert all("_0001" in line for line in told.splitlines() if line.startswith("fault "))
-
-
-def test_the_others_are_predicted_and_scored(command, train, dataset, tmp_path):
+def test_the_others_are_predicted(command, train, tmp_path):
     few = {"max_epochs": 1, "steps_per_epoch": 1}
     assert train(tmp_path / "r", **few)[0] == 0
     images = make_dataset(tmp_path / "d", len(FIELDS) + 1) / "imagesTr"
@@ -94,12 +75,3 @@ def test_the_others_are_predicted_and_scored(command, train, dataset, tmp_path):
     listed = told.partition("Not predicted: ")[2].splitlines()
     assert [line.split(":")[0].strip() for line in listed[1:]] == names[:-1], told
     assert all(": expected " in line for line in listed[1:])
-
-    labels = tmp_path / "d" / "labelsTr"
-    for name, fields in zip(names, FIELDS.values(), strict=False):
-        (tmp_path / "out" / f"{name}.nii.gz").write_bytes((labels / f"{name}.nii.gz").read_bytes())
-        spoil(tmp_path / "out" / f"{name}.nii.gz", fields)
-    status, told = command("evaluate", tmp_path / "out", labels, "--output_dir", tmp_path / "s")
-    assert status == 1
-    refused = [line.split(":")[0] for line in told.splitlines() if ": expected " in line]
-    assert refused == names[:-1], told

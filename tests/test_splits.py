@@ -24,40 +24,31 @@ def faults_of(function, *arguments, **keywords):
     return caught.value.faults
 
 
-# ---- by hash
-
-
 @pytest.fixture
 def many(tmp_path):
     """Forty cases, of which a split looks at nothing but the names."""
-    case_ids = [f"case_{n:03d}" for n in range(1, 41)]
-    touch_cases(tmp_path, case_ids)
-    return tmp_path
-
-
-def touch_cases(root, case_ids):
+    case_ids = names(*range(1, 41))
     for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(exist_ok=True)
+        (tmp_path / folder).mkdir()
         for case_id in case_ids:
-            (root / folder / f"{case_id}.nii.gz").touch()
-    write_dataset_json(root, case_ids)
+            (tmp_path / folder / f"{case_id}.nii.gz").touch()
+    write_dataset_json(tmp_path, case_ids)
+    return tmp_path
 
 
 def test_split_folds_are_disjoint_and_cover_everything(many):
     folds = [load_cases(many, fold=fold) for fold in range(5)]
-    everything = {f"case_{n:03d}" for n in range(1, 41)}
     for cases in folds:
-        assert len(cases.train) + len(cases.validation) == 40
-        assert set(ids(cases.train)) | set(ids(cases.validation)) == everything
+        assert sorted(ids(cases.train) + ids(cases.validation)) == names(*range(1, 41))
     validated = [case_id for cases in folds for case_id in ids(cases.validation)]
-    assert len(validated) == 40
-    assert set(validated) == everything
+    assert sorted(validated) == names(*range(1, 41))
     assert [len(cases.validation) for cases in folds] == [8] * 5
 
 
 def test_split_is_deterministic_and_differs_with_its_seed(many):
     first, again, other = (load_cases(many, split_seed=seed) for seed in (0, 0, 1))
     assert first == again
+    assert ids(first.validation) == names(7, 8, 9, 11, 16, 17, 19, 29)  # as in every version
     assert ids(first.validation) != ids(other.validation)
 
 
@@ -70,10 +61,9 @@ def number(case_id):
     [
         ("pairs", lambda case_id: -(-number(case_id) // 2)),
         (r"case_(\d\d)", lambda case_id: case_id[5:7]),
-        (r"\d$", lambda case_id: case_id[-1]),
         (lambda case_id: number(case_id) % 7, lambda case_id: number(case_id) % 7),
     ],
-    ids=["pairs", "regex with group", "regex without group", "callable"],
+    ids=["pairs", "regex", "callable"],
 )
 def test_split_keeps_a_persons_cases_together(many, group_pattern, person):
     sizes = []
@@ -86,19 +76,18 @@ def test_split_keeps_a_persons_cases_together(many, group_pattern, person):
 
 
 @pytest.mark.parametrize(
-    ("case_id", "pattern", "person"),
+    ("pattern", "person"),
     [
-        ("hippocampus_017", "pairs", "9"),
-        ("hippocampus_018", "pairs", "9"),
-        ("hippocampus_019", "pairs", "10"),
-        ("site2_p7_visit1", r"p(\d+)", "7"),
-        ("site2_p7_visit1", r"p\d+", "p7"),
-        ("site2_p7_visit1", str.upper, "SITE2_P7_VISIT1"),
-        ("site2_p7_visit1", None, "site2_p7_visit1"),
+        ("pairs", "9"),
+        (r"e(\d+)", "2"),
+        (r"e\d+", "e2"),
+        (str.upper, "SITE2_017"),
+        (None, "site2_017"),
     ],
 )
-def test_person_of_names_the_person(case_id, pattern, person):
-    assert person_of(case_id, pattern) == person
+def test_person_of_names_the_person(pattern, person):
+    assert person_of("site2_017", pattern) == person
+    assert person_of("site2_018", "pairs") == "9"
 
 
 def test_split_names_all_cases_that_do_not_match(many):
@@ -114,7 +103,6 @@ def test_split_names_all_cases_that_do_not_match(many):
           (-1, 5, "any", True)),
         ({"num_folds": 41}, "num_folds: expected 2 to 40 (the number of persons), got 41. "),
         ({"num_folds": 21, "group_pattern": "pairs"}, "num_folds: expected 2 to 20 "),
-        ({"num_folds": 1}, "num_folds: expected 2 to 40 "),
         *(({"test_fraction": share}, "test_fraction: expected 0 to below 1, got ") for share in
           (-0.1, 1, 1.5, True, float("nan"))),
         ({"test_fraction": 0.99, "fold": "all"},
@@ -124,11 +112,6 @@ def test_split_names_all_cases_that_do_not_match(many):
 def test_split_refuses_a_value_out_of_range(many, changes, message):
     (fault,) = faults_of(load_cases, many, **changes)
     assert fault.startswith(message)
-
-
-def test_split_known_ids_stay_as_they_are(many):
-    """As the first version of the pipeline split cases of these names."""
-    assert ids(load_cases(many).validation) == names(7, 8, 9, 11, 16, 17, 19, 29)
 
 
 def test_split_all_trains_on_everything(many):
@@ -158,26 +141,17 @@ def test_split_keeps_test_persons_out_of_every_fold(many, share, persons):
     assert sides(split_seed=1)[2] != test
 
 
-@pytest.fixture
-def grouped(tmp_path):
-    """Twelve cases of four persons, as a table states them."""
+def test_split_takes_the_group_for_the_person(tmp_path):
     rows = ["image,label,case_id,group"]
     for n in range(12):
         for kind in ("image", "label"):
             (tmp_path / f"{kind}{n}.nii.gz").touch()
         rows.append(f"image{n}.nii.gz,label{n}.nii.gz,case_{n:03d},p{n % 4}")
     (tmp_path / "cases.csv").write_text("\n".join(rows))
-    return tmp_path
-
-
-def test_split_takes_the_group_for_the_person(grouped):
     for fold in range(4):
-        cases = load_cases(grouped, fold=fold, num_folds=4)
+        cases = load_cases(tmp_path, fold=fold, num_folds=4)
         assert len({number(case_id) % 4 for case_id in ids(cases.validation)}) == 1
         assert len(cases.validation) == 3
-
-
-# ---- by file
 
 
 def write_split(root, content):
@@ -255,7 +229,6 @@ REST = names(*range(4, 41))
         ({"train": [], "val": ["case_003"]}, {}, r"cases to train on, got none\."),
         ({"train": REST}, {}, r"fold 0: expected an object with train and val"),
         ([{"train": REST, "val": []}, 3], {}, r"fold 1: expected an object with train and val"),
-        ({"train": REST, "val": [7]}, {}, r"fold 0: expected an object with train and val"),
         ([{"train": REST, "val": []}], {"fold": 1}, r"^fold: expected 0 to 0 or 'all' .*, got 1\."),
         ([{"train": REST, "val": []}], {"fold": -1}, r"^fold: expected 0 to 0 .*, got -1\."),
         ({"train": REST, "val": []}, {"test_fraction": 0.1}, r"^test_fraction: expected 0 with s"),

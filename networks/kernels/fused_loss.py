@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -19,26 +19,16 @@ PARTIAL_BYTES = 3 * 2**19  # of the sums of all programs, at most
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work.
+    """How a kernel divides its work."""
 
-    Attributes:
-        held: Logits that a thread holds, about: of them follows how many threads share a voxel.
-        num_warps: Per program.
-        programs: Per multiprocessor, in all.
-    """
-
-    held: int
-    num_warps: int
-    programs: int
+    held: int  # logits that a thread holds, about; decides how many threads share a voxel
+    num_warps: int  # per program
+    programs: int  # per multiprocessor, in all
 
 
-# (kernel, channels are last): the sums also hold three numbers for each logit
-TILINGS = {
-    ("sums", False): Tiling(36, 4, 8),
-    ("sums", True): Tiling(18, 4, 8),
-    ("gradient", False): Tiling(36, 4, 8),
-    ("gradient", True): Tiling(18, 4, 8),
-}
+# by kernel, and whether channels are last
+TILINGS = {(name, False): Tiling(36, 4, 8) for name in ("sums", "gradient")}
+TILINGS |= {(name, True): Tiling(18, 4, 8) for name in ("sums", "gradient")}
 
 
 @functools.cache
@@ -53,38 +43,14 @@ def failure(device: torch.device) -> str | None:
 
 
 class FusedSums(torch.autograd.Function):
-    """`(logits, label, class_weights, ignore_value, dice, entropy) -> (B, 3 C + 2)` float64.
-
-    Args:
-        logits: `(B, C, …)` of a floating dtype, C up to `MAX_CLASSES`, contiguous or with channels
-            last in memory.
-        label: `(B, 1, …)` contiguous, integers of any dtype but bool. A voxel whose label is
-            neither a class nor ignored counts in the masses alone; preflight refuses such labels.
-        class_weights: `(C,)` float32 on the same device, or `None`.
-        ignore_value: Label of voxels that do not count, or `None`.
-        dice: Whether overlap and mass are wanted; they are 0 otherwise.
-        entropy: Whether the cross-entropy is.
-
-    Returns:
-        Of each volume: overlap, mass and size, C numbers each; the weighted sum of -ln(p) at the
-        labels; the sum of the weights. Numbers of voxels are exact. The gradient has dtype and
-        memory layout of the logits; one that is asked for by another loses no bit in between.
-    """
+    """`sums` of logits that are contiguous or have channels last, and a contiguous label."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        label: torch.Tensor,
-        class_weights: torch.Tensor | None,
-        ignore_value: int | None,
-        dice: bool,
-        entropy: bool,
-    ) -> torch.Tensor:
-        """Sums of each volume."""
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        """Sums of each volume; the arguments are those of `sums`."""
+        logits, label, class_weights, ctx.ignore_value, dice, entropy = given
         ctx.save_for_backward(logits, label, class_weights)
-        ctx.ignore_value = ignore_value
-        grid, arguments = _launch("sums", logits, label, class_weights, ignore_value)
+        grid, arguments = _launch("sums", logits, label, class_weights, ctx.ignore_value)
         partials = logits.new_empty(*grid[::-1], 3 * logits.shape[1] + 2, dtype=torch.float32)
         with torch.cuda.device_of(logits):
             sums_kernel[grid](partials=partials, DICE=dice, ENTROPY=entropy, **arguments)
@@ -111,27 +77,17 @@ class FusedValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        totals: torch.Tensor,
-        class_weights: torch.Tensor | None,
-        num_classes: int,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        """The value; `options` are `value_kernel`'s."""
+    def forward(ctx: Any, totals: torch.Tensor, *given: Any) -> torch.Tensor:
+        """The value; `given` are class weights, the number of classes, `value_kernel`'s options."""
+        class_weights, num_classes, options = given
         value, rates = totals.new_empty((), dtype=torch.float32), torch.empty_like(totals)
+        weights = totals if class_weights is None else class_weights
         with torch.cuda.device_of(totals):
             value_kernel[(1,)](
-                totals,
-                totals if class_weights is None else class_weights,
-                value,
-                rates,
-                len(totals),
-                C=num_classes,
-                HAS_WEIGHTS=class_weights is not None,
-                BLOCK=triton.next_power_of_2(num_classes),
+                totals, weights, value, rates, len(totals), C=num_classes,
+                HAS_WEIGHTS=class_weights is not None, BLOCK=triton.next_power_of_2(num_classes),
                 **options,
-            )
+            )  # fmt: skip
         ctx.save_for_backward(rates)
         return value
 
@@ -152,15 +108,23 @@ def sums(
     dice: bool = True,
     entropy: bool = True,
 ) -> torch.Tensor:
-    """`FusedSums` of tensors in any layout; other layouts are copied to be contiguous."""
+    """Sums of each volume over its voxels, `(B, 3 C + 2)` float64, of tensors in any layout.
+
+    These are overlap, mass and size, C numbers each; the weighted sum of -ln(p) at the labels; and
+    the sum of the weights. Numbers of voxels are exact. What `dice` and `entropy` exclude is 0.
+
+    Args:
+        logits: `(B, C, …)` of a floating dtype, which the gradient has; C up to `MAX_CLASSES`.
+        label: `(B, 1, …)` integers of any dtype. A voxel whose label is neither a class nor
+            `ignore_value` counts in the masses alone.
+        class_weights: `(C,)` float32 on the same device.
+    """
     if not (logits.is_contiguous() or _is_last(logits)):
         logits = logits.contiguous()
     label = label.contiguous()
     label = label.view(torch.uint8) if label.dtype == torch.bool else label
-    result: torch.Tensor = FusedSums.apply(
-        logits, label, class_weights, ignore_value, dice, entropy
-    )
-    return result
+    result = FusedSums.apply(logits, label, class_weights, ignore_value, dice, entropy)
+    return cast(torch.Tensor, result)
 
 
 def _is_last(logits: torch.Tensor) -> bool:
@@ -169,11 +133,7 @@ def _is_last(logits: torch.Tensor) -> bool:
 
 
 def _launch(
-    name: str,
-    logits: torch.Tensor,
-    label: torch.Tensor,
-    class_weights: torch.Tensor | None,
-    ignore_value: int | None,
+    name: str, logits: torch.Tensor, label: torch.Tensor, class_weights: Any, ignore_value: Any
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid of a kernel, programs by volumes, and the arguments that both kernels have."""
     num_volumes, num_classes = logits.shape[:2]
@@ -181,11 +141,10 @@ def _launch(
     is_last = _is_last(logits)
     tiling = TILINGS[name, is_last]
     rows, chunk, run = shape_of_tile(num_classes, is_last, logits.element_size(), tiling)
+    most = 2 * num_volumes
     if logits.is_cuda:
         found = torch.cuda.get_device_properties(logits.device).multi_processor_count
         most = tiling.programs * found
-    else:
-        most = 2 * num_volumes
     if name == "sums":
         most = min(most, PARTIAL_BYTES // (4 * (3 * num_classes + 2)))
     # counts of a program are float32, exact up to 2**24
@@ -215,11 +174,7 @@ def shape_of_tile(
 ) -> tuple[int, int, int]:
     """`(ROWS, CHUNK, RUN)` with which a thread holds about `tiling.held` logits.
 
-    Args:
-        num_classes: Of the logits.
-        is_last: Whether their channels are last in memory.
-        element_size: In bytes.
-        tiling: Of the kernel.
+    `is_last` is whether channels are last in memory; `element_size` is that of a logit in bytes.
     """
     if is_last:
         vector = min(math.gcd(num_classes, 16), max(16 // element_size, 1))

@@ -1,16 +1,8 @@
 """The sums that Dice and cross-entropy are made of, and their gradient, a pass each, in Triton.
 
-The first kernel reads every logit once: softmax and the sums per class are in float32 registers,
-and each program leaves one row of sums. The second reads the logits again and writes the gradient,
-rounded once, at the store; the loss scale is in the float32 rates that it is made of. No tensor of
-the logits' size is made but the gradient.
-
-A tile is `(ROWS, CHUNK, RUN)`: `ROWS · RUN` voxels and one chunk of the classes. A thread holds the
-same voxels and, of each chunk, the same classes, so that a number of classes that is no power of
-two costs part of one chunk at most. A tile is one vector per thread; that makes the compiler divide
-it along what are neighbours in memory: voxels, or classes where channels are last.
-
-There are no atomics, and the order of every sum is fixed: two runs agree bit for bit.
+A tile is `(ROWS, CHUNK, RUN)`: `ROWS · RUN` voxels and one chunk of the classes. It is one vector
+per thread, along what are neighbours in memory: voxels, or classes where channels are last. There
+are no atomics, and the order of every sum is fixed: two runs agree bit for bit.
 """
 
 # ruff: noqa: N806, RUF005, SIM108

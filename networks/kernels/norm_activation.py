@@ -1,16 +1,13 @@
 """Triton kernels of the dense U-Net's layers that only move memory.
 
 All tensors are channels last: a *row* is one voxel with its channels, and rows follow one another
-as `(b, z, y, x)`. Sums are float32 in an order that shapes alone decide: there are no atomics, so
-that equal inputs give equal bits. `networks.fused_layers` makes differentiable operations of them.
+as `(b, z, y, x)`. Sums are float32 in an order that shapes alone decide, without atomics.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# ---------------------------------------------------------------- norm and ReLU
 
 
 @triton.jit
@@ -190,9 +187,6 @@ def norm_relu_backward(
     tl.store(out + at * channels + c[None, :], g * (w * r), mask=mask)
 
 
-# ---------------------------------------------------------------- pooling
-
-
 @triton.jit
 def max_pool(
     x, out, depth, height, width, channels, Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
@@ -255,9 +249,6 @@ def max_pool_backward(
                 share = tl.where(largest == (dz * Y + dy) * X + dx, pooled, 0.0)
                 at = out + row[:, None] * channels + c[None, :]
                 tl.store(at, skip.to(tl.float32) + share, mask=mask)
-
-
-# ---------------------------------------------------------------- trilinear interpolation
 
 
 @triton.jit

@@ -20,9 +20,9 @@ from typing import Any
 
 from pipeline.commands.command import CommandParser, number_in, run_parsed
 from pipeline.config.keys import read_word
-from pipeline.data.cases import DatasetLayout
+from pipeline.data.cases import DatasetLayout, match
 from pipeline.data.layouts import read_dataset_json, read_layout
-from pipeline.data.pairs import MAX_VALUE, match
+from pipeline.data.nifti import MAX_VALUE
 from pipeline.data.splits import persons_of
 from pipeline.distributed import own_cores
 from pipeline.errors import InputError, require

@@ -1,24 +1,21 @@
-"""Cases: dictionaries of one person's image and label files, and which of the files are there.
-
-Also the images of a folder to predict, as cases without labels.
-"""
+"""Cases: dictionaries of one person's image and label files; and folders of volumes as cases."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DatasetIssue, make_issue, refuse, require
+from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
 from transforms.load import dicom_files
 
 Case = dict[str, Any]
-
-Volumes = dict[str, dict[str, list[Path]]]  # by case and channel number (empty: not a channel)
+Pair = tuple[str, Path, Path]  # case id, prediction, label
+Channels = dict[str, list[Path]]  # volumes by channel number, which is empty for no channel
 
 ENDINGS = (".nii.gz", ".nii")
 CASE_ID = r"[^/\\\0\n]*[^/\\\0\n.][^/\\\0\n]*"
@@ -30,8 +27,7 @@ class DatasetLayout:
 
     A case is a dictionary with `case_id`, `image` (a path, or a list with one per channel), `label`
     and, where declared, `group`, which names the person. A path is the absolute name of a NIfTI
-    file, or of a folder that holds a DICOM series; links in it are kept, since the target of a link
-    may have another name.
+    file, or of a folder that holds a DICOM series; links in it are kept.
     """
 
     root: Path = Path()  # folder of the dataset, links resolved
@@ -51,10 +47,10 @@ def case_name(path: str | Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
 
 
-def split_channel(name: str) -> tuple[str, str] | None:
-    """Case and number of a channel that has a file of its own, `<case>_0000`; else None."""
+def split_channel(name: str) -> tuple[str, str]:
+    """Case and number of a channel that has a file of its own, `<case>_0000`; else no number."""
     match = re.fullmatch(r"(.+)_(\d{4})", name)
-    return (match[1], match[2]) if match else None
+    return (match[1], match[2]) if match else (name, "")
 
 
 def add_case_id(case: Case) -> Case:
@@ -86,13 +82,35 @@ def list_volumes(folder: Path) -> list[Path]:
     )
 
 
+def group_volumes(
+    paths: Iterable[Path], is_case: Callable[[str], bool] = lambda name: False
+) -> dict[str, Channels]:
+    """Volumes by case and channel; a name for which `is_case` holds is no channel's."""
+    grouped: dict[str, Channels] = {}
+    for path in paths:
+        name = case_name(path)
+        case_id, number = (name, "") if is_case(name) else split_channel(name)
+        grouped.setdefault(case_id, {}).setdefault(number, []).append(path)
+    return grouped
+
+
+def find_twins(channels: Channels) -> str:
+    """What is wrong where two volumes could be the same of one case, such as `a` and `a_0000`."""
+    twins = [paths for paths in channels.values() if len(paths) > 1]
+    if "" in channels and len(channels) > 1:
+        twins.append([channels[number][0] for number in sorted(channels)])
+    if not twins:
+        return ""
+    folder, (one, other) = twins[0][0].parent, (path.name for path in twins[0][:2])
+    return f"expected one volume of this name in {folder}, got {one} and {other}. Remove one."
+
+
 def resolve_paths(
     layout: DatasetLayout, root: Path, data_roots: Sequence[str | Path], where: str
 ) -> DatasetLayout:
-    """Make the paths of a layout absolute, and leave out the cases that have a fault.
+    """Make the paths of a layout, from `root`, absolute, and leave out cases that have a fault.
 
-    The paths start from `root`, links in which are kept; files may also lie in `data_roots`. In
-    messages, `where` names what lists the cases.
+    Files may also lie in `data_roots`. In messages, `where` names what lists the cases.
 
     Raises:
         InputError: If no case is listed, or a case id could not name a file.
@@ -104,11 +122,10 @@ def resolve_paths(
         for case_id in ids
         if not re.fullmatch(CASE_ID, case_id)
     )
-    issues, expected = list(layout.issues), f"one case of this name in {where}"
-    for case_id, count in ids.items():
-        if count > 1:
-            remedy = "Rename or remove one"
-            issues.append(make_issue(case_id, "duplicate_id", expected, count, remedy))
+    expected, remedy = f"one case of this name in {where}", "Rename or remove one"
+    twice = {case_id: count for case_id, count in ids.items() if count > 1}
+    issues = [make_issue(name, "duplicate_id", expected, twice[name], remedy) for name in twice]
+    issues = layout.issues + issues
     allowed = [os.path.realpath(folder) for folder in (root, *data_roots)]
     for case in layout.cases:
         issues += _file_issues(case, root, allowed, where)
@@ -141,101 +158,114 @@ def _file_issues(
             yield make_issue(case["case_id"], "outside", expected, outside[0], remedy)
 
 
-# ---- images to predict
-
-
 def list_images(
-    folder: str | Path, num_channels: int | None = None, root: str | Path = ""
+    folder: str | Path,
+    num_channels: int | None = None,
+    root: str | Path = "",
+    labels: str | Path | None = None,
 ) -> list[Case]:
-    """List the volumes of a folder, or a single file, as cases without labels, by name.
+    """List the volumes of a folder, or a single file, as cases, by name.
 
     Volumes are NIfTI files and folders with a DICOM series; a folder of DICOM files is one case.
-    Names such as `amos_0000`, `amos_0001` may be cases or channels of one. They are channels
-
-    - of several channels, if one case or more has exactly these, counted from 0; a case that lacks
-      some is listed with what it has,
-    - of one channel, or an unknown number, if every name is a channel's and all cases have the
-      same.
+    Names such as `amos_0000` are channels of one case, counted from 0, where one case or more has
+    exactly `num_channels`; where these are 1 or None, all cases must have the same ones. A case
+    that lacks a channel is listed with what it has.
 
     Args:
         folder: With the volumes; or a file, which stands for all channels of its case if these are
             complete, and else for itself.
         num_channels: Channels of an image; None if unknown.
-        root: Folder that `folder` is relative to.
+        root: Folder that `folder` and `labels` are relative to.
+        labels: Folder with the label of each case, `<case_id>.nii.gz` or `.nii`.
 
     Returns:
-        Dictionaries with `case_id`, `image` (a path, or a list with one per channel) and, where two
-        volumes have one name, `fault`: why the case cannot be predicted.
+        Cases; one has a `fault`, why it cannot be predicted, where two volumes have its name.
 
     Raises:
-        InputError: If there is no volume.
+        InputError: If there is no volume; one line for each case without a label.
     """
     place = Path(root, folder).absolute()
     if place.is_file() and place.name.endswith(ENDINGS):
-        grouped, place = _group_file(place, num_channels), place.parent
+        cases = _group_file(place, num_channels)
     else:
         series = [place] if place.is_dir() and dicom_files(place) else []
-        grouped = _group(list_volumes(place) or series, num_channels)
+        cases = _group(list_volumes(place) or series, num_channels)
     expected = f"NIfTI files or DICOM series in {folder}"
-    require(grouped, "input", expected, "none", "Check the path.")
-    several = any(len(numbers) > 1 for numbers in grouped.values())
-    return [_image_case(case_id, numbers, place, several) for case_id, numbers in grouped.items()]
+    require(cases, "input", expected, "none", "Check the path.")
+    several = any(len(channels) > 1 for channels in cases.values())
+    listed = [_image_case(case_id, channels, several) for case_id, channels in cases.items()]
+    if labels is None:
+        return listed
+    found = {case_name(path): str(path) for path in list_volumes(Path(root, labels))}
+    refuse(
+        f"{case_id}: expected its label in {Path(root, labels)}, found none. Add it."
+        for case_id in cases
+        if case_id not in found
+    )
+    return [{**case, "label": found[case["case_id"]]} for case in listed]
 
 
-def _group_file(file: Path, num_channels: int | None) -> Volumes:
+def _group_file(file: Path, num_channels: int | None) -> dict[str, Channels]:
     """The case of a file: with the other channels if they are complete."""
     name = case_name(file)
-    case_id, number = split_channel(name) or (name, "")
+    case_id, number = split_channel(name)
     other = re.compile(rf"{re.escape(case_id)}_(?!{number})\d{{4}}" if number else "")
     others = [path for path in list_volumes(file.parent) if other.fullmatch(case_name(path))]
     grouped = _group(sorted([file, *others]), num_channels)
     return {name: grouped[name]} if name in grouped else grouped
 
 
-def _group(found: Iterable[Path], num_channels: int | None) -> Volumes:
-    cases: Volumes = {}
-    channels: Volumes = {}
-    for path in found:
-        name = case_name(path)
-        cases.setdefault(name, {}).setdefault("", []).append(path)
-        case_id, number = split_channel(name) or (name, "")
-        channels.setdefault(case_id, {}).setdefault(number, []).append(path)
-    numbers = [set(one) for one in channels.values()]
+def _group(found: Sequence[Path], num_channels: int | None) -> dict[str, Channels]:
+    grouped = group_volumes(found)
+    numbers = [set(channels) for channels in grouped.values()]
     complete = {f"{n:04d}" for n in range(num_channels or max(map(len, numbers), default=0))}
     if (num_channels or 1) > 1:
         are_channels = any(one - {""} == complete for one in numbers)
     else:
         are_channels = all(one == complete for one in numbers)
-    return channels if are_channels else cases
+    return grouped if are_channels else group_volumes(found, lambda name: True)
 
 
-def _image_case(case_id: str, numbers: dict[str, list[Path]], folder: Path, several: bool) -> Case:
-    first = [numbers[number][0] for number in sorted(numbers)]
-    is_one_file = "" in numbers or not several
-    case: Case = {"case_id": case_id, "image": str(first[0]) if is_one_file else [*map(str, first)]}
-    same = [paths for paths in numbers.values() if len(paths) > 1]
-    if "" in numbers and len(first) > 1:  # `a` beside `a_0000`: both could be case a
-        same.append(first)
-    if same:
-        one, other = (path.name for path in same[0][:2])
-        expected = f"expected one volume of this name in {folder}"
-        case["fault"] = f"{expected}, got {one} and {other}. Remove one."
-    return case
+def _image_case(case_id: str, channels: Channels, several: bool) -> Case:
+    first = [str(channels[number][0]) for number in sorted(channels)]
+    image = first[0] if "" in channels or not several else first
+    fault = find_twins(channels)
+    return {"case_id": case_id, "image": image} | ({"fault": fault} if fault else {})
 
 
-def list_labelled_images(
-    folder: str | Path, labels: str | Path, num_channels: int | None = None, root: str | Path = ""
-) -> list[Case]:
-    """Call `list_images`, and add the label `<case_id>.nii.gz` or `.nii` in the folder `labels`.
+def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
+    """Match the NIfTI files of two folders by case id; gives the reasons for those without a pair.
 
     Raises:
-        InputError: As `list_images`, and one line for each case without a label.
+        InputError: If a folder does not exist, or the two have no case in common.
     """
-    cases, place = list_images(folder, num_channels, root), Path(root, labels)
-    found = {case_name(path): str(path) for path in list_volumes(place)}
-    refuse(
-        f"{case['case_id']}: expected its label in {place}, found none. Add it."
-        for case in cases
-        if case["case_id"] not in found
-    )
-    return [{**case, "label": found[case["case_id"]]} for case in cases]
+    preds, labels = _files(pred_dir, "predictions"), _files(label_dir, "labels")
+    expected = f"NIfTI files named as those of {label_dir}"
+    got = f"{len(preds)} and {len(labels)} cases, none in common"
+    require(preds.keys() & labels.keys(), pred_dir, expected, got, "Check the paths.")
+    pairs, refused = [], {}
+    for case_id in sorted(preds.keys() | labels.keys()):
+        pred, label = preds.get(case_id, []), labels.get(case_id, [])
+        for kind, folder, paths in ("prediction", pred_dir, pred), ("label", label_dir, label):
+            if not paths:
+                expected, got = f"a {kind} in {folder}", "found none. Add it or take the other away"
+                refused[case_id] = f"expected {expected}, {got}."
+            elif len(paths) > 1:
+                got = " and ".join(path.name for path in paths)
+                refused[case_id] = f"expected one {kind} in {folder}, got {got}. Remove one."
+        if case_id not in refused:
+            pairs.append((case_id, pred[0], label[0]))
+    return pairs, refused
+
+
+def _files(folder: Path, what: str) -> dict[str, list[Path]]:
+    """NIfTI files by case id, without predicted probabilities."""
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        expected = f"{folder}: expected a folder of {what}"
+        raise InputError(f"{expected}, got: {error.strerror}. Check the path.") from None
+    files = [path for path in list_volumes(folder) if path.is_file()]
+    found = {name: one[""] for name, one in group_volumes(files, lambda name: True).items()}
+    others = {f"{name}_probabilities" for name in found}
+    return {name: paths for name, paths in found.items() if name not in others}

@@ -12,23 +12,19 @@ from typing import Any
 
 from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, resolve_paths
 from pipeline.data.layouts import read_layout
-from pipeline.data.splits import GroupPattern, Split, split_by_file, split_by_hash
-from pipeline.errors import InputError, nearest, refuse, require
+from pipeline.data.splits import GroupPattern, Sides, split_by_file, split_by_hash
+from pipeline.errors import DatasetIssue, InputError, nearest, refuse, require
 from transforms.load import dicom_files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cases(DatasetLayout):
-    """The cases of a dataset, split for one run; see `DatasetLayout` for what a case is.
-
-    A case with a fault is in no part of the split; its faults are in `issues`. The fingerprint is
-    the SHA-256 over case ids, file sizes and labels: the same data has the same in any folder.
-    """
+    """The cases of a dataset, split for one run; one with a fault is in no part of the split."""
 
     train: list[Case]
     validation: list[Case]  # of other persons; empty with fold `all`
     test: list[Case] = field(default_factory=list)  # of persons in no fold
-    fingerprint: str
+    fingerprint: str  # SHA-256 over case ids, file sizes and labels, whatever the folder
     excluded: list[str] = field(default_factory=list)  # case ids that were left out on demand
 
     def image_dir(self, dataset_dir: str) -> str:
@@ -65,12 +61,12 @@ def load_cases(
 
     Args:
         dataset_dir: A folder, or a table; see `pipeline.data.layouts`.
-        fold: The part to validate on, 0 to `num_folds` - 1, or `all`; see `split_by_hash`.
-        num_folds: Number of parts that the persons are divided into; unused with `split_file`.
-        split_seed: Seed of the division; unused with `split_file`.
-        group_pattern: Tells persons apart; see `person_of`.
+        fold: The part to validate on, 0 to `num_folds` - 1, or `all`.
+        num_folds: Number of parts that the persons are divided into; see `split_by_hash`.
+        split_seed: Seed of the division.
+        group_pattern: See `person_of`.
         test_fraction: Share of the persons that is kept from training and validation.
-        split_file: States the split in place of the four before; see `split_by_file`.
+        split_file: States the split in place of the others; see `split_by_file`.
         exclude: Ids of cases to leave out before anything else is done with them.
         data_roots: Folders outside the dataset's that files may lie in.
 
@@ -80,20 +76,21 @@ def load_cases(
     """
     layout = _exclude(read_layout(dataset_dir, data_roots=data_roots), exclude)
     how: dict[str, Any] = {"fold": fold, "group_pattern": group_pattern}
+    unlisted: list[DatasetIssue] = []
     try:
         if split_file is None:
             how |= {"num_folds": num_folds, "split_seed": split_seed}
-            split = split_by_hash(layout.cases, **how, test_fraction=test_fraction)
+            sides = split_by_hash(layout.cases, **how, test_fraction=test_fraction)
         else:
-            remedy = "State the test cases in the file."
-            expected = "0 with split_file"
+            expected, remedy = "0 with split_file", "State the test cases in the file."
             require(not test_fraction, "test_fraction", expected, test_fraction, remedy)
             left_out = {*exclude, *(issue.case_id for issue in layout.issues)}
-            split = split_by_file(layout.cases, split_file, **how, left_out=left_out)
+            sides, unlisted = split_by_file(layout.cases, split_file, **how, left_out=left_out)
     except InputError as error:
         # cases with a fault are left out, which may be why there are too few to split
         raise InputError(*(issue.line for issue in layout.issues), *error.faults) from None
-    return _make_cases(layout, split, sorted(set(exclude)))
+    layout = replace(layout, issues=layout.issues + unlisted)
+    return _make_cases(layout, sides, sorted(set(exclude)))
 
 
 def given_cases(
@@ -101,19 +98,16 @@ def given_cases(
 ) -> Cases:
     """Take cases that a client lists and splits itself, in place of a dataset.
 
-    Cases are dictionaries with `image` and `label`, absolute file names; without `case_id` a case
-    is named after its image. Class names are in the order of the label values, where known.
+    Their file names are absolute; class names are in the order of the label values, where known.
 
     Raises:
         InputError: If there is no training case, or a case has another form.
     """
     where = "train#dataset#data"
     for case in (*train, *validation):
-        stated = case if isinstance(case, dict) else {}
-        images, label = stated.get("image"), stated.get("label")
-        paths = [*(images if isinstance(images, list) and images else [images]), label]
-        if not all(isinstance(path, str) for path in paths):
-            raise InputError(f"{where}: expected cases with image and label, got {case!r}.")
+        stated = (case.get("image"), case.get("label")) if isinstance(case, dict) else (None, None)
+        is_case = isinstance(stated[0], str | list) and isinstance(stated[1], str)
+        require(is_case, where, "cases with image and label", repr(case), "Name both files.")
     require(train, where, "cases", "none", "List one or more.")
     listed = [add_case_id(case) for case in (*train, *validation)]
     folders = [os.path.dirname(os.path.abspath(path)) for case in listed for path in paths_of(case)]
@@ -121,10 +115,8 @@ def given_cases(
     # the folder's own name may name a person
     unresolved = DatasetLayout(root, "given", "data of a client", class_names, cases=listed)
     layout = resolve_paths(unresolved, root, (), where)
-    train_ids = {case["case_id"] for case in listed[: len(train)]}
-    first = [case for case in layout.cases if case["case_id"] in train_ids]
-    second = [case for case in layout.cases if case["case_id"] not in train_ids]
-    return _make_cases(layout, Split(first, second, test=[]), [])
+    ids = [case["case_id"] for case in listed]
+    return _make_cases(layout, [ids[: len(train)], ids[len(train) :], []], [])
 
 
 def _exclude(layout: DatasetLayout, exclude: Collection[str]) -> DatasetLayout:
@@ -142,11 +134,12 @@ def _exclude(layout: DatasetLayout, exclude: Collection[str]) -> DatasetLayout:
     )
 
 
-def _make_cases(layout: DatasetLayout, split: Split, excluded: list[str]) -> Cases:
+def _make_cases(layout: DatasetLayout, sides: Sides, excluded: list[str]) -> Cases:
+    train, validation, test = ([c for c in layout.cases if c["case_id"] in s] for s in sides)
     sizes = [(case["case_id"], *map(_size, paths_of(case))) for case in layout.cases]
     labels = None if layout.labels is None else dict(layout.labels)
     fingerprint = hashlib.sha256(json.dumps([sorted(sizes), labels]).encode()).hexdigest()
-    values = vars(layout) | vars(split) | {"issues": [*layout.issues, *split.issues]}
+    values = {**vars(layout), "train": train, "validation": validation, "test": test}
     return Cases(**values, fingerprint=fingerprint, excluded=excluded)
 
 

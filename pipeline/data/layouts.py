@@ -1,9 +1,7 @@
-"""Dataset layouts: readers that list the cases of a folder or a table.
+"""Reads the layouts of datasets.
 
-msd      dataset.json with labels and training pairs (Medical Segmentation Decathlon)
-nnunet   dataset.json with channel_names, imagesTr/<case>_0000.nii.gz (nnU-Net v2 raw)
-table    a CSV or JSON list of image and label, or a folder with cases.csv or cases.json
-folders  images/ and labels/ (or imagesTr/ and labelsTr/) with equal names
+`msd` (Medical Segmentation Decathlon) and `nnunet` have a dataset.json, a `table` is a CSV or JSON
+list of image and label, and `folders` hold images and labels of equal names.
 """
 
 from __future__ import annotations
@@ -12,15 +10,18 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import (
     ENDINGS,
     Case,
+    Channels,
     DatasetLayout,
     case_name,
+    find_twins,
+    group_volumes,
     list_volumes,
     resolve_paths,
     split_channel,
@@ -30,46 +31,36 @@ from pipeline.errors import DatasetIssue, InputError, make_issue, nearest, refus
 TABLES = ("cases.csv", "cases.json")
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 # keys of `dataset.json` with facts about the dataset, and their names here
-FACTS = {"description": "description", "reference": "reference"}
-FACTS |= {"license": "licence", "licence": "licence"}
+FACTS = {name: name for name in ("description", "reference", "licence")} | {"license": "licence"}
 Listed = tuple[list[Case], list[DatasetIssue]]
 
 
 def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = ()) -> DatasetLayout:
-    """Recognise a dataset's layout and read it.
+    """Recognise the layout of a folder, or of a `.csv` or `.json` file that lists cases; read it.
 
-    Args:
-        dataset_dir: A folder, or a `.csv` or `.json` file that lists cases.
-        data_roots: Other folders that files may lie in; a path that leads elsewhere, by `..` or
-            through a link, is a fault.
-
-    Returns:
-        The cases that can be used; faults of single cases are its `issues`.
+    Files that lie, by `..` or through a link, neither in the dataset's folder nor in `data_roots`
+    are a fault. Faults of single cases are `issues` of the layout; other cases can be used.
 
     Raises:
         InputError: One line per fault of the dataset as a whole: an unknown layout, a description
             that cannot be read, no case at all.
     """
-    path = Path(dataset_dir)
     try:
-        if not path.is_file():
-            layout, where = _read_folder(path)
-            return resolve_paths(layout, path, data_roots, str(where))
+        layout, where = _read(Path(dataset_dir))
+        root = where if where.is_dir() else where.parent
+        return resolve_paths(layout, root, data_roots, str(where))
+    except OSError as error:  # a folder without read permission
+        got = f"{error}. Change the permissions."
+        raise InputError(f"{dataset_dir}: expected files that can be read, got: {got}") from error
+
+
+def _read(path: Path) -> tuple[DatasetLayout, Path]:
+    """The layout of a folder or a table, and what lists its cases."""
+    if path.is_file():
         is_table = path.suffix.lower() in (".csv", ".json")
         form = "a folder, or a .csv or .json file that lists cases"
         require(is_table, "dataset_dir", form, path, "Name one of these.")
-        return resolve_paths(_read_table(path), path.parent, data_roots, str(path))
-    except OSError as error:  # a folder without read permission
-        message = f"{path}: expected files that can be read, got: {error}. Change the permissions."
-        raise InputError(message) from error
-
-
-def _read_folder(path: Path) -> tuple[DatasetLayout, Path]:
-    """The layout of a folder, and what lists its cases."""
-    expected = "dataset_dir: expected a folder with dataset.json (Medical Segmentation Decathlon "
-    expected += "or nnU-Net), cases.csv, cases.json, or folders images and labels, found"
-    if not path.is_dir():
-        raise InputError(f"{expected} no {path}. Check the path.")
+        return _read_table(path), path
     if (path / "dataset.json").is_file():
         return read_dataset_json(path), path / "dataset.json"
     tables = [path / name for name in TABLES if (path / name).is_file()]
@@ -82,31 +73,25 @@ def _read_folder(path: Path) -> tuple[DatasetLayout, Path]:
             cases, issues = _pair_folders(path, *names)
             name = path.resolve().name
             return DatasetLayout(kind="folders", name=name, cases=cases, issues=issues), path
-    found = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
-    raise InputError(f"{expected} {some(found) or 'nothing'} in {path}. Check the path.")
+    found = f"no {path}"
+    if path.is_dir():
+        listed = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
+        found = f"{some(listed) or 'nothing'} in {path}"
+    expected = "dataset_dir: expected a folder with dataset.json (Medical Segmentation Decathlon "
+    expected += "or nnU-Net), cases.csv, cases.json, or folders images and labels"
+    raise InputError(f"{expected}, found {found}. Check the path.")
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file, with or without a byte order mark.
-
-    Raises:
-        InputError: If it cannot be read or is not JSON.
-    """
+    """Read a JSON file, with or without a byte order mark; else raise an InputError."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got: {error}. Correct the file.") from None
 
 
-# ---- dataset.json
-
-
 def read_dataset_json(root: Path) -> DatasetLayout:
-    """Read `root/dataset.json` of the Medical Segmentation Decathlon or nnU-Net; paths as stated.
-
-    Raises:
-        InputError: One line per fault of `dataset.json`.
-    """
+    """Read `root/dataset.json` of the Decathlon or nnU-Net; an InputError has a line per fault."""
     path = root / "dataset.json"
     source = load_json(path)
     got = type(source).__name__
@@ -126,7 +111,7 @@ def read_dataset_json(root: Path) -> DatasetLayout:
         for key, kind in kinds.items()
         if not isinstance(source.get(key), kind) or not source[key]
     )
-    class_names, ignore_value = _read_labels(source["labels"], path, may_ignore=is_nnunet)
+    class_names, ignore_value = _read_labels(source["labels"], path, is_nnunet)
     channel_names = [name for _, name in _sort_by_value(source[channels])]
     cases, issues = _list_cases(root, source, is_nnunet, len(channel_names))
     return DatasetLayout(
@@ -151,33 +136,28 @@ def _list_cases(
         expected = "file_ending .nii.gz or .nii"
         require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
         return _pair_folders(root, *FOLDERS[1], ending, num_channels)
-    if not is_nnunet:
-        entries = {f"training[{n}]": entry for n, entry in enumerate(source["training"])}
-    else:
-        entries = {f"dataset['{case_id}']": entry for case_id, entry in source["dataset"].items()}
-        for case_id, (name, entry) in zip(source["dataset"], entries.items(), strict=True):
-            if isinstance(entry, Mapping):
-                entries[name] = {**entry, "case_id": case_id, "image": entry.get("images")}
+    entries: dict[str, Any] = {}
+    for case_id, entry in source["dataset"].items() if is_nnunet else ():
+        named = {**entry, "case_id": case_id} if isinstance(entry, Mapping) else {}
+        entries[f"dataset['{case_id}']"] = {**named, "image": named.get("images")}
+    for number, entry in enumerate(() if is_nnunet else source["training"]):
+        entries[f"training[{number}]"] = entry
     _check_entries(entries, path, required=("image", "label"))
     return [_make_case(entry) for entry in entries.values()], []
 
 
 def _read_labels(
-    labels: Mapping[str, Any], where: Path, *, may_ignore: bool
+    labels: Mapping[str, Any], where: Path, may_ignore: bool
 ) -> tuple[list[str], int | None]:
     """Names in the order of the values, which must be 0, 1, 2, …, and the value to ignore."""
-    regions = [name for name, value in labels.items() if isinstance(value, (list, Mapping))]
-    got, remedy = f"a region for {', '.join(regions)}", "Declare its parts as labels of their own."
-    require(not regions, where, "one value per label", got, remedy)
     stated = _sort_by_value(labels)
     names = [name for _, name in stated]
     ignored = names.index("ignore") if may_ignore and "ignore" in names else None
     count = len(names) - (ignored is not None)
     is_dense = [value for value, _ in stated] == [str(n) for n in range(len(names))]
-    expected = "labels '0' (background), '1', '2', … without gaps"
-    require(is_dense and count > 1, where, expected, list(labels), "Renumber them.")
-    expected = f"label 'ignore' to have the highest value, {count}"
-    require(ignored in (None, count), where, expected, ignored, "Renumber the labels.")
+    expected = "labels '0' (background), '1', '2', … without gaps or regions, 'ignore' the last"
+    is_valid = is_dense and count > 1 and ignored in (None, count)
+    require(is_valid, where, expected, dict(labels), "Renumber them.")
     return names[:count], ignored
 
 
@@ -190,9 +170,6 @@ def _sort_by_value(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: int(pair[0]) if pair[0].isdecimal() else -1)
 
 
-# ---- folders
-
-
 def _pair_folders(
     root: Path, image_folder: str, label_folder: str, ending: str = "", num_channels: int = 0
 ) -> Listed:
@@ -202,104 +179,67 @@ def _pair_folders(
     a case or a channel: it is a case if a label is named so, and a channel if the rest of it names
     a label, or if no name at all is that of a label.
     """
-    images, issues = _volumes_by_name(root, image_folder, ending)
-    labels, more = _volumes_by_name(root, label_folder, ending)
-    whole = {} if num_channels else images.keys() & labels.keys()
-    grouped: dict[str, dict[str, str]] = {}
-    for name, path in images.items():
-        channel = None if name in whole else split_channel(name)
-        if channel is None or (whole and channel[0] not in labels):
-            channel = name, ""
-        grouped.setdefault(channel[0], {})[channel[1]] = path
-    found = {number for channels in grouped.values() for number in channels}
+    paths = [
+        [Path(folder, p.name) for p in list_volumes(root / folder) if p.name.endswith(ending)]
+        for folder in (image_folder, label_folder)
+    ]
+    labels = group_volumes(paths[1], lambda name: True)
+    whole = set() if num_channels else {case_name(path) for path in paths[0]} & labels.keys()
+
+    def is_case(name: str) -> bool:
+        return name in whole or (bool(whole) and split_channel(name)[0] not in labels)
+
+    images = group_volumes(paths[0], is_case)
+    found = {number for channels in images.values() for number in channels}
     numbers = [f"{n:04d}" for n in range(num_channels or len(found))]
-    is_plain = found == {""} and not num_channels
-    cases, unpaired = _pair(grouped, labels, [""] if is_plain else numbers)
-    return cases, issues + more + unpaired
-
-
-def _volumes_by_name(
-    root: Path, folder: str, ending: str
-) -> tuple[dict[str, str], list[DatasetIssue]]:
-    found: dict[str, str] = {}
-    issues = []
-    expected, remedy = f"one volume of this name in {folder}", "Rename or remove one"
-    for path in list_volumes(root / folder):
-        if path.name.endswith(ending):
-            name = case_name(path)
-            if name in found:
-                issues.append(make_issue(name, "duplicate_id", expected, "two", remedy))
-            found[name] = f"{folder}/{path.name}"
-    return found, issues
-
-
-def _pair(
-    images: Mapping[str, Mapping[str, str]], labels: Mapping[str, str], numbers: Sequence[str]
-) -> Listed:
-    """Cases that have all channels in `numbers` and a label, and an issue for each other."""
-
-    def words(channels: Iterable[str]) -> str:
-        return ", ".join(number or "in one file" for number in sorted(channels))
-
+    numbers = [""] if found == {""} and not num_channels else numbers
     cases, issues = [], []
-    for case in sorted({*images, *labels}):
-        channels = images.get(case, {})
-        missing = {*numbers} - {*channels}
-        check, message = "unpaired", f"expected channels {words(numbers)}"
-        if case not in images or case not in labels:
-            wanted, there, path = "an image", "label", labels.get(case)
-            if case in images:
-                wanted, there, path = "a label", "image", channels[min(channels)]
-            message = f"expected {wanted} of {there} {path}, found none. "
-            message += f"Add it or move the {there} away."
-        elif missing:
-            check, message = "missing", f"{message}, found no {words(missing)}. Add it."
-        elif len(channels) > len(numbers):
-            message += f", got {words(channels)}. Move the others away."
+    for case_id in sorted({*images, *labels}):
+        image, label = images.get(case_id, {}), labels.get(case_id, {})
+        if fault := _find_fault(image, label, numbers):
+            issues.append(DatasetIssue(case_id, *fault))
         else:
-            image = [channels[number] for number in numbers]
-            cases.append(_make_case({"case_id": case, "image": image, "label": labels[case]}))
-            continue
-        issues.append(DatasetIssue(case, check, message))
+            files = [str(image[number][0]) for number in numbers]
+            entry = {"case_id": case_id, "image": files, "label": label[""][0]}
+            cases.append(_make_case(entry))
     return cases, issues
 
 
-# ---- lists of cases
+def _find_fault(image: Channels, label: Channels, numbers: list[str]) -> tuple[str, str] | None:
+    """Check and message of a case that lacks a label or one of the channels, or has too many."""
+    missing, expected = sorted({*numbers} - {*image}), f"expected channels {', '.join(numbers)}"
+    if twins := find_twins(image) or find_twins(label):
+        return "duplicate_id", twins
+    if not image or not label:
+        wanted, kind = ("a label", "image") if image else ("an image", "label")
+        path = min((image or label).values())[0]
+        remedy = f"Add it or move the {kind} away."
+        return "unpaired", f"expected {wanted} of {kind} {path}, found none. {remedy}"
+    if missing:
+        return "missing", f"{expected}, found no {', '.join(missing)}. Add it."
+    if len(image) > len(numbers):
+        return "unpaired", f"{expected}, got {', '.join(sorted(image))}. Move the others away."
+    return None
 
 
 def _make_case(entry: Mapping[str, Any], image_keys: Sequence[str] = ("image",)) -> Case:
     """The case of an entry, named after its image unless it has a name."""
-    image: Any = [path for key in image_keys for path in _as_list(entry.get(key, ""))]
-    case = {key: str(entry[key]) for key in ("case_id", "label", "group") if entry.get(key)}
+    stated = [entry.get(key) or "" for key in image_keys]
+    image = [str(p) for value in stated for p in (value if isinstance(value, list) else [value])]
+    case: Case = {key: str(entry[key]) for key in ("case_id", "label", "group") if entry.get(key)}
     case["image"] = image if len(image) > 1 else image[0]
     if image[0]:
         name = case_name(image[0])
-        channel = split_channel(name) if len(image) > 1 else None
-        case.setdefault("case_id", channel[0] if channel else name)
+        case.setdefault("case_id", split_channel(name)[0] if len(image) > 1 else name)
     return case
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _check_entries(entries: Mapping[str, Any], where: Path, required: Collection[str]) -> None:
-    """Refuse JSON values that are no objects with file names."""
-
-    def is_valid(key: str, value: Any) -> bool:
-        if value is None or not re.fullmatch(r"image|image_\d+|label|case_id|group", key):
-            return value is not None or key not in required
-        if key in ("case_id", "group"):
-            return isinstance(value, str | int)
-        paths = _as_list(value) if key == "image" else [value]
-        return bool(paths) and all(isinstance(path, str) for path in paths)
-
-    expected = f"{where}: expected image and label (file names)"
     refuse(
-        f"{expected} in {name}, got {entry!r}. Correct the entry."
+        f"{where}: expected image and label (file names) in {name}, got {entry!r}. "
+        "Correct the entry."
         for name, entry in entries.items()
-        if not isinstance(entry, Mapping)
-        or not all(is_valid(key, entry.get(key)) for key in {*entry, *required})
+        if not isinstance(entry, Mapping) or not all(entry.get(key) for key in required)
     )
 
 
@@ -316,9 +256,8 @@ def _read_table(path: Path) -> DatasetLayout:
         got = type(rows).__name__
         require(isinstance(rows, list), path, "a JSON list of cases", got, "Correct it.")
         _check_entries({f"entry {n}": row for n, row in enumerate(rows, start=1)}, path, ())
-        rows = [{key: row[key] for key in row if row[key] is not None} for row in rows]
     require(rows, path, "cases", "none", "List one or more.")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
     images = _image_columns(columns, path)
     wanted = [*images, "label", *(name for name in ("case_id", "group") if name in columns)]
     cases, issues = [], []

@@ -1,8 +1,7 @@
 """Reads NIfTI files and DICOM series, and notices what nibabel does not.
 
 A header is compared with the size of its file before anything of that size is allocated, and a
-compressed file is read to its end, where its checksum is: most single flipped bits are noticed
-there and nowhere else.
+compressed file is read to its end, where its checksum is.
 """
 
 from __future__ import annotations
@@ -14,17 +13,19 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import Case, files_of
-from pipeline.errors import DatasetIssue, make_issue
+from pipeline.errors import DatasetIssue, InputError, make_issue
 from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.load import DicomError, read_geometry, read_series
+from transforms.preprocess import MAX_VALUE, round_labels
 
-MAX_VOXELS = 2**31  # 16 times 512 x 512 x 512
 MAX_TRAILING_BYTES = 2**16  # after the voxels; some writers pad
 MAX_INFLATION = 1032  # bytes that DEFLATE can make of one
 SPACING_RANGE_MM = (0.001, 100.0)
@@ -57,9 +58,7 @@ Headers = dict[str, list[Header]]  # of `image` and `label`, one per file
 
 
 def read_header(path: str) -> Header:
-    """Read the header of a NIfTI file, 1 or 2, or of a folder with a DICOM series.
-
-    Trailing axes of one voxel are left out.
+    """Read the header of a NIfTI file or of a DICOM series, without trailing axes of one voxel.
 
     Raises:
         VolumeError: If there is no valid header, or it states more than the file can hold.
@@ -72,29 +71,20 @@ def read_header(path: str) -> Header:
             return Header(shape, affine, np.dtype(np.float32), zooms_mm=zooms)
         with _open(path) as file:
             header = _parse(file.read(540))
-        num_voxels, num_bytes = math.prod(header.shape), header.num_bytes
-        max_bytes = os.path.getsize(path) * (MAX_INFLATION if path.endswith(".gz") else 1)
+        most = os.path.getsize(path) * (MAX_INFLATION if path.endswith(".gz") else 1)
         _require(header.dtype.kind in "iuf", f"voxels of type {header.dtype}")
         _require(min(header.shape, default=0) > 0, f"a shape of {header.shape}")
-        claim = f"a header that claims {num_voxels} voxels, more than {MAX_VOXELS}"
-        _require(num_voxels <= MAX_VOXELS, claim)
         _require(header.offset >= 348, f"voxels from byte {header.offset} on")
-        claim = f"a header that claims {num_bytes} bytes of voxels, in a file that can hold"
-        _require(header.offset + num_bytes <= max_bytes, f"{claim} {max_bytes} at most")
+        claim = f"a header that claims {header.num_bytes} bytes of voxels, in a file that can hold"
+        _require(header.offset + header.num_bytes <= most, f"{claim} {most} at most")
         return header
 
 
 def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.ndarray:
-    """Read the voxels of a volume, and its file to the end.
+    """Read the voxels of a file or folder, to its end; `content` is its bytes, if they are read.
 
-    Args:
-        path: Path of the file or folder.
-        header: Header of that file.
-        content: The bytes of the file, where they have been read already.
-
-    Returns:
-        Array of the header's shape, the first axis running fastest; stored values in native byte
-        order, or float64 where the header scales them.
+    The array has the header's shape, the first axis running fastest. It holds stored values in
+    native byte order, or float64 where the header scales them.
 
     Raises:
         VolumeError: If the file ends early, continues for long after the voxels, or its checksum
@@ -117,29 +107,27 @@ def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.n
 
 
 def _parse(block: bytes) -> Header:
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        size = kind.template_dtype.itemsize
-        if len(block) < size or not kind.may_contain_header(block[:size]):
-            continue
-        stated = kind(block[:size], check=False)  # the check would put 1 for 0 in pixdim
-        has_sizes = stated["pixdim"][1:4][: stated["dim"][0]].all()
-        _require(stated["sform_code"] > 0 or has_sizes, "a voxel size of 0 in pixdim and no sform")
-        header: Any = kind(block[:size])
-        shape = tuple(int(n) for n in header.get_data_shape())
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        slope, intercept = header.get_slope_inter()
-        return Header(
-            shape,
-            header.get_best_affine(),
-            header.get_data_dtype(),
-            int(header["vox_offset"]),
-            1.0 if slope is None else float(slope),
-            0.0 if intercept is None else float(intercept),
-            bool(header["sform_code"] > 0 or header["qform_code"] > 0),
-            tuple(float(z) for z in header.get_zooms()[:3]),
-        )
-    raise ValueError("no NIfTI header")
+    kinds = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
+    _require(kinds, "no NIfTI header")
+    block = block[: kinds[0].sizeof_hdr]
+    stated = kinds[0](block, check=False)  # the check would put 1 for 0 in pixdim
+    has_sizes = stated["pixdim"][1:4][: stated["dim"][0]].all()
+    _require(stated["sform_code"] > 0 or has_sizes, "a voxel size of 0 in pixdim and no sform")
+    header: Any = kinds[0](block)
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    slope, intercept = header.get_slope_inter()
+    return Header(
+        shape,
+        header.get_best_affine(),
+        header.get_data_dtype(),
+        offset=int(header["vox_offset"]),
+        slope=1.0 if slope is None else float(slope),
+        intercept=float(intercept or 0),
+        is_oriented=bool(header["sform_code"] > 0 or header["qform_code"] > 0),
+        zooms_mm=tuple(float(z) for z in header.get_zooms()[:3]),
+    )
 
 
 def _require(condition: Any, otherwise: str) -> None:
@@ -170,28 +158,20 @@ def _name_file(path: str) -> Iterator[None]:
         raise VolumeError(message) from error
 
 
-# ---- all headers of a case
-
-
 def check_headers(
     case: Case, num_channels: int | None
 ) -> tuple[Headers | None, list[DatasetIssue]]:
-    """Read the headers of a case, which may have no label, and check them.
+    """Read and check the headers of a case, which are `None` if one is not valid.
 
-    Args:
-        case: The case.
-        num_channels: Channels of an image, where the dataset declares them.
-
-    Returns:
-        The headers, None if one is not valid, and what is wrong with them.
+    `num_channels` is that of an image, where the dataset declares it.
     """
     case_id, files = case["case_id"], files_of(case)
     headers: Headers = {key: [] for key in files}
-    named, issues = [], []
-    for key, path in ((key, path) for key, paths in files.items() for path in paths):
+    issues = []
+    listed = [(key, path) for key, paths in files.items() for path in paths]
+    for key, path in listed:
         try:
-            headers[key].append(header := read_header(path))
-            named.append((key, os.path.basename(path), header))
+            headers[key].append(read_header(path))
         except (VolumeError, DicomError) as error:
             issues.append(DatasetIssue(case_id, "unreadable", str(error)))
     if issues:
@@ -199,11 +179,12 @@ def check_headers(
     issues += _check_shapes(case_id, headers, num_channels)
     if any(issue.check == "shape" for issue in issues):
         return headers, issues  # nothing is known of axes that do not exist
-    for _, name, header in named:
-        issues += _check_geometry(case_id, name, header)
+    first, *others = [header for found in headers.values() for header in found]
+    for (_, path), header in zip(listed, (first, *others), strict=True):
+        issues += _check_geometry(case_id, os.path.basename(path), header)
     if all(issue.warning for issue in issues):  # else there may be no grid to compare
-        for key, _, header in named[1:]:
-            issues += _check_grid(case_id, key, headers["image"][0], header)
+        for (key, _), header in zip(listed[1:], others, strict=True):
+            issues += _check_grid(case_id, key, first, header)
     return headers, issues
 
 
@@ -217,12 +198,10 @@ def count_channels(headers: Headers) -> int:
 def _check_shapes(
     case_id: str, headers: Headers, num_channels: int | None
 ) -> Iterator[DatasetIssue]:
-    images, labels = headers["image"], headers.get("label", [])
-    form, max_axes = "an image of shape (H, W, D)", 3
-    if len(images) == 1:  # a file per channel has no channels in it
-        form, max_axes = f"{form} or (H, W, D, channels)", 4
-    stated = [(image.shape, max_axes, form) for image in images]
-    stated += [(label.shape, 3, "a label of shape (H, W, D)") for label in labels]
+    several = len(headers["image"]) == 1  # a file per channel has no channels in it
+    form = "an image of shape (H, W, D)" + several * " or (H, W, D, channels)"
+    stated = [(image.shape, 3 + several, form) for image in headers["image"]]
+    stated += [(label.shape, 3, "a label of shape (H, W, D)") for label in headers.get("label", [])]
     wrong = [one for one in stated if not 3 <= len(one[0]) <= one[1] or min(one[0][:3]) < 2]
     for shape, _, form in wrong:
         expected = f"{form}, each axis of 2 voxels or more"
@@ -274,3 +253,52 @@ def _check_grid(case_id: str, key: str, image: Header, other: Header) -> Iterato
     elif not found.distance_mm <= TOLERANCE_MM:
         expected = f"{what} affine to match image within {TOLERANCE_MM} mm"
         yield make_issue(case_id, "affine", expected, f"{found.distance_mm:.3f} mm", remedy)
+
+
+def read_pair(pred_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Read a prediction and its label, `(H, W, D)` uint8, and their voxel size in mm by axis.
+
+    The label is on the same grid, and is put into the prediction's order and direction of axes.
+
+    Raises:
+        InputError: If a file is not a label map that can be read, or the grids differ; without the
+            case id.
+    """
+    grid, pred = _read_label_map(pred_path, "prediction")
+    other, label = _read_label_map(label_path, "label")
+    found = align(other.shape, other.affine, grid.shape, grid.affine)
+    expected, got = "prediction and label of one shape", f"{grid.shape} and {other.shape}"
+    if found.shape == grid.shape:
+        expected = f"prediction affine to match label within {TOLERANCE_MM} mm"
+        got = f"{found.distance_mm:.3f} mm"
+    _demand(found.distance_mm <= TOLERANCE_MM, expected, got, "Resample the prediction")
+    spacing_mm = np.linalg.norm(grid.affine[:3, :3], axis=0).tolist()
+    return pred, apply_orientation(label, found.change), spacing_mm
+
+
+def _read_label_map(path: Path, kind: str) -> tuple[Header, np.ndarray]:
+    """Header and `(H, W, D)` uint8 voxels, whatever type the file stores them as."""
+    try:
+        header = read_header(str(path))
+        expected = f"a {kind} of shape (H, W, D)"
+        _demand(len(header.shape) == 3, expected, header.shape, "Store one label map")
+        voxels = round_labels(read_voxels(str(path), header))
+    except VolumeError as error:
+        named = f"{path.name} of the {kind}"
+        raise InputError(str(error).replace(path.name, named, 1)) from error
+    for issue in _check_geometry("", f"the {kind}", header):
+        if not issue.warning:
+            raise InputError(issue.message)
+    between = voxels[voxels != np.rint(voxels)]  # a NaN is no integer
+    remedy = "Resample it with nearest neighbours"
+    _demand(not between.size, f"integer values in the {kind}", between[:1], remedy)
+    outside = voxels[(voxels < 0) | (voxels > MAX_VALUE)]
+    expected = f"values 0 to {MAX_VALUE} in the {kind}"
+    _demand(not outside.size, expected, outside[:1], "Correct it")
+    return header, voxels.astype(np.uint8)
+
+
+def _demand(condition: object, expected: str, got: object, remedy: str) -> None:
+    if not condition:
+        shown = f"{got[0]:g}" if isinstance(got, np.ndarray) else got
+        raise InputError(f"expected {expected}, got {shown}. {remedy}.")

@@ -1,9 +1,8 @@
 """A synthetic abdomen: the dataset that is used when none is given, and by tests.
 
-The anatomy is defined in a body frame in world RAS+ (mm) up to a small pose; voxel grids of
-differing size, spacing, obliquity and axis order sample it. Every intensity is shared by several
-tissues, the kidneys differ by their side alone, and the pose varies by more than an organ's radius:
-neither a window nor an average label map solves it (`benchmarks/phantom_baselines.py`).
+Voxel grids of differing size, spacing, obliquity and axis order sample an anatomy in world RAS+ mm.
+Tissues share intensities, kidneys differ by their side alone, and the pose varies by more than an
+organ's radius: no window and no average label map solves it (`benchmarks/phantom_baselines.py`).
 """
 
 from __future__ import annotations
@@ -63,22 +62,21 @@ ORGANS = (  # the label of an organ is its position here, from 1
 def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -> Path:
     """Make the phantom as a Medical Segmentation Decathlon folder, unless it is there.
 
-    The folder appears whole or not at all. Where two processes start at once, the first to finish
-    wins and the other discards its copy.
-
-    Args:
-        directory: Where `dataset.json`, `imagesTr` (int16) and `labelsTr` (uint8) go. A folder that
-            holds a `dataset.json` is taken as complete and is left untouched.
-        seed: Case i depends on `(seed, i)` only, not on `num_cases`.
-        num_cases: At least 1.
+    The folder gets `dataset.json`, `imagesTr` (int16) and `labelsTr` (uint8), and appears whole or
+    not at all: of two processes at once, the first to finish wins. One that holds a `dataset.json`
+    is left as it is. Case i depends on `(seed, i)` alone, not on `num_cases`.
 
     Raises:
         InputError: If `num_cases` is below 1, or if something else is in the directory's place.
     """
     directory = Path(directory)
     require(num_cases > 0, "phantom", "num_cases >= 1", num_cases, "Ask for more cases.")
-    if _is_complete(directory):
+    if (directory / "dataset.json").is_file():
         return directory
+    is_free = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    expected, got = "a dataset folder, an empty one or none", "something without dataset.json"
+    remedy = "Name another directory or remove this one."
+    require(is_free, directory, expected, got, remedy)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as staging:
         built = Path(staging) / directory.name
@@ -86,7 +84,7 @@ def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -
         try:
             built.rename(directory)  # atomic; refused where a non-empty folder is in place
         except OSError:
-            if not _is_complete(directory):
+            if not (directory / "dataset.json").is_file():
                 raise
     return directory
 
@@ -94,9 +92,8 @@ def make_phantom(directory: str | Path, *, seed: int = 0, num_cases: int = 24) -
 def make_case(seed: int, case: int) -> tuple[NDArray[np.int16], NDArray[np.uint8], FloatArray]:
     """Sample patient number `case`, from 0, of the dataset of a seed on one voxel grid.
 
-    Returns:
-        Image `(I, J, K)`, label map `(I, J, K)`, and the affine `(4, 4)` from voxel to world RAS+
-        in mm; axis order, flips and obliquity vary from case to case.
+    Image and label map are `(I, J, K)`. The affine `(4, 4)`, from voxel to world RAS+ in mm, has
+    another axis order, flips and obliquity in each case.
     """
     rng = np.random.default_rng((seed, case))
     shape, affine = _grid(rng, ORIENTATIONS[case % len(ORIENTATIONS)])
@@ -163,16 +160,6 @@ def _paint(rng: np.random.Generator, points: FloatArray) -> tuple[FloatArray, ND
         if tissue.name:
             label[inside] = 1 + ORGANS.index(tissue)
     return intensity, label
-
-
-def _is_complete(directory: Path) -> bool:
-    """Whether the dataset is there; False where the place is free."""
-    is_there = (directory / "dataset.json").is_file()
-    is_free = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
-    expected, got = "a dataset folder, an empty one or none", "something without dataset.json"
-    remedy = "Name another directory or remove this one."
-    require(is_there or is_free, directory, expected, got, remedy)
-    return is_there
 
 
 def _write_dataset(directory: Path, seed: int, num_cases: int) -> None:

@@ -7,25 +7,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.cases import Case
 from pipeline.data.layouts import load_json
 from pipeline.errors import DatasetIssue, InputError, nearest, refuse, require
 
 GroupPattern = str | Callable[[str], str] | None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Cases by what they are for, each list in the order of the dataset."""
-
-    train: list[Case]
-    validation: list[Case]  # empty with fold `all`
-    test: list[Case]  # that no fold trains or validates on
-    issues: list[DatasetIssue] = field(default_factory=list)  # cases that a file does not list
+Sides = Sequence[Collection[str]]  # ids of training, validation and test cases, in this order
 
 
 def split_by_hash(
@@ -36,7 +25,7 @@ def split_by_hash(
     split_seed: int = 0,
     group_pattern: GroupPattern = None,
     test_fraction: float = 0.0,
-) -> Split:
+) -> Sides:
     """Order the persons by a hash and deal them out to the folds in turn.
 
     The test persons are chosen first, by an order that depends on `split_seed` alone: they are the
@@ -50,19 +39,19 @@ def split_by_hash(
     persons = persons_of(cases, group_pattern)
     is_share = not isinstance(test_fraction, bool) and 0 <= test_fraction < 1
     require(is_share, "test_fraction", "0 to below 1", repr(test_fraction), "Change it.")
-    names = sorted(set(persons.values()))
+    names = set(persons.values())
     num_test = math.ceil(test_fraction * len(names) - 1e-9)  # 0.55 * 20 is above 11 in binary
-    test = set(sorted(names, key=lambda name: _rank(f"test/{split_seed}/{name}"))[:num_test])
-    rest = sorted(set(names) - test, key=lambda name: _rank(f"{split_seed}/{name}"))
+    test = set(_sort_by_hash(names, f"test/{split_seed}/")[:num_test])
+    rest = _sort_by_hash(names - test, f"{split_seed}/")
     got = f"{test_fraction} of {len(names)}"
     require(rest, "test_fraction", "persons left to train on", got, "Lower it.")
     validation: set[str] = set()
     if fold != "all":
         expected = f"2 to {len(rest)} (the number of persons)"
         require(2 <= num_folds <= len(rest), "num_folds", expected, num_folds, "Change it.")
-        validation = set(rest[_check_fold(fold, num_folds, "") :: num_folds])
+        validation = set(rest[_check_fold(fold, num_folds) :: num_folds])
     sides = (set(rest) - validation, validation, test)
-    return _make_split(cases, [{c for c, name in persons.items() if name in s} for s in sides])
+    return [{case_id for case_id, name in persons.items() if name in side} for side in sides]
 
 
 def split_by_file(
@@ -72,69 +61,58 @@ def split_by_file(
     fold: int | str = 0,
     group_pattern: GroupPattern = None,
     left_out: Collection[str] = (),
-) -> Split:
+) -> tuple[Sides, list[DatasetIssue]]:
     """Split as a file says: nnU-Net's `splits_final.json`, or one split of one's own.
 
-    The file holds a list of objects with `train` and `val` (lists of case ids), of which `fold`
-    chooses one, or a single such object, which is fold 0. `val` may be called `validation`; `test`
-    is optional. With fold `all`, everything that any of them trains or validates on is trained on.
-    A case that the chosen split does not list is left out, with a warning `not_in_split`. The file
-    may name the cases `left_out`, which were excluded or have a fault.
+    The file holds a list of objects with `train`, `val` or `validation`, and optionally `test`
+    (lists of case ids), of which `fold` chooses one; or one such object, which is fold 0. With fold
+    `all`, everything that any of them trains or validates on is trained on. A case that is not
+    listed is left out, with a warning. The file may name cases that are `left_out` already.
 
     Raises:
         InputError: One line per fault: a file of another form, no such fold, an unknown case, a
             case listed twice, a person on two sides, nobody to train on.
     """
-    where = str(split_file)
-    sides = _choose_entry(_read_entries(Path(split_file)), fold, where)
+    sides = _read_sides(Path(split_file), fold)
     persons = persons_of(cases, group_pattern)
-    listed = Counter(case_id for side in sides for case_id in side)
     known = {*persons, *left_out}
-    faults = [
-        f"{where}: expected cases of the dataset, got '{case_id}'. {nearest(case_id, known)}"
-        if case_id not in known
-        else f"{where}: expected each case once in a fold, got {case_id} {n} times. Remove one."
-        for case_id, n in listed.items()
-        if case_id not in known or n > 1
-    ]
-    refuse(faults + _find_divided_persons(sides, persons, where))
-    expected, remedy = "cases to train on", "List some under train."
-    require({*sides[0]} & persons.keys(), where, expected, "none", remedy)
-    message = f"expected the case in {where}, fold {fold}, found it in no part of it. "
+    listed = Counter(case_id for side in sides for case_id in side)
+    faults = []
+    for case_id, count in listed.items():
+        if case_id not in known:
+            faults.append(f"cases of the dataset, got '{case_id}'. {nearest(case_id, known)}")
+        elif count > 1:
+            faults.append(f"each case once in a fold, got {case_id} {count} times. Remove one.")
+    faults += _find_divided_persons(sides, persons)
+    if not faults and not {*sides[0]} & persons.keys():
+        faults = ["cases to train on, got none. List some under train."]
+    refuse(f"{split_file}: expected {fault}" for fault in faults)
+    message = f"expected the case in {split_file}, fold {fold}, found it in no part of it. "
     message += "It is left out; list it to use it."
     unlisted = [case_id for case_id in persons if case_id not in listed]
-    issues = [DatasetIssue(case_id, "not_in_split", message, warning=True) for case_id in unlisted]
-    return _make_split(cases, sides, issues)
+    return sides, [DatasetIssue(case_id, "not_in_split", message, True) for case_id in unlisted]
 
 
 def person_of(case_id: str, group_pattern: GroupPattern) -> str:
     """Name the person a case belongs to; all cases of a person stay on one side of a split.
 
-    Args:
-        case_id: Such as `hippocampus_017`.
-        group_pattern: `None` (each case is a person of its own); `pairs` (the cases numbered
-            2k−1 and 2k are one person); a function of the case id; or a regular expression whose
-            first group, or whole match, names the person.
+    Without a pattern each case is a person of its own. With `pairs` the cases numbered 2k−1 and 2k
+    are one person. Else the pattern is a function of the case id, or a regular expression whose
+    first group, or whole match, names the person.
 
     Raises:
         InputError: If the pattern is not a regular expression or does not match.
     """
-    if group_pattern is None:
-        return case_id
-    if callable(group_pattern):
-        return str(group_pattern(case_id))
+    if group_pattern is None or callable(group_pattern):
+        return str(group_pattern(case_id)) if group_pattern else case_id
     try:
         match = re.search(r"(\d+)$" if group_pattern == "pairs" else group_pattern, case_id)
     except re.error as error:
-        raise InputError(
-            f"group_pattern: expected a regular expression or 'pairs', got {group_pattern!r} "
-            f"({error})."
-        ) from None
+        expected = "group_pattern: expected a regular expression or 'pairs'"
+        raise InputError(f"{expected}, got {group_pattern!r} ({error}). Correct it.") from None
+    expected = f"the case id to match group_pattern {group_pattern!r}"
     if match is None:
-        raise InputError(
-            f"{case_id}: expected the case id to match group_pattern {group_pattern!r}, "
-            "it does not. Change the pattern."
-        )
+        raise InputError(f"{case_id}: expected {expected}, it does not. Change the pattern.")
     name = match.group(1) if match.groups() else match.group()
     return str((int(name) + 1) // 2) if group_pattern == "pairs" else name
 
@@ -145,73 +123,64 @@ def persons_of(cases: Sequence[Case], group_pattern: GroupPattern) -> dict[str, 
     Raises:
         InputError: One line per case that the pattern does not match.
     """
-    if group_pattern is None:
-        return {case["case_id"]: case.get("group") or case["case_id"] for case in cases}
     persons: dict[str, str] = {}
-    faults: list[str] = []
-    for case_id in (case["case_id"] for case in cases):
+    faults: dict[str, None] = {}  # an invalid pattern is one fault, not one a case
+    for case in cases:
+        case_id = case["case_id"]
         try:
-            persons[case_id] = person_of(case_id, group_pattern)
+            stated = case.get("group") if group_pattern is None else None
+            persons[case_id] = stated or person_of(case_id, group_pattern)
         except InputError as error:
-            faults += error.faults
-    refuse(dict.fromkeys(faults))  # an invalid pattern is one fault, not one a case
+            faults |= dict.fromkeys(error.faults)
+    refuse(faults)
     return persons
 
 
-def _rank(word: str) -> str:
-    return hashlib.sha256(word.encode()).hexdigest()
+def _sort_by_hash(names: Collection[str], prefix: str) -> list[str]:
+    def rank(name: str) -> str:
+        return hashlib.sha256(f"{prefix}{name}".encode()).hexdigest()
+
+    return sorted(sorted(names), key=rank)
 
 
-def _check_fold(fold: int | str, num_folds: int, source: str) -> int:
+def _check_fold(fold: int | str, num_folds: int, source: str = "") -> int:
     is_fold = isinstance(fold, int) and not isinstance(fold, bool) and 0 <= fold < num_folds
     expected = f"0 to {num_folds - 1} or 'all'{source}"
     require(is_fold, "fold", expected, repr(fold), "Change it.")
     return int(fold)
 
 
-def _make_split(
-    cases: Sequence[Case], sides: Sequence[Collection[str]], issues: Sequence[DatasetIssue] = ()
-) -> Split:
-    train, validation, test = ([c for c in cases if c["case_id"] in side] for side in sides)
-    return Split(train, validation, test, list(issues))
-
-
-def _read_entries(path: Path) -> list[list[list[str]]]:
-    """For each fold of a file, the ids of the training, validation and test cases."""
+def _read_sides(path: Path, fold: int | str) -> list[list[str]]:
+    """Ids of the training, validation and test cases of one fold of a file, or of all."""
     source = load_json(path)
     folds = []
     for number, entry in enumerate(source if isinstance(source, list) else [source]):
         stated = entry if isinstance(entry, Mapping) else {}
-        validation = stated.get("val", stated.get("validation"))
-        sides: list[Any] = [stated.get("train"), validation, stated.get("test", [])]
+        sides = [stated.get("train"), stated.get("val", stated.get("validation"))]
+        sides.append(stated.get("test", []))
         is_valid = all(isinstance(s, list) and all(isinstance(c, str) for c in s) for s in sides)
-        expected = "an object with train and val (lists of case ids)"
-        where = f"{path}, fold {number}"
+        expected, where = (
+            "an object with train and val (lists of case ids)",
+            f"{path}, fold {number}",
+        )
         require(is_valid, where, expected, str(entry)[:60], "Correct the file.")
         folds.append(sides)
-    return folds
-
-
-def _choose_entry(folds: Sequence[list[list[str]]], fold: int | str, where: str) -> list[list[str]]:
     if fold != "all":
-        return folds[_check_fold(fold, len(folds), f" with {where}")]
-    test = {case_id: None for _, _, side in folds for case_id in side}
-    rest = {case_id: None for one in folds for side in one[:2] for case_id in side}
+        return folds[_check_fold(fold, len(folds), f" with {path}")]
+    test = dict.fromkeys(case_id for sides in folds for case_id in sides[2])
+    rest = dict.fromkeys(case_id for sides in folds for side in sides[:2] for case_id in side)
     return [[case_id for case_id in rest if case_id not in test], [], [*test]]
 
 
-def _find_divided_persons(
-    sides: Sequence[Sequence[str]], persons: Mapping[str, str], where: str
-) -> list[str]:
-    """A line per person with cases on two sides."""
-    found: dict[str, dict[int, str]] = {}  # by person and side, the first case there
+def _find_divided_persons(sides: Sides, persons: Mapping[str, str]) -> list[str]:
+    """A fault per person with cases on two sides."""
+    first: dict[str, tuple[int, str]] = {}  # by person: a side, and the first case there
+    faults: dict[str, str] = {}
     for number, side in enumerate(sides):
         for case_id in filter(persons.__contains__, side):
-            found.setdefault(persons[case_id], {}).setdefault(number, case_id)
-    several = {person: list(dict.fromkeys(cases.values())) for person, cases in found.items()}
-    return [
-        f"{where}: expected a person's cases on one side, got {cases[0]} and {cases[1]} of person "
-        f"{person} on two. Move one."
-        for person, cases in several.items()
-        if len(cases) > 1
-    ]
+            person = persons[case_id]
+            other, known = first.setdefault(person, (number, case_id))
+            if other != number and known != case_id:
+                got = f"got {known} and {case_id} of person {person} on two. Move one."
+                faults.setdefault(person, f"a person's cases on one side, {got}")
+    return list(faults.values())

@@ -20,8 +20,9 @@ import torch
 from monai.metrics.utils import get_mask_edges, get_surface_distance
 from scipy.ndimage import find_objects
 
+from pipeline.data.cases import Pair
 from pipeline.data.content import map_threads
-from pipeline.data.pairs import Pair, read_pair
+from pipeline.data.nifti import read_pair
 from pipeline.errors import InputError, some
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
