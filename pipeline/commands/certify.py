@@ -249,8 +249,8 @@ PAGE = """\
 Difference of Dice to float32 with the same seeds on the same batches, with a 95 % interval over \
 seeds and persons, as `python -m pipeline compare` computes it. Equivalent: the interval lies \
 within ±{margin:g}; worse: below -{margin:g}, or training stopped; a class with less than \
-{learnt:g} Dice in float32 is not called equivalent. The last rows compare float32 with itself, seeds {control_seeds} with \
-{seeds}: the noise that any comparison stands in.
+{learnt:g} Dice in float32 is not called equivalent. The last rows compare float32 with itself, \
+seeds {control_seeds} with {seeds}: the noise that any comparison stands in.
 
 {verdicts}
 
