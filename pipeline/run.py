@@ -48,6 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 composed = compose_located(files, {})
                 composed.source = old_names.translate(composed.source)
             step = overrides.pop("replay_step", None) if trains else None
+            if step is not None and distributed.size() > 1:
+                raise InputError("--replay_step: expected one process, got several. Use python.")
             composed.override(overrides)
             validate.check_config(composed, allow, training=trains)
         if step is not None:

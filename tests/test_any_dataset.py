@@ -172,7 +172,7 @@ def test_run_refuses_a_damaged_plan_in_one_line(train, tmp_path, text):
     ("key", "value", "message"),
     [
         ("spacing", [0.001, 0.001, 0.0005], "spacing: expected mm that leave 1 to 10000 voxels"),
-        ("roi_size", [1.5, 8, 8], "roi_size#0: expected int"),
+        ("roi_size", [1.5, 8, 8], "roi_size#0: expected a whole number"),
         ("normalization", ["zscore", "zscore"], "normalization: expected 1 entries, one per"),
         ("class_names", ["a", "b", "b"], "class_names: expected different names, got a, b, b."),
         ("num_classes", 2, "class_names: expected 2 names, background included, got 3."),

@@ -107,7 +107,7 @@ def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
         (["{data}", "--json"], "command line: argument --json: expected one argument. usage: "),
         (["{data}", "--json", "{tmp}/no/r.json"], "r.json: expected to write "),
         (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),
-        (["{data}", "--exclude", "nobody"], "--exclude: expected list[str]"),
+        (["{data}", "--exclude", "nobody"], "--exclude: expected a list of strings"),
         (["{data}", "--exclude", '["nobody"]'], "exclude: expected cases of the dataset, got"),
         (["{data}", "--config", "no.json"], "no.json: expected a config file, found none."),
     ],

@@ -263,7 +263,7 @@ def test_strict_stops_at_the_first(predict, tmp_path, capsys):
         ({"weights": "models/no.pt"}, "models/no.pt: expected the weights of this network, got: "),
         ({"weights": "plan.json"}, "plan.json: expected the weights of this network, got: "),
         ({"keep_largest": ["liver"]}, "keep_largest: expected classes of dim, bright, got liver"),
-        ({"strict": 3}, "--strict: expected bool (stop at the first case"),
+        ({"strict": 3}, "--strict: expected true or false (stop at the first case"),
         ({"overlap": 1.0}, "overlap: expected 0 to below 1, got 1.0"),
     ],
 )
@@ -371,7 +371,7 @@ def test_predictor_refuses(runs, tmp_path):
         ({"devcie": "cpu"}, r"expected keys of .*inference.json, got devcie"),
         ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
         ({"overlap": 1.0}, "overlap: expected 0 to below 1"),
-        ({"sw_batch_size": "x"}, "sw_batch_size: expected int"),
+        ({"sw_batch_size": "x"}, "sw_batch_size: expected a whole number"),
         ({"ensemble": ["nowhere"]}, "run_dir: expected the directory of a run, got"),
     ):
         with pytest.raises(InputError, match=words):

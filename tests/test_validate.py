@@ -271,19 +271,19 @@ CASES = [  # overlay, line and id of the place in it, what is said there
     ({"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}},
      "2: optimizer#params: expected params for SGD, got none. Add it."),
     ({"train#trainer#grad_clip": "twelve"},
-     '2: train#trainer#grad_clip: expected float, got "twelve". Correct it.'),
+     '2: train#trainer#grad_clip: expected a number, got "twelve". Correct it.'),
     ({"loss_function#batch_dice": "yes"},
-     '2: loss_function#batch_dice: expected bool, got "yes". Correct it.'),
+     '2: loss_function#batch_dice: expected true or false, got "yes". Correct it.'),
     ({"network_def#base_channels": True},
-     "2: network_def#base_channels: expected int, got true. Correct it."),
+     "2: network_def#base_channels: expected a whole number, got true. Correct it."),
     ({"loss_function#class_weights": [1, "2"]},
-     '2: loss_function#class_weights#1: expected float, got "2". Correct it.'),
+     '2: loss_function#class_weights#1: expected a number, got "2". Correct it.'),
     ({"optimizer#lr": "@network"},
-     '2: optimizer#lr: expected float | Tensor, got "@network", which is a Module. Correct it.'),
+     '2: optimizer#lr: expected a number or Tensor, got "@network", which is a Module.'),
     ({"optimizer#lr": "$@cases.train"},
-     '2: optimizer#lr: expected float | Tensor, got "$@cases.train", which is a list'),
+     '2: optimizer#lr: expected a number or Tensor, got "$@cases.train", which is a list'),
     ({"validate#limit": "x", "validate#inferer#overlap": "@validate#limit"},
-     '2: validate#limit: expected float for validate#inferer#overlap, got "x". Correct it.'),
+     '2: validate#limit: expected a number for validate#inferer#overlap, got "x". Correct it.'),
     ({"train#sampler#batch_size": "@batch_sise"},
      "2: train#sampler#batch_size: expected an id that is there, got '@batch_sise'. Did you "
      "mean '@batch_size' (configs/amp.json:"),
@@ -318,11 +318,11 @@ CASES = [  # overlay, line and id of the place in it, what is said there
      "3: loss_function#_targt_: expected one of _desc_, _disabled_, _mode_, _requires_, "
      "_target_, got '_targt_'. Did you mean '_target_'?"),
     ({"+train#handlers": [{"_target_": "DiceLoss"}]},
-     "2: train#handlers#5: expected Handler for train#trainer#train_handlers#5, got "
-     '{"_target_": "DiceLoss"}, which is a DiceLoss.'),
+     "2: train#handlers#5: expected a handler (with a method attach) for "
+     'train#trainer#train_handlers#5, got {"_target_": "DiceLoss"}, which is a DiceLoss.'),
     ({"validate#handlers": ["StatsHandler"]},
-     "2: validate#handlers#0: expected Handler for validate#evaluator#val_handlers#0, got "
-     '"StatsHandler".'),
+     "2: validate#handlers#0: expected a handler (with a method attach) for "
+     'validate#evaluator#val_handlers#0, got "StatsHandler".'),
     ({"augmentation#spatial#rotation": {"prob": 1.5, "degrees": [-30, 30]}},
      "3: augmentation#spatial#rotation#prob: expected a probability from 0 to 1, got 1.5."),
     ({"augmentation#intensity#nois": {"prob": 0.1}},
@@ -335,7 +335,8 @@ CASES = [  # overlay, line and id of the place in it, what is said there
      "5: transforms_after#0#key: expected an argument of ScaleIntensityd, got 'key'. Did you"
      " mean 'keys'?"),
     ({"transforms_after": ["ScaleIntensityd"]},
-     '2: transforms_after#0: expected Callable for preprocessing#after#0, got "ScaleIntensityd".'),
+     "2: transforms_after#0: expected something to call for preprocessing#after#0, got "
+     '"ScaleIntensityd".'),
     ({"train": "renamed"},
      "2: train: expected object (dataset, augmentation, handlers, trainer), got"),
 ]  # fmt: skip
@@ -352,11 +353,11 @@ def test_mistake_is_one_line(tmp_path, overlay, message):
 def test_override_is_named_in_the_place_of_file_and_line():
     overrides = {"network_def#dropout": "much", "network_def#dropuot": 0, "seed": "a"}
     assert faults_of(compose_located([AMP], overrides)) == [
-        "--seed: expected int (seed of weights, sample order, crops, augmentation and dropout), "
-        'got "a". Correct it.',
+        "--seed: expected a whole number (seed of weights, sample order, crops, augmentation and "
+        'dropout), got "a". Correct it.',
         "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
         "Did you mean 'dropout'?",
-        '--network_def#dropout: expected float, got "much". Correct it.',
+        '--network_def#dropout: expected a number, got "much". Correct it.',
     ]  # fmt: skip
 
 
@@ -409,7 +410,7 @@ def test_commands_end_with_status_2_before_data_are_read(command, tmp_path, name
     words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path / "none")
     status, text = command(name, *words)
     assert (status, text.count("\n")) == (2, 1)
-    assert "mine.json:1: optimizer#lr: expected float" in text
+    assert "mine.json:1: optimizer#lr: expected a number" in text
 
 
 def test_lines_are_those_of_the_file():

@@ -7,8 +7,8 @@ float32 with as many other seeds, as a control. The scores of the validation cas
 `compare` does. `output_dir` (`runs/<name of dataset_dir>_certificate`) gets the runs,
 `certificate.json` and `certificate.md`. The same command goes on; further dtypes cost what is new.
 
-Exit status: 0 if no class is worse, 1 if one is or a run failed, 2 a mistake in input or config,
-130 interrupted.
+Exit status: 0 if no class is worse, 1 if one is (a precision in which training stops is worse) or a
+run failed, 2 a mistake in input or config, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 from pipeline.commands.command import CommandParser, number_in
 from pipeline.config import allowed, keys, validate
 from pipeline.config.compose import compose_located, parse_overrides
-from pipeline.errors import InputError, refuse, require
+from pipeline.errors import STOPS, InputError, refuse, require
 from pipeline.evaluation.comparison import read_arms
 from pipeline.evaluation.scores import format_table
 from pipeline.evaluation.statistics import EQUIVALENT, WORSE, compare_arms
@@ -84,8 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         sweep = read_command(words)
         with signal_handlers({signal.SIGTERM: signal.default_int_handler}):
-            train(sweep)
-        certificate = make_certificate(sweep)
+            certificate = make_certificate(sweep, train(sweep))
     except InputError as error:
         error.tell()
         return 2
@@ -97,8 +96,9 @@ def main(words: Sequence[str] | None = None) -> int:
     page = format_page(certificate)
     Path(sweep.out, "certificate.md").write_text(page)
     print(f"\n{page}\n  {sweep.out}/certificate.json\n  {sweep.out}/certificate.md")
-    entries = [of for name in sweep.dtypes for of in certificate["classes"][name].values()]
-    return int(WORSE in [entry["verdict"] for entry in entries])
+    judged = [certificate["classes"].get(name, {}) for name in sweep.dtypes]
+    verdicts = [entry["verdict"] for by_class in judged for entry in by_class.values()]
+    return int(WORSE in verdicts or bool(certificate["stopped"]))
 
 
 def read_command(words: list[str]) -> PrecisionSweep:
@@ -157,12 +157,16 @@ def _options(values: keys.Config) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value))]
 
 
-def train(sweep: PrecisionSweep) -> None:
-    """Train every run to its end; raise an `InputError` or, if one failed, a `SystemExit`."""
+def train(sweep: PrecisionSweep) -> dict[str, str]:
+    """Train every run to its end; raise an `InputError` or, if one failed, a `SystemExit`.
+
+    Returns:
+        For each precision in which training stopped before damage, but float32, the reason.
+    """
     children: list[subprocess.Popen] = []
     stopping = threading.Event()
 
-    def train_one(run: Run) -> None:
+    def train_one(run: Run) -> str | None:
         values = {**PRECISIONS[run[0]], "seed": run[1], "output_dir": str(sweep.run_dir(run))}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         child = subprocess.Popen([*sweep.command, *_options(values)], text=True, **pipes)
@@ -172,35 +176,45 @@ def train(sweep: PrecisionSweep) -> None:
         output, errors = child.communicate()
         if child.returncode == 2:
             raise InputError(errors.strip())
+        reason = next((line for line in output.splitlines() if STOPS in line), None)
+        if child.returncode == 1 and reason and run[0] != "float32":
+            return reason.strip()
         if child.returncode:
             tail = "\n".join((output + errors).splitlines()[-8:])
             got = f"exit status {child.returncode}. The same command goes on.\n{tail}"
             raise SystemExit(f"{run[0]} seed {run[1]}: expected the run to end, got {got}")
+        return None
+
+    stopped: dict[str, str] = {}
 
     with ThreadPoolExecutor(sweep.jobs) as pool:
         try:
-            for run, _ in zip(sweep.runs, pool.map(train_one, sweep.runs), strict=True):
-                print("{} seed {}: trained".format(*run), flush=True)
+            for run, reason in zip(sweep.runs, pool.map(train_one, sweep.runs), strict=True):
+                print("{} seed {}: {}".format(*run, reason or "trained"), flush=True)
+                if reason:
+                    stopped.setdefault(run[0], reason)
         except BaseException:  # runs that are terminated save, and go on with the next command
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
                 child.terminate()
             raise
+    return stopped
 
 
-def make_certificate(sweep: PrecisionSweep) -> dict[str, Any]:
-    """Compare runs, all of which are trained; returns plain values for JSON."""
-    compared = {dtype: [(dtype, seed) for seed in sweep.seeds] for dtype in sweep.dtypes}
+def make_certificate(sweep: PrecisionSweep, stopped: Mapping[str, str]) -> dict[str, Any]:
+    """Compare the precisions that did not stop with float32; returns plain values for JSON."""
+    dtypes = [dtype for dtype in sweep.dtypes if dtype not in stopped]
+    compared = {dtype: [(dtype, seed) for seed in sweep.seeds] for dtype in dtypes}
     compared[CONTROL] = [("float32", seed) for seed in sweep.control_seeds]
     kept = ("effective", "skipped_steps", "wall_time_s", "peak_memory_bytes")
     records: dict[str, dict[str, Any]] = {}
-    for dtype, seed in sweep.runs:
+    for dtype, seed in (run for run in sweep.runs if run[0] not in stopped):
         summary = json.loads((sweep.run_dir((dtype, seed)) / "summary.json").read_text())
         records.setdefault(dtype, {})[str(seed)] = {key: summary[key] for key in kept}
     shared = {key: summary[key] for key in ("device_name", "versions", "steps", "num_cases")}
     classes = {name: _compare(sweep, runs) for name, runs in compared.items()}
-    return vars(sweep) | shared | {"classes": classes, "runs": records}
+    return vars(sweep) | shared | {"classes": classes, "runs": records, "stopped": stopped}
 
 
 def _compare(sweep: PrecisionSweep, runs: Sequence[Run]) -> dict[str, Any]:
@@ -234,9 +248,9 @@ PAGE = """\
 
 Difference of Dice to float32 with the same seeds on the same batches, with a 95 % interval over \
 seeds and persons, as `python -m pipeline compare` computes it. Equivalent: the interval lies \
-within ±{margin:g}; worse: below -{margin:g}; a class with less than {learnt:g} Dice in float32 is \
-not called equivalent. The last rows compare float32 with itself, seeds {control_seeds} with \
-{seeds}: the noise that any comparison stands in.
+within ±{margin:g}; worse: below -{margin:g}, or training stopped; a class with less than \
+{learnt:g} Dice in float32 is not called equivalent. The last rows compare float32 with itself, \
+seeds {control_seeds} with {seeds}: the noise that any comparison stands in.
 
 {verdicts}
 
@@ -252,6 +266,8 @@ def format_page(certificate: dict[str, Any]) -> str:
             cells = [of["mean_b"], of["difference"], *of["interval"]]
             verdict = of["verdict"] + " (of ranks)" * (of["scale"] == "rank")
             verdicts.append([precision, name, *cells, verdict])
+    for precision, reason in certificate["stopped"].items():
+        verdicts.append([precision, "all", *[None] * 4, f"{WORSE}: {reason}"])
     for precision, by_seed in certificate["runs"].items():
         for seed, run in by_seed.items():
             dtype = run["effective"]["dtype"] + ", tf32" * run["effective"]["tf32"]

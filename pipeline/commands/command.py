@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -48,9 +49,12 @@ def number_in(
 def run_parsed(
     parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Do the work of a command; returns its exit status, 2 where an `InputError` was printed."""
+    """Do the work of a command; returns its exit status, 2 for a user's mistake."""
     try:
         return work(parser.parse_args(words))
     except InputError as error:
         error.tell()
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130

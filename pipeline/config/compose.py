@@ -167,7 +167,7 @@ def _read(file: str) -> tuple[Config, dict[Keys, str]]:
         raise InputError(f"{file}: expected a config file, found none. {hint}")
     try:
         text = path.read_text()
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_make_object)
         places = {at: f"{file}:{line}" for at, line in _number_lines(text).items()}
     except (ValueError, RecursionError) as error:  # of huge numbers and deep nesting, too
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
@@ -177,6 +177,14 @@ def _read(file: str) -> tuple[Config, dict[Keys, str]]:
         content, names = old_names.translate(content), old_names.TOP_LEVEL
         places = {tuple(names.get(key, key) for key in at): places[at] for at in places}
     return content, places
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> Config:
+    made = dict(pairs)
+    for key, _ in pairs if len(made) < len(pairs) else ():
+        if [name for name, _ in pairs].count(key) > 1:
+            raise ValueError(f"the key {key!r} twice in an object")
+    return made
 
 
 def _number_lines(text: str) -> dict[Keys, int]:

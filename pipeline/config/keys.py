@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -171,9 +171,13 @@ _TYPES = {
     "object": dict, "null": type(None),
 }  # fmt: skip
 _SHOWN = {
-    "triple": "[x, y, z], each above 0",
+    "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number",
+    "list": "a list", "list[path]": "a list of paths", "list[str]": "a list of strings",
+    "object": "an object", "path": "a path", "str": "a string", "None": "null",
     "strides": "a list of whole numbers or [x, y, z], each above 0,",
-}
+    "triple": "[x, y, z], each above 0", "Callable": "something to call",
+    "Handler": "a handler (with a method attach)",
+}  # fmt: skip
 
 
 def check_values(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
@@ -193,10 +197,15 @@ def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[
             shown = ", ".join(map(json.dumps, spec.choices))
             yield key, f"expected one of {shown}, got {json.dumps(value)}. Correct it."
         elif not _is_one_of(value, spec.types):
-            expected = " or ".join(_SHOWN.get(name, name) for name in spec.types.split())
+            expected = describe_types(spec.types.split())
             yield key, f"expected {expected} ({spec.meaning}), got {json.dumps(value)}. Correct it."
         elif spec.least is not None and not isinstance(value, str) and value < spec.least:
             yield key, f"expected at least {spec.least} ({spec.meaning}), got {value}. Correct it."
+
+
+def describe_types(names: Iterable[str]) -> str:
+    """Return types in words, such as 'a number or null'."""
+    return " or ".join(_SHOWN.get(name, name) for name in names)
 
 
 def read_word(key: str, word: str) -> Any:

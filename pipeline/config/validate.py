@@ -286,4 +286,5 @@ def _fits(value: Any, plain: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[a-z_]+\.", "", str(hint))
+    name = hint.__name__ if inspect.isclass(hint) else re.sub(r"\b[a-z_]+\.", "", str(hint))
+    return keys.describe_types(name.split(" | "))

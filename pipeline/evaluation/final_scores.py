@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections import ChainMap
 from collections.abc import Callable, Sequence
@@ -37,8 +38,8 @@ class Scoring:
     """Scores a trained run, into its `scores/<split>_<weights>/`.
 
     Each folder gets the prediction of every case (`<case_id>.nii.gz`), `metrics.csv`,
-    `summary.json`, and `cases.json`, which says where images and labels are. Each rank predicts and
-    scores a share of the cases; rank 0 writes the results of all.
+    `summary.json`, and `cases.json`, which has the paths of images and labels from the run
+    directory. Each rank predicts and scores a share of the cases; rank 0 writes the results.
 
     Args:
         is_held: Whether this process is in the run; else nothing is done.
@@ -129,7 +130,14 @@ class Scoring:
         refused = dict(ChainMap(*faults))
         for case_id, why in refused.items():
             log.warning("%s: %s", case_id, why)
-        write_json(folder / "cases.json", {case["case_id"]: files_of(case) for case in cases})
+        files = {
+            case["case_id"]: {
+                key: [os.path.relpath(path, self.run_dir) for path in paths]
+                for key, paths in files_of(case).items()
+            }
+            for case in cases
+        }
+        write_json(folder / "cases.json", files)
         summary = write_scores(folder, rows, refused=refused, **self.how)
         figures = [summary["mean_dice"], *(summary["mean_dice_interval"] or (None, None))]
         said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
