@@ -16,9 +16,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.cache import CachedDataset
-from pipeline.data.cases import Case, files_of, paths_of
+from pipeline.data.cases import Case, Pair, files_of, paths_of
 from pipeline.data.dataset import Cases
-from pipeline.data.pairs import Pair
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import TrainingStopped, as_bool
 from pipeline.evaluation.scores import score_files, write_scores
