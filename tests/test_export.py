@@ -406,13 +406,13 @@ def test_format_that_cannot_be_made_leaves_the_others(copied, capsys, monkeypatc
     assert Path(f"{out}.zip").is_file()
 
 
-def test_failure_while_it_is_made_leaves_nothing(copied, monkeypatch):
+def test_interruption_while_it_is_made_leaves_nothing(copied, monkeypatch, capsys):
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.bundle.package.shutil.make_archive", fail)
-    with pytest.raises(KeyboardInterrupt):
-        main([str(copied), "--formats", "torchscript"])
+    assert main([str(copied), "--formats", "torchscript"]) == 130
+    assert capsys.readouterr().err.endswith("Interrupted.\n")
     assert [path.name for path in copied.parent.iterdir()] == ["r"]
 
 

@@ -225,5 +225,5 @@ def test_scores_are_not_written_over_a_run(command, dataset, ended):
     labels = dataset / "labelsTr"
     status, told = command("evaluate", labels, labels, "--output_dir", ended)
     assert status == 2
-    assert "--output_dir: expected no summary.json but of scores" in told
+    assert "--output_dir: expected a folder without the summary.json of a run" in told
     assert contents(ended) == before

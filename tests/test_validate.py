@@ -338,7 +338,7 @@ CASES = [  # overlay, line and id of the place in it, what is said there
      "2: transforms_after#0: expected something to call for preprocessing#after#0, got "
      '"ScaleIntensityd".'),
     ({"train": "renamed"},
-     "2: train: expected object (dataset, augmentation, handlers, trainer), got"),
+     "2: train: expected an object (dataset, augmentation, handlers, trainer), got"),
 ]  # fmt: skip
 
 

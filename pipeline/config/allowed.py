@@ -19,6 +19,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 from pipeline.config.keys import MARKS, Path, walk
 from pipeline.errors import InputError, nearest
 
+_ROOT = __name__.rpartition("pipeline")[0]  # empty but in an exported bundle
 LISTED = {  # classes and functions by package; those of MONAI may be named without it
     "ignite": "handlers.EMAHandler metrics.Average",
     "monai": """data.DataLoader data.Dataset engines.SupervisedEvaluator inferers.SimpleInferer
@@ -29,8 +30,8 @@ LISTED = {  # classes and functions by package; those of MONAI may be named with
     "monai.networks.nets": "DynUNet SegResNet UNet",
     "monai.transforms": """CenterSpatialCropd Compose DataStatsd EnsureTyped Flipd Identityd OneOf
         RandFlipd RandGaussianNoised Resized Rotate90d SaveImaged ScaleIntensityd""",
-    "networks": "dense_unet.DenseUNet",
-    "pipeline": """distributed.DistributedSettings evaluation.final_scores.Scoring
+    f"{_ROOT}networks": "dense_unet.DenseUNet",
+    f"{_ROOT}pipeline": """distributed.DistributedSettings evaluation.final_scores.Scoring
         evaluation.metrics.MeanDice lifecycle.lifecycle.Lifecycle
         lifecycle.read_only_run.ReadOnlyRun precision.Precision precision.resolve_device""",
     "pipeline.data": """cache.CachedDataset cache.CaseSampler cache.VolumeCache cases.list_images
@@ -45,7 +46,7 @@ LISTED = {  # classes and functions by package; those of MONAI may be named with
     "torch": "optim.AdamW optim.SGD utils.data.DataLoader",
     "torch.optim.lr_scheduler": """ChainedScheduler CosineAnnealingLR ExponentialLR LinearLR
         MultiStepLR OneCycleLR PolynomialLR SequentialLR StepLR""",
-    "transforms": """augment.Augment cleanup.Cleanup postprocess.ToOriginalGridd
+    f"{_ROOT}transforms": """augment.Augment cleanup.Cleanup postprocess.ToOriginalGridd
         preprocess.ValidationPreprocessing preprocess.preprocessing""",
 }
 DOTTED = [f"{package}.{name}" for package, names in LISTED.items() for name in names.split()]

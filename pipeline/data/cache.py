@@ -209,7 +209,8 @@ class CachedDataset(Dataset):
         try:
             entry = _open(path, verify=not self.is_checked[number])
             self.is_checked[number] = True
-        except (OSError, SafetensorError, ValueError) as error:
+        # a file that cannot be opened is a RuntimeError of safetensors
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             log.warning("%s IS LOST: %s. It is made anew.", path, error)
             entry = self._make(number)  # whatever becomes of the file: other runs may remove it
         return entry
