@@ -35,7 +35,7 @@ _has_ended = False  # a rank has raised, so that none listens any more
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return dist.is_torchelastic_launched() and "RANK" in os.environ
 
 
@@ -72,7 +72,7 @@ def size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes and prints what belongs to the whole run."""
+    """Return whether this is rank 0, which writes and prints what belongs to the whole run."""
     return rank() == 0
 
 
@@ -254,7 +254,7 @@ def _sum_bucket(state, bucket):  # torch refuses annotations that are strings
 
 
 class DistributedSettings:
-    """How ranks train, as `configs/multi_gpu.json` adds it; one process trains as without it.
+    """Settings of several ranks, from `configs/multi_gpu.json`; one process ignores them.
 
     Args:
         device: Device that training is asked to run on.

@@ -75,7 +75,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def is_training(source: keys.Config) -> bool:
-    """Whether a config trains; else it predicts."""
+    """Return whether a config trains; else it predicts."""
     predicts = not {"prediction", "evaluator"}.isdisjoint(source)
     return not predicts or not {"train", "lifecycle"}.isdisjoint(source)
 

@@ -161,7 +161,7 @@ def _units(given: Mapping[str, Any]) -> list[float] | None:
 
 
 class Preprocessing(Compose):
-    """All of preprocessing, and its two parts.
+    """All of preprocessing as one transform, and its two parts.
 
     After `load`, `image` is `(C, H, W, D)` as in its file; `regularize` is all that follows.
     """

@@ -19,7 +19,7 @@ PARTIAL_BYTES = 3 * 2**19  # of the sums of all programs, at most
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work."""
+    """The division of a kernel's work into tiles."""
 
     held: int  # logits that a thread holds, about; decides how many threads share a voxel
     num_warps: int  # per program
@@ -33,7 +33,7 @@ TILINGS |= {(name, True): Tiling(18, 4, 8) for name in ("sums", "gradient")}
 
 @functools.cache
 def failure(device: torch.device) -> str | None:
-    """Why kernels do not run on this card: Triton needs a C compiler, for one."""
+    """Say why kernels do not run on this card; Triton needs a C compiler, for one."""
     logits, label = (torch.zeros(1, n, 1, 1, 1, device=device) for n in (2, 1))
     try:
         FusedSums.apply(logits, label, None, None, True, True)
@@ -128,7 +128,7 @@ def sums(
 
 
 def _is_last(logits: torch.Tensor) -> bool:
-    """Whether the classes of a voxel are neighbours in memory."""
+    """Return whether the classes of a voxel are neighbours in memory."""
     return not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
 
 

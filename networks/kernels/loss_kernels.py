@@ -30,7 +30,7 @@ def _special(x, NAME: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _softmax(x_at, is_voxel, classes, stride, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Of each chunk 2^(x' - m), with x' = x · log2(e) and m the largest x'; m; the sum over C."""
+    """Return per chunk 2^(x' - m) with x' = x · log2(e) and m the largest x'; m; the sum over C."""
     xs, es = (), ()
     for k in tl.static_range((C + CHUNK - 1) // CHUNK):
         mask = is_voxel
@@ -59,7 +59,7 @@ def _read(
     C: tl.constexpr, IS_LAST: tl.constexpr, HAS_IGNORED: tl.constexpr, CHUNK: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: 2^(x' - m), times what it is p, which class is whose, and its own -log2(p)."""
+    """Return of a tile 2^(x' - m), its factor to p, the voxels' classes, and -log2(p) of these."""
     is_voxel = voxel < num_voxels - start
     at = logits + start * (C if IS_LAST else 1) + voxel * (C if IS_LAST else 1)
     es, m, added = _softmax(at + classes * stride, is_voxel, classes, stride, C, CHUNK)

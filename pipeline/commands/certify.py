@@ -69,7 +69,7 @@ class PrecisionSweep:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs, the control last."""
+        """List all runs, the control last."""
         pairs = [(dtype, seed) for seed in self.seeds for dtype in ("float32", *self.dtypes)]
         return pairs + [("float32", seed) for seed in self.control_seeds]
 

@@ -95,7 +95,7 @@ EXPRESSION = re.compile(rf"\${_ID}(?:{_MEMBER}(\((?:{_ARGUMENT}(?:, *{_ARGUMENT}
 
 
 def is_allowed(name: str, allow: Collection[str] = ()) -> bool:
-    """Whether `_target_` may hold a name: a listed one, one of `allow`, or of a package there."""
+    """Return whether `_target_` may hold a name: listed, in `allow`, or of a package there."""
     if name in NAMES or name in allow:
         return True
     packages = tuple(f"{package}." for package in allow if name.startswith(f"{package}."))
@@ -142,7 +142,7 @@ class _Guard:
             self.nodes[name] = {} if name in self.nodes else node  # of two MONAI takes either
 
     def follow(self, name: str, seen: tuple[str, ...] = ()) -> tuple[str, str | None]:
-        """Where an id leads, and its class: empty if not known, `None` if refused or not there."""
+        """Find where an id leads, and its class: empty if unknown, `None` if refused or missing."""
         if name not in self.nodes or name in seen:
             return name, None
         node = self.nodes[name]
@@ -169,7 +169,7 @@ class _Guard:
             self.faults[path] = f"expected an expression on an id, got {written!r}, which {hint}"
 
     def refuse(self, name: str, member: str) -> str:
-        """Why a member may not be used of an id, if so; a value that has none is a fault itself."""
+        """Say why a member of an id may not be used; a value without members is a fault itself."""
         end, kind = self.follow(name)
         known = MEMBERS.get(kind or "", {})
         if not member or kind in (None, USERS) or member in known:
@@ -225,7 +225,7 @@ def read_uses(path: Path, written: str) -> list[tuple[str, str]]:
 
 
 def override_fault(key: str, value: Any) -> str | None:
-    """Why `--key value` is no plain value, or `None`."""
+    """Say why `--key value` is no plain value; `None` if it is one."""
     for path, inner in walk(value, tuple(ReferenceResolver.split_id(key))):
         special = next((part for part in path if part in SPECIAL), None)
         if special or str(inner).lstrip().startswith(MARKS):

@@ -203,7 +203,7 @@ def _number_lines(text: str) -> dict[Keys, int]:
 
 
 def _place_fault(source: Config, path: Keys) -> str | None:
-    """Why an override has no place: it neither exists nor may be an argument of its object."""
+    """Say why an override has no place: no such value, and no argument of its object."""
     node: Any = source
     for depth, part in enumerate(path):
         known = _children(node)
@@ -221,7 +221,7 @@ def _unknown(part: str, valid: list[str]) -> str:
 
 
 def _children(node: Any) -> dict[str, Any]:
-    """What is directly below `node`, by key."""
+    """Return the values directly below `node`, by key."""
     if isinstance(node, list):
         return {str(n): child for n, child in enumerate(node)}
     return node if isinstance(node, dict) else {}

@@ -178,7 +178,7 @@ class _Checker:
         self.note(where, f"expected {expected}{use}, got {got}{what}. Correct it.")
 
     def follow(self, path: Path) -> Path:
-        """Where a path leads if what stands on it refers to something else."""
+        """Follow the references that stand on a path, and return where it leads."""
         at: Path = ()
         for part in path:
             at = (*at, part)
@@ -187,7 +187,7 @@ class _Checker:
         return at
 
     def value(self, path: Path, seen: tuple[Path, ...] = ()) -> Any:
-        """What a path holds once it is resolved: plain values, classes for objects, or `Any`."""
+        """Resolve a path: plain values, a class for an object of it, or `Any` if unknown."""
         if path not in self.nodes or path in seen or self.is_broken(path):
             return Any
         node, seen = self.nodes[path], (*seen, path)
@@ -247,7 +247,7 @@ def _class_of_member(cls: Any, name: str) -> Any:
 
 
 def _find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
-    """Where below a value, and what is expected there; a class stands for an object of it."""
+    """Find a value of another type, below or here, and the type expected; classes are objects."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     plain, is_object = origin or hint, isinstance(value, type)
     if inner == (bool, str):  # see errors.as_bool
@@ -269,7 +269,7 @@ def _find_mismatch(value: Any, hint: Any) -> tuple[Path, str] | None:
 
 
 def _fits(value: Any, plain: Any) -> bool:
-    """Whether a value, or an object of a class, is what a class asks for; yes where unknown."""
+    """Return whether a value, or an object of a class, is one of `plain`; yes where unknown."""
     if Any in (value, plain) or not inspect.isclass(plain):
         return True
     if isinstance(value, str) and plain is bool:

@@ -88,7 +88,7 @@ class VolumeCache:
         return self.directory / f"{key}.safetensors"
 
     def find(self, key: str) -> bool:
-        """Whether an entry is there; if so it counts as used now."""
+        """Return whether an entry is there; if so it counts as used now."""
         with contextlib.suppress(OSError):
             os.utime(self.path(key))
             return True

@@ -68,7 +68,7 @@ def files_of(case: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def paths_of(case: Mapping[str, Any]) -> list[str]:
-    """All volumes of a case: the channels of its image, then its label if it has one."""
+    """List all volumes of a case: the channels of its image, then its label if it has one."""
     return [path for paths in files_of(case).values() for path in paths]
 
 
@@ -95,7 +95,7 @@ def group_volumes(
 
 
 def find_twins(channels: Channels) -> str:
-    """What is wrong where two volumes could be the same of one case, such as `a` and `a_0000`."""
+    """Report volumes that could be the same of one case, such as `a` and `a_0000`."""
     twins = [paths for paths in channels.values() if len(paths) > 1]
     if "" in channels and len(channels) > 1:
         twins.append([channels[number][0] for number in sorted(channels)])

@@ -37,7 +37,7 @@ class VolumeError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file states about its voxels."""
+    """The facts that a file states about its voxels."""
 
     shape: tuple[int, ...]  # in voxels: three axes and, for channels, a fourth
     affine: np.ndarray  # (4, 4) from voxel to world RAS+ in mm
@@ -239,7 +239,7 @@ def _check_geometry(case_id: str, name: str, header: Header) -> Iterator[Dataset
 
 
 def _check_grid(case_id: str, key: str, image: Header, other: Header) -> Iterator[DatasetIssue]:
-    """Whether an image and its label, or another channel, are on one grid."""
+    """Report an image and its label, or another channel, that are not on one grid."""
     what, both = "channel", "the image's channels"
     if key == "label":
         what, both = "label", "image and label"

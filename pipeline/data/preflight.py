@@ -33,7 +33,7 @@ Issues = Iterator[DatasetIssue]
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found in the files of a dataset."""
+    """The findings in the files of a dataset."""
 
     cases: Cases
     issues: list[DatasetIssue]
@@ -72,7 +72,7 @@ class Preflight:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was read of one case, and what is wrong with it."""
+    """The statistics of one case, and its faults."""
 
     case_id: str
     headers: Headers | None  # None: a file has no valid one

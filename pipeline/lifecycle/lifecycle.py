@@ -116,7 +116,7 @@ class Lifecycle:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process is between `enter` and `leave`."""
+        """Return whether this process is between `enter` and `leave`."""
         return self.directory.is_held
 
     @property

@@ -41,7 +41,7 @@ class RunDirectory:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds it, or logs into it as another rank."""
+        """Return whether this process holds it, or logs into it as another rank."""
         return self.path in _HELD
 
     @property
@@ -114,20 +114,20 @@ class RunDirectory:
             )
 
     def _has_record(self) -> bool:
-        """Whether there is a `run.json`, which runs have and other bundles do not."""
+        """Return whether there is a `run.json`, which runs have and other bundles do not."""
         try:
             return "fingerprint" in json.loads((self.path / "run.json").read_bytes())
         except (OSError, ValueError, TypeError):
             return False
 
     def has_begun(self) -> bool:
-        """Whether a run has saved something here; a damaged checkpoint counts."""
+        """Return whether a run has saved something here; a damaged checkpoint counts."""
         saved = self.path.glob("checkpoints/*"), self.path.glob("models/*.pt")
         found = {path.suffix for paths in saved for path in paths}
         return bool(found & {".pt", ".damaged"}) or (self.path / "summary.json").exists()
 
     def continues(self) -> bool:
-        """Whether there is a run to continue; remove what one left that is not to be continued."""
+        """Return whether there is a run to continue; else remove what another run left."""
         # a client that initializes anew with resume=false begins anew as well
         continues = self.resume != "false" and self.has_begun()
         if not continues and self.is_held:

@@ -168,7 +168,7 @@ def given_data(source: keys.Config) -> tuple[list[Case], list[Case]] | None:
 
 
 def is_clients(source: keys.Config) -> bool:
-    """Whether a client made this unevaluated config."""
+    """Return whether a client made this unevaluated config."""
     return given_data(source) is not None or not source.keys().isdisjoint(keys.CLIENT_KEYS)
 
 

@@ -54,7 +54,7 @@ class StepGraph:
         self._replay: Work | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Output:
-        """What `work` returns, until the next call; `InputError` if torch fails to make a graph."""
+        """Return the result of `work`, valid until the next call; `InputError` without a graph."""
         kind = (_layout(images), _layout(labels), tuple(p.requires_grad for p in self.parameters))
         if self._replay is None or kind != self._kind:
             self._count = self._count + 1 if kind == self._latest else 1
@@ -126,7 +126,7 @@ class StepGraph:
 
 
 def has_hooks(network: nn.Module) -> bool:
-    """Whether a module or a parameter has a hook, which a replay would not call."""
+    """Return whether a module or a parameter has a hook, which a replay would not call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return any(getattr(m, kind) for m in network.modules() for kind in kinds) or any(

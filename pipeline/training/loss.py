@@ -208,7 +208,7 @@ def _fused() -> Any:
 
 @functools.cache
 def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
-    """What triton would need, and what there is instead; `None` if it serves."""
+    """Say what triton needs and what there is instead; `None` if it can be used."""
     on_cpu = "logits on CUDA", device.type
     if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         return on_cpu  # before triton is imported
