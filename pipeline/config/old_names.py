@@ -14,6 +14,7 @@ TOP_LEVEL = {
     "intake": "data_module", "layout": "memory_format", "resident": "cache_on_device",
     "sums_bytes": "max_blend_bytes", "test_share": "test_fraction",
 }  # fmt: skip
+LOGGING = "pipeline.training.logging_handlers.LoggingHandler"
 TARGETS = {  # of modules, or of single classes
     "pipeline.data.images": "pipeline.data.cases",
     "pipeline.data.intake.Intake": "pipeline.data.data_module.DataModule",
@@ -24,6 +25,9 @@ TARGETS = {  # of modules, or of single classes
     "pipeline.predictor": "pipeline.prediction.predictor",
     "pipeline.scoring": "pipeline.evaluation.final_scores",
     "pipeline.training.handlers": "pipeline.training.logging_handlers",
+    "pipeline.training.handlers.ConsoleHandler": LOGGING,
+    "pipeline.training.handlers.ScoreHandler": LOGGING,
+    "pipeline.training.handlers.TensorBoardHandler": LOGGING,
     "pipeline.training.losses": "pipeline.training.loss",
     "pipeline.training.optimization": "pipeline.training.schedule",
     "pipeline.training.recorder": "pipeline.training.flight_recorder",
