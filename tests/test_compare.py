@@ -258,7 +258,7 @@ MISTAKES = [
     (lambda rows: rows[1].__setitem__(4, "0,8"), "got case_000 spleen: '0,8' in line 3. Correct"),
     (lambda rows: rows[::2], "other files, got no case_000 (spleen), case_001 (spleen), "),
     (lambda rows: rows[3].__setitem__(0, ""), " in line 5."),
-    (lambda rows: rows[2].pop() and None, "got: 7 instead of 8 cells in line 4."),
+    (lambda rows: rows[2].pop() and None, "expected 8 cells in line 4, got 7. Quote"),
 ]
 
 

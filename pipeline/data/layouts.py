@@ -250,7 +250,7 @@ def _read_table(path: Path) -> DatasetLayout:
     `group` (the person) if wanted; in JSON `image` may be a list. Other columns are ignored.
     """
     if path.suffix.lower() == ".csv":
-        rows = _read_csv(path)
+        rows: list[dict[str, Any]] = [{**cells} for _, cells in read_csv(path)]
     else:
         rows = load_json(path)
         got = type(rows).__name__
@@ -287,10 +287,17 @@ def _image_columns(columns: list[str], path: Path) -> list[str]:
     return names
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file in UTF-8, separated by the most frequent of `,`, `;`, tab in line 1."""
+def read_csv(path: str | Path) -> list[tuple[int, dict[str, str]]]:
+    """Read a CSV file in UTF-8, separated by the most frequent of `,`, `;` and tab in line 1.
+
+    Returns:
+        The number of the line, and the cells by column, for each row that is not empty.
+
+    Raises:
+        InputError: If it cannot be read, or names a column twice; with a line for each torn row.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
@@ -305,4 +312,4 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         for number, cells in rows
         if len(cells) != len(columns)
     )
-    return [dict(zip(columns, cells, strict=True)) for _, cells in rows]
+    return [(number, dict(zip(columns, cells, strict=True))) for number, cells in rows]

@@ -6,7 +6,6 @@ the metric, in any case. Without `class`, all rows are of one class.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.cases import case_name
+from pipeline.data.layouts import read_csv
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import InputError, nearest, refuse, require, some
-from pipeline.evaluation.scores import read_csv
 
 Key = tuple[str, str]  # case id, class
 Cells = dict[str, str]  # `case`, `class`, `person`, `status` and the metric
@@ -99,8 +98,17 @@ def read_arms(
 def _read_file(path: str, metric: str) -> ScoreFile:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        lines = list(_read_nnunet(text) if text.lstrip().startswith("{") else read_csv(text))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        if text.lstrip().startswith("{"):
+            lines = [*_read_nnunet(text)]
+        else:
+            rows = read_csv(path)
+            lines = [
+                (f"in line {number}", {name.lower(): cell for name, cell in cells.items()})
+                for number, cells in rows
+            ]
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: expected a CSV file or nnU-Net's summary.json, got: {error}. Check the path."
         ) from None

@@ -7,11 +7,10 @@ voxels are those that MONAI's erosion removes, and distances are between their c
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from scipy.ndimage import find_objects
 
 from pipeline.data.cases import Pair
 from pipeline.data.content import map_threads
+from pipeline.data.layouts import read_csv
 from pipeline.data.nifti import read_pair
 from pipeline.errors import InputError, some
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
@@ -199,24 +199,13 @@ def read_scores(path: str | Path) -> list[Row]:
     """Read the rows of a `metrics.csv`, as they were given to `write_scores`.
 
     Raises:
-        OSError, ValueError, KeyError, csv.Error: If it is not there, or not such a file.
+        InputError, ValueError, KeyError: If it is not there, or not such a file.
     """
     numbers = COLUMNS[len(WORDS) :]
     return [
         {word: cells[word] for word in WORDS} | {n: float(cells[n] or "nan") for n in numbers}
-        for _, cells in read_csv(Path(path).read_text(encoding="utf-8-sig"))
+        for _, cells in read_csv(path)
     ]
-
-
-def read_csv(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place and cells of each line, by column in lower case; ValueError for a torn line."""
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    names = [name.strip().lower() for name in next(reader, [])]
-    for row in filter(None, reader):
-        if len(row) != len(names):
-            raise ValueError(f"{len(row)} instead of {len(names)} cells in line {reader.line_num}")
-        yield f"in line {reader.line_num}", dict(zip(names, row, strict=True))
 
 
 def _summarize(rows: Sequence[Row], names: Sequence[str], tolerance_mm: float) -> Row:

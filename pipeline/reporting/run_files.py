@@ -7,7 +7,6 @@ run that stopped early or was copied in part can still be shown.
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import json
 import logging
@@ -120,7 +119,7 @@ def read_curves(directory: Path) -> dict[str, np.ndarray]:
 
 def _read_split(directory: Path, class_names: list[str]) -> SplitScores | None:
     rows: dict[str, dict[str, Row]] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, csv.Error):  # missing or damaged
+    with contextlib.suppress(ValueError, KeyError):  # missing or damaged
         for row in read_scores(directory / "metrics.csv"):
             rows.setdefault(row["case_id"], {})[row["class"]] = row
     if not rows:
