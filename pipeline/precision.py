@@ -6,6 +6,7 @@ Nothing else opens an autocast region, makes a scaler or decides whether a step 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,9 @@ class Precision:
         kind, modes = self.device.type, MODES[self.device.type]
         require_choice(amp_dtype, modes, "amp_dtype")
         require_choice(memory_format, MEMORY_FORMATS, "memory_format")
+        if not 0 < init_scale < math.inf:
+            expected = "expected a finite number above 0"
+            raise InputError(f"init_scale: {expected}, got {init_scale}. Leave it out.")
         self.amp, self.memory_format = self.requested["amp"], MEMORY_FORMATS[memory_format]
         self.dtype, is_scaled = modes[amp_dtype] if self.amp else FLOAT32  # float32: no autocast
         self.mode = str(self.dtype).removeprefix("torch.")

@@ -45,6 +45,7 @@ def test_precision_resolves_to(kind, amp, requested, dtype, scaled):
     ("arguments", "message"),
     [
         ({"amp_dtype": "float61"}, "amp_dtype: expected one of auto.*Did you mean 'float16'"),
+        ({"init_scale": 0.0}, "init_scale: expected a finite number above 0, got 0.0. Leave"),
         ({"amp": "maybe"}, "amp: expected true or false, got 'maybe'"),
         ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
         ({"device": "cuda:99"}, "device: expected one of the"),
