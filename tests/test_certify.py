@@ -20,6 +20,7 @@ from conftest import REPOSITORY, TINY, make_dataset
 from pipeline import run
 from pipeline.commands import certify
 from pipeline.commands.certify import CONTROL, UNDECIDED, PrecisionSweep
+from pipeline.errors import STOPS
 from pipeline.evaluation.statistics import EQUIVALENT, WORSE
 
 SOME = ["--dtypes", "bfloat16", "--seeds", "2", "--margin", "0.003"]
@@ -80,7 +81,9 @@ def read(out: Path) -> dict:
 # --- the whole command
 
 
-def test_certify_trains_compares_and_goes_on_where_it_stopped(tmp_path, trained, capfd):
+def test_certify_trains_compares_and_goes_on_where_it_stopped(
+    tmp_path, trained, monkeypatch, capfd
+):
     dataset, out = make_dataset(tmp_path / "data", 12), tmp_path / "c"
     words = command_line(dataset, out, *SOME, "--num_folds", "2")
     assert certify.main(words) == 0
@@ -118,6 +121,20 @@ def test_certify_trains_compares_and_goes_on_where_it_stopped(tmp_path, trained,
         path.write_text("\n".join([header, *rows]))
     assert certify.main(words) == 1
     assert WORSE in {entry["verdict"] for entry in read(out)["classes"]["bfloat16"].values()}
+
+    # so is one in which training stops
+    class Stopped(Finished):
+        def communicate(self) -> tuple[str, str]:
+            self.returncode = int("bfloat16_seed" in " ".join(self.command))
+            return f"step 3: {STOPS}.", ""
+
+    pretend(monkeypatch, Stopped)
+    assert certify.main(words) == 1
+    assert (read(out)["stopped"], [*read(out)["classes"]]) == (
+        {"bfloat16": "step 3: Training stops."},
+        [CONTROL],
+    )
+    assert "worse: step 3: Training stops." in capfd.readouterr().out
 
     # one certificate is of one config
     assert certify.main([*words, "--grad_clip", "3", "--overlap", "0.25"]) == 2

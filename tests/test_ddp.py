@@ -212,6 +212,13 @@ def test_fewer_cases_than_ranks_are_refused(tmp_path, at_the_root, capfd):
     assert not (tmp_path / "r").exists()
 
 
+def test_replay_in_several_ranks_is_refused(dataset, tmp_path, at_the_root, capfd):
+    words = (*settings(dataset, tmp_path / "r"), "--replay_step", "3")
+    assert run_in_ranks(capfd, *words) == [
+        "--replay_step: expected one process, got several. Use python."
+    ]
+
+
 def test_batch_that_cannot_be_divided_is_refused(dataset, tmp_path, at_the_root, capfd):
     assert run_in_ranks(capfd, *settings(dataset, tmp_path / "r", batch_size=1)) == [
         "batch_size: expected 2 or more, a patch for each rank, got 1. Start fewer ranks, or raise "

@@ -43,6 +43,7 @@ def test_run_scores_both_splits_with_both_weights(scored):
         assert {row["class"] for row in rows} == {"dim", "bright"}
         for case_id, files in cases.items():
             (image,), (label,) = files["image"], files["label"]
+            assert not Path(label).is_absolute()
             assert (scored / label).is_file()
             pred = nib.load(folder / f"{case_id}.nii.gz")
             np.testing.assert_array_equal(pred.affine, nib.load(scored / image).affine)

@@ -383,6 +383,7 @@ def test_unknown_id_is_pointed_out_in_an_inference_config(tmp_path):
     [
         ('{"seed": 1,\n"a": [1 2]}', ": expected JSON, got: Expecting ',' delimiter: line 2 "),
         ("[" * 100000, ": expected JSON, got: "),
+        ('{"seed": 1, "seed": 2}', ": expected JSON, got: the key 'seed' twice in an object."),
         ("[1]", ": expected a JSON object, got a list."),
         ('{"train#trainr#max_epochs": 1}', ":1: train#trainr#max_epochs: expected a known key"),
         (
