@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 from test_statistics import judge, noisy
@@ -222,6 +225,16 @@ def test_command_reads_files_without_classes(tmp_path):
         for arm in "ab"
     }
     assert list(compared(files, tmp_path)["classes"]) == ["all"]
+
+
+def test_command_reads_a_pipe(ours, tmp_path):
+    expected, pipe = compared(ours, tmp_path)["classes"], tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = Path(ours["a"][0]).read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=[content], daemon=True)
+    writer.start()
+    ours["a"][0] = str(pipe)
+    assert compared(ours, tmp_path)["classes"] == expected
 
 
 def test_common_cases_leave_out_the_rest(ours, tmp_path, capsys):

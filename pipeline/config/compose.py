@@ -180,10 +180,11 @@ def _read(file: str) -> tuple[Config, dict[Keys, str]]:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> Config:
-    made = dict(pairs)
-    for key, _ in pairs if len(made) < len(pairs) else ():
-        if [name for name, _ in pairs].count(key) > 1:
+    made: Config = {}
+    for key, value in pairs:
+        if key in made:
             raise ValueError(f"the key {key!r} twice in an object")
+        made[key] = value
     return made
 
 

@@ -288,20 +288,28 @@ def _image_columns(columns: list[str], path: Path) -> list[str]:
 
 
 def read_csv(path: str | Path) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV file in UTF-8, separated by the most frequent of `,`, `;` and tab in line 1.
+    """Read a CSV file in UTF-8; see `parse_csv`. An InputError says that it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected CSV in UTF-8, got: {error}. Correct it.") from None
+    return parse_csv(text, path)
+
+
+def parse_csv(text: str, path: str | Path) -> list[tuple[int, dict[str, str]]]:
+    """Parse the text of the CSV file `path`, separated by the most frequent of `,`, `;` and tab.
 
     Returns:
         The number of the line, and the cells by column, for each row that is not empty.
 
     Raises:
-        InputError: If it cannot be read, or names a column twice; with a line for each torn row.
+        InputError: If it is no CSV, or names a column twice; with a line for each torn row.
     """
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except (OSError, ValueError, csv.Error) as error:
+    except csv.Error as error:
         raise InputError(f"{path}: expected CSV in UTF-8, got: {error}. Correct it.") from None
     (_, columns), *rows = [line for line in lines if any(line[1])] or [(0, [])]
     expected = "columns of different names"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.cases import case_name
-from pipeline.data.layouts import read_csv
+from pipeline.data.layouts import parse_csv
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import InputError, nearest, refuse, require, some
 
@@ -96,22 +96,20 @@ def read_arms(
 
 
 def _read_file(path: str, metric: str) -> ScoreFile:
+    lines: list[tuple[str, Cells]] | None = None
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("{"):
             lines = [*_read_nnunet(text)]
-        else:
-            rows = read_csv(path)
-            lines = [
-                (f"in line {number}", {name.lower(): cell for name, cell in cells.items()})
-                for number, cells in rows
-            ]
-    except InputError:
-        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: expected a CSV file or nnU-Net's summary.json, got: {error}. Check the path."
         ) from None
+    if lines is None:
+        lines = [
+            (f"in line {number}", {name.lower(): cell for name, cell in cells.items()})
+            for number, cells in parse_csv(text, path)
+        ]
     require(lines, path, "a header and a row per case and class", "none", "Score some cases.")
     header = [*lines[0][1]]
     case = "case" if "case" in header else "case_id"

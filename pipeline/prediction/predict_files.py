@@ -19,7 +19,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
@@ -30,6 +29,7 @@ from pipeline.data.nifti import check_headers
 from pipeline.errors import InputError, as_bool, innermost, some
 from pipeline.files import make_directory, replace_file
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
+from pipeline.progress_bar import ProgressBar
 from transforms.load import read_geometry
 from transforms.preprocess import Preprocessing
 
@@ -112,9 +112,8 @@ class Prediction:
         """Predict cases; each is added to `done`, so that an interruption knows how far it came."""
         # the redirection replaces the console's handler, also one that was silenced
         is_main = distributed.is_main()
-        with logging_redirect_tqdm() if is_main else contextlib.nullcontext():
-            disable = None if is_main else True  # None: where there is no terminal
-            for case in tqdm(cases, "Predicting", unit="case", disable=disable):
+        with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
+            for case in ProgressBar(cases, desc="Predicting", enabled=is_main):
                 try:
                     self._predict(case)
                     done.append((case["case_id"], None))
