@@ -178,7 +178,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., tuple[
 
     def call(name: str, *words: object) -> tuple[int, str]:
         capfd.readouterr()
-        module = "pipeline.run" if name == "run" else f"pipeline.commands.{name}"
+        module = "pipeline.run" if name in ("run", "train") else f"pipeline.commands.{name}"
         try:
             status = import_module(module).main([str(word) for word in words])
         except SystemExit as end:

@@ -100,10 +100,14 @@ def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "command line: the following arguments are required: DATASET_DIR. usage: "),
-        (["{tmp}/no"], "dataset_dir: expected a folder with dataset.json"),
-        (["{data}", "--fld", "1"], "--fld: expected a known key, got 'fld'. Did you mean 'fold'?"),
-        (["{data}", "{data}"], "expected --key value, got a word without key"),
+        ([], "command line: expected DATASET_DIR, got none. Name a folder or a table."),
+        (["{tmp}/no"], "DATASET_DIR: expected a dataset, found nothing at "),
+        (["{tmp}"], "dataset_dir: expected a folder with dataset.json"),
+        (
+            ["{data}", "--fld", "1"],
+            "--fld: expected a known option, got '--fld'. Did you mean '--fold'?",
+        ),
+        (["{data}", "{data}"], "expected an option or no more, got it."),
         (["{data}", "--json"], "command line: argument --json: expected one argument. usage: "),
         (["{data}", "--json", "{tmp}/no/r.json"], "r.json: expected to write "),
         (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path as File
 from typing import Any
 
 from pipeline.errors import InputError
@@ -18,6 +19,16 @@ from pipeline.errors import InputError
 Config = dict[str, Any]
 Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
 MARKS = ("$", "@", "%")  # with which a string begins that is no text
+SPECIAL = ("_desc_", "_disabled_", "_mode_", "_requires_", "_target_")  # keys that MONAI reads
+_PACKAGED = File(__file__).parents[1] / "configs"
+# where amp.json and the others are: in the installed package, or in the repository
+CONFIGS = _PACKAGED if _PACKAGED.is_dir() else File(__file__).parents[2] / "configs"
+PRECISIONS: dict[str, Config] = {  # that a certificate compares
+    "float32": {"amp": False, "tf32": False},
+    "tf32": {"amp": False, "tf32": True},
+    "float16": {"amp": True, "amp_dtype": "float16", "tf32": False},
+    "bfloat16": {"amp": True, "amp_dtype": "bfloat16", "tf32": False},
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Names that earlier versions used in configs, and what they are called today."""
+"""Reads stored configs, in which earlier versions used other names than today's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 
+INFERENCE = Path("configs", "inference.json")  # of a run directory
 TOP_LEVEL = {
     "check": "preflight", "compile": "cuda_graph", "init_head": "reinit_head",
     "intake": "data_module", "layout": "memory_format", "resident": "cache_on_device",
@@ -65,6 +66,28 @@ def translate(node: Any, key: str = "") -> Any:
     node = {names.get(name, name): translate(value, name) for name, value in kept.items()}
     is_old = owner == "Scoring" and node.pop("lifecycle", None)
     return {**node, **SCORING} if is_old else node
+
+
+def name_own_classes(path: Path, text: str) -> str:
+    """Return the text of a config with our own classes in the place of those an export packs."""
+    facts = path.absolute().parents[1] / "export.json"
+    if not facts.is_file() or not __name__.startswith("pipeline."):
+        return text
+    package = json.loads(facts.read_text())["code"]["package"]
+    return text.replace(f'"{package}.', '"')
+
+
+def read_inference_config(run_dir: str | Path) -> dict[str, Any]:
+    """Read the inference config of a run or bundle; an `InputError` says that there is none."""
+    path = Path(run_dir, INFERENCE)
+    try:
+        source = translate(json.loads(name_own_classes(path, path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"run_dir: expected the directory of a run, got {run_dir} ({error}). Name one that "
+            "holds configs and models."
+        ) from None
+    return {**source, "bundle_root": str(Path(run_dir).absolute())}
 
 
 def require_todays_names(run_dir: Path) -> None:

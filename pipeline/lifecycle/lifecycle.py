@@ -21,8 +21,9 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, Parser, config_of_monai, require_unaltered
+from pipeline.config.compose import Composed
 from pipeline.config.old_names import require_todays_names
+from pipeline.config.parser import Parser, config_of_monai, require_unaltered
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
@@ -95,7 +96,7 @@ class Lifecycle:
         config: Composed | None = None,
     ) -> None:
         self.is_checked = config is not None
-        self.source = (config or config_of_monai()).source
+        self.source = config.source if config else config_of_monai()
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
         run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()

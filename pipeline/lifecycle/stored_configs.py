@@ -15,7 +15,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
+from pipeline.bundle.metadata import read_license, run_inference_config, run_metadata
 from pipeline.config import keys, old_names
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
@@ -72,7 +72,7 @@ def write_configs(
     target = run_dir / "configs"
     make_directory(target)
     inference, metadata, evaluate = (
-        json.loads((TEMPLATES / f"{name}.json").read_text())
+        json.loads((keys.CONFIGS / f"{name}.json").read_text())
         for name in ("inference", "metadata", "evaluate")
     )
     trained_on = training_range(fingerprint) if fingerprint else None
@@ -85,7 +85,7 @@ def write_configs(
         target / "metadata.json": run_metadata(metadata, source, cases, plan),
     }.items():
         write_json(path, content)
-    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
+    shutil.copyfile(keys.CONFIGS / "logging.conf", target / "logging.conf")
 
 
 def write_docs(run_dir: Path) -> None:
@@ -93,7 +93,7 @@ def write_docs(run_dir: Path) -> None:
     card = run_dir / "docs" / "README.md"
     card.unlink(missing_ok=True)  # of an earlier end
     make_directory(card.parent)
-    write_durably(run_dir / "LICENSE", (TEMPLATES.parent / "LICENSE").read_bytes())
+    write_durably(run_dir / "LICENSE", read_license())
     write_durably(card, render_model_card(run_dir).encode())
 
 
