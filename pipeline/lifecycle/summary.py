@@ -71,25 +71,22 @@ def _final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
 def log_beginning(cases: Cases, plan: Plan, source: Config) -> None:
     """Log dataset and plan, with what `source`, the config, says beside it; reasons in details."""
     text = "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded"
-    parts = cases.train, cases.validation, cases.test, cases.excluded
-    log.info(text, cases.name, cases.kind, *map(len, parts))
-    values = {**source, **plan.as_dict()}
-    for name in ("roi_size", "spacing"):
-        values[name] = "x".join(f"{n:.4g}" for n in values[name])
-    log.info(
-        "Plan: patches of %(roi_size)s voxels of %(spacing)s mm, %(batch_size)s in a batch; "
-        "%(base_channels)s channels; %(max_epochs)s epochs of %(steps_per_epoch)s steps", values
-    )  # fmt: skip
+    numbers = (len(part) for part in (cases.train, cases.validation, cases.test, cases.excluded))
+    log.info(text, cases.name, cases.kind, *numbers)
+    patch, spacing = ("x".join(f"{n:.4g}" for n in size) for size in (plan.roi_size, plan.spacing))
+    values = {**source, **plan.as_dict(), "patch": patch, "mm": spacing}
+    text = "Plan: patches of %(patch)s voxels of %(mm)s mm, %(batch_size)s in a batch; "
+    text += "%(base_channels)s channels; %(max_epochs)s epochs of %(steps_per_epoch)s steps"
+    log.info(text, values)
     for line in plan.lines():
         details.info("  %s", line)
 
 
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
     """Log how good the run became, how long it took, where its results are and what uses them."""
-    scores, here = summary.get("scores") or {}, os.path.relpath(run_dir)
+    scores, here = summary.get("scores") or {}, shlex.quote(os.path.relpath(run_dir))
     for split in ("test", "validation"):
-        weights = next((w for w in ("best", "last") if f"{split}_{w}" in scores), None)
-        if weights is not None:
+        for weights in [w for w in ("best", "last") if f"{split}_{w}" in scores][:1]:
             score = describe_score(scores[f"{split}_{weights}"])
             log.info("%s cases, %s weights: %s", split.capitalize(), weights, score)
     if summary["best_epoch"] is None and (run_dir / "models/model.pt").exists():
@@ -98,11 +95,9 @@ def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
         log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
     took = format_duration(summary["wall_time_s"])
     log.info("%d epochs, %d steps in %s", summary["epochs"], summary["steps"], took)
-    place = shlex.quote(here)
     if (run_dir / "report/index.html").exists():
         log.info("  report:  %s/report/index.html", here)
     if (run_dir / "models/model.pt").exists():
-        log.info("  predict: ampseg predict %s INPUT OUTPUT", place)
-    log.info("  curves:  tensorboard --logdir %s/tensorboard", place)
-    names = ("models/model.pt", "scores", "summary.json", "log.txt")
-    log.info("  files:   %s: %s", here, ", ".join(n for n in names if (run_dir / n).exists()))
+        log.info("  predict: ampseg predict %s INPUT OUTPUT", here)
+    log.info("  curves:  tensorboard --logdir %s/tensorboard", here)
+    log.info("  files:   %s: models, scores, summary.json, log.txt", here)

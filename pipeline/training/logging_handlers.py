@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from ignite.engine import Events
@@ -43,7 +43,7 @@ class TimeLeft:
     def __init__(self, val_interval: int, scored: Cases | None) -> None:
         self.val_interval, self.scored = val_interval, scored
         self._began: float | None = None
-        self._spent_s, self._number = Counter[str](), Counter[str]()
+        self._spent_s, self._number = defaultdict[str, float](float), Counter[str]()
 
     def count(self, what: str) -> None:
         """End what began at the last call; the first step, in which much is set up, is left out."""
@@ -58,16 +58,15 @@ class TimeLeft:
         step_s, validation_s = (
             self._spent_s[what] / max(self._number[what], 1) for what in ("step", "validation")
         )
-        progress, epochs, scores = trainer.progress, trainer.state.max_epochs, ""
-        num_validations = epochs // self.val_interval - progress.epoch // self.val_interval
-        if validation_s and self.scored and self.scored.validation:
-            num_validations += NUM_WEIGHTS * (
-                1 + len(self.scored.test) / len(self.scored.validation)
-            )
-            scores = " with scores"
+        progress, epochs, scored = trainer.progress, trainer.state.max_epochs, self.scored
+        num_validations: float = epochs // self.val_interval - progress.epoch // self.val_interval
+        has_scores = bool(validation_s and scored and scored.validation)
+        if scored and has_scores:
+            num_validations += NUM_WEIGHTS * (1 + len(scored.test) / len(scored.validation))
         num_steps = epochs * trainer.steps_per_epoch - progress.step
         left_s = num_steps * step_s + num_validations * validation_s
-        return f"about {format_duration(left_s)} left{scores}" if left_s >= 0.5 else ""
+        words = f"about {format_duration(left_s)} left{' with scores' * has_scores}"
+        return words if left_s >= 0.5 else ""
 
 
 class LoggingHandler:
