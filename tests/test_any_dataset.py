@@ -130,6 +130,9 @@ def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, m
     assert status == 0
     assert "6 training, 0 validation and 0 test cases" in told
     assert "There was no validation; the model is the last network" in told
+    end = told.partition("There was no validation")[2]
+    assert "predict: ampseg predict " in end
+    assert "Dice" not in end
     models = tmp_path / "r/models"
     last, model = (torch.load(models / f"{x}.pt", weights_only=True) for x in ("last", "model"))
     assert all(torch.equal(last[name], model[name]) for name in last)

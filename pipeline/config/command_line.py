@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pipeline.config import old_names
 from pipeline.config.compose import LIST_REMEDY, split_id
 from pipeline.config.keys import KEYS, MARKS, PREDICTION_KEYS, SPECIAL, Key, read_word, walk
-from pipeline.errors import InputError, nearest, refuse, require
+from pipeline.errors import InputError, describe_import_failure, nearest, refuse, require
 
 HELP = ("-h", "--help")
 MISSING = object()  # the value of an option that was typed without one
@@ -210,7 +210,12 @@ def loading() -> Iterator[None]:
     """Inside, torch and MONAI are imported, which takes seconds; the terminal says so first."""
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         print("Loading PyTorch and MONAI ...", file=sys.stderr, flush=True)
-    yield
+    try:
+        yield
+    except (KeyError, OSError) as error:
+        if fault := describe_import_failure(error):
+            raise InputError(fault) from None
+        raise
 
 
 def run_parsed(

@@ -46,8 +46,9 @@ from pipeline.lifecycle.stored_configs import (
     write_configs,
     write_docs,
 )
-from pipeline.lifecycle.summary import log_whereabouts, summarize_run
+from pipeline.lifecycle.summary import log_beginning, log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
+from pipeline.progress_bar import details
 from pipeline.training.pretrained import read_pretrained
 from pipeline.training.progress import DONE
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -323,20 +324,14 @@ class Lifecycle:
             return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
 
     def _log_start(self) -> None:
-        cases = self.cases
-        log.info(
-            "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded",
-            cases.name, cases.kind, len(cases.train), len(cases.validation), len(cases.test),
-            len(cases.excluded),
-        )  # fmt: skip
-        for line in self.plan.lines():
-            log.info("  %s", line)
-        log.info("Run directory %s", self.run_dir)
+        log_beginning(self.cases, self.plan, self.source)
         if distributed.size() > 1:
             rank, size = distributed.rank(), distributed.size()
-            log.info("Rank %d of %d; batches are divided among them", rank, size)
+            details.info("Rank %d of %d; batches are divided among them", rank, size)
         if self.initial_weights is not None:
-            log.info("Weights of %s: %s", self.init_weights, self._start)
+            log.info("Weights of %s", self.init_weights)
+            details.info("%s", self._start)
+        log.info("Run directory %s; details: %s", self.run_dir, self.directory.log_file.name)
 
     # --- the end
 

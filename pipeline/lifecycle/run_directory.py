@@ -22,6 +22,7 @@ from pathlib import Path
 from pipeline import distributed
 from pipeline.errors import InputError
 from pipeline.files import make_directory
+from pipeline.progress_bar import details
 from pipeline.training.checkpoint import newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class RunDirectory:
         handler = logging.FileHandler(self.log_file)
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
+        details.addHandler(handler)
+        details.setLevel(logging.INFO)
+        details.propagate = False
         _HELD[self.path] = lock, handler
 
     def lost(self) -> str | None:
@@ -83,6 +87,8 @@ class RunDirectory:
         if self.is_held:
             lock, handler = _HELD.pop(self.path)
             logging.getLogger().removeHandler(handler)
+            details.removeHandler(handler)
+            details.propagate = not _HELD
             handler.close()
             if lock:
                 lock.close()

@@ -95,7 +95,7 @@ def draw_curves(run: Run) -> dict[str, str]:
     if "val/mean_dice" in run.curves:
         title = "Dice at each validation during training, by class."
         drawn[title] = figures.plot_dice(run.curves, run.class_names)
-    if (run.curves.get("AMP/loss_scale", np.ones((1, 2)))[:, 1] != 1).any():
+    if (run.curves.get("weight_update/loss_scale", np.ones((1, 2)))[:, 1] != 1).any():
         title = "Loss scale, which is halved at each skipped step."
         drawn[title] = figures.plot_loss_scale(run.curves, run.skipped)
     drawn["Learning rate."] = figures.plot_learning_rate(run.curves)

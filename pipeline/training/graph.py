@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
+from pipeline.progress_bar import details
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class StepGraph:
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, earlier, strict=True):
             parameter.grad = gradient
-        log.info("Steps are replayed as a CUDA graph from here on")
+        details.info("Steps are replayed as a CUDA graph from here on")
 
         def replay(images: torch.Tensor, labels: torch.Tensor) -> Output:
             own_images.copy_(images, non_blocking=True)

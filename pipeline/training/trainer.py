@@ -24,10 +24,13 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from networks import fused_layers
+from networks.dense_unet import DenseUNet
 from pipeline import distributed, errors
 from pipeline.distributed import SummedDDP
 from pipeline.files import NO_ROOM
 from pipeline.precision import BufferSnapshot, Precision, StepStats, require_float32
+from pipeline.progress_bar import details
 from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
@@ -257,10 +260,11 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
         Raises `TrainingStopped` after `stop`, and `TrainingInterrupted` after `interrupt`.
         """
-        log.info("%s", self.precision)
         requested, effective = self.describe().values()
+        log.info("Training in %s", describe_in_words(self))
+        details.info("%s", self.precision)
         for name in ("loss_backend", "cuda_graph"):
-            log.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
+            details.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
         if self.precision.device.type == "cpu":
             keep_freed_memory()
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
@@ -368,6 +372,24 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.progress.phase = FINALIZING if last else STEPPING
         if not last:
             self._end_if(any(distributed.all_gather_object(self._is_told_to_end)))
+
+
+def describe_in_words(trainer: MixedPrecisionTrainer) -> str:
+    """Return what is in force: precision, device, and what makes steps fast there."""
+    precision, effective = trainer.precision, trainer.describe()["effective"]
+    device, ranks, threads = precision.device, distributed.size(), torch.get_num_threads()
+    where = f"a CPU ({threads} thread{'s' * (threads > 1)})"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else where
+    x = torch.zeros((1, 2, 2, 2, 2), device=device, dtype=precision.dtype)  # as activations are
+    layers = fused_layers.serves(x.contiguous(memory_format=precision.memory_format))
+    fused = ["layers"] * (layers and isinstance(trainer.network, DenseUNet))
+    fused += ["loss"] * (effective["loss_backend"] == "triton")
+    words = f"{precision.mode}{' with loss scaling' * effective['loss_scaling']} on "
+    words += where if ranks == 1 else f"{ranks} ranks, each on {where}"
+    words += ("", f", fused {''.join(fused)}", ", fused kernels")[len(fused)]
+    words += ", CUDA graph" * (effective["cuda_graph"] == "cuda_graphs")
+    is_missed = precision.amp and precision.dtype == torch.float32
+    return words + "; mixed precision was asked for, a CPU trains in float32" * is_missed
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

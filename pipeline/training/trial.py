@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
@@ -28,10 +27,9 @@ from pipeline.data.memory import available_bytes
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
 from pipeline.precision import buffers_kept
+from pipeline.progress_bar import details
 from pipeline.training.protocols import LabelMapMetric
 from pipeline.training.trainer import MixedPrecisionTrainer
-
-log = logging.getLogger(__name__)
 
 GIB = 2**30
 SHARE_OF_CARD = 0.75  # of what is free: cases that are kept on the card may take the rest
@@ -69,7 +67,7 @@ class TrialStep:
             peak = try_step(trainer, images, labels, metrics, where)
         trainer.trial_step = {"batch_size": len(images), "peak_bytes": peak}
         reserved = "" if peak is None else f", {peak / GIB:.2f} GiB reserved"
-        log.info("Trial step with %d patches: all fits together%s", len(images), reserved)
+        details.info("Trial step with %d patches: all fits together%s", len(images), reserved)
 
 
 def try_step(
