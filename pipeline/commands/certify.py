@@ -128,7 +128,8 @@ def read_command(words: list[str]) -> PrecisionSweep:
         faults.append("--dtypes: expected one to compare with float32 here, got none. Add it.")
     refuse(faults)
     values = overrides | {"final_scores": True, "report": False, "resume": "auto"}
-    values["val_interval"] = source["max_epochs"]
+    epochs = source["max_epochs"]  # where they are decided later, no validation but the scores
+    values["val_interval"] = 10**9 if epochs == "auto" else epochs
     command = [sys.executable, "-m", "pipeline.run", *files, *_options(values)]
     command += [word for name in allow for word in ("--allow", name)]
     dataset = Path(source["bundle_root"], source["dataset_dir"]).resolve().name

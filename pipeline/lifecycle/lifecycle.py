@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -47,6 +48,7 @@ from pipeline.lifecycle.stored_configs import (
 )
 from pipeline.lifecycle.summary import log_whereabouts, summarize_run
 from pipeline.precision import resolve_device
+from pipeline.training.early_end import STOP_FILE, read_early_end
 from pipeline.training.pretrained import read_pretrained
 from pipeline.training.progress import DONE
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -63,7 +65,6 @@ class Lifecycle:
         output_dir: The run directory; `None` stands for `runs/<name of dataset_dir>`.
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
-        max_epochs: Epochs of the whole run; a run that has them all is finished.
         init_weights, reinit_head: Weights that a new run begins with; see `read_pretrained`.
         process_group: Settings for several ranks, of which the first one holds the run directory.
         accept_changed_data: Whether a run continues although files of its cases were changed.
@@ -85,7 +86,6 @@ class Lifecycle:
         bundle_root: str,
         output_dir: str | None,
         resume: str | bool,
-        max_epochs: int,
         data_module: DataModule,
         report: bool | str = True,
         init_weights: str | None = None,
@@ -100,8 +100,10 @@ class Lifecycle:
         self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
         run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()
         self.directory = RunDirectory(run_dir, str(resume).lower())
-        self.max_epochs = max_epochs
         self.data_module, self.process_group = data_module, process_group
+        epochs = Parser(self.source).get("train#trainer#max_epochs")
+        if isinstance(epochs, int):  # where MONAI's clients set it
+            data_module.settings = {**data_module.settings, "max_epochs": epochs}
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
         self.init_weights, self.reinit_head = init_weights, as_bool(reinit_head, "reinit_head")
@@ -237,7 +239,7 @@ class Lifecycle:
         found = self.data_module.run_preflight(self.cases)
         found.require_sound()
         # the plan of a run that has begun stays: another card must not change it
-        plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
+        plan = self._continued_plan() if continues else self._make_plan(found)
         if plan.batch_size < distributed.size():
             raise InputError(
                 f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
@@ -253,6 +255,8 @@ class Lifecycle:
         if continues:
             checkpoint = self.directory.checkpoint()
             self._start = stored_record(self.run_dir).get("init_weights")
+            if read_early_end(self.run_dir) and not read_early_end(self.run_dir, plan.max_epochs):
+                (self.run_dir / STOP_FILE).unlink()  # more epochs are wanted than were planned then
         write_configs(
             self.run_dir, self._portable, self.cases, plan, found.fingerprint,
             init_weights=self._start, contents=self._contents,
@@ -285,10 +289,23 @@ class Lifecycle:
         for change in news:
             log.info("Continuing with %s", change)
 
+    def _continued_plan(self) -> Plan:
+        """Return the stored plan; what may change while a run goes on is as given now."""
+        plan, settings = stored_plan(self.run_dir), self.data_module.settings
+        given = {
+            key: value
+            for key, value in settings.items()
+            if keys.KEYS[key].kind == keys.CONTINUABLE and value not in (AUTO, getattr(plan, key))
+        }
+        return replace(plan, **given, reasons={**plan.reasons, **dict.fromkeys(given, "given")})
+
     def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
-        if summary is None or summary["progress"]["epoch"] < self.max_epochs:
+        epochs = self._continued_plan().max_epochs
+        if end := read_early_end(self.run_dir, epochs):
+            epochs = min(end.epoch, epochs)
+        if summary is None or summary["progress"]["epoch"] < epochs:
             return
         log.info("This run is finished; nothing to do.")
         if changed:
@@ -319,7 +336,11 @@ class Lifecycle:
         names = ("network", "loss_function", "optimizer", "precision")
         with torch.random.fork_rng():
             parser = self._parser(plan)
-            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
+            fitted = fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
+        if fitted is plan:
+            return plan
+        again = self.data_module.plan(found, batch_size=fitted.batch_size)  # others follow from it
+        return replace(again, reasons={**again.reasons, "batch_size": fitted.reasons["batch_size"]})
 
     def _log_start(self) -> None:
         cases = self.cases
@@ -372,6 +393,8 @@ class Lifecycle:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
+        if read_early_end(self.run_dir) is None:  # it was asked for, too late
+            (self.run_dir / STOP_FILE).unlink(missing_ok=True)
         try:
             write_docs(self.run_dir)
             if self.report:
