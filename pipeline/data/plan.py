@@ -73,6 +73,12 @@ class Plan:
         """Return plain values for JSON."""
         return asdict(self)
 
+    def estimate_bytes(self, mode: str, recompute_levels: int = 0) -> float:
+        """Estimate the memory of a training step in a precision, with some reserve."""
+        network = self.strides, self.base_channels, self.num_classes, self.in_channels
+        step = TrainingStep(self.roi_size, self.batch_size, *network, recompute_levels, mode)
+        return (1 + RESERVE) * step.estimate_bytes()
+
     def lines(self) -> list[str]:
         """Return a line for each value, with its reason."""
         text = json.dumps(self.as_dict())
