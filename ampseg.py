@@ -37,6 +37,7 @@ __all__ = ["__version__", "main", *sorted(MODULES)]
 COMMANDS = {
     "check": "DATASET_DIR --plan          look at a dataset and at what training would do",
     "train": "--dataset_dir DATASET_DIR   train, or go on training",
+    "stop": "RUN                         end a run early, but properly",
     "predict": "RUN INPUT OUTPUT_DIR        predict with a run or a bundle",
     "evaluate": "PRED_DIR LABEL_DIR          score predictions",
     "compare": "--a A.csv ... --b B.csv ... compare two ways of training",

@@ -13,6 +13,8 @@ from types import FrameType
 from pipeline.errors import TrainingInterrupted, interrupted_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+END_REQUESTS: list[int] = []  # SIGUSR2s, each of which asks training to end early and properly
+ENDING = {signal.SIGUSR2: lambda number, frame: END_REQUESTS.append(number)}
 
 
 @contextlib.contextmanager
@@ -38,7 +40,8 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))
             interrupt()
 
-    with signal_handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
+    handlers = {**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now, **ENDING}
+    with signal_handlers(handlers):
         try:
             yield
         finally:
@@ -55,7 +58,7 @@ def interruptible_at_once() -> Iterator[None]:
         os.write(2, b"Interrupted outside of training; the same command continues.\n")
         raise TrainingInterrupted
 
-    with signal_handlers(dict.fromkeys(SIGNALS, end)):
+    with signal_handlers({**dict.fromkeys(SIGNALS, end), **ENDING}):
         yield
 
 

@@ -45,6 +45,7 @@ TINY = {
     "steps_per_epoch": 2,
     "max_epochs": 2,
     "val_interval": 1,
+    "learning_rate": 0.005,
     "warmup_steps": 1,
     "log_every": 1,
     "final_scores": False,  # tests of their own have them

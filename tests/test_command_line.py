@@ -40,7 +40,10 @@ WRONG = [  # words, and what the one line about them says
     ("train --lerning_rate 3", "Did you mean '--learning_rate'?"),
     ("train --network_def#dropuot 0.3", "expected an argument of DenseUNet, got 'dropuot'."),
     ("train --optimiser#lr 0.3", "--optimiser#lr: expected a known key, got 'optimiser'. Did you"),
-    ("train --max_epochs x", '--max_epochs: expected a whole number (epochs to train), got "x".'),
+    (
+        "train --max_epochs x",
+        "--max_epochs: expected a whole number or auto (epochs to train), got",
+    ),
     ("train --class_names a b", "b: expected an option or a .json file, got it. Put a list into"),
     (
         "train --exclude [case_7]",
@@ -56,6 +59,7 @@ WRONG = [  # words, and what the one line about them says
     ("compare --a {tmp}/no --b {tmp}/mine.json", "expected scores, found nothing at {tmp}/no."),
     ("report {tmp}/no", "RUN: expected the directory of a run, found nothing at {tmp}/no."),
     ("export {data}", "run_dir: expected the directory of a run, got {data}"),
+    ("stop {tmp}/no", "RUN: expected the directory of a run, found nothing at {tmp}/no."),
     ("certify --dtypes fp16", "argument --dtypes: invalid choice: 'fp16'"),
 ]
 ANSWERS = """

@@ -34,13 +34,13 @@ def fingerprint_of(spacings, shapes, num_channels=1, **changes):
 
 def declare(class_names=None, channel_names=None, ignore_value=None):
     """What a plan asks of a dataset."""
-    declared = {"class_names": class_names, "channel_names": channel_names}
+    declared = {"class_names": class_names, "channel_names": channel_names, "train": [{}] * 4}
     return SimpleNamespace(name="dataset.json", ignore_value=ignore_value, **declared)
 
 
 def plan_of(fingerprint, dataset=None, *, budget=8 * GIB, base_channels=32, **given):
-    settings = {**dict.fromkeys(SETTINGS, AUTO), **given}
-    return Planner(fingerprint, dataset or declare(), budget, base_channels).make_plan(settings)
+    settings = {**dict.fromkeys(SETTINGS, AUTO), "base_channels": base_channels, **given}
+    return Planner(fingerprint, dataset or declare(), budget).make_plan(settings)
 
 
 def needed_bytes(*step):

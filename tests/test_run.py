@@ -72,7 +72,7 @@ def test_continuing_another_run_is_refused_and_nothing_lost(run, tmp_path, capfd
     [
         ("configs/apm.json", "expected a config file, found none. Did you mean 'configs/amp.json'"),
         (f"{CONFIG} --max_epoch 3", "got '--max_epoch'. Did you mean '--max_epochs'"),
-        (f"{CONFIG} --max_epochs many", 'expected a whole number (epochs to train), got "many"'),
+        (f"{CONFIG} --max_epochs many", 'a whole number or auto (epochs to train), got "many"'),
         (f"{CONFIG} --max_epochs", "--max_epochs: expected a value after it"),
         (f"{CONFIG} --amp_dtype fp16", 'expected one of "auto", "float16", "bfloat16", got "fp16"'),
         (f"{CONFIG} --seed $__import__('os')", "Expressions and references belong into a file"),

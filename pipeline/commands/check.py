@@ -61,7 +61,8 @@ def _check_dataset(source: Config, wants_plan: bool, file: Path | None) -> int:
             plan = data_module.plan(found)
             report["plan"] = plan.as_dict()
             if wants_plan:
-                print("\nPlan:\n" + "\n".join(f"  {line}" for line in plan.lines()))
+                lines = [*plan.lines(), *describe_costs(source, plan)]
+                print("\nPlan:\n" + "\n".join(f"  {line}" for line in lines))
         except InputError as error:
             error.tell()
             status, report["plan_faults"] = 2, list(error.faults)
@@ -71,6 +72,31 @@ def _check_dataset(source: Config, wants_plan: bool, file: Path | None) -> int:
         except OSError as error:
             raise InputError(f"--json: {error}") from None
     return status
+
+
+def describe_costs(source: dict[str, Any], plan: Any) -> list[str]:
+    """Lines on the steps of a `Plan`, their time on the device that is used, and their memory."""
+    from pipeline.config.parser import Parser
+    from pipeline.training.trial import time_step
+
+    parser = Parser({**source, "plan": plan})
+    names = ("network", "loss_function", "optimizer", "precision")
+    objects = {name: parser.get_parsed_content(name) for name in names}
+    step_s = source["accumulation_steps"] * time_step(objects, plan)
+    steps, mode = plan.max_epochs * plan.steps_per_epoch, objects["precision"].mode
+    in_force = [] if mode == "float32" else [mode]
+    needed = (
+        f"{plan.estimate_bytes(name, source['recompute_levels']) / 2**30:.3g} GiB in {name}"
+        for name in ("float32", *in_force)
+    )
+    total, where = steps * step_s / 60, objects["precision"].device
+    total, unit = (total / 60, "h") if total > 90 else (total, "min")
+    values = {
+        "steps": f"{plan.max_epochs} epochs x {plan.steps_per_epoch} = {steps:,}",
+        "time here": f"about {total:.2g} {unit}, in steps of {step_s:.2g} s on {where}",
+        "memory": f"{', '.join(needed)}, estimated for a card; {mode} is in force here",
+    }
+    return [f"{name:<18} {value}" for name, value in values.items()]
 
 
 def make_table(found: Any) -> list[str]:

@@ -70,7 +70,8 @@ _MEMBERS = {
     "EpochSampler": "samples_per_epoch",
     "Lifecycle": _LIFECYCLE,
     "Plan": """batch_size class_names crop_empty_borders flip_axes foreground_ratio ignore_value
-        in_channels normalization num_classes roi_size spacing strides""",
+        in_channels normalization num_classes roi_size spacing strides base_channels norm
+        learning_rate steps_per_epoch max_epochs warmup_steps""",
     "Precision": "device place():Module",
     "DistributedSettings": "replica()",
     "ReadOnlyRun": _LIFECYCLE + " best_model:Path",

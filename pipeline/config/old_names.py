@@ -39,7 +39,8 @@ SCORING = {"run_dir": "$@lifecycle.run_dir", "is_held": "$@lifecycle.is_held", "
            "group_pattern": "@group_pattern", "preprocessing": "@preprocessing"}  # fmt: skip
 RENAMED = {**TOP_LEVEL, "recipe": "preprocessing_key"}  # arguments of our own classes, too
 DROPPED = {
-    "DataModule": ("amp", "amp_dtype", "windows"),
+    "DataModule": ("amp", "amp_dtype", "base_channels", "windows"),
+    "Lifecycle": ("max_epochs",),
     "MixedPrecisionTrainer": ("roi_size",),
 }
 EXPRESSIONS = {rf"@{old}\b": f"@{new}" for old, new in TOP_LEVEL.items()} | {
@@ -93,7 +94,10 @@ def read_inference_config(run_dir: str | Path) -> dict[str, Any]:
 def require_todays_names(run_dir: Path) -> None:
     """Raise an `InputError` if the config of a run holds earlier names: it is not continued."""
     source = json.loads((run_dir / "configs" / "train.json").read_text())
-    if translate(source) != source:
+    plan = run_dir / "plan.json"
+    text = plan.read_text() if plan.is_file() else ""
+    is_old = '"roi_size"' in text and '"max_epochs"' not in text
+    if is_old or translate(source) != source:
         raise InputError(
             f"{run_dir}: expected a run of this version, got one that 0.1.0 began. "
             "Continue it with version 0.1.0, or choose another output_dir."

@@ -238,6 +238,17 @@ class RunLock:
 _HELD: dict[Path, tuple[RunLock | None, logging.Handler]] = {}  # by this process
 
 
+def holder_of(run_dir: Path) -> str | None:
+    """Return who holds a run directory, as far as one can tell from outside; `None`: nobody."""
+    with contextlib.suppress(OSError):  # there is no such file, or no such process here
+        content = (run_dir / ".holder").read_text()
+        host, pid, *_ = [*content.split(), "", ""]
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+        return _name(content) if host else None
+    return None
+
+
 def _name(holder: str) -> str:
     host, pid, *_ = [*holder.split(), "", ""]
     return f"process {pid} on {host}" if pid else "an unknown process"

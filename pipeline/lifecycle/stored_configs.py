@@ -25,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.files import make_directory, write_durably, write_json
 from pipeline.reporting.model_card import render_model_card
 
+RECIPE = ("base_channels", "learning_rate", "steps_per_epoch", "max_epochs", "warmup_steps")
 # that start from bundle_root, or null
 PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 
@@ -109,7 +110,11 @@ def _read(path: Path, make: Callable[..., Any] = dict) -> Any:
 
 def stored_plan(run_dir: Path) -> Plan:
     """Read the plan of the run there; raise an `InputError` if there is none."""
-    return _read(run_dir / "plan.json", Plan)
+    config = run_dir / "configs" / "train.json"
+    stored = _read(config) if config.is_file() else {}
+    # which the config of a run of an earlier version states, and not its plan
+    former = {key: stored[key] for key in RECIPE if stored.get(key, AUTO) != AUTO}
+    return _read(run_dir / "plan.json", lambda **plan: Plan(**{**former, **plan}))
 
 
 def stored_record(run_dir: Path) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class LoggingHandler:
 
     def _before_step(self, trainer: MixedPrecisionTrainer) -> None:
         _ = self.writer  # opened before the first step is counted
-        self._lr = trainer.optimizer.param_groups[0]["lr"]
+        self._lr = trainer.optimizer.param_groups[0]["lr"] * trainer.rate_factor
 
     def _after_backward(self, trainer: MixedPrecisionTrainer) -> None:
         """Measure underflow where it is due, while weights and gradients belong together."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from pipeline.progress_bar import details
 from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
+from pipeline.training.early_end import EarlyEnding
 from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
@@ -80,6 +82,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         cuda_graph: `auto` (on CUDA with one rank), `cuda_graphs` or `none`: whether forward pass,
             loss and backward pass are replayed as a CUDA graph (`StepGraph`), which they are not
             while a module has a hook, or an event between them has a handler.
+        run_dir: Where `stop.json` asks for an early end; see `EarlyEnding`.
         initial_weights: Replace the network's weights of these names, before any checkpoint.
         kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
@@ -101,6 +104,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grace_s: float = 25.0,
         replica: SummedDDP | None = None,
         cuda_graph: str = "auto",
+        run_dir: Path | None = None,
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
@@ -125,13 +129,14 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.trial_step: dict[str, int | None] | None = None  # as `TrialStep` leaves it
         # whether training ends here, decided before handlers of a step or epoch save the state
         self.interrupted = self._is_told_to_end = False
+        self.early = EarlyEnding(run_dir, max_epochs)
         spans_ranks = isinstance(loss_function, protocols.SpansRanks)
         self._spans_ranks = spans_ranks and loss_function.is_over_ranks  # type: ignore[attr-defined]
         self._buffers = BufferSnapshot(network)
         self._batches = PrefetchingLoader(train_data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
-            max_epochs=max_epochs,
+            max_epochs=min(max_epochs, self.early.end.epoch) if self.early.end else max_epochs,
             train_data_loader=train_data_loader,
             network=network,
             optimizer=optimizer,
@@ -177,22 +182,27 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._batches.prefetch()  # while the device works; the host waits for it in the step
         if ends_group:
-            step = self.last_step = self.precision.step(
-                self.optimizer,
-                self._loss,
-                self._max_logit,
-                self._buffers.norm(self.precision.device),
-                grad_clip=self.grad_clip,
-                counts=(len(images) * self.accumulation_steps, self._is_told_to_end),
-            )
+            samples = len(images) * self.accumulation_steps
+            with self.early.lowered_rates(self.optimizer, self.rate_factor):
+                step = self.last_step = self.precision.step(
+                    self.optimizer,
+                    self._loss,
+                    self._max_logit,
+                    self._buffers.norm(self.precision.device),
+                    grad_clip=self.grad_clip,
+                    counts=(samples, self._is_told_to_end, self.early.is_asked()),
+                )
             if not step.applied:
                 self._buffers.restore()
             else:
                 self.lr_scheduler.step()
                 if self.replica:
                     self.replica.average_running_stats()
-            samples, told_to_end = step.sums
-            self.progress.record_step(step.applied, round(samples), self.steps_per_epoch)
+            all_samples, told_to_end, asked_to_end_early = step.sums
+            self.progress.record_step(step.applied, round(all_samples), self.steps_per_epoch)
+            if asked_to_end_early > 0:
+                where = self.progress.step, self.steps_per_epoch, self.state.max_epochs
+                self.state.max_epochs = self.early.decide(*where)
             self._end_if(told_to_end > 0)
             self.fire_event(StepEvents.STEP_COMPLETED)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -311,6 +321,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self.stop(reason)
 
     def _begin_round(self) -> None:
+        self.early.end = None
         self.progress.phase = STEPPING
         schedule, rates = self._schedule
         self.lr_scheduler.load_state_dict(deepcopy(schedule))
@@ -360,6 +371,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self.progress.phase = STEPPING  # max_epochs was raised
         self.state.epoch = self.progress.epoch
         self.state.iteration = self.progress.step * self.accumulation_steps
+
+    @property
+    def rate_factor(self) -> float:
+        """What multiplies the scheduler's learning rates in the next step."""
+        end = self.early.end
+        return end.rate_factor(self.progress.step, self.steps_per_epoch) if end else 1.0
 
     @property
     def elapsed_s(self) -> float:
