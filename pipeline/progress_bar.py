@@ -51,4 +51,6 @@ def format_duration(seconds: float) -> str:
     """Return a duration in the unit that suits it: `42 s`, `3 min`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.{seconds < 600:d}f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -98,6 +98,9 @@ def test_old_run_is_not_continued(train, old_run):
          "{file}:1: intake#device: intake was renamed to data_module"),
         ({"precision": {"_target_": "pipeline.precision.Precision", "layout": "auto"}}, [],
          "{file}:1: precision#layout: layout was renamed to memory_format"),
+        ({"loss_function#_target_": "pipeline.training.losses.SegmentationLoss"}, [],
+         "{file}:1: loss_function#_target_: pipeline.training.losses.SegmentationLoss was renamed "
+         "to pipeline.training.loss.SegmentationLoss"),
         ({}, ["--resident", "false"], "--resident: resident was renamed to cache_on_device"),
     ],
 )  # fmt: skip

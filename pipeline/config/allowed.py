@@ -15,6 +15,7 @@ from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
+from pipeline.config import old_names
 from pipeline.config.keys import MARKS, SPECIAL, Path, walk
 from pipeline.errors import InputError, nearest
 
@@ -194,7 +195,10 @@ class _Guard:
         if not is_allowed(target, self.allow):
             near = nearest(target, [*DOTTED, *BARE]).partition("Valid are")[0]
             fault = f"expected a class or function of the list, got '{target}'. {near}".rstrip()
-            self.faults[*path, "_target_"] = f"{fault} If you trust it: --allow {target}"
+            fault += f" If you trust it: --allow {target}"
+            if (today := old_names.translate(target)) != target:
+                fault = f"{target} was renamed to {today}"
+            self.faults[*path, "_target_"] = fault
         if node.get("_mode_", "default") != "default":
             self.faults[*path, "_mode_"] = f"expected default, got {node['_mode_']}. Leave it out."
         for key in RESTRICTED.keys() & node.keys() if target in NAMES else ():

@@ -85,6 +85,7 @@ def log_beginning(cases: Cases, plan: Plan, source: Config) -> None:
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
     """Log how good the run became, how long it took, where its results are and what uses them."""
     scores, here = summary.get("scores") or {}, shlex.quote(os.path.relpath(run_dir))
+    here = shlex.quote(str(run_dir)) if here.startswith("..") else here
     for split in ("test", "validation"):
         for weights in [w for w in ("best", "last") if f"{split}_{w}" in scores][:1]:
             score = describe_score(scores[f"{split}_{weights}"])
