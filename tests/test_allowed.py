@@ -108,7 +108,7 @@ USES: dict[str, tuple[str, Any]] = {
     "monai.transforms.ScaleIntensityd": (AFTER, [{"keys": "image", "minv": 0, "maxv": 1.0}]),
     "torch.optim.AdamW": ("optimizer", {"params": "$@network.parameters()", "lr": 1e-3}),
     "torch.optim.SGD": ("optimizer", {
-        "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
+        "params": "$@network.parameters()", "lr": "$@plan.learning_rate", "momentum": 0.99,
         "nesterov": True}),
     **{
         f"torch.optim.lr_scheduler.{name}": (

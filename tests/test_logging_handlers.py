@@ -232,9 +232,9 @@ def test_console_shows_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch, start)
     ("scored", "expected"),
     [
         # 4 steps an epoch, 10 s each: 200, 160, 120, 80, 40, 0 s; validations: 2 x 100, …, 0 s
-        (False, ["3 min left", "6 min left", "5 min left", "3 min left", "2 min left", ""]),
+        (False, [*(f"{n} min left" for n in ("3.3", "6.0", "5.3", "3.0", "2.3")), ""]),
         # and five cases with two weights, at 25 s a case
-        (True, ["3 min left", *(f"{n} min left with scores" for n in (10, 10, 7, 6, 4))]),
+        (True, ["3.3 min left", *(f"{n} min left with scores" for n in (10, 9.5, 7.2, 6.5, 4.2))]),
     ],
 )
 def test_time_left_counts_validations_and_scores(

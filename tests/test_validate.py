@@ -216,7 +216,7 @@ LEGAL = {
             },
         ],
     },
-    "relative ids": {"train#sampler#batch_size": "@###batch_size", "train#inferer2": "@#inferer"},
+    "relative ids": {"train#sampler#batch_size": "@###accumulation_steps", "train#inferer2": "@#inferer"},
     "values as monai.bundle passes them": {"amp": "false", "network_def#deep_supervision": "true"},
     "augmentation off": {"augmentation": {"spatial": {"flip": {"prob": 0}}, "intensity": {}}},
     "a file's own remark": {"_meta_": {"version": "1", "note": "any text, 100 %"}},
@@ -357,6 +357,16 @@ def test_override_is_named_in_the_place_of_file_and_line():
         'dropout), got "a". Correct it.',
         '--network_def#dropout: expected a number, got "much". Correct it.',
     ]  # fmt: skip
+
+
+def test_value_that_the_dataset_decides_is_not_referred_to_as_auto(tmp_path):
+    (tmp_path / "mine.json").write_text('{"optimizer#lr": "@learning_rate"}')
+    files = [AMP, str(tmp_path / "mine.json")]
+    (line,) = faults_of(compose_located(files, {}))
+    assert line.endswith(
+        "got '@learning_rate', which the dataset decides. Write '$@plan.learning_rate'."
+    )
+    assert faults_of(compose_located(files, {"learning_rate": 0.1})) == []
 
 
 def test_later_file_and_not_the_first_is_blamed(tmp_path):
