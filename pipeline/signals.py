@@ -12,7 +12,8 @@ from types import FrameType
 
 from pipeline.errors import TrainingInterrupted, interrupted_status
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
 
 
 @contextlib.contextmanager
