@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from networks.kernels import self_check
+
 try:
     import triton
 
@@ -140,11 +142,9 @@ def _interpolation(coarse: int, fine: int) -> torch.Tensor:
 
 def serves(*tensors: torch.Tensor) -> bool:
     """Return whether the kernels can process these tensors, `(B, C, H, W, D)`, here and now."""
-    if triton is None or not _is_eager():
-        return False
-    return all(
+    return _is_eager() and all(
         type(x) is torch.Tensor
-        and _works_on(x.device)
+        and works_on(x.device)
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and x.dtype == tensors[0].dtype
         and x.numel() > 0
@@ -154,20 +154,40 @@ def serves(*tensors: torch.Tensor) -> bool:
 
 
 @cache
-def _works_on(device: torch.device) -> bool:
-    """Return whether Triton runs there: it may lack a C compiler, or the card may be too old."""
-    if device.type != "cuda":
-        return bool(triton.knobs.runtime.interpret)
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("Layers are not fused: %s is too old", torch.cuda.get_device_name(device))
+def works_on(device: torch.device) -> bool:
+    """Return whether the kernels process channels-last tensors there; see `self_check`."""
+    if triton is None or not (device.type == "cuda" or triton.knobs.runtime.interpret):
         return False
-    x = torch.zeros(2, 16, device=device)
-    try:
-        norm_activation.copy_rows[(1, 1)](x[0], x[1], 1, 16, 16, 16, ROWS=1, CHANNELS=16)
-    except Exception as error:
-        log.warning("Layers are not fused, Triton does not run: %s", str(error).splitlines()[0])
-        return False
-    return True
+    if fault := self_check.find_fault(compare_layers, device):
+        log.warning("Layers are not fused on %s: %s", device, fault)
+    return not fault
+
+
+def compare_layers(device: torch.device) -> None:
+    """Compare each kernel with torch; raise an exception if one fails or is wrong."""
+    compare, noise, channels = self_check.compare_operations, self_check.noise, 20
+    sizes = [(5, 7, 9), (2, 7, 4)]  # fine and coarse: several tiles each, which are not full
+    if device.type == "cpu":  # interpreted, a program takes some milliseconds
+        sizes = [(2, 2, 3), (1, 1, 2)]
+    for dtype in self_check.TOLERANCES:
+        fine, coarse = (noise(2, channels, *n).to(device, dtype, memory_format=LAST) for n in sizes)
+        for norm in (nn.BatchNorm3d(channels), nn.InstanceNorm3d(channels, affine=True)):
+            for seed, parameter in enumerate(norm.parameters()):
+                parameter.data = noise(channels, seed=seed)
+            compare(
+                f"{type(norm).__name__} with ReLU",
+                lambda norm, x: (_NormReLU.apply(x, norm.weight, norm.bias, norm),),
+                lambda norm, x: (F.relu(norm(x)),), [fine], norm,
+            )  # fmt: skip
+        compare(
+            "pooling", lambda pool, x: _PoolAndSkip.apply(x, pool.kernel_size),
+            lambda pool, x: (pool(x), x * 1), [fine], nn.MaxPool3d((1, 2, 2), (1, 2, 2)),
+        )  # fmt: skip
+        compare(
+            "upsampling", lambda _, x, skip: (_UpsampleConcat.apply(x, skip),),
+            lambda _, x, skip: (torch.cat([upsample(x, list(skip.shape[2:])), skip], 1),),
+            [coarse, fine], nn.Identity(),
+        )  # fmt: skip
 
 
 def _is_eager() -> bool:

@@ -88,7 +88,8 @@ def local_size() -> int:
 
 def own_cores() -> int:
     """This rank's share of the cores that this process may use."""
-    return max(len(os.sched_getaffinity(0)) // local_size(), 1)
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    return max((len(affinity(0)) if affinity else os.cpu_count() or 1) // local_size(), 1)
 
 
 def silence_other_ranks() -> None:

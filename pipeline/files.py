@@ -52,7 +52,9 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
 
 def _write(path: Path, content: bytes | memoryview, flags: int) -> None:
     """Write all bytes, if any, and force the file or directory to the disk."""
-    file = os.open(path, flags, 0o666)
+    if flags == os.O_RDONLY and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no directories
+    file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
     try:
         rest = memoryview(content)
         while rest:

@@ -12,9 +12,14 @@ from types import FrameType
 
 from pipeline.errors import TrainingInterrupted, interrupted_status
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has neither SIGUSR1 nor SIGUSR2
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
 END_REQUESTS: list[int] = []  # SIGUSR2s, each of which asks training to end early and properly
-ENDING = {signal.SIGUSR2: lambda number, frame: END_REQUESTS.append(number)}
+ENDING = {
+    getattr(signal, name): lambda number, frame: END_REQUESTS.append(number)
+    for name in ("SIGUSR2",)
+    if hasattr(signal, name)
+}
 
 
 @contextlib.contextmanager

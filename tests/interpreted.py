@@ -24,10 +24,11 @@ GPU = [
 
 
 @pytest.fixture(scope="session")
-def interpreter():
+def interpreter(tmp_path_factory):
     """Runs a function of a test module in a process whose kernels are interpreted."""
     command = [sys.executable, "-W", "ignore", "-c", f"import {__name__} as it; it.serve()"]
     more = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    more["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=os.environ | more, **pipes) as process:
 

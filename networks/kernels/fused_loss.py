@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any, NamedTuple, cast
 
 import torch
 import triton
+from torch import nn
 from torch.autograd.function import once_differentiable
 
+from networks.kernels import self_check
 from networks.kernels.loss_kernels import gradient_kernel, sums_kernel, value_kernel
+
+log = logging.getLogger(__name__)
 
 MAX_CLASSES = 256
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on a CPU, for tests
@@ -33,13 +38,34 @@ TILINGS |= {(name, True): Tiling(18, 4, 8) for name in ("sums", "gradient")}
 
 @functools.cache
 def failure(device: torch.device) -> str | None:
-    """Say why kernels do not run on this card; Triton needs a C compiler, for one."""
-    logits, label = (torch.zeros(1, n, 1, 1, 1, device=device) for n in (2, 1))
-    try:
-        FusedSums.apply(logits, label, None, None, True, True)
-    except Exception as error:
-        return str(error).splitlines()[0]
-    return None
+    """Say why the kernels are not used on this card, and log it; see `self_check`."""
+    if fault := self_check.find_fault(compare_loss, device):
+        log.warning("The loss is not fused on %s: %s", device, fault)
+    return fault
+
+
+def compare_loss(device: torch.device) -> None:
+    """Compare value and gradient with the formula; raise an exception if a kernel is wrong."""
+    num_classes, size = 5, (5, 7, 9) if device.type == "cuda" else (3, 3, 3)
+    label = self_check.noise(2, 1, *size).abs().mul(2).long().clamp_max(num_classes - 1)
+    options = {"dice_weight": 1.0, "ce_weight": 1.0, "smooth": 1.0, "FIRST": 0, "BATCH_DICE": True}
+
+    def fused(_: Any, logits: torch.Tensor) -> tuple[torch.Tensor]:
+        totals = sums(logits, label.to(device)).sum(0, keepdim=True)
+        return (FusedValue.apply(totals, None, num_classes, options),)
+
+    def formula(_: Any, logits: torch.Tensor) -> tuple[torch.Tensor]:
+        true, log_p = torch.zeros_like(logits).scatter_(1, label, 1), logits.log_softmax(1)
+        parts = log_p.exp() * true, log_p.exp(), true
+        overlap, mass, count = (part.sum((0, 2, 3, 4)) for part in parts)
+        dice = 1 - (2 * overlap + 1) / (mass + count + 1)
+        return (dice.mean() - (log_p * true).sum() / count.sum(),)
+
+    for dtype in self_check.TOLERANCES:
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            logits = self_check.noise(2, num_classes, *size, seed=1)
+            logits = logits.to(device, dtype, memory_format=layout)
+            self_check.compare_operations("the loss", fused, formula, [logits], nn.Identity())
 
 
 class FusedSums(torch.autograd.Function):

@@ -178,6 +178,7 @@ class Lifecycle:
 
     def _open(self) -> None:
         """Take cases, plan and run directory, on all ranks."""
+        self.directory.require_locks()
         self.cases = self._load_cases()
         with distributed.sync_errors():  # before the first one begins
             self._require_same_on_all_ranks()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import json
 import logging
 import os
+import platform
 import shutil
 import socket
 import threading
@@ -20,10 +20,15 @@ import uuid
 from pathlib import Path
 
 from pipeline import distributed
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.files import make_directory
 from pipeline.progress_bar import details
 from pipeline.training.checkpoint import newest_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +97,12 @@ class RunDirectory:
             handler.close()
             if lock:
                 lock.close()
+
+    @staticmethod
+    def require_locks() -> None:
+        """Refuse a platform without locks on files; macOS has them."""
+        remedy = "Predict, evaluate and check work here; train on Linux or in WSL2."
+        require(fcntl, "platform", "Linux to train on", platform.system(), remedy)
 
     def require_usable(self) -> None:
         """Refuse a directory in which a run can neither start nor continue.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from networks.dense_unet import DenseUNet
+from networks.kernels import self_check
 from pipeline.errors import InputError
 from pipeline.progress_bar import details
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 GRAPH_MODES = ("auto", "cuda_graphs", "none")
 WARM_UP = 3  # calls without a graph, in which cuDNN and Triton choose and load their kernels
+REPLAY_TOLERANCE = 1e-2  # of the largest value: cuDNN may choose other algorithms, in TF32
 EXPECTED = "cuda_graph: expected a step that can be captured in a CUDA graph, got"
 
 Output = tuple[Any, torch.Tensor]
@@ -66,10 +69,12 @@ class StepGraph:
                 return self.work(images, labels)
             self._replay = None  # frees the memory of an earlier graph
             self._replay, self._kind = self._capture(images.clone(), labels.clone()), kind
+            details.info("Steps are replayed as a CUDA graph from here on")
         return self._replay(images, labels)
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> Output:
         """Find out whether `work` can be captured; a failed capture spoils torch's allocator."""
+        fault = self_check.find_fault(compare_replay, images.device)
         buffers, mode = list(self.network.buffers()), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -80,8 +85,9 @@ class StepGraph:
                 torch.cuda.set_sync_debug_mode(mode)
         waits = any("called a synchronizing" in str(warning.message) for warning in caught)
         replaces = any(a is not b for a, b in zip(buffers, self.network.buffers(), strict=False))
-        if waits or replaces:
+        if fault or waits or replaces:
             reason = "it waits for the device" if waits else "it replaces a buffer of the network"
+            reason = fault or reason
             if self.required:
                 raise InputError(f"{EXPECTED} one that cannot: {reason}. Use none.")
             log.warning("Steps are not replayed as a CUDA graph: %s", reason)
@@ -103,7 +109,6 @@ class StepGraph:
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, earlier, strict=True):
             parameter.grad = gradient
-        details.info("Steps are replayed as a CUDA graph from here on")
 
         def replay(images: torch.Tensor, labels: torch.Tensor) -> Output:
             own_images.copy_(images, non_blocking=True)
@@ -124,6 +129,33 @@ class StepGraph:
         else:
             earlier: list[Any] = [parameter.grad for parameter, _ in made]
             torch._foreach_add_(earlier, [gradient for _, gradient in made])
+
+
+def compare_replay(device: torch.device) -> None:
+    """Compare steps of a tiny network with their replay; raise an exception if they differ."""
+    network = DenseUNet(1, 2, 8, (2,), norm="instance", num_dense_layers=1, growth_rate=8, seed=0)
+    network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def work(images: torch.Tensor, labels: torch.Tensor) -> Output:
+        pred = network(images)
+        loss = (pred - labels).square().mean()
+        loss.backward()
+        return pred.detach(), loss.detach()
+
+    def take(step: Work, seed: int) -> list[torch.Tensor]:
+        network.zero_grad(set_to_none=True)
+        images, labels = self_check.noise(4, 1, 10, 8, 8, seed=seed).to(device).split(2)
+        pred, loss = step(images, labels)
+        gradients: list[Any] = [parameter.grad for parameter in network.parameters()]
+        return [t.clone() for t in (pred, loss, *gradients)]
+
+    for seed in range(WARM_UP):
+        take(work, seed)
+    replay = StepGraph(work, network)._capture(*torch.zeros(2, 2, 1, 10, 8, 8, device=device))
+    for seed in range(2):
+        found, true = take(replay, seed), take(work, seed)
+        self_check.require_close("a replayed step", found, true, REPLAY_TOLERANCE)
+        torch._foreach_mul_([p.data for p in network.parameters()], 0.9)  # as an optimizer does
 
 
 def has_hooks(network: nn.Module) -> bool:

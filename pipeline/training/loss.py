@@ -216,12 +216,10 @@ def _obstacle(device: torch.device, num_classes: int) -> tuple[str, str] | None:
         return "triton", "no such package"
     if num_classes > fused.MAX_CLASSES:
         return f"at most {fused.MAX_CLASSES} classes", str(num_classes)
-    if device.type != "cuda":
-        return None if fused.INTERPRETED else on_cpu
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "a card of compute capability 8.0 or more", torch.cuda.get_device_name(device)
+    if device.type != "cuda" and not fused.INTERPRETED:
+        return on_cpu
     reason = fused.failure(device)
-    return reason and ("a triton that runs", reason)
+    return reason and ("kernels that agree with torch's operations", reason)
 
 
 def _resize(label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from networks import fused_layers
 from networks.dense_unet import DenseUNet
+from networks.kernels import self_check
 from pipeline import distributed, errors
 from pipeline.distributed import SummedDDP
 from pipeline.files import NO_ROOM
@@ -36,7 +37,7 @@ from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.early_end import EarlyEnding
-from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
+from pipeline.training.graph import GRAPH_MODES, StepGraph, compare_replay, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 
@@ -404,7 +405,8 @@ def describe_in_words(trainer: MixedPrecisionTrainer) -> str:
     words = f"{precision.mode}{' with loss scaling' * effective['loss_scaling']} on "
     words += where if ranks == 1 else f"{ranks} ranks, each on {where}"
     words += ("", f", fused {''.join(fused)}", ", fused kernels")[len(fused)]
-    words += ", CUDA graph" * (effective["cuda_graph"] == "cuda_graphs")
+    if trainer._graph and not self_check.find_fault(compare_replay, device):
+        words += ", CUDA graph"
     is_missed = precision.amp and precision.dtype == torch.float32
     return words + "; mixed precision was asked for, a CPU trains in float32" * is_missed
 
