@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,13 @@ def test_check_tells_that_a_dataset_is_sound(check, dataset, capsys):
 def test_check_shows_the_plan_with_reasons(check, dataset, capsys):
     assert check(dataset, "--plan") == 0
     lines = capsys.readouterr().out.split("Plan:\n")[1].splitlines()
-    assert len(lines) == 11
-    assert all(line.endswith(")") for line in lines)
+    assert len(lines) == 20
+    assert all(line.endswith(")") for line in lines[:17])
+    assert lines[17] == "  steps              8 epochs x 250 = 2,000"
+    assert re.fullmatch(
+        r"  time here          about \S+ (min|h), in steps of \S+ s on cpu", lines[18]
+    )
+    assert re.fullmatch(r"  memory             \S+ GiB in float32, estimated for .*", lines[19])
     assert "  spacing            [1.0, 1.0, 1.5]  (median spacing of the images)" in lines
 
 
