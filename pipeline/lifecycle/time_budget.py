@@ -47,7 +47,7 @@ MEASURED_STEPS, MEASURED_SHARE, MEASURED_S = 3, 0.03, 10.0  # at least, and at m
 MEASURED_CASES = 2
 OVERHEAD_SHARE = 0.2  # of training, that validations and checkpoints may take
 LEAST_VALIDATIONS = 3  # where they fit into this share
-SCORED = 1.5  # times that a case is: where the last network is the best one, it is scored once
+SCORED = 1.5  # times, since the last network may be the best one, which is then scored once
 REPORT_S = 4.0  # to import what draws, and to draw
 
 
@@ -59,7 +59,7 @@ class Costs:
     step: float
     epoch: float  # checkpoints at its end
     validation: float  # of all cases
-    scores: float
+    scores: float  # of one network
 
 
 def read_duration(text: str) -> float:
@@ -81,21 +81,24 @@ def fit_time_budget(
         InputError: If it is too short.
     """
     left_s = read_duration(budget) - gone_s - costs.start - costs.scores
-    round_s = costs.validation + val_interval * costs.epoch  # beside its steps
+    is_validated = val_interval * costs.step <= left_s
+    val_interval = val_interval if is_validated else 1
+    round_s = is_validated * costs.validation + val_interval * costs.epoch  # beside its steps
     least_s = round_s + max(LEAST_STEPS, val_interval) * costs.step
-    if val_interval * costs.step > left_s:  # such a run would never be validated
-        val_interval, round_s, least_s = 1, costs.epoch, costs.epoch + LEAST_STEPS * costs.step
     expected = f"{math.ceil(least_s - left_s + read_duration(budget))}s or more here, for "
     remedy = "Raise it, or turn final_scores or report off."
     require(left_s >= least_s, "time_budget", f"{expected}{LEAST_STEPS} steps", budget, remedy)
     wanted = math.ceil(left_s / costs.step / STEPS_PER_EPOCH / val_interval)
-    most = int(OVERHEAD_SHARE * left_s / round_s) if round_s else wanted
+    most = int(OVERHEAD_SHARE * left_s / max(round_s, 1e-9))
     rounds = max(1, min(max(wanted, LEAST_VALIDATIONS), most))
+    if is_validated and rounds > 1:  # the only network that was validated is the last one
+        left_s -= (SCORED - 1) * costs.scores
     epochs = rounds * val_interval
     length = max(1, int((left_s - rounds * round_s) / costs.step / epochs))
     steps = epochs * length
     reason = f"{budget}: {steps:,} steps of {costs.step:.3g} s, "
-    reason += f"{rounds} validations of {costs.validation:.2g} s, scores {costs.scores:.0f} s"
+    reason += f"{rounds * is_validated} validations of {costs.validation:.2g} s, "
+    reason += f"scores of a network {costs.scores:.2g} s"
     warmup = min(plan.warmup_steps, steps // 10)
     reasons = {**plan.reasons, **dict.fromkeys(DECIDED, reason)}
     decided = replace(plan, steps_per_epoch=length, max_epochs=epochs, reasons=reasons)
@@ -209,7 +212,7 @@ def _time_scores(scoring: Scoring) -> float:
             score_files(pairs, ignore_value=scoring.ignore_value, **scoring.how)
         seconds += (predicted - began) * _share(cases, mine, MEASURED_CASES)
         seconds += (time.monotonic() - predicted) * _share(cases, mine, many)
-    return SCORED * seconds
+    return seconds
 
 
 def _share(cases: Sequence[Case], numbers: Sequence[int], measured: int) -> float:
