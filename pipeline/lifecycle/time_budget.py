@@ -48,7 +48,7 @@ MEASURED_CASES = 2
 OVERHEAD_SHARE = 0.2  # of training, that validations and checkpoints may take
 LEAST_VALIDATIONS = 3  # where they fit into this share
 SCORED = 1.5  # times, since the last network may be the best one, which is then scored once
-REPORT_S = 4.0  # to import what draws, and to draw
+REPORT_S = 2.0  # to import what draws, and to draw
 
 
 @dataclass(frozen=True)
