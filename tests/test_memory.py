@@ -79,3 +79,19 @@ def test_steps_on_a_card_take_what_is_estimated(mode, levels):
     estimate = gpu_memory.step_of(config).estimate_bytes()
     assert math.isclose(estimate, reserved, rel_tol=0.3)
     assert reserved < (1 + RESERVE) * estimate * 1.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["float16", "float32"])
+@pytest.mark.parametrize("name", ["hippocampus", "cardiac_mr", "abdominal_ct"])
+def test_planned_batch_trains_and_predicts_on_a_card_of_8_gb(mode, name):
+    card_memory = pytest.importorskip("benchmarks.card_memory")
+    try:
+        card_memory.limit_to(8)
+        plan = card_memory.planned(card_memory.DATASETS[name], "cuda")
+        found = card_memory.tried(card_memory.config_of(plan, mode))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found["fitted"], found
+    assert found["train"]["reserved"] < (1 + RESERVE) * found["predicted_bytes"]
