@@ -69,6 +69,7 @@ SETTINGS: dict[str, Any] = {
     "steps_per_epoch": 10,
     "max_epochs": 2,
     "val_interval": 1,
+    "learning_rate": 0.005,
     "warmup_steps": 4,
     "checkpoint_every": 5,
     "log_every": 1,

@@ -41,9 +41,10 @@ from torch.utils.data import RandomSampler
 from benchmarks import machine
 from benchmarks.gpu_training import REAL
 from benchmarks.stock import torchs_own_layers
-from pipeline.config.compose import compose_located, parse_overrides
+from pipeline.config.command_line import parse_overrides
+from pipeline.config.compose import compose_located
+from pipeline.lifecycle.workflow import build, make_parser
 from pipeline.precision import Precision
-from pipeline.run import build, make_parser
 from pipeline.training.graph import StepGraph
 from pipeline.training.loss import SegmentationLoss
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents

@@ -154,9 +154,11 @@ def poisoned_run(dataset: str, out: Path) -> dict[str, Any]:
         "poisoned_sample": poisoned,
         "overflow": [json.loads(line) for line in lines],
         "replay": json.loads(replayed[replayed.index("{") :]),
-        "loss_scale_first_100_steps": scalars(out / "run", "AMP/loss_scale")[:100],
-        "max_abs_logit_every_25_steps": scalars(out / "run", "AMP/max_abs_logit")[::25],
-        "underflow_fraction_every_25_steps": scalars(out / "run", "AMP/underflow_fraction"),
+        "loss_scale_first_100_steps": scalars(out / "run", "weight_update/loss_scale")[:100],
+        "max_abs_logit_every_25_steps": scalars(out / "run", "weight_update/max_abs_logit")[::25],
+        "underflow_fraction_every_25_steps": scalars(
+            out / "run", "weight_update/underflow_fraction"
+        ),
         "summary": json.loads((out / "run/summary.json").read_text()),
         "checkpoint": {
             "keys": sorted(content),

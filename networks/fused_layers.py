@@ -158,6 +158,8 @@ def works_on(device: torch.device) -> bool:
     """Return whether the kernels process channels-last tensors there; see `self_check`."""
     if triton is None or not (device.type == "cuda" or triton.knobs.runtime.interpret):
         return False
+    if device.type == "cuda" and device.index is None:  # so that it is told once
+        return works_on(torch.device("cuda", torch.cuda.current_device()))
     if fault := self_check.find_fault(compare_layers, device):
         log.warning("Layers are not fused on %s: %s", device, fault)
     return not fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -104,14 +105,37 @@ def require_choice(value: object, valid: Iterable[str], where: str) -> None:
         raise InputError(f"{expected} {nearest(str(value), names)}")
 
 
+# what torch says of a loader worker, what it lacked, and the remedy
+WORKER_FAULTS = (
+    ("Bus error|shared memory", "room in /dev/shm", "Use num_workers=0, or docker's --shm-size=8g"),
+    ("signal: Killed", "memory for each worker", "Use a smaller num_workers, or 0"),
+    ("", "workers that deliver every case", "Look at the free memory, or use num_workers=0"),
+)
+
+
 def describe_worker_failure(error: Exception) -> str | None:
     """Return one line where a loader worker died or hung; `None` for any other error."""
-    if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+    pattern = r"DataLoader (worker|timed out)|Caught (.*) in DataLoader worker(?s:.*)shared memory"
+    if not re.match(pattern, str(error)):
         return None
+    said = str(error.__cause__ or "") or str(error)  # the cause names the signal
+    expected, remedy = next(rest for found, *rest in WORKER_FAULTS if re.search(found, said))
     return (
-        f"num_workers: expected workers that deliver every case, got: {error}. Look at the memory "
-        "that is free, or use num_workers=0; the same command goes on from the newest checkpoint."
+        f"num_workers: expected {expected}, got: {said.splitlines()[-1].strip(' .')}. {remedy}; "
+        "the same command goes on from the newest checkpoint."
     )
+
+
+def describe_import_failure(error: BaseException) -> str | None:
+    """Return one line where an import failed because the user has no name; `None` for others.
+
+    MONAI calls `getpass.getuser`, which raises `KeyError` (`OSError` from Python 3.13 on) where the
+    system does not know the user id, as in a container that was started with one.
+    """
+    if not any(frame.name == "getuser" for frame in traceback.extract_tb(error.__traceback__)):
+        return None
+    got = f"{type(error).__name__} {error}"
+    return f"user: expected one with a name, got: {got}. Use export USER=me HOME=/tmp."
 
 
 def as_bool(value: object, where: str) -> bool:

@@ -1,77 +1,123 @@
-"""The main job: `python -m pipeline.run configs/amp.json [more.json ...] [--key value ...]`.
+"""Train, or go on training; `python -m pipeline.run` is the same command.
 
-`initialize`, `run` and `finalize` are evaluated as `python -m monai.bundle run` does.
-Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config.
+Configs are merged in order, over configs/amp.json where they are only a part of one. A config that
+predicts or evaluates is run as well. Without a dataset, one is made: data/phantom.
+
+Exit status: 0 done (or done before), 1 a failure, 2 a mistake in input or config, 75 interrupted by
+a signal, to be continued by the same command.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import logging.config
 import os
 import sys
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline import distributed
-from pipeline.config import allowed, keys, old_names, validate
-from pipeline.config.compose import Composed, Parser, Resolver, compose_located, parse_overrides
-from pipeline.errors import InputError, describe_failure, innermost, print_failure
+from pipeline.config import command_line, keys, old_names
+from pipeline.config.command_line import CommandParser, find_path_fault, require_path
+from pipeline.config.compose import Composed, compose_located, find_config
+from pipeline.config.old_names import INFERENCE, read_inference_config
+from pipeline.errors import InputError, refuse, require
 
-USAGE = (
-    "usage: python -m pipeline.run CONFIG.json [MORE.json ...] [--key value ...] [--allow NAME] "
-    "[--replay_step N] [--run_dir RUN]"
-)
+AMP = "configs/amp.json"
+PHANTOM = "data/phantom"  # the one dataset_dir that makes itself
 PATHS = ("run_dir", "ensemble", "input", "dataset_dir", "output_dir")  # of the command line
-LOGGING = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
+COMMON = (
+    "dataset_dir", "output_dir", "time_budget", "max_epochs", "steps_per_epoch", "batch_size",
+    "roi_size", "base_channels", "learning_rate", "fold", "group_pattern", "seed", "device",
+    "num_workers", "resume", "init_weights",
+)  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a config; return the exit status. By default `words` are this process's command line."""
-    files, rest = split_words(list(sys.argv[1:] if words is None else words))
-    try:
-        with distributed.sync_errors():
-            allow, rest = allowed.split_allow(rest)
-            if "--help" in rest or "-h" in rest:
-                print(help_text(compose_located(files or ["configs/amp.json"], {}).source))
-                return 0
-            if not files:
-                raise InputError(f"command line: expected a config file, got none. {USAGE}")
-            overrides = parse_overrides(rest)
-            composed = compose_located(files, {})
-            trains = is_training(composed.source)
-            if not trains and "run_dir" in overrides:
-                files, overrides = insert_run(files, overrides)
-                composed = compose_located(files, {})
-                composed.source = old_names.translate(composed.source)
-            step = overrides.pop("replay_step", None) if trains else None
-            if step is not None and distributed.size() > 1:
-                raise InputError("--replay_step: expected one process, got several. Use python.")
-            composed.override(overrides)
-            validate.check_config(composed, allow, training=trains)
-        if step is not None:
-            with contextlib.redirect_stdout(sys.stderr):  # for what is logged
-                found = replay(composed, step)
-            print(json.dumps(found, indent=2))
-        else:
-            run_workflow(composed, trains)
-    except InputError as error:
-        error.tell()
-        return 2
-    except KeyboardInterrupt:  # of a prediction; training ends by itself
-        if distributed.is_main():
-            print("Interrupted.", file=sys.stderr)
-        return 130
+    defaults = json.loads(find_config(AMP).read_text())
+    table = {**keys.PREDICTION_KEYS, **keys.KEYS}
+    table = {key: table[key] for key in (*keys.KEYS, *keys.PREDICTION_KEYS)}
+    table["run_dir"] = keys.Key("path list[path]", keys.FREE, "run or bundle to predict with")
+    words_shown = "[CONFIG.json ...] [--dataset_dir DATASET_DIR] [--key value ...]"
+    common = [key for key in COMMON if key in table]
+    parser = CommandParser("train", __doc__, words_shown, table, common, defaults)
+    parser.add_argument("configs", metavar="CONFIG.json", nargs="*", help=f"none: {AMP}")
+    step = "look again at step N, which was skipped, of the run that is there"
+    parser.add_argument("--replay_step", type=int, metavar="N", help=step)
+    return command_line.run_parsed(parser, words, _run_given)
+
+
+def _run_given(given: argparse.Namespace) -> int:
+    return run_config(given.configs, given.overrides, given.allow, given.replay_step)
+
+
+def run_config(
+    files: Sequence[str],
+    overrides: keys.Config,
+    allow: Collection[str] = (),
+    replayed_step: int | None = None,
+) -> int:
+    """Compose, check and run a config; an `InputError` is a mistake of the user.
+
+    What can be found without torch is found first, but by one of several ranks only together.
+    """
+    with _sync_errors():
+        composed = compose_run(files, overrides)
+        trains = is_training(composed.source)
+        is_one = replayed_step is None or os.environ.get("WORLD_SIZE", "1") == "1"
+        require(is_one, "--replay_step", "one process", "several", "Use python.")
+    with command_line.loading():
+        from pipeline.lifecycle import workflow
+    if replayed_step is None:
+        workflow.run_workflow(composed, trains, allow)
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # for what is logged
+        found = workflow.replay(composed, replayed_step, allow)
+    print(json.dumps(found, indent=2))
     return 0
 
 
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the config files, which come first, and the options."""
-    first_key = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
-    return words[:first_key], words[first_key:]
+def _sync_errors() -> contextlib.AbstractContextManager:
+    if "RANK" not in os.environ:
+        return contextlib.nullcontext()
+    from pipeline import distributed
+
+    return distributed.sync_errors()
+
+
+def compose_run(files: Sequence[str], overrides: keys.Config) -> Composed:
+    """Compose a config that trains or predicts; raise an `InputError` for keys and paths."""
+    composed = (
+        compose_located(files, {}) if _is_whole(files) else compose_located([AMP, *files], {})
+    )
+    trains = is_training(composed.source)
+    if not trains and "run_dir" in overrides:
+        files, overrides = insert_run(files, overrides)
+        composed = compose_located(files, {})
+        composed.source = old_names.translate(composed.source)
+    composed.override(overrides)
+    composed.check_keys(trains)
+    source = composed.source
+    root, dataset_dir = Path(str(source.get("bundle_root", "."))), source.get("dataset_dir")
+    wanted = {} if not trains or dataset_dir == PHANTOM else {"dataset_dir": "a dataset"}
+    wanted |= {"init_weights": "a file of weights", "split_file": "a JSON file"} if trains else {}
+    wanted |= {} if trains else {"input": "images to predict"}
+    faults = []
+    for key, what in wanted.items():
+        value = source.get(key)
+        if isinstance(value, str) and value[:1] not in keys.MARKS:
+            faults.append(find_path_fault(composed.place((key,)) or key, root / value, what))
+    refuse(filter(None, faults))
+    return composed
+
+
+def _is_whole(files: Sequence[str]) -> bool:
+    """Return whether the first file is a whole config, and not only a part of one."""
+    with contextlib.suppress(OSError, ValueError):
+        source = json.loads(find_config(files[0]).read_text()) if files else {}
+        return "lifecycle" in source or not is_training(source)
+    return bool(files)  # `compose_located` says what is wrong with it
 
 
 def is_training(source: keys.Config) -> bool:
@@ -85,8 +131,6 @@ def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str],
 
     Paths of the command line start from the working directory, those of the run from its own.
     """
-    from pipeline.prediction.predictor import CONFIG, read_inference_config
-
     paths = {key: overrides[key] for key in PATHS if key in overrides}
     for key, value in paths.items():
         several = paths[key] = value if isinstance(value, list) else [value]
@@ -94,91 +138,16 @@ def insert_run(files: Sequence[str], overrides: keys.Config) -> tuple[list[str],
         if not (several and is_one and all(isinstance(path, str) for path in several)):
             raise InputError(f"--{key}: expected a path, got {json.dumps(value)}. Quote it.")
     first, *others = paths.pop("run_dir")
-    read_inference_config(first)
+    weights = overrides.get("weights") or read_inference_config(first).get("weights", "")
+    where, expected = "--weights" if "weights" in overrides else "run_dir", "trained weights"
+    require_path(where, Path(first, str(weights)), expected)
     members = [*others, *paths.pop("ensemble", [])]
     values = {key: value for key, value in overrides.items() if key not in PATHS}
     values |= {key: os.path.abspath(path) for key, (path,) in paths.items()}
     if members:
         values["ensemble"] = [os.path.abspath(member) for member in members]
     values["bundle_root"] = os.path.abspath(first)
-    return [files[0], str(Path(first, CONFIG)), *files[1:]], values
-
-
-def make_parser(composed: Composed) -> Parser:
-    """Make the parser that evaluates a checked config, and hand that config to its lifecycle."""
-    # a logging.conf beside the config could name files to write
-    if LOGGING.is_file():
-        logging.config.fileConfig(LOGGING, disable_existing_loggers=False)
-    parser = Parser(deepcopy(composed.source))
-    parser.resolve_macro_and_relative_ids()
-    if isinstance(parser.get("lifecycle"), dict):
-        parser["lifecycle#config"] = Composed(deepcopy(parser.get()), composed.places)
-    return parser
-
-
-def build(parser: Parser, name: str) -> Any:
-    """Make an object of a config; raise an `InputError` if arguments are refused."""
-    try:
-        return parser.get_parsed_content(name)
-    except Exception as error:
-        cause = innermost(error)
-        if isinstance(cause, InputError):
-            raise cause from None
-        if isinstance(cause, (ValueError, TypeError)):
-            said = " ".join(str(cause).split())
-            raise InputError(said if ": expected " in said else describe_failure(error)) from error
-        raise
-
-
-def run_workflow(composed: Composed, trains: bool = True) -> None:
-    """Initialize, run and finalize a checked config; a failure is printed and exits with 1."""
-    from pipeline.signals import interruptible_at_once
-
-    parser, lifecycle = make_parser(composed), None
-    with interruptible_at_once() if trains else contextlib.nullcontext():
-        try:
-            with distributed.sync_errors():
-                if trains:
-                    lifecycle = build(parser, "lifecycle")
-                parser.evaluate("initialize")
-                for step in composed.source.get("run", []):
-                    for name in Resolver.match_refs_pattern(step):
-                        build(parser, name)
-            parser.evaluate("run")
-            parser.evaluate("finalize")
-        except Exception as error:
-            if isinstance(cause := innermost(error), InputError):
-                raise cause from None
-            log_file = lifecycle.directory.log_file if lifecycle and lifecycle.is_held else None
-            raise SystemExit(print_failure(error, log_file)) from None
-        finally:
-            if lifecycle:
-                lifecycle.release()
-
-
-def replay(composed: Composed, step: object) -> dict[str, Any]:
-    """Replay a skipped step of the run that is there; raise an `InputError` if it is not."""
-    if type(step) is not int:
-        raise InputError(f"--replay_step: expected the number of a skipped step, got {step!r}.")
-    from pipeline.training.flight_recorder import replay_kept
-
-    composed.override({"initialize": [], "train#handlers": []})
-    parser = make_parser(composed)
-    lifecycle = build(parser, "lifecycle")
-    lifecycle.open_stored_run()
-    return replay_kept(build(parser, "train::trainer"), lifecycle.run_dir, step)
-
-
-def help_text(source: keys.Config) -> str:
-    """Usage and, for each top-level key, its value in `source` and its meaning."""
-    known = keys.KEYS if "train" in source else {**keys.KEYS, **keys.PREDICTION_KEYS}
-    table = {key: spec for key, spec in known.items() if key in source or known is keys.KEYS}
-    width = max(map(len, table))
-    lines = [USAGE, "", "Top-level keys, their values here, and what they mean:", ""]
-    for key, spec in table.items():
-        lines.append(f"  --{key:<{width}}  {json.dumps(source.get(key)):<28.28}  {spec.meaning}")
-    lines += ["", "Parts of objects are named with #: --train#trainer#max_epochs 3"]
-    return "\n".join(lines)
+    return [files[0], str(Path(first, INFERENCE)), *files[1:]], values
 
 
 if __name__ == "__main__":

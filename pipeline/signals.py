@@ -12,8 +12,14 @@ from types import FrameType
 
 from pipeline.errors import TrainingInterrupted, interrupted_status
 
-# Windows has no SIGUSR1
+# Windows has neither SIGUSR1 nor SIGUSR2
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
+END_REQUESTS: list[int] = []  # SIGUSR2s, each of which asks training to end early and properly
+ENDING = {
+    getattr(signal, name): lambda number, frame: END_REQUESTS.append(number)
+    for name in ("SIGUSR2",)
+    if hasattr(signal, name)
+}
 
 
 @contextlib.contextmanager
@@ -39,7 +45,8 @@ def interruptible(interrupt: Callable[[], None], grace_s: float) -> Iterator[Non
             signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))
             interrupt()
 
-    with signal_handlers({**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now}):
+    handlers = {**dict.fromkeys(SIGNALS, handle), signal.SIGALRM: end_now, **ENDING}
+    with signal_handlers(handlers):
         try:
             yield
         finally:
@@ -56,7 +63,7 @@ def interruptible_at_once() -> Iterator[None]:
         os.write(2, b"Interrupted outside of training; the same command continues.\n")
         raise TrainingInterrupted
 
-    with signal_handlers(dict.fromkeys(SIGNALS, end)):
+    with signal_handlers({**dict.fromkeys(SIGNALS, end), **ENDING}):
         yield
 
 

@@ -45,6 +45,7 @@ TINY = {
     "steps_per_epoch": 2,
     "max_epochs": 2,
     "val_interval": 1,
+    "learning_rate": 0.005,
     "warmup_steps": 1,
     "log_every": 1,
     "final_scores": False,  # tests of their own have them
@@ -178,7 +179,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., tuple[
 
     def call(name: str, *words: object) -> tuple[int, str]:
         capfd.readouterr()
-        module = "pipeline.run" if name == "run" else f"pipeline.commands.{name}"
+        module = "pipeline.run" if name in ("run", "train") else f"pipeline.commands.{name}"
         try:
             status = import_module(module).main([str(word) for word in words])
         except SystemExit as end:

@@ -157,7 +157,7 @@ class StubTrainer(Engine):
         self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
         self.steps_per_epoch = steps_per_epoch
         self.results = results or {}
-        self.elapsed_s = 20.0
+        self.elapsed_s, self.rate_factor = 20.0, 1.0
         self.last_step = None
         self.state.max_epochs, self.state.epoch_length = max_epochs, steps_per_epoch
         self.state.epoch, self.state.iteration = self.progress.epoch, step

@@ -11,10 +11,14 @@ from conftest import REPOSITORY
 from monai.bundle import ConfigParser, ReferenceResolver
 
 from pipeline.config import allowed
-from pipeline.config.compose import Parser, compose_located, parse_overrides
+from pipeline.config.command_line import CommandParser, parse_overrides, read_allowed
+from pipeline.config.compose import compose_located
+from pipeline.config.keys import KEYS, walk
+from pipeline.config.parser import Parser
 from pipeline.config.validate import check_config
 from pipeline.errors import InputError
-from pipeline.run import main, make_parser
+from pipeline.lifecycle.workflow import make_parser
+from pipeline.run import main
 
 AMP = "configs/amp.json"
 
@@ -104,7 +108,7 @@ USES: dict[str, tuple[str, Any]] = {
     "monai.transforms.ScaleIntensityd": (AFTER, [{"keys": "image", "minv": 0, "maxv": 1.0}]),
     "torch.optim.AdamW": ("optimizer", {"params": "$@network.parameters()", "lr": 1e-3}),
     "torch.optim.SGD": ("optimizer", {
-        "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.99,
+        "params": "$@network.parameters()", "lr": "$@plan.learning_rate", "momentum": 0.99,
         "nesterov": True}),
     **{
         f"torch.optim.lr_scheduler.{name}": (
@@ -147,7 +151,7 @@ def test_list_is_what_shipped_configs_and_that_test_use():
     used = {
         value
         for file in (REPOSITORY / "configs").glob("*.json")
-        for path, value in allowed.walk(json.loads(file.read_text()))
+        for path, value in walk(json.loads(file.read_text()))
         if path and path[-1].endswith("_target_")
     }
     assert {allowed.BARE.get(name, name) for name in used}.union(USES) == {*allowed.DOTTED}
@@ -191,8 +195,9 @@ def test_refused_target_is_not_imported(tmp_path, capfd, monkeypatch):
 def test_allow_admits_a_class_or_a_package_for_this_command(tmp_path, words, names):
     overlay = {"+train#handlers": [{"_target_": "poison.BreakWeights", "step": 3}]}
     (tmp_path / "mine.json").write_text(json.dumps(overlay))
-    allow, rest = allowed.split_allow(["x.json", "--seed", "1", *words, "--report", "false"])
-    assert (allow, rest) == (names, ["x.json", "--seed", "1", "--report", "false"])
+    given = CommandParser("", None, keys=KEYS).parse(["--seed", "1", *words, "--report", "false"])
+    assert (given.allow, given.overrides) == (names, {"seed": 1, "report": False})
+    allow = given.allow
     source = compose_located([AMP, str(tmp_path / "mine.json")], {}).source
     allowed.check_names(source, allow)
     with pytest.raises(InputError, match=r"--allow poison\.BreakWeights"):
@@ -208,9 +213,8 @@ def test_allowed_package_is_what_is_defined_in_it():
 
 @pytest.mark.parametrize("name", ["", "a b", "os.system()", "a..b", "*"])
 def test_allow_takes_names_only(name):
-    for words in (["--allow", name], [f"--allow={name}"]):
-        with pytest.raises(InputError, match="expected a name such as"):
-            allowed.split_allow(words)
+    with pytest.raises(InputError, match="expected a name such as"):
+        read_allowed([name])
 
 
 @pytest.mark.parametrize(

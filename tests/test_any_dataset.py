@@ -25,6 +25,7 @@ SMALL = {
     "steps_per_epoch": 2,
     "max_epochs": 1,
     "val_interval": 1,
+    "learning_rate": 0.005,
     "warmup_steps": 1,
     "final_scores": False,
     "report": False,
@@ -68,7 +69,7 @@ def test_run_trains_on_any_layout_with_nothing_set(train, tmp_path, make):
     plan, inference = read(out / "plan.json"), read(out / "configs/inference.json")
     assert "auto" not in [value for key, value in inference.items() if key in plan]
     shared = inference.keys() & plan.keys()
-    assert len(shared) == 9
+    assert len(shared) == 11
     assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
     assert read(out / "configs/train.json")["spacing"] == "auto"
     summary = read(out / "summary.json")
@@ -130,6 +131,9 @@ def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, m
     assert status == 0
     assert "6 training, 0 validation and 0 test cases" in told
     assert "There was no validation; the model is the last network" in told
+    end = told.partition("There was no validation")[2]
+    assert "predict: ampseg predict " in end
+    assert "Dice" not in end
     models = tmp_path / "r/models"
     last, model = (torch.load(models / f"{x}.pt", weights_only=True) for x in ("last", "model"))
     assert all(torch.equal(last[name], model[name]) for name in last)
@@ -140,9 +144,9 @@ def test_run_trains_on_all_and_says_that_nothing_is_validated(train, tmp_path, m
 def test_run_goes_on_with_its_plan_when_the_budget_is_another(train, tmp_path):
     dataset = any_datasets.folders(tmp_path / "data")
     assert train(dataset)[0] == 0
-    before = (tmp_path / "r/plan.json").read_text()
+    before = read(tmp_path / "r/plan.json")
     assert train(dataset, max_epochs=2, memory_budget_bytes=10)[0] == 0
-    assert (tmp_path / "r/plan.json").read_text() == before
+    assert read(tmp_path / "r/plan.json") == {**before, "max_epochs": 2}
     assert read(tmp_path / "r/summary.json")["steps"] == 4
 
 

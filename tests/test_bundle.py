@@ -26,7 +26,7 @@ from forked import monai_bundle
 from monai.bundle import ConfigParser, create_workflow
 
 from pipeline.bundle.metadata import modality_of
-from pipeline.config.compose import config_of_monai
+from pipeline.config.parser import config_of_monai
 from pipeline.run import main
 
 SCHEMA = REPOSITORY / "pipeline/bundle/metadata_schema.json"
@@ -245,7 +245,7 @@ class AsksForConfig:
     """A component that MONAI's own parser builds."""
 
     def __init__(self) -> None:
-        self.found = config_of_monai().source
+        self.found = config_of_monai()
 
 
 def test_config_of_monai_is_the_merged_config_that_is_being_resolved(monkeypatch):
@@ -300,7 +300,7 @@ def test_metadata_requires_every_package_that_the_code_imports():
                 names += [node.module] if isinstance(node, ast.ImportFrom) else []
                 imported |= {name.split(".")[0] for name in names}
     providers = importlib.metadata.packages_distributions()
-    foreign = imported - {"pipeline", "transforms", "networks"} - sys.stdlib_module_names
+    foreign = imported - {"ampseg", "pipeline", "transforms", "networks"} - sys.stdlib_module_names
     needed = {providers.get(name, [name])[0] for name in foreign}
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     stated = {*metadata["required_packages_version"], "monai", "torch", "numpy"}

@@ -19,8 +19,10 @@ from conftest import REPOSITORY, TINY, make_dataset
 
 from pipeline import run
 from pipeline.commands import certify
-from pipeline.commands.certify import CONTROL, UNDECIDED, PrecisionSweep
+from pipeline.config.keys import PRECISIONS
 from pipeline.errors import STOPS
+from pipeline.evaluation import certificate
+from pipeline.evaluation.certificate import CONTROL, UNDECIDED, PrecisionSweep
 from pipeline.evaluation.statistics import EQUIVALENT, WORSE
 
 SOME = ["--dtypes", "bfloat16", "--seeds", "2", "--margin", "0.003"]
@@ -49,7 +51,7 @@ class Finished:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, process: type[Finished]) -> None:
-    monkeypatch.setattr(certify, "subprocess", SimpleNamespace(Popen=process, PIPE=None))
+    monkeypatch.setattr(certificate, "subprocess", SimpleNamespace(Popen=process, PIPE=None))
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_interrupted_certificate_leaves_no_process_behind(dataset, tmp_path, mon
         ("--dtypes float32", "--dtypes: expected one to compare with float32"),
         ("--seeds 1", "argument --seeds: expected 2 or more"),
         ("--jobs 0", "argument --jobs: expected 1 or more"),
-        ("--max_epoch 3", "Did you mean 'max_epochs'"),
+        ("--max_epoch 3", "Did you mean '--max_epochs'"),
         ("--amp_dtype float16", "--amp_dtype: expected no value, since a certificate sets it"),
     ],
 )
@@ -242,10 +244,11 @@ def test_certify_mistake_is_told_before_anything_is_made(
     assert not (tmp_path / "c").exists()
 
 
-def test_certify_leaves_tf32_out_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    words = ["configs/amp.json", "--output_dir", str(tmp_path / "c"), "--device", "cpu"]
-    assert certify.read_command(words).dtypes == ["float16", "bfloat16"]
+@pytest.mark.usefixtures("at_the_root")
+def test_certify_leaves_tf32_out_on_a_cpu(tmp_path):
+    composed = run.compose_run([], {"output_dir": str(tmp_path / "c"), "device": "cpu"})
+    sweep = certificate.plan_sweep(composed, [], {}, [], PRECISIONS, 2, 0.01, 1)
+    assert sweep.dtypes == ["float16", "bfloat16"]
 
 
 # --- the verdicts
@@ -268,7 +271,7 @@ def judge(tmp_path):
                 ]
                 content = "\n".join(["case_id,person,class,status,dice", *lines])
                 (folder / "metrics.csv").write_text(content)
-        return certify._compare(sweep, [("float16", 0), ("float16", 1)])["a"]
+        return certificate._compare(sweep, [("float16", 0), ("float16", 1)])["a"]
 
     return make
 

@@ -72,7 +72,7 @@ def test_changed_rate_and_weight_decay_are_in_force_with_a_schedule_of_torch(tra
     assert train(out, overlay, max_epochs=3, **changed)[0] == 0  # once more, with what it has now
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    logged = [point.value for point in events.Scalars("LR")]
+    logged = [point.value for point in events.Scalars("weight_update/lr")]
     rates = rates_of(SCHEDULES[name], 9)
     assert logged[:3] == pytest.approx(rates[:3], rel=1e-5)
     assert logged[3:] == pytest.approx([CHANGED / RATE * rate for rate in rates[3:]], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,13 @@ def test_check_tells_that_a_dataset_is_sound(check, dataset, capsys):
 def test_check_shows_the_plan_with_reasons(check, dataset, capsys):
     assert check(dataset, "--plan") == 0
     lines = capsys.readouterr().out.split("Plan:\n")[1].splitlines()
-    assert len(lines) == 11
-    assert all(line.endswith(")") for line in lines)
+    assert len(lines) == 20
+    assert all(line.endswith(")") for line in lines[:17])
+    assert lines[17] == "  steps              8 epochs x 250 = 2,000"
+    assert re.fullmatch(
+        r"  time here          about \S+ (min|h), in steps of \S+ s on cpu", lines[18]
+    )
+    assert re.fullmatch(r"  memory             \S+ GiB in float32, estimated for .*", lines[19])
     assert "  spacing            [1.0, 1.0, 1.5]  (median spacing of the images)" in lines
 
 
@@ -100,10 +106,14 @@ def test_check_reads_headers_alone_when_fast(check, broken, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "command line: the following arguments are required: DATASET_DIR. usage: "),
-        (["{tmp}/no"], "dataset_dir: expected a folder with dataset.json"),
-        (["{data}", "--fld", "1"], "--fld: expected a known key, got 'fld'. Did you mean 'fold'?"),
-        (["{data}", "{data}"], "expected --key value, got a word without key"),
+        ([], "command line: expected DATASET_DIR, got none. Name a folder or a table."),
+        (["{tmp}/no"], "DATASET_DIR: expected a dataset, found nothing at "),
+        (["{tmp}"], "dataset_dir: expected a folder with dataset.json"),
+        (
+            ["{data}", "--fld", "1"],
+            "--fld: expected a known option, got '--fld'. Did you mean '--fold'?",
+        ),
+        (["{data}", "{data}"], "expected an option or no more, got it."),
         (["{data}", "--json"], "command line: argument --json: expected one argument. usage: "),
         (["{data}", "--json", "{tmp}/no/r.json"], "r.json: expected to write "),
         (["{data}", "--fold", "9"], "fold: expected 0 to 4 or 'all', got 9. Change it."),

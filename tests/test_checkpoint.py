@@ -181,7 +181,7 @@ def test_file_that_is_no_checkpoint_of_this_version_is_one_line(tmp_path, conten
 
 def test_continued_run_takes_the_learning_rate_and_weight_decay_of_its_config(run, tmp_path):
     def rates(folder):
-        return curve(read(folder), "LR")
+        return curve(read(folder), "weight_update/lr")
 
     assert run(tmp_path / "r", max_epochs=1, learning_rate=0.1, weight_decay=0.1) == 0
     assert run(tmp_path / "r", max_epochs=3, learning_rate=0.001, weight_decay=0.2) == 0

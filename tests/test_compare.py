@@ -286,10 +286,11 @@ def test_command_refuses_a_file_in_one_line(ours, capsys, change, expected):
 
 def test_command_tells_every_fault(ours, tmp_path, capsys):
     ours["a"][0] = str(tmp_path)
-    ours["b"][2] = str(tmp_path / "none.csv")
+    ours["b"][2] = str(tmp_path / "two.csv")
+    (tmp_path / "two.csv").touch()
     first, second = refused(ours, capsys)
     assert first.startswith(f"{tmp_path}: expected a CSV file")
-    assert "No such file" in second
+    assert second.startswith(f"{tmp_path / 'two.csv'}: expected ")
 
 
 @pytest.mark.parametrize("content", [b"", b"case,dice\n", b"\xff\xfe\x00", b'a,b\n"x\x00'])
@@ -312,7 +313,7 @@ def test_command_names_the_nearest_column(ours, capsys):
         (("--confidence", "95"), "argument --confidence: expected 1e-06 to 0.999999, got 95."),
         (("--higher_is_better", "maybe"), "--higher_is_better: expected true or false"),
         (("--group_pattern", "("), "group_pattern: expected a regular expression"),
-        (("--output", "/no/such/folder/x.json"), "--output: expected a file to write"),
+        (("--output", "/no/such/folder/x.json"), "--json: expected a file to write"),
     ],
 )
 def test_command_refuses_options_in_one_line(ours, capsys, options, expected):

@@ -108,7 +108,7 @@ def test_object_of_a_class_of_ones_own_is_asked_for_one_attribute(train, tmp_pat
     """What `--allow` names is trusted, but not what is reached through it."""
     own = {"_target_": "poison.PoisonedAugment", "roi_size": [16, 16, 8], "spacing": [1, 1, 1],
            "flip_axes": [], "class_names": [], "spatial": {}, "intensity": {}}  # fmt: skip
-    words = {"allow": "poison.PoisonedAugment", "dataset_dir": str(tmp_path / "none")}
+    words = {"allow": "poison.PoisonedAugment", "dataset_dir": str(tmp_path)}
 
     def told(expression: str) -> str:
         (tmp_path / "mine.json").write_text(json.dumps({"train#own": own, "train#x": expression}))

@@ -274,13 +274,13 @@ def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault
 
 
 MISTAKES = [
-    (["--tolerence_mm", "2"], r"command line: unrecognized arguments: --tolerence_mm 2"),
+    (["--tolerence_mm", "2"], r"--tolerence_mm: .* Did you mean '--tolerance_mm'"),
     (["--ignore_value", "2"], r"ignore_value: expected a value that is no class, got 2"),
     (["--class_names", "dim"], r"class_names: expected a JSON list of 2 to 256 .*, got dim"),
     (["--class_names", '["a"]'], r"class_names: expected a JSON list of 2 to 256 different"),
     (["--group_pattern", "x(.)"], r"person_1a: expected the case id to match group_pattern"),
     (["--device", "abacus"], r"device: expected auto, cpu or cuda"),
-    (["--dataset_dir", "nowhere"], r"dataset_dir: expected a folder .*found no nowhere"),
+    (["--dataset_dir", "nowhere"], r"--dataset_dir: expected a dataset, found nothing at nowhere"),
 ]
 
 

@@ -364,7 +364,7 @@ AFTER = [{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]
     ("spoil", "expected"),
     [
         (lambda run: (run / "models/model.pt").unlink(),
-         "model.pt: expected the weights of "),
+         "RUN: expected the best network of a run, found nothing at "),
         (lambda run: change_weights(run, prefix="other."),
          "model.pt: expected the weights of this network, got: "),
         (lambda run: (run / INFERENCE).unlink(), "run_dir: expected the directory of a run, got "),
@@ -376,7 +376,7 @@ AFTER = [{"_target_": "Flipd", "keys": "/home/somebody/file.csv"}]
         (lambda run: change_json(run / INFERENCE, transforms_after=AFTER),
          "inference.json: transforms_after: expected no path, got one."),
         (lambda run: shutil.copytree(run / "models", run.parent / "r_bundle"),
-         "--output: expected an empty folder or none, and no zip of it, got "),
+         "--output_dir: expected an empty folder or none, and no zip of it, got "),
         (lambda run: (run.parent / "r_bundle.zip").write_text("mine"), "r_bundle.zip. Choose"),
     ],
 )  # fmt: skip

@@ -128,6 +128,16 @@ def test_curves_are_those_of_the_event_files_without_what_was_lost(tmp_path):
     assert read_curves(tmp_path / "nothing") == {}
 
 
+def test_curves_of_an_earlier_version_go_on_under_todays_tags(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for tag in ("AMP/loss_scale", "LR", "val/dice_left lung"):
+            writer.add_scalar(tag, 1, 1)
+        writer.add_scalar("weight_update/loss_scale", 2, 2)
+    curves = read_curves(tmp_path)
+    assert curves.pop("weight_update/loss_scale").tolist() == [[1, 1], [2, 2]]
+    assert sorted(curves) == ["val/mean_dice_left lung", "weight_update/lr"]
+
+
 def test_loss_leaves_out_what_is_not_finite():
     steps = np.arange(1.0, 201)
     values = np.where(steps == 50, np.nan, 1 / steps)

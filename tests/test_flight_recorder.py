@@ -75,7 +75,7 @@ def test_overflow_has_one_line_per_skipped_step(
         assert line["grad_norm"] in ("nan", "inf")
         assert datetime.fromisoformat(line["time"]).tzinfo
         assert (tmp_path / "r" / line["kept"]).is_file()
-    assert steps_of(read(tmp_path / "r"), "AMP/skipped_steps") == [1, 2, 3, 4]
+    assert steps_of(read(tmp_path / "r"), "weight_update/skipped_steps") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("number", [4, 5])
@@ -260,7 +260,7 @@ def test_tensorboard_has_the_largest_logit_of_each_step(tmp_path):
     )
     trainer.run()
     expected = [(1, max(seen[:2])), (2, max(seen[2:]))]
-    assert curve(read(tmp_path), "AMP/max_abs_logit") == expected
+    assert curve(read(tmp_path), "weight_update/max_abs_logit") == expected
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -284,7 +284,9 @@ def test_tensorboard_has_the_share_of_gradients_that_underflow(tmp_path, accumul
         half(init_scale=scale), group, accumulation=accumulation, network=network,
         train_handlers=[handler],
     ).run()  # fmt: skip
-    assert curve(read(tmp_path), "AMP/underflow_fraction") == [(1, pytest.approx(expected))]
+    assert curve(read(tmp_path), "weight_update/underflow_fraction") == [
+        (1, pytest.approx(expected))
+    ]
     assert 0.02 < expected < 0.98
 
 
@@ -297,5 +299,5 @@ def test_measuring_underflow_does_not_change_the_training(run, tmp_path):
         assert run(out, underflow_every=every, **changes, **group) == 0
         saved.append(load_checkpoint(checkpoints(out / "checkpoints")[-1]))
         saved[-1]["progress"].pop("wall_time_s")
-    assert steps_of(read(tmp_path / "every_1"), "AMP/underflow_fraction") == [1, 2, 3, 4]
+    assert steps_of(read(tmp_path / "every_1"), "weight_update/underflow_fraction") == [1, 2, 3, 4]
     assert differing(*saved) == []

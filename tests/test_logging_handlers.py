@@ -2,6 +2,7 @@ import io
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 
 from pipeline.drawing import outline_slice
 from pipeline.precision import StepStats
+from pipeline.training import logging_handlers
 from pipeline.training.logging_handlers import LoggingHandler
 from pipeline.training.trainer import StepEvents
 
-AMP_TAGS = {f"AMP/{name}" for name in ("loss_scale", "skipped_steps", "grad_norm", "max_abs_logit")}
-TRAINING_TAGS = {"train/loss", "LR"} | AMP_TAGS
-VALIDATION_TAGS = {"val/mean_dice", "val/dice_dim", "val/dice_bright"}
+UPDATE = "weight_update/"
+NAMES = ("lr", "loss_scale", "skipped_steps", "grad_norm", "max_abs_logit")
+TRAINING_TAGS = {"train/loss", *(UPDATE + name for name in NAMES)}
+VALIDATION_TAGS = {"val/mean_dice", "val/mean_dice_dim", "val/mean_dice_bright"}
 
 
 def picture_of(point):
@@ -35,7 +38,10 @@ def test_run_shows_training_and_validation(run, tmp_path):
         strict_json((tmp_path / "run" / name).read_text())
         for name in ("summary.json", "validation.json")
     )
-    assert set(events.Tags()["scalars"]) == TRAINING_TAGS | VALIDATION_TAGS
+    # TensorBoard sorts by name and opens the first two groups
+    tags = sorted(events.Tags()["scalars"])
+    assert tags[:2] == ["train/loss", "val/mean_dice"]
+    assert set(tags) == TRAINING_TAGS | VALIDATION_TAGS
     for tag in TRAINING_TAGS:
         assert steps_of(events, tag) == list(range(1, 9)), tag
     for tag in VALIDATION_TAGS:
@@ -43,11 +49,13 @@ def test_run_shows_training_and_validation(run, tmp_path):
     # eight steps: three of warm-up to the peak, then half a cosine
     expected = [0.01 * n / 3 for n in (1, 2, 3)]
     expected += [0.01 * math.cos(math.pi / 2 * n / 5) ** 2 for n in range(5)]
-    np.testing.assert_allclose([lr for _, lr in curve(events, "LR")], expected, rtol=1e-5)
+    np.testing.assert_allclose([lr for _, lr in curve(events, UPDATE + "lr")], expected, rtol=1e-5)
     dice = [value for _, value in curve(events, "val/mean_dice")]
     assert dice[-1] == pytest.approx(summary["last_mean_dice"], abs=1e-7)
     # both classes are in every case, so that the mean over classes is the mean
-    classes = [[value for _, value in curve(events, f"val/dice_{n}")] for n in ("dim", "bright")]
+    classes = [
+        [value for _, value in curve(events, f"val/mean_dice_{n}")] for n in ("dim", "bright")
+    ]
     np.testing.assert_allclose(np.mean(classes, axis=0), dice, atol=1e-6)
     assert (written["epoch"], written["step"], len(written["cases"])) == (2, 8, 2)
     assert all(list(dice) == ["dim", "bright"] for dice in written["cases"].values())
@@ -76,17 +84,17 @@ def record(run_dir, steps, *, start=0, log_every=1, results=None):
     trainer.run([0] * steps, max_epochs=1)
 
 
-def test_tensorboard_writes_every_nth_step_and_every_skipped_one(tmp_path):
+def test_tensorboard_writes_every_nth_step_every_skipped_one_and_the_epochs_last(tmp_path):
     skipped = StepStats(
         applied=False, loss=9.0, grad_norm=math.inf, loss_scale=1024, max_abs_logit=3
     )
     record(tmp_path, 10, log_every=4, results={5: skipped, 8: skipped})
     events = read(tmp_path)
-    assert curve(events, "train/loss") == [(4, 4), (5, 9), (8, 9)]
-    assert curve(events, "AMP/skipped_steps") == [(4, 0), (5, 1), (8, 2)]
-    assert curve(events, "AMP/loss_scale") == [(4, 1), (5, 1024), (8, 1024)]
-    assert curve(events, "AMP/grad_norm") == [(4, 2), (5, math.inf), (8, math.inf)]
-    assert curve(events, "LR") == [(4, 3), (5, 4), (8, 7)]  # what step n used
+    assert curve(events, "train/loss") == [(4, 4), (5, 9), (8, 9), (10, 10)]
+    assert curve(events, UPDATE + "skipped_steps") == [(4, 0), (5, 1), (8, 2), (10, 2)]
+    assert curve(events, UPDATE + "loss_scale") == [(4, 1), (5, 1024), (8, 1024), (10, 1)]
+    assert curve(events, UPDATE + "grad_norm") == [(4, 2), (5, math.inf), (8, math.inf), (10, 2)]
+    assert curve(events, UPDATE + "lr") == [(4, 3), (5, 4), (8, 7), (10, 9)]  # what step n used
 
 
 def test_tensorboard_hides_the_steps_that_a_killed_session_lost(tmp_path):
@@ -199,8 +207,8 @@ def test_console_prints_one_line_per_epoch_when_there_is_no_terminal(tmp_path, c
     trainer = StubTrainer([handler], results={6: StepStats(False, 6.0, math.inf, 1, 3)})
     trainer.run([0] * 4, max_epochs=2)
     assert messages(caplog) == [
-        "epoch 1/2, step 4, loss 2.5000, mean Dice 0.2500, 20 s, about 20 s left",
-        "epoch 2/2, step 8, loss 6.6667, skipped steps 1, 20 s, about 0 s left",  # mean of 5, 7, 8
+        "epoch 1/2, step 4, loss 2.5000, mean Dice 0.2500, 20 s",
+        "epoch 2/2, step 8, loss 6.6667, skipped steps 1, 20 s",  # mean of 5, 7, 8
     ]
     assert "\r" not in capfd.readouterr().err
 
@@ -215,5 +223,44 @@ def test_console_shows_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch, start)
     assert seen == list(range(start + 1, 9))
     assert handler.bar is None  # closed
     shown = capsys.readouterr().err
-    assert "8/8" in shown
-    assert "loss=8.000" in shown
+    assert "Training: 8/8 steps |" in shown
+    assert "loss 8.000" in shown
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize(
+    ("scored", "expected"),
+    [
+        # 4 steps an epoch, 10 s each: 200, 160, 120, 80, 40, 0 s; validations: 2 x 100, …, 0 s
+        (False, [*(f"{n} min left" for n in ("3.3", "6.0", "5.3", "3.0", "2.3")), ""]),
+        # and five cases with two weights, at 25 s a case
+        (True, ["3.3 min left", *(f"{n} min left with scores" for n in (10, 9.5, 7.2, 6.5, 4.2))]),
+    ],
+)
+def test_time_left_counts_validations_and_scores(
+    tmp_path, caplog, monkeypatch, start, scored, expected
+):
+    caplog.set_level(logging.INFO)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(logging_handlers, "time", clock)
+    handler = LoggingHandler(
+        tmp_path,
+        make_validator(dice=0.5, epoch=2),
+        val_interval=2,
+        cases=SimpleNamespace(validation=[1, 2, 3, 4], test=[5]),
+        final_scores=scored,
+    )
+    trainer = StubTrainer([], step=start, max_epochs=6)
+
+    def take(seconds):
+        clock.now += seconds
+
+    trainer.add_event_handler(
+        StepEvents.STEP_COMPLETED,
+        lambda engine: take(60 if engine.progress.step == start + 1 else 10),  # the first is slow
+    )
+    validation = Events.EPOCH_COMPLETED(once=2)
+    trainer.add_event_handler(validation, lambda engine: take(100))
+    handler.attach(trainer)
+    trainer.run([0] * 4)
+    assert [line.partition(", about ")[2] for line in messages(caplog)] == expected[start // 4 :]

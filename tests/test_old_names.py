@@ -14,6 +14,7 @@ from conftest import REPOSITORY, finished_run, tiny_words
 from pipeline.config import old_names
 from pipeline.run import main
 
+RECIPE = ("learning_rate", "steps_per_epoch", "max_epochs", "warmup_steps")
 OLD_KEYS = {new: old for old, new in old_names.RENAMED.items()}
 OLD_TARGETS = {new: old for old, new in old_names.TARGETS.items()}
 
@@ -43,7 +44,19 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = finished_run(dataset, tmp_path_factory.mktemp("old") / "r")
     for file in (run / "configs").glob("*.json"):
         file.write_text(json.dumps(make_old(json.loads(file.read_text()))))
-    assert "intake" in json.loads((run / "configs/train.json").read_text())
+    config = json.loads((run / "configs/train.json").read_text())
+    assert "intake" in config
+    plan = json.loads((run / "plan.json").read_text())
+    for key in ("base_channels", "norm", *RECIPE):  # which plans did not have
+        del plan[key], plan["reasons"][key], config["intake"]["settings"][key]
+    del config["norm"], config["time_budget"]
+    config["intake"]["base_channels"] = config["network_def"]["base_channels"] = "@base_channels"
+    del config["lifecycle"]["time_budget"]
+    config["lifecycle"]["max_epochs"] = "@train#trainer#max_epochs"
+    config["network_def"]["norm"] = "instance"
+    config["train"]["trainer"] |= {"max_epochs": "@max_epochs", "steps_per_epoch": 2}
+    (run / "plan.json").write_text(json.dumps(plan))
+    (run / "configs/train.json").write_text(json.dumps(config))
     return run
 
 
@@ -98,6 +111,9 @@ def test_old_run_is_not_continued(train, old_run):
          "{file}:1: intake#device: intake was renamed to data_module"),
         ({"precision": {"_target_": "pipeline.precision.Precision", "layout": "auto"}}, [],
          "{file}:1: precision#layout: layout was renamed to memory_format"),
+        ({"loss_function#_target_": "pipeline.training.losses.SegmentationLoss"}, [],
+         "{file}:1: loss_function#_target_: pipeline.training.losses.SegmentationLoss was renamed "
+         "to pipeline.training.loss.SegmentationLoss"),
         ({}, ["--resident", "false"], "--resident: resident was renamed to cache_on_device"),
     ],
 )  # fmt: skip

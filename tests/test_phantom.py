@@ -70,8 +70,11 @@ def test_inference_config_states_the_plan_of_the_phantom(dataset, tmp_path):
     plan = data_module.plan(data_module.run_preflight(data_module.load())).as_dict()
     inference = json.loads((REPOSITORY / "configs/inference.json").read_text())
     shared = {*SETTINGS} & inference.keys()
-    assert len(shared) == 9
+    assert len(shared) == 11
     assert {key: inference[key] for key in shared} == {key: plan[key] for key in shared}
+    recipe = [plan[key] for key in ("base_channels", "norm", "learning_rate", "warmup_steps")]
+    assert recipe == [8, "instance", 0.005, 40]
+    assert (plan["steps_per_epoch"], plan["max_epochs"]) == (60, 6)
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     for side in metadata["network_data_format"].values():
         assert [value["spatial_shape"] for value in side.values()] == [plan["roi_size"]]

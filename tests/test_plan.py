@@ -34,13 +34,13 @@ def fingerprint_of(spacings, shapes, num_channels=1, **changes):
 
 def declare(class_names=None, channel_names=None, ignore_value=None):
     """What a plan asks of a dataset."""
-    declared = {"class_names": class_names, "channel_names": channel_names}
+    declared = {"class_names": class_names, "channel_names": channel_names, "train": [{}] * 4}
     return SimpleNamespace(name="dataset.json", ignore_value=ignore_value, **declared)
 
 
 def plan_of(fingerprint, dataset=None, *, budget=8 * GIB, base_channels=32, **given):
-    settings = {**dict.fromkeys(SETTINGS, AUTO), **given}
-    return Planner(fingerprint, dataset or declare(), budget, base_channels).make_plan(settings)
+    settings = {**dict.fromkeys(SETTINGS, AUTO), "base_channels": base_channels, **given}
+    return Planner(fingerprint, dataset or declare(), budget).make_plan(settings)
 
 
 def needed_bytes(*step):
@@ -345,3 +345,34 @@ def test_values_that_do_not_fit_the_dataset_are_refused_all_at_once():
 def test_names_are_asked_for_when_neither_declared_nor_read():
     (fault,) = faults_of(fingerprint_of([[1] * 3], [[64] * 3], classes=[]))
     assert fault.startswith("class_names: expected names")
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize("cases", [4, 160, 5000])
+@pytest.mark.parametrize(("batch_size", "accumulation", "roi"), [(2, 1, 32), (5, 3, 64)])
+def test_plan_takes_steps_by_cases_and_patches(cases, batch_size, accumulation, roi):
+    fingerprint = fingerprint_of([[1, 1, 1]] * 3, [[60, 64, 64], [64, 64, 64], [70, 64, 64]])
+    dataset = declare()
+    dataset.train = [{}] * cases
+    given = {"batch_size": batch_size, "roi_size": [roi] * 3, "base_channels": AUTO}
+    settings = {**dict.fromkeys(SETTINGS, AUTO), **given}
+    planner = Planner(fingerprint, dataset, 8 * GIB, accumulation_steps=accumulation)
+    plan = planner.make_plan(settings)
+    drawn = 80 * cases * (64 // roi) ** 3
+    wanted = min(max(drawn / (batch_size * accumulation), 2000), 20_000)
+    assert (plan.steps_per_epoch, plan.base_channels, plan.learning_rate) == (250, 32, 0.008)
+    assert 0 <= plan.max_epochs * 250 - wanted < 250
+    assert plan.warmup_steps == 100
+    assert plan.reasons["roi_size"] == "given" != plan.reasons["max_epochs"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "norm"), [(3, 1, "instance"), (4, 1, "batch"), (7, 2, "instance")]
+)
+def test_plan_takes_batch_norm_from_four_patches_on(batch_size, ranks, norm):
+    fingerprint = fingerprint_of([[1, 1, 1]], [[32, 32, 32]])
+    settings = {**dict.fromkeys(SETTINGS, AUTO), "batch_size": batch_size, "max_epochs": 1}
+    plan = Planner(fingerprint, declare(), 8 * GIB, num_ranks=ranks).make_plan(settings)
+    assert (plan.norm, plan.max_epochs, plan.warmup_steps) == (norm, 1, 25)

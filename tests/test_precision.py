@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import Samples, batch, in_mode, instance_norm_network, make_trainer
+from engines import Samples, batch, half, in_mode, instance_norm_network, make_trainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from torch import nn
 
+from networks import fused_layers
+from networks.dense_unet import DenseUNet
 from pipeline.errors import InputError
 from pipeline.precision import Precision
 from pipeline.training.evaluator import MixedPrecisionEvaluator
+from pipeline.training.trainer import describe_in_words
 
 # --- the table
 
@@ -101,13 +104,38 @@ def test_precision_refuses_bfloat16_when_the_card_only_emulates_it(card):
 # --- what a run says
 
 
-def test_default_run_on_cpu_prints_one_line_of_precision_and_no_warning(run, tmp_path, capfd):
+def test_default_run_on_cpu_prints_one_sentence_and_logs_the_details(run, tmp_path, capfd):
     assert run(tmp_path / "r", device="cpu") == 0
     shown = "".join(capfd.readouterr())
-    (line,) = [line for line in shown.splitlines() if "Precision" in line]
-    assert line.startswith("Precision in force: device cpu, dtype float32, loss_scaling False")
+    dataset, plan, where, *_, precision = shown.partition("epoch 1/2")[0].splitlines()
+    assert dataset.startswith("Dataset tiny (msd): ")
+    values = "16x16x8 voxels of 1x1x1 mm, 2 in a batch; 2 channels; 2 epochs of 2 steps"
+    assert plan == f"Plan: patches of {values}"
+    assert where == f"Run directory {tmp_path}/r; details: log.txt"
+    assert precision == (
+        "Training in float32 on a CPU (1 thread); mixed precision was asked for, "
+        "a CPU trains in float32"
+    )
     assert "warn" not in shown.lower()
-    assert (tmp_path / "r/log.txt").read_text().count("Precision in force") == 1
+    log = (tmp_path / "r/log.txt").read_text()
+    told = ("Precision in force: device cpu, dtype float32", "cuda_graph in force", "flip_axes  ")
+    assert [(log.count(line), line in shown) for line in told] == [(1, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "network", "words"),
+    [
+        (half(), DenseUNet(base_channels=2), "float16 with loss scaling on a CPU (1 thread)"),
+        (in_mode("float32"), None, "float32 on a CPU (1 thread)"),
+    ],
+)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_sentence_names_kernels_that_serve(monkeypatch, precision, network, words, kernels):
+    """Where kernels of layers serve, they compute those of our network, and of no other."""
+    monkeypatch.setattr(fused_layers, "serves", lambda x: kernels)
+    trainer = make_trainer(precision, [batch(0)], network=network)
+    fused = ", fused layers" if kernels and network is not None else ""
+    assert describe_in_words(trainer) == words + fused
 
 
 # --- whom it governs

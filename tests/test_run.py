@@ -70,10 +70,9 @@ def test_continuing_another_run_is_refused_and_nothing_lost(run, tmp_path, capfd
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "command line: expected a config file, got none. usage"),
         ("configs/apm.json", "expected a config file, found none. Did you mean 'configs/amp.json'"),
-        (f"{CONFIG} --max_epoch 3", "got 'max_epoch'. Did you mean 'max_epochs'"),
-        (f"{CONFIG} --max_epochs many", 'expected a whole number (epochs to train), got "many"'),
+        (f"{CONFIG} --max_epoch 3", "got '--max_epoch'. Did you mean '--max_epochs'"),
+        (f"{CONFIG} --max_epochs many", 'a whole number or auto (epochs to train), got "many"'),
         (f"{CONFIG} --max_epochs", "--max_epochs: expected a value after it"),
         (f"{CONFIG} --amp_dtype fp16", 'expected one of "auto", "float16", "bfloat16", got "fp16"'),
         (f"{CONFIG} --seed $__import__('os')", "Expressions and references belong into a file"),
@@ -168,8 +167,9 @@ def test_transform_that_raises_names_its_case(run, tmp_path, capfd, dataset):
 
 def test_help_lists_every_key_with_value_and_meaning(capfd, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    assert main(["configs/amp.json", "--help"]) == 0
-    out = capfd.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help", "all"])
+    out = " ".join(capfd.readouterr().out.split())
     for key, spec in keys.KEYS.items():
         assert f"--{key} " in out
         assert spec.meaning in out

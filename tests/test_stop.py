@@ -70,7 +70,13 @@ def test_run_stops_after_max_consecutive_skips(
     assert told in (run_dir / "log.txt").read_text()
     assert "Traceback" not in (run_dir / "log.txt").read_text()
     assert [line["step"] for line in overflows(run_dir)] == [3, 4, 5]
-    assert curve(read(run_dir), "AMP/skipped_steps") == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3)]
+    assert curve(read(run_dir), "weight_update/skipped_steps") == [
+        (1, 0),
+        (2, 0),
+        (3, 1),
+        (4, 2),
+        (5, 3),
+    ]
 
     files = files_of(run_dir)
     assert {"step_000000002.pt", "step_000000004.pt", "model.pt"} <= set(files)
@@ -130,7 +136,7 @@ def test_monai_bundle_run_stops_with_status_1_and_no_traceback(dataset, tmp_path
         "step 2: expected finite loss and gradients, got 2 skipped steps in a row." in done.stdout
     )
     assert "Traceback" not in done.stdout + done.stderr
-    assert curve(read(tmp_path / "r"), "AMP/skipped_steps") == [(1, 1), (2, 2)]
+    assert curve(read(tmp_path / "r"), "weight_update/skipped_steps") == [(1, 1), (2, 2)]
 
 
 # --- the diagnosis

@@ -210,3 +210,14 @@ def test_run_tells_of_its_trial_step_once(run, tmp_path):
     assert summary["trial_step"] == {"batch_size": TINY["batch_size"], "peak_bytes": None}
     assert run(tmp_path / "r", max_epochs=2) == 0
     assert (tmp_path / "r" / "log.txt").read_text().count(line) == 1
+
+
+@pytest.mark.parametrize(("limit_s", "is_told"), [(0, True), (600, False)])
+def test_trial_tells_how_long_the_steps_take_on_a_cpu(monkeypatch, caplog, limit_s, is_told):
+    monkeypatch.setattr(trial, "LONG_S", limit_s)
+    trainer = make_trainer(in_mode("float32"), [batch(n) for n in range(2)], epochs=3)
+    with caplog.at_level("INFO"):
+        TrialStep().run(trainer)
+    (line,) = [r.getMessage() for r in caplog.records if "--time_budget" in r.getMessage()] or [""]
+    expected = r"6 steps of \S+ s take about \S+ hours on this CPU; --time_budget 1h limits them"
+    assert bool(re.fullmatch(expected, line)) is is_told

@@ -216,7 +216,7 @@ LEGAL = {
             },
         ],
     },
-    "relative ids": {"train#sampler#batch_size": "@###batch_size", "train#inferer2": "@#inferer"},
+    "relative ids": {"train#sampler#batch_size": "@###accumulation_steps", "a": "@#seed"},
     "values as monai.bundle passes them": {"amp": "false", "network_def#deep_supervision": "true"},
     "augmentation off": {"augmentation": {"spatial": {"flip": {"prob": 0}}, "intensity": {}}},
     "a file's own remark": {"_meta_": {"version": "1", "note": "any text, 100 %"}},
@@ -351,14 +351,22 @@ def test_mistake_is_one_line(tmp_path, overlay, message):
 
 
 def test_override_is_named_in_the_place_of_file_and_line():
-    overrides = {"network_def#dropout": "much", "network_def#dropuot": 0, "seed": "a"}
+    overrides = {"network_def#dropout": "much", "seed": "a"}
     assert faults_of(compose_located([AMP], overrides)) == [
         "--seed: expected a whole number (seed of weights, sample order, crops, augmentation and "
         'dropout), got "a". Correct it.',
-        "--network_def#dropuot: expected an argument of DenseUNet, got 'dropuot'. "
-        "Did you mean 'dropout'?",
         '--network_def#dropout: expected a number, got "much". Correct it.',
     ]  # fmt: skip
+
+
+def test_value_that_the_dataset_decides_is_not_referred_to_as_auto(tmp_path):
+    (tmp_path / "mine.json").write_text('{"optimizer#lr": "@learning_rate"}')
+    files = [AMP, str(tmp_path / "mine.json")]
+    (line,) = faults_of(compose_located(files, {}))
+    assert line.endswith(
+        "got '@learning_rate', which the dataset decides. Write '$@plan.learning_rate'."
+    )
+    assert faults_of(compose_located(files, {"learning_rate": 0.1})) == []
 
 
 def test_later_file_and_not_the_first_is_blamed(tmp_path):
@@ -408,7 +416,7 @@ def test_file_that_cannot_be_merged_is_one_line(tmp_path, text, message):
 @pytest.mark.parametrize("name", ["run", "certify"])
 def test_commands_end_with_status_2_before_data_are_read(command, tmp_path, name):
     (tmp_path / "mine.json").write_text('{"optimizer#lr": "@network"}')
-    words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path / "none")
+    words = (AMP, tmp_path / "mine.json", "--dataset_dir", tmp_path)
     status, text = command(name, *words)
     assert (status, text.count("\n")) == (2, 1)
     assert "mine.json:1: optimizer#lr: expected a number" in text

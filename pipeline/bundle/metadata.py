@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 import monai
 import numpy as np
 import torch
 
-from pipeline.config.keys import Config
+from pipeline.config.keys import CONFIGS, Config
 from pipeline.data.dataset import Cases
 from pipeline.data.plan import Plan
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"networks.dense_unet.DenseUNet": "Dense U-Net"}
 # DICOM's name of a modality, and the names that datasets use
 MODALITIES = {
@@ -26,6 +24,14 @@ MODALITIES = {
     "US": "US ULTRASOUND",
 }
 SCALINGS = ("NONORM", "ZSCORE", "RESCALE_TO_0_1", "RGB_TO_0_1")  # channel names of nnU-Net
+
+
+def read_license() -> bytes:
+    """Read the licence of the code, in the repository or of the installed package."""
+    file = CONFIGS.parent / "LICENSE"
+    if file.is_file():
+        return file.read_bytes()
+    return (distribution("ampseg").read_text("licenses/LICENSE") or "").encode()
 
 
 def run_metadata(template: Config, source: Config, cases: Cases, plan: Plan) -> Config:

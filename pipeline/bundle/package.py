@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.bundle.formats import FORMATS, ExportFacts, NetworkExporter
-from pipeline.bundle.metadata import TEMPLATES
+from pipeline.bundle.metadata import read_license
 from pipeline.config import allowed, old_names
-from pipeline.config.keys import Config
+from pipeline.config.keys import CONFIGS, Config
+from pipeline.config.old_names import read_inference_config
 from pipeline.errors import InputError
-from pipeline.prediction.predictor import Predictor, read_inference_config
+from pipeline.prediction.predictor import Predictor
 
-ROOT = TEMPLATES.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROOTS = ("pipeline", "transforms", "networks")
 OVERLAY = Path(__file__).with_name("evaluate_files.json")
 TARGET = r'_target_": "([^"]+)"'
@@ -81,7 +82,7 @@ def export_run(
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free or zipped.exists():
         raise InputError(
-            f"--output: expected an empty folder or none, and no zip of it, got "
+            f"--output_dir: expected an empty folder or none, and no zip of it, got "
             f"{zipped if is_free else output}. Choose another, or remove it."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +135,8 @@ def _write_bundle(
     for name, config in configs.items():
         path = bundle / ("" if name == "plan.json" else "configs") / name
         path.write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(TEMPLATES / "logging.conf", bundle / "configs" / "logging.conf")
-    shutil.copyfile(ROOT / "LICENSE", bundle / "LICENSE")
+    shutil.copyfile(CONFIGS / "logging.conf", bundle / "configs" / "logging.conf")
+    (bundle / "LICENSE").write_bytes(read_license())
     (bundle / "docs" / "README.md").write_text(render_card(run.directory, package))
     del configs["plan.json"]
     in_channels, roi_size = (configs["inference.json"][key] for key in ("in_channels", "roi_size"))
@@ -157,7 +158,7 @@ def _write_weights(folder: Path, network: torch.nn.Module) -> str:
 def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
     """Return the configs of a bundle by file name, made from the repository's templates."""
     names, source = ("amp", "inference", "evaluate", "metadata"), run.configs
-    files = [*(TEMPLATES / f"{name}.json" for name in names), OVERLAY]
+    files = [*(CONFIGS / f"{name}.json" for name in names), OVERLAY]
     amp, inference, evaluate, metadata, overlay = (json.loads(f.read_text()) for f in files)
     optional = {"process_group": None} if "process_group" in source["train.json"] else {}
     path = run.directory / "plan.json"

@@ -14,34 +14,43 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.commands.command import CommandParser, run_parsed
+from pipeline.config.command_line import (
+    CommandParser,
+    loading,
+    require_path,
+    run_parsed,
+)
+from pipeline.config.old_names import read_inference_config
 from pipeline.errors import InputError
+
+FORMATS = ("torchscript", "onnx", "torch_export")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; `words` are those after it, or this process's."""
-    parser = CommandParser("export", __doc__)
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="default: <RUN>_bundle")
-    formats = ("torchscript", "onnx", "torch_export")
-    parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
+    parser = CommandParser("export", __doc__, "RUN [--output_dir DIR]")
+    add = parser.add_argument
+    add("run_dir", metavar="RUN", type=Path, help="run directory")
+    add("--output_dir", "--output", metavar="DIR", type=Path, help="default: <RUN>_bundle")
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     allowed = "class that configs may name"
-    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=allowed)
+    add("--allow", action="append", default=[], metavar="NAME", help=allowed)
     return run_parsed(parser, words, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pipeline.bundle.package import export_run
-    from pipeline.config import allowed
-    from pipeline.reporting.model_card import render_model_card
+    read_inference_config(options.run_dir)
+    require_path("RUN", options.run_dir / "models" / "model.pt", "the best network of a run")
+    with loading():
+        from pipeline.bundle.package import export_run
+        from pipeline.reporting.model_card import render_model_card
 
-    allow, _ = allowed.split_allow([f"--allow={name}" for name in options.allow])
     run_dir = options.run_dir.absolute()
-    output = options.output or run_dir.with_name(f"{run_dir.name}_bundle")
+    output = options.output_dir or run_dir.with_name(f"{run_dir.name}_bundle")
     try:
-        facts = export_run(run_dir, output, render_model_card, options.formats, allow)
+        facts = export_run(run_dir, output, render_model_card, options.formats, options.allow)
     except OSError as error:
-        expected = "--output: expected a folder that can be written"
+        expected = "--output_dir: expected a folder that can be written"
         raise InputError(f"{expected}, got: {error}. Choose another.") from None
     code, formats = facts["code"], facts["formats"]
     print(f"Package {code['package']}: {code['num_modules']} modules")

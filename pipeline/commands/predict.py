@@ -1,32 +1,79 @@
-"""Predict with a run or a bundle.
+"""Predict with a run or a bundle: label maps on the grids of the images' files.
 
-The same as `python -m pipeline.run configs/inference.json --run_dir RUN_DIR --input INPUT
---output_dir OUTPUT_DIR`, followed by the options. A case that cannot be predicted is named and left
-out, the others are predicted, and the exit status is 1; with `--strict` the first one ends the
-command.
+INPUT is a NIfTI file, a DICOM series, or a folder of these; RUN is a run directory or a bundle,
+also as a zip file. A case that cannot be predicted is named and left out, the others are predicted,
+and the exit status is 1; with --strict the first one ends the command.
+
+The command `python -m pipeline.run configs/inference.json --run_dir RUN --input INPUT --output_dir
+OUTPUT_DIR` does the same.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pipeline import run
-from pipeline.commands.command import CommandParser, run_parsed
+from pipeline.config import keys
+from pipeline.config.command_line import CommandParser, require_path, run_parsed
+from pipeline.config.compose import find_config
+from pipeline.config.old_names import INFERENCE
+from pipeline.errors import InputError, require
+
+CONFIG = "configs/inference.json"
+COMMON = (
+    "output_dir", "device", "mirror", "overlap", "weights", "ensemble", "probabilities",
+    "min_volume_ml", "keep_largest", "fill_holes", "strict",
+)  # fmt: skip
+MAX_INFLATION = 20  # of a zipped bundle; weights hardly shrink
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Predict, given the words after the command or this process's; return the exit status."""
-    parser = CommandParser("predict", __doc__)
-    add, keys = parser.add_argument, "keys of configs/inference.json"
-    add("run_dir", metavar="RUN_DIR", help="run or bundle")
-    add("input", metavar="INPUT", help="NIfTI file, DICOM series, or folder of these")
-    add("output_dir", metavar="OUTPUT_DIR", help="folder for the label maps")
-    rest = add("options", nargs=argparse.REMAINDER, metavar="--key value ...", help=keys)
-    rest.required = False
+    defaults = json.loads(find_config(CONFIG).read_text())
+    table = {**keys.KEYS, **keys.PREDICTION_KEYS}
+    table = {key: spec for key, spec in table.items() if key in defaults}
+    shown = "RUN INPUT OUTPUT_DIR [--key value ...]"
+    parser = CommandParser("predict", __doc__, shown, table, COMMON, defaults)
+    add = parser.add_argument
+    add("run_dir", metavar="RUN", help="run directory, bundle, or zip file of a bundle")
+    add("images", metavar="INPUT", help="NIfTI file, DICOM series, or folder of these")
+    add("folder", metavar="OUTPUT_DIR", nargs="?", help="folder for the label maps")
+    return run_parsed(parser, words, _predict)
 
-    def predict(given: argparse.Namespace) -> int:
-        paths = [f"--{name}={getattr(given, name)}" for name in ("run_dir", "input", "output_dir")]
-        return run.main([str(run.LOGGING.with_name("inference.json")), *paths, *given.options])
 
-    return run_parsed(parser, words, predict)
+def _predict(given: argparse.Namespace) -> int:
+    output_dir = given.overrides.get("output_dir", given.folder)
+    require(output_dir, "command line", "OUTPUT_DIR after RUN and INPUT", "none", "Name one.")
+    require_path("INPUT", given.images, "images to predict")
+    with _open_bundle(given.run_dir) as run_dir:
+        paths = {"run_dir": run_dir, "input": given.images, "output_dir": output_dir}
+        return run.run_config([CONFIG], {**given.overrides, **paths}, given.allow)
+
+
+@contextlib.contextmanager
+def _open_bundle(path: str) -> Iterator[str]:
+    """Yield the directory of a run or bundle; a zip file is unpacked, and removed afterwards."""
+    require_path("RUN", path, "a run directory or a bundle")
+    if Path(path).is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="bundle_") as folder:
+        try:
+            with zipfile.ZipFile(path) as bundle:
+                num_bytes = sum(entry.file_size for entry in bundle.infolist())
+                limit = MAX_INFLATION * Path(path).stat().st_size
+                require(num_bytes <= limit, path, f"at most {limit} bytes", num_bytes, "Unpack it.")
+                bundle.extractall(folder)
+        except (OSError, zipfile.BadZipFile) as error:
+            expected = f"{path}: expected a run directory, or a bundle as a zip file"
+            raise InputError(f"{expected}, got: {error}. Check the path.") from None
+        found = next(Path(folder).rglob(str(INFERENCE)), None)
+        require(found, path, f"a bundle with {INFERENCE} in it", "none", "Name another file.")
+        assert found is not None
+        yield str(found.parents[1])

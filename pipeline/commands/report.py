@@ -9,21 +9,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.commands.command import CommandParser, run_parsed
+from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command with `words` or this process's own, and return its exit status."""
-    parser = CommandParser("report", __doc__)
+    parser = CommandParser("report", __doc__, "RUN [--output_dir DIR]")
     parser.add_argument("run_dir", metavar="RUN", help="run directory")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder of index.html (RUN/report)")
     return run_parsed(parser, words, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pipeline.reporting.report import write_report  # its imports take seconds
+    require_path("RUN", options.run_dir, "the directory of a run")
+    with loading():
+        from pipeline.reporting.report import write_report
 
     try:
-        path = write_report(options.run_dir)
+        path = write_report(options.run_dir, options.output_dir)
     except OSError as error:
         print(f"{options.run_dir}: expected a writable directory, got: {error}.", file=sys.stderr)
         return 1

@@ -6,17 +6,17 @@ write text under any name. `python -m monai.bundle` does not ask here.
 
 from __future__ import annotations
 
-import argparse
 import pydoc
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
-from pipeline.config.keys import MARKS, Path, walk
+from pipeline.config import old_names
+from pipeline.config.keys import MARKS, SPECIAL, Path, walk
 from pipeline.errors import InputError, nearest
 
 _ROOT = __name__.rpartition("pipeline")[0]  # empty but in an exported bundle
@@ -71,7 +71,8 @@ _MEMBERS = {
     "EpochSampler": "samples_per_epoch",
     "Lifecycle": _LIFECYCLE,
     "Plan": """batch_size class_names crop_empty_borders flip_axes foreground_ratio ignore_value
-        in_channels normalization num_classes roi_size spacing strides""",
+        in_channels normalization num_classes roi_size spacing strides base_channels norm
+        learning_rate steps_per_epoch max_epochs warmup_steps""",
     "Precision": "device place():Module",
     "DistributedSettings": "replica()",
     "ReadOnlyRun": _LIFECYCLE + " best_model:Path",
@@ -86,7 +87,6 @@ MEMBERS = {
 USERS = "*"  # the kind of what --allow admits, of which any public member may be used
 MEMBERS[USERS] = {member: kind for known in MEMBERS.values() for member, kind in known.items()}
 
-SPECIAL = sorted(ConfigComponent.non_arg_keys)
 _ID, _MEMBER = r"@(\w+(?:::\w+)*)", r"\.([A-Za-z][A-Za-z0-9_]*)"
 USE = re.compile(rf"{_ID}(?:{_MEMBER}(\()?)?")
 _PLAIN = r"None|True|False|\d+(?:\.\d+)?(?:e-?\d+)?|'[\w .:/+-]*'"
@@ -195,7 +195,10 @@ class _Guard:
         if not is_allowed(target, self.allow):
             near = nearest(target, [*DOTTED, *BARE]).partition("Valid are")[0]
             fault = f"expected a class or function of the list, got '{target}'. {near}".rstrip()
-            self.faults[*path, "_target_"] = f"{fault} If you trust it: --allow {target}"
+            fault += f" If you trust it: --allow {target}"
+            if (today := old_names.translate(target)) != target:
+                fault = f"{target} was renamed to {today}"
+            self.faults[*path, "_target_"] = fault
         if node.get("_mode_", "default") != "default":
             self.faults[*path, "_mode_"] = f"expected default, got {node['_mode_']}. Leave it out."
         for key in RESTRICTED.keys() & node.keys() if target in NAMES else ():
@@ -222,24 +225,3 @@ def read_uses(path: Path, written: str) -> list[tuple[str, str]]:
     if not (EXPRESSION.fullmatch(text) or re.fullmatch(_ID, text)):
         return []
     return [(name, member + "()" * bool(call)) for name, member, call in USE.findall(text)]
-
-
-def override_fault(key: str, value: Any) -> str | None:
-    """Say why `--key value` is no plain value; `None` if it is one."""
-    for path, inner in walk(value, tuple(ReferenceResolver.split_id(key))):
-        special = next((part for part in path if part in SPECIAL), None)
-        if special or str(inner).lstrip().startswith(MARKS):
-            got = f"--{key}: expected a JSON value or a plain string, got {special or inner!r}."
-            return f"{got} Expressions and references belong into a file, `_target_` likewise."
-    return None
-
-
-def split_allow(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the names of its `--allow` options, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--allow", action="append", nargs="?", const="", default=[])
-    options, rest = parser.parse_known_args(words)
-    names = [name.strip() for given in options.allow for name in given.split(",")]
-    if wrong := [name for name in names if not re.fullmatch(r"\w+(\.\w+)*", name)]:
-        raise InputError(f"--allow: expected a name such as package.Class, got {', '.join(wrong)}.")
-    return names, rest

@@ -1,12 +1,11 @@
 """One config out of files and a command line, as MONAI's ConfigParser composes it.
 
-`Parser` evaluates it and leaves text as it was written, where MONAI's own puts `::` in the place of
-every `#`. `config_of_monai` finds the config where MONAI's own commands evaluate it.
+Nothing here imports torch or MONAI, so that a mistake on the command line is answered at once.
 """
 
 from __future__ import annotations
 
-import inspect
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -15,52 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser, ReferenceResolver
-from monai.bundle.utils import merge_kv
-
-from pipeline.config import allowed, old_names
-from pipeline.config.keys import KEYS, MARKS, Config, read_word, walk
+from pipeline.config import old_names
+from pipeline.config.keys import (
+    CLIENT_KEYS,
+    CONFIGS,
+    KEYS,
+    PREDICTION_KEYS,
+    Config,
+    find_key_faults,
+    walk,
+)
 from pipeline.config.keys import Path as Keys
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, nearest, refuse
 
+OWN = ("networks", "pipeline", "transforms")
+LIST_REMEDY = """Put a list into quotes, as one word: --key '["a", "b"]'."""
 STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?')  # of JSON; with a colon it is a key
-
-
-class Resolver(ReferenceResolver):
-    """Resolves references and expressions, and touches nothing else."""
-
-    @classmethod
-    def update_refs_pattern(cls, value: str, refs: dict) -> Any:
-        """Return what a string stands for; text stands for itself."""
-        return super().update_refs_pattern(value, refs) if value.startswith(MARKS) else value
-
-    def _resolve_one_item(self, id: str, *args: Any, **kwargs: Any) -> Any:
-        """Note at an exception, as `config_id`, which item of the config raised it."""
-        try:
-            return super()._resolve_one_item(id, *args, **kwargs)
-        except Exception as error:
-            if not hasattr(error, "config_id"):
-                error.config_id = id.replace("::", "#")  # type: ignore[attr-defined]
-            raise
-
-
-class Parser(ConfigParser):
-    """Evaluates a config, and changes it."""
-
-    def __init__(self, source: Any) -> None:
-        super().__init__(source)
-        self.ref_resolver = Resolver()
-
-    @classmethod
-    def resolve_relative_ids(cls, id: str, value: str) -> str:
-        """Return a string with absolute ids; text has none."""
-        return super().resolve_relative_ids(id, value) if value.startswith(MARKS) else value
-
-    def evaluate(self, name: str) -> None:
-        """Evaluate an expression or each one of a list, as MONAI's ConfigWorkflow does."""
-        steps = self.get(name) or []
-        for n in range(len(steps)) if isinstance(steps, list) else [None]:
-            self.get_parsed_content(name if n is None else f"{name}::{n}")
 
 
 @dataclass
@@ -91,58 +60,49 @@ class Composed:
         """Put values in the place of others; raise an `InputError` for keys that have no place."""
         faults = []
         for key, value in values.items():
-            path = tuple(ReferenceResolver.split_id(key))
+            path = split_id(key)
             if fault := _place_fault(self.source, path):
                 faults.append(f"--{key}: {fault}")
                 continue
-            ConfigParser(self.source)[key] = value
+            _assign(self.source, path, value)
             self.put(path, {(): f"--{key}"})
-        if faults:
-            raise InputError(*faults)
+        refuse(faults)
 
     def merge(self, key: str, value: Any, places: dict[Keys, str]) -> None:
         """Merge a key of a file, `a#b` or `+a`; raise an `InputError` if it does not fit there."""
         adding = key.startswith("+")
-        path = tuple(ReferenceResolver.split_id(key[adding:]))
+        path = split_id(key[adding:])
         node: Any = self.source
         for part in path if adding else path[:-1]:
             if part not in (valid := _children(node)):
                 raise InputError(f"{places[()]}: {key}: {_unknown(part, list(valid))}")
             node = valid[part]
-        offset = len(node) if adding and isinstance(node, list) else 0
+        value, offset = deepcopy(value), len(node) if isinstance(node, list) else 0
         try:
-            merge_kv(ConfigParser(self.source), key, deepcopy(value))
-        except (ValueError, IndexError, TypeError):
+            if adding and isinstance(node, list) and isinstance(value, list):
+                node += value
+                places = {at and (str(int(at[0]) + offset), *at[1:]): places[at] for at in places}
+            elif adding:
+                node.update(value)
+            else:
+                _assign(self.source, path, value)
+        except (AttributeError, IndexError, TypeError, ValueError):
             expected = f"{places[()]}: {key}: expected what fits the {type(node).__name__} there"
             raise InputError(f"{expected}, got {json.dumps(value)[:60]}. Correct it.") from None
-        if adding and isinstance(node, list):
-            places = {at and (str(int(at[0]) + offset), *at[1:]): places[at] for at in places}
         if adding:
             self.places |= {path + at: place for at, place in places.items()}
         else:
             self.put(path, places)
 
-
-def parse_overrides(words: Sequence[str]) -> Config:
-    """Read `--key value` pairs, or raise an `InputError`; `--key` may stand for a true one."""
-    overrides: Config = {}
-    faults: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"{word}: expected --key value, got a word without key.")
-        key, given, value = word[2:].partition("=")
-        is_flag = key in KEYS and KEYS[key].types == "bool"
-        if not given and is_flag and (not rest or rest[0].startswith("--")):
-            value = "true"
-        elif not given and not rest:
-            raise InputError(f"--{key}: expected a value after it, got none.")
-        overrides[key] = read_word(key, value if given or value else rest.pop(0))
-        faults += filter(None, [allowed.override_fault(key, overrides[key])])
-    if faults:
-        raise InputError(*faults)
-    return overrides
+    def check_keys(self, training: bool) -> None:
+        """Raise an `InputError` if a key at the top is unknown, or has a value of another type."""
+        known = {**KEYS, **({} if training else PREDICTION_KEYS)}
+        text = json.dumps(self.source)  # keys of a user's own may be referred to in prediction
+        own = {k for k in self.source if not training and re.search(rf"@{re.escape(k)}\b", text)}
+        valid = {*known, *CLIENT_KEYS, "_meta_", *own}
+        unknown = [(key, _unknown(key, [*known])) for key in self.source if key not in valid]
+        faults = [*unknown, *find_key_faults(self.source, known)]
+        refuse(self.tell((key,), fault) for key, fault in faults)
 
 
 def compose_located(files: Sequence[str], overrides: Config) -> Composed:
@@ -158,18 +118,32 @@ def compose_located(files: Sequence[str], overrides: Config) -> Composed:
     return merged
 
 
+def find_config(file: str) -> Path:
+    """Return the path of a config: `file`, or the shipped one of that name."""
+    shipped = CONFIGS / Path(file).name
+    is_shipped = Path(file).parent.name in ("", "configs") and shipped.is_file()
+    return shipped if is_shipped and not Path(file).exists() else Path(file)
+
+
 def _read(file: str) -> tuple[Config, dict[Keys, str]]:
     """The content of a file, and `file:line` of each key of an object by its path."""
-    path = Path(file)
+    path = find_config(file)
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.json")]
         hint = nearest(file, known) if known else "Check the path."
+        if path.suffix != ".json":
+            raise InputError(f"{file}: expected an option or a .json file, got it. {LIST_REMEDY}")
         raise InputError(f"{file}: expected a config file, found none. {hint}")
     try:
-        text = path.read_text()
+        text = old_names.name_own_classes(path, path.read_text())
         content = json.loads(text, object_pairs_hook=_make_object)
         places = {at: f"{file}:{line}" for at, line in _number_lines(text).items()}
-    except (ValueError, RecursionError) as error:  # of huge numbers and deep nesting, too
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # of huge numbers and deep nesting, too
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")
@@ -203,16 +177,49 @@ def _number_lines(text: str) -> dict[Keys, int]:
     return lines
 
 
+def split_id(key: str) -> Keys:
+    """Split the id `a#b` or `a::b`."""
+    return tuple(key.replace("#", "::").split("::"))
+
+
+def _assign(node: Any, path: Keys, value: Any) -> None:
+    for part in path[:-1]:
+        node = node[int(part) if isinstance(node, list) else part]
+    node[int(path[-1]) if isinstance(node, list) else path[-1]] = value
+
+
 def _place_fault(source: Config, path: Keys) -> str | None:
     """Say why an override has no place: no such value, and no argument of its object."""
     node: Any = source
     for depth, part in enumerate(path):
         known = _children(node)
-        may_be_new = "_target_" in known if depth else part in KEYS  # `validate` knows arguments
+        target = known.get("_target_") if depth else None
+        may_be_new = target or (not depth and part in KEYS)
         if part not in known and not (may_be_new and depth == len(path) - 1):
             return _unknown(part, [*known, *(() if depth else KEYS)])
+        arguments = _read_arguments(str(target)) if target else None
+        if arguments is not None and part not in (*known, *arguments):
+            owner = str(target).rpartition(".")[2]
+            near = nearest(part, arguments)
+            return f"expected an argument of {owner}, got '{part}'. {near}"
         node = known.get(part)
     return None
+
+
+def _read_arguments(target: str) -> list[str] | None:
+    """Read which arguments a class or function of ours takes from its source; `None`: unknown."""
+    module, _, name = target.rpartition(".")
+    file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+    if module.split(".")[0] not in OWN or not file.is_file():
+        return None
+    body = ast.parse(file.read_text()).body
+    found: Any = next((node for node in body if getattr(node, "name", "") == name), None)
+    if isinstance(found, ast.ClassDef):
+        methods = [node for node in found.body if isinstance(node, ast.FunctionDef)]
+        found = next((node for node in methods if node.name == "__init__"), None)
+    if not isinstance(found, ast.FunctionDef) or found.args.kwarg:
+        return None
+    return [one.arg for one in (*found.args.args, *found.args.kwonlyargs) if one.arg != "self"]
 
 
 def _unknown(part: str, valid: list[str]) -> str:
@@ -226,36 +233,3 @@ def _children(node: Any) -> dict[str, Any]:
     if isinstance(node, list):
         return {str(n): child for n, child in enumerate(node)}
     return node if isinstance(node, dict) else {}
-
-
-def config_of_monai() -> Composed:
-    """Return the config from which MONAI is building an object; a RuntimeError if there is none."""
-    resolver = _resolver_at_work()
-    if resolver is None:
-        raise RuntimeError("config: expected to be built from a config, got a direct call.")
-    return Composed(deepcopy(resolver.items[""].get_config()))
-
-
-def require_unaltered() -> None:
-    """Raise an `InputError` where MONAI's own parser put `::` in the place of `#`."""
-    resolver = _resolver_at_work()
-    if resolver is None or isinstance(resolver, Resolver):
-        return
-    source = resolver.items[""].get_config()
-    values = {key: str(source.get(key)) for key in ("output_dir", "cache_dir", "group_pattern")}
-    faults = [
-        f"{key}: expected no # under monai.bundle, which puts :: in its place, got {value!r}. "
-        "Use python -m pipeline.run."
-        for key, value in values.items()
-        if "::" in value and not value.startswith(MARKS)
-    ]
-    if faults:
-        raise InputError(*faults)
-
-
-def _resolver_at_work() -> ReferenceResolver | None:
-    """The resolver that is at work, which MONAI hands to nobody, from the call stack."""
-    frame = inspect.currentframe()
-    while frame and not isinstance(frame.f_locals.get("self"), ReferenceResolver):
-        frame = frame.f_back
-    return frame.f_locals["self"] if frame else None

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path as File
 from typing import Any
 
 from pipeline.errors import InputError
@@ -18,6 +19,16 @@ from pipeline.errors import InputError
 Config = dict[str, Any]
 Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
 MARKS = ("$", "@", "%")  # with which a string begins that is no text
+SPECIAL = ("_desc_", "_disabled_", "_mode_", "_requires_", "_target_")  # keys that MONAI reads
+_PACKAGED = File(__file__).parents[1] / "configs"
+# where amp.json and the others are: in the installed package, or in the repository
+CONFIGS = _PACKAGED if _PACKAGED.is_dir() else File(__file__).parents[2] / "configs"
+PRECISIONS: dict[str, Config] = {  # that a certificate compares
+    "float32": {"amp": False, "tf32": False},
+    "tf32": {"amp": False, "tf32": True},
+    "float16": {"amp": True, "amp_dtype": "float16", "tf32": False},
+    "bfloat16": {"amp": True, "amp_dtype": "bfloat16", "tf32": False},
+}
 
 
 @dataclass(frozen=True)
@@ -98,15 +109,17 @@ in_channels | int auto >=1 | identity | image channels
 num_classes | int auto >=2 | identity | classes, background included
 class_names | list[str] auto | identity | names of the classes, background first
 strides | strides auto | identity | pooling per level: a number, or one for each axis
-base_channels | int >=1 | identity | channels of the first level; 32 for real work
+base_channels | int auto >=1 | identity | channels of the first level
+norm? | "auto","instance","batch" | identity | normalisation; auto: batch from 4 patches on
 recompute_levels | int >=0 | continuable | finest levels that save memory by a second forward pass
 batch_size | int auto >=1 | identity | patches in a micro-batch
 accumulation_steps | int >=1 | identity | micro-batches in an optimizer step
-steps_per_epoch | int >=1 | identity | optimizer steps in an epoch
-max_epochs | int >=1 | continuable | epochs to train
-learning_rate | float >=0 | continuable | peak of the learning rate
+steps_per_epoch | int auto >=1 | identity | optimizer steps in an epoch
+max_epochs | int auto >=1 | continuable | epochs to train
+learning_rate | float auto >=0 | continuable | peak of the learning rate
 weight_decay | float >=0 | continuable | weight decay of AdamW
-warmup_steps | int >=0 | continuable | steps of linear warm-up before the cosine
+warmup_steps | int auto >=0 | continuable | steps of linear warm-up before the cosine
+time_budget? | str null | free | time of the whole command, such as 30m: it fixes the steps
 grad_clip | float >=0 | continuable | largest 2-norm of the gradients; 0: no clipping
 val_interval | int >=1 | continuable | epochs between validations
 overlap | float | continuable | overlap of sliding windows in validation, 0 to 1
@@ -162,7 +175,8 @@ _NESTED = {
         train::dataloader::cache_on_device""",
     # init_weights says whose initial weights are; the last two are not in configs of older runs
     FREE: """train::trainer::initial_weights train::trainer::replica train::trainer::grace_s
-        train::handlers validate::dataset::num_classes validate::dataset::ignore_value""",
+        train::trainer::run_dir train::handlers validate::dataset::num_classes
+        validate::dataset::ignore_value""",
 }
 NESTED = {name: kind for kind, names in _NESTED.items() for name in names.split()}
 

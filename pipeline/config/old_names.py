@@ -1,4 +1,4 @@
-"""Names that earlier versions used in configs, and what they are called today."""
+"""Reads stored configs, in which earlier versions used other names than today's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 
+INFERENCE = Path("configs", "inference.json")  # of a run directory
 TOP_LEVEL = {
     "check": "preflight", "compile": "cuda_graph", "init_head": "reinit_head",
     "intake": "data_module", "layout": "memory_format", "resident": "cache_on_device",
@@ -38,7 +39,8 @@ SCORING = {"run_dir": "$@lifecycle.run_dir", "is_held": "$@lifecycle.is_held", "
            "group_pattern": "@group_pattern", "preprocessing": "@preprocessing"}  # fmt: skip
 RENAMED = {**TOP_LEVEL, "recipe": "preprocessing_key"}  # arguments of our own classes, too
 DROPPED = {
-    "DataModule": ("amp", "amp_dtype", "windows"),
+    "DataModule": ("amp", "amp_dtype", "base_channels", "windows"),
+    "Lifecycle": ("max_epochs",),
     "MixedPrecisionTrainer": ("roi_size",),
 }
 EXPRESSIONS = {rf"@{old}\b": f"@{new}" for old, new in TOP_LEVEL.items()} | {
@@ -67,10 +69,35 @@ def translate(node: Any, key: str = "") -> Any:
     return {**node, **SCORING} if is_old else node
 
 
+def name_own_classes(path: Path, text: str) -> str:
+    """Return the text of a config with our own classes in the place of those an export packs."""
+    facts = path.absolute().parents[1] / "export.json"
+    if not facts.is_file() or not __name__.startswith("pipeline."):
+        return text
+    package = json.loads(facts.read_text())["code"]["package"]
+    return text.replace(f'"{package}.', '"')
+
+
+def read_inference_config(run_dir: str | Path) -> dict[str, Any]:
+    """Read the inference config of a run or bundle; an `InputError` says that there is none."""
+    path = Path(run_dir, INFERENCE)
+    try:
+        source = translate(json.loads(name_own_classes(path, path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"run_dir: expected the directory of a run, got {run_dir} ({error}). Name one that "
+            "holds configs and models."
+        ) from None
+    return {**source, "bundle_root": str(Path(run_dir).absolute())}
+
+
 def require_todays_names(run_dir: Path) -> None:
     """Raise an `InputError` if the config of a run holds earlier names: it is not continued."""
     source = json.loads((run_dir / "configs" / "train.json").read_text())
-    if translate(source) != source:
+    plan = run_dir / "plan.json"
+    text = plan.read_text() if plan.is_file() else ""
+    is_old = '"roi_size"' in text and '"max_epochs"' not in text
+    if is_old or translate(source) != source:
         raise InputError(
             f"{run_dir}: expected a run of this version, got one that 0.1.0 began. "
             "Continue it with version 0.1.0, or choose another output_dir."

@@ -112,6 +112,11 @@ class _Checker:
         ids = ["#".join(path) for path in self.nodes if path]
         for path, found in self.references.items():
             for target, _ in found:
+                key = target[0]
+                is_planned = len(target) == 1 and key in allowed.MEMBERS["Plan"]
+                if is_planned and self.nodes.get(target) == "auto" and path[0] != "data_module":
+                    self.note(path, f"expected a value, got '@{key}', which the dataset decides. "
+                              f"Write '$@plan.{key}'.")  # fmt: skip
                 if target in self.nodes or self.is_broken(path) or self.is_broken(target):
                     continue
                 near = "".join(_closest("#".join(target), ids))

@@ -31,8 +31,8 @@ from safetensors.numpy import save
 from torch.utils.data import Dataset
 
 from pipeline import distributed
-from pipeline.config.compose import Parser
 from pipeline.config.keys import Config
+from pipeline.config.parser import Parser
 from pipeline.data.cases import Case, add_case_id
 from pipeline.data.content import ContentHashes, map_threads, sha256_of
 from pipeline.data.plan import Plan

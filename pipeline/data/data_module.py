@@ -26,7 +26,7 @@ SPLIT_TYPES = {
 }
 PLAN_TYPES = {k: v | Literal["auto"] for k, v in get_type_hints(Plan).items() if k in SETTINGS}
 SplitSettings = TypedDict("SplitSettings", SPLIT_TYPES, total=False)  # type: ignore[misc]
-PlanSettings = TypedDict("PlanSettings", PLAN_TYPES)  # type: ignore[misc]
+PlanSettings = TypedDict("PlanSettings", PLAN_TYPES, total=False)  # type: ignore[misc]
 
 
 class DataModule:
@@ -41,7 +41,7 @@ class DataModule:
         settings: Values of the plan, or `auto`; see `Planner`.
         memory_budget_bytes: Memory that a training step may take; `auto`: 8 GiB, or 70 % of what
             the card has free if that is less, and 2 GiB on a CPU.
-        device, base_channels, recompute_levels: Of the run and its network; see `Planner`.
+        device, recompute_levels, accumulation_steps: Of the run; see `Planner`.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class DataModule:
         settings: PlanSettings,
         memory_budget_bytes: float | str,
         device: str,
-        base_channels: int,
         recompute_levels: int = 0,
+        accumulation_steps: int = 1,
     ) -> None:
         root = Path(bundle_root).resolve()
         self.dataset_dir = (root / dataset_dir).resolve()
@@ -67,7 +67,7 @@ class DataModule:
         self.level = preflight
         self.settings: Mapping[str, Any] = settings
         self.memory_budget_bytes, self.device = memory_budget_bytes, device
-        self.base_channels, self.recompute_levels = base_channels, recompute_levels
+        self.recompute_levels, self.accumulation_steps = recompute_levels, accumulation_steps
 
     def use_plan(self, plan: Plan) -> None:
         """Decide what is `auto` as another plan did."""
@@ -92,13 +92,20 @@ class DataModule:
         """Check the files of all cases."""
         return preflight(cases, self.level, self.cache_dir)
 
-    def plan(self, found: Preflight) -> Plan:
-        """Decide what is `auto`; raises an InputError if the dataset or a value has a fault."""
+    def plan(self, found: Preflight, **given: Any) -> Plan:
+        """Decide what is `auto`, with values `given` in the place of the settings.
+
+        Raises:
+            InputError: If the dataset or a value has a fault.
+        """
         found.require_sound()
         assert found.fingerprint is not None  # a sound dataset has one
-        network = self.base_channels, self.recompute_levels, distributed.size()
-        planner = Planner(found.fingerprint, found.cases, self._budget_bytes(), *network)
-        return planner.make_plan(self.settings)
+        how = self.recompute_levels, distributed.size(), self.accumulation_steps
+        # wherever a copy of it lies
+        is_phantom = found.cases.description.get("reference") == "pipeline/data/phantom.py"
+        dataset = found.fingerprint, found.cases
+        planner = Planner(*dataset, self._budget_bytes(), *how, is_phantom)
+        return planner.make_plan({**dict.fromkeys(SETTINGS, AUTO), **self.settings, **given})
 
     def _budget_bytes(self) -> float:
         if self.memory_budget_bytes != AUTO:

@@ -29,6 +29,16 @@ MIN_POOLED_VOXELS = 4  # of an axis after pooling
 THICK_RATIO = 3  # between the coarsest and finest spacing; above it, slices are thick
 MIN_BATCH, MAX_BATCH_SHARE = 2, 0.05  # of all voxels of the dataset
 CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
+MIN_BATCH_NORM = 4  # patches of a micro-batch on each rank from which on batch norm is used
+STEPS_PER_EPOCH, DRAWS = 250, 80  # DRAWS: how often a training case is drawn, for each patch
+MIN_STEPS, MAX_STEPS = 2_000, 20_000
+# the learning rate and its warm-up are those of benchmarks/peer_hippocampus.py
+RECIPE = {"base_channels": 32, "learning_rate": 0.008, "warmup_steps": 100}
+# of the dataset that makes itself: it is to be trained on a CPU in minutes
+PHANTOM_RECIPE = {
+    "base_channels": 8, "learning_rate": 0.005, "warmup_steps": 40, "steps_per_epoch": 60,
+    "max_epochs": 6,
+}  # fmt: skip
 
 Choice = tuple[Any, str]  # a value, and the reason for it
 
@@ -51,11 +61,23 @@ class Plan:
     foreground_ratio: float = 0.0  # share of patches that are centred on foreground
     flip_axes: Sequence[int] = ()  # that may be mirrored
     ignore_value: int | None = None  # label of voxels that do not count
+    base_channels: int = 32  # of the network at full resolution
+    norm: str = "instance"  # of the network, or batch
+    learning_rate: float = 0.0  # at its peak
+    steps_per_epoch: int = 1  # optimizer steps
+    max_epochs: int = 1
+    warmup_steps: int = 0
     reasons: Mapping[str, str] = field(default_factory=dict)  # why each value is what it is
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
+
+    def estimate_bytes(self, mode: str, recompute_levels: int = 0) -> float:
+        """Estimate the memory of a training step in a precision, with some reserve."""
+        network = self.strides, self.base_channels, self.num_classes, self.in_channels
+        step = TrainingStep(self.roi_size, self.batch_size, *network, recompute_levels, mode)
+        return (1 + RESERVE) * step.estimate_bytes()
 
     def lines(self) -> list[str]:
         """Return a line for each value, with its reason."""
@@ -67,7 +89,8 @@ class Plan:
 # what a config states, a value or `auto` each, in the order in which they are decided
 SETTINGS = (
     "class_names", "num_classes", "in_channels", "crop_empty_borders", "spacing", "normalization",
-    "strides", "roi_size", "batch_size", "foreground_ratio", "flip_axes",
+    "base_channels", "strides", "roi_size", "batch_size", "norm", "foreground_ratio", "flip_axes",
+    "learning_rate", "steps_per_epoch", "max_epochs", "warmup_steps",
 )  # fmt: skip
 
 
@@ -80,9 +103,10 @@ class Planner:
     # Memory that a training step in float32 may take on each rank. The plan is the same in every
     # precision, so that precisions can be compared.
     budget_bytes: float
-    base_channels: int  # of the network at full resolution
     recompute_levels: int = 0  # of the network, that keep no activations
     num_ranks: int = 1  # that share a batch
+    accumulation_steps: int = 1  # micro-batches of a step
+    is_phantom: bool = False
 
     def make_plan(self, settings: Mapping[str, Any]) -> Plan:
         """Make a plan of a value or `auto` for each of `SETTINGS`.
@@ -95,13 +119,18 @@ class Planner:
         for name in SETTINGS:
             value, reasons[name] = settings[name], "given"
             if value == AUTO:
-                value, reasons[name] = getattr(self, f"_choose_{name}")()
+                value, reasons[name] = self._choose(name)
             self.chosen[name] = value
             if name == "in_channels":
                 self._require_fit()
             if name == "spacing":
                 self._resample()
         return Plan(**self.chosen, ignore_value=self.dataset.ignore_value, reasons=reasons)
+
+    def _choose(self, name: str) -> Choice:
+        if self.is_phantom and name in PHANTOM_RECIPE:
+            return PHANTOM_RECIPE[name], "of the phantom, which is trained in minutes"
+        return getattr(self, f"_choose_{name}")()
 
     def _choose_class_names(self) -> Choice:
         if self.dataset.class_names:
@@ -143,6 +172,9 @@ class Planner:
         channels: Sequence[Any] = self.fingerprint.channels or [None] * len(names)  # no voxels read
         chosen, reasons = zip(*map(_choose_channel, names, channels), strict=True)
         return [*chosen], "; ".join(sorted({*reasons}))
+
+    def _choose_base_channels(self) -> Choice:
+        return RECIPE["base_channels"], "of every dataset but the phantom"
 
     def _choose_strides(self) -> Choice:
         given = self.settings["roi_size"]
@@ -196,6 +228,39 @@ class Planner:
         swapped = "class names tell left from right, which mirroring along axis 0 would exchange"
         return axes, "no class name tells left from right" if 0 in axes else swapped
 
+    def _choose_norm(self) -> Choice:
+        patches = self.chosen["batch_size"] // self.num_ranks
+        each = "" if self.num_ranks == 1 else " on each rank"
+        reason = f"a micro-batch has {patches} patches{each}; batch from {MIN_BATCH_NORM} on"
+        return ("batch" if patches >= MIN_BATCH_NORM else "instance"), reason
+
+    def _choose_learning_rate(self) -> Choice:
+        return RECIPE["learning_rate"], "recipe of benchmarks/peer_hippocampus.py"
+
+    def _choose_steps_per_epoch(self) -> Choice:
+        steps, _ = self._num_steps()
+        return min(STEPS_PER_EPOCH, steps), "steps between two looks at a run"
+
+    def _choose_max_epochs(self) -> Choice:
+        steps, reason = self._num_steps()
+        return math.ceil(steps / self.chosen["steps_per_epoch"]), reason
+
+    def _choose_warmup_steps(self) -> Choice:
+        tenth = self.chosen["max_epochs"] * self.chosen["steps_per_epoch"] // 10
+        reason = "recipe of benchmarks/peer_hippocampus.py, at most a tenth of the steps"
+        return min(RECIPE["warmup_steps"], tenth), reason
+
+    def _num_steps(self) -> Choice:
+        """Choose how many steps draw each training case `DRAWS` times for each of its patches."""
+        cases, samples = len(self.dataset.train), self.chosen["batch_size"]
+        samples *= self.accumulation_steps
+        patches = max(1.0, float(self.median.prod()) / math.prod(self.chosen["roi_size"]))
+        steps = math.ceil(DRAWS * cases * patches / samples)
+        limits = f"{MIN_STEPS:,} to {MAX_STEPS:,}"
+        reason = f"{cases} cases drawn {DRAWS} times each, {patches:.3g} patches in the median "
+        reason += f"volume, {samples} patches a step: {steps:,} steps; {limits} are taken"
+        return min(max(steps, MIN_STEPS), MAX_STEPS), reason
+
     def _resample(self) -> None:
         """Find the median shape and all voxels after resampling, unless metres stand for mm."""
         fingerprint, spacing = self.fingerprint, self.chosen["spacing"]
@@ -213,7 +278,7 @@ class Planner:
 
     def _step_bytes(self, roi_size: Sequence[int], batch_size: int) -> float:
         strides, num_classes = self.chosen["strides"], self.chosen["num_classes"]
-        network = strides, self.base_channels, num_classes, self.chosen["in_channels"]
+        network = strides, self.chosen["base_channels"], num_classes, self.chosen["in_channels"]
         step = TrainingStep(roi_size, batch_size, *network, self.recompute_levels)
         return (1 + RESERVE) * step.estimate_bytes()
 

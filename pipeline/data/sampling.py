@@ -7,7 +7,6 @@ the number of samples in an epoch. Nothing depends on how many processes do the 
 from __future__ import annotations
 
 import hashlib
-import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,9 +20,8 @@ from pipeline import distributed
 from pipeline.data.cache import CachedDataset, VolumeCache
 from pipeline.data.cases import Case
 from pipeline.errors import as_bool, require
+from pipeline.progress_bar import details
 from pipeline.signals import SIGNALS
-
-log = logging.getLogger(__name__)
 
 MAX_POSITIONS_PER_CLASS = 10_000  # to choose a centre from; all of a small structure's voxels
 ANNOTATED = "annotated"
@@ -334,7 +332,7 @@ class PatchLoader(DataLoader):
             f"in the memory of {self.device}" if on_device else f"by {workers} workers from disk"
         )
         asked = " and ".join(f"{key}={value}" for key, value in self.requested.items())
-        log.info("Training cases are read %s (%s); asked for: %s", place, reason, asked)
+        details.info("Training cases are read %s (%s); asked for: %s", place, reason, asked)
         values = on_device, workers, size, reason
         self.effective = dict(zip(self.effective, values, strict=True))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from pipeline.data.cases import case_name
 from pipeline.data.layouts import parse_csv
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import InputError, nearest, refuse, require, some
+from pipeline.evaluation.scores import format_table
+from pipeline.evaluation.statistics import BETTER, WORSE, compare_arms
 
 Key = tuple[str, str]  # case id, class
 Cells = dict[str, str]  # `case`, `class`, `person`, `status` and the metric
@@ -30,6 +33,18 @@ UNDEFINED = {"", "none", "n/a", "na", "<na>", "null"}  # and numbers that are no
 ONE_CLASS = "all"  # in a file without a column of classes
 OVERLAP = re.compile(r"dice|dsc|iou|jaccard|nsd|f1|normali[sz]ed.?surface.?distance")
 ERROR = re.compile(r"[mr]mse|mae\b|hd|hausdorff|distance|m?as+d\b|msd|mm\b|false|\bf[pn]r?\b")
+SAID = {BETTER: "A is better than B", WORSE: "B is better than A"}
+COLUMNS = (
+    "class, mean A:.4f, mean B:.4f, A - B:+.4f, from:+.4f, to:+.4f, p:.2g, adjusted p:.2g, "
+    "smallest:.4f, cases, undefined A, undefined B, scale, verdict"
+)
+SHOWN = ("p_value", "adjusted_p", "smallest_difference", "num_cases")
+EXPLANATION = """\
+The interval (from, to) and the smallest difference are of A - B, at the level that Holm's method
+gives the class. The smallest would have been shown with a probability of 80 %. On the scale "rank",
+undefined scores rank as the worst, or as the best where there was nothing to find; both are then of
+the chance that a score of A is the better one, less one half, and means are of the defined scores.
+Cases that are undefined in every run are not counted."""
 
 
 @dataclass(frozen=True)
@@ -167,3 +182,70 @@ def _find_common(files: Sequence[ScoreFile], leave_out: bool) -> tuple[set[Key],
 
 def _name(keys: set[Key]) -> str:
     return some(sorted(case if name == ONE_CLASS else f"{case} ({name})" for case, name in keys))
+
+
+def compare_files(
+    files: Mapping[str, Sequence[str]],
+    metric: str,
+    *,
+    margin: float | None = None,
+    confidence: float = 0.95,
+    higher_is_better: bool | None = None,
+    group_pattern: GroupPattern = None,
+    common_cases: bool = False,
+) -> dict[str, Any]:
+    """Compare the files of two arms, as `read_arms` reads them; returns plain values for JSON.
+
+    Args:
+        files: Paths of `a` and of `b`, one per run.
+        metric: Name of a column.
+        margin, confidence: See `compare_arms`.
+        higher_is_better: By default told by the name of the metric.
+        group_pattern, common_cases: See `read_arms`.
+    """
+    scores = read_arms(files, metric, group_pattern=group_pattern, common_cases=common_cases)
+    higher, absolute = find_direction(metric)
+    if higher_is_better is not None:
+        higher = higher_is_better
+    a, b = map(np.abs, scores.arms) if absolute else scores.arms
+    return {
+        "metric": metric,
+        "direction": f"{'higher' if higher else 'lower'} is better",
+        "absolute": absolute,
+        "confidence": confidence,
+        "margin": margin,
+        "files": files,
+        "num_seeds": {arm: len(names) for arm, names in files.items()},
+        "num_cases": len(scores.persons),
+        "num_persons": len(set(scores.persons)),
+        "notes": scores.notes,
+        **compare_arms(
+            a, b, scores.persons, scores.class_names,
+            higher_is_better=higher, confidence=confidence, margin=margin,
+        ),
+    }  # fmt: skip
+
+
+def format_result(result: Mapping[str, Any]) -> list[str]:
+    """Return lines for people: one per class, one for their mean, and the verdict in words."""
+    overall, seeds = result["overall"], result["num_seeds"]
+    absolute = "size of " if result["absolute"] else ""
+    rows = [
+        [
+            name, of["mean_a"], of["mean_b"], of["difference"], *of["interval"],
+            *map(of.get, SHOWN), *of["num_undefined"].values(), of["scale"], _name_verdict(of),
+        ]
+        for name, of in {**result["classes"], "mean over classes": overall}.items()
+    ]  # fmt: skip
+    return [
+        f"{absolute}{result['metric']}, {result['direction']}; runs: {seeds['a']} of A, "
+        f"{seeds['b']} of B; {result['num_cases']} cases of {result['num_persons']} persons",
+        *("", *format_table(COLUMNS, rows), "", EXPLANATION),
+        *(f"Note: {note}" for note in result["notes"]),
+        *("", f"Overall: {_name_verdict(overall)}."),
+    ]
+
+
+def _name_verdict(entry: Mapping[str, Any]) -> str:
+    said = SAID.get(entry["verdict"], entry["verdict"])
+    return f"{said} ({entry['reason']})" if entry["reason"] else said

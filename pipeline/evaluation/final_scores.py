@@ -6,12 +6,11 @@ import logging
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import distributed
@@ -27,7 +26,7 @@ from pipeline.prediction.predict_files import FAULTS, describe_fault, save_like
 from pipeline.prediction.predictor import load_weights
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
-from pipeline.progress_bar import ProgressBar
+from pipeline.progress_bar import ProgressBar, details
 from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -138,9 +137,7 @@ class Scoring:
         }
         write_json(folder / "cases.json", files)
         summary = write_scores(folder, rows, refused=refused, **self.how)
-        figures = [summary["mean_dice"], *(summary["mean_dice_interval"] or (None, None))]
-        said = "%s: mean Dice %.4f (95 %% interval over persons %.4f to %.4f)"
-        log.info(said, folder.name, *np.array(figures, float))
+        details.info("%s: %s", folder.name, describe_score(summary))
 
     def _predict(self, split: str, folder: Path) -> tuple[list[Pair], dict[str, str]]:
         """Predict this rank's cases; return files to score, and why others have none."""
@@ -158,3 +155,12 @@ class Scoring:
                 save_like(labels, paths_of(cases[number])[0], path)
                 pairs.append((case_id, path, Path(cases[number]["label"])))
         return pairs, refused
+
+
+def describe_score(summary: Mapping[str, Any]) -> str:
+    """Return the mean Dice of a summary with its interval over persons, where it has one."""
+    if summary["mean_dice"] is None:
+        return "mean Dice undefined"
+    interval = summary["mean_dice_interval"]
+    within = " (95 % interval {:.4f} to {:.4f})".format(*interval) if interval else ""
+    return f"mean Dice {summary['mean_dice']:.4f}{within}"

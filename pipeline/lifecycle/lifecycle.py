@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import keys, validate
-from pipeline.config.compose import Composed, Parser, config_of_monai, require_unaltered
+from pipeline.config.compose import Composed
 from pipeline.config.old_names import require_todays_names
+from pipeline.config.parser import Parser, config_of_monai, require_unaltered
 from pipeline.data.cache import preprocessing_key
 from pipeline.data.content import contents_of
 from pipeline.data.data_module import DataModule
@@ -45,8 +48,18 @@ from pipeline.lifecycle.stored_configs import (
     write_configs,
     write_docs,
 )
-from pipeline.lifecycle.summary import log_whereabouts, summarize_run
+from pipeline.lifecycle.summary import log_beginning, log_whereabouts, summarize_run
+from pipeline.lifecycle.time_budget import (
+    DECIDED,
+    REPORT_S,
+    fit_time_budget,
+    measure_costs,
+    process_age_s,
+    read_duration,
+)
 from pipeline.precision import resolve_device
+from pipeline.progress_bar import details
+from pipeline.training.early_end import STOP_FILE, read_early_end
 from pipeline.training.pretrained import read_pretrained
 from pipeline.training.progress import DONE
 from pipeline.training.trainer import MixedPrecisionTrainer
@@ -63,9 +76,9 @@ class Lifecycle:
         output_dir: The run directory; `None` stands for `runs/<name of dataset_dir>`.
         resume: `auto` (continue what is there), `true` (there must be something) or `false`
             (there must be nothing).
-        max_epochs: Epochs of the whole run; a run that has them all is finished.
         init_weights, reinit_head: Weights that a new run begins with; see `read_pretrained`.
         process_group: Settings for several ranks, of which the first one holds the run directory.
+        time_budget: Time in which the whole command is to end, such as `30m`; it decides the steps.
         accept_changed_data: Whether a run continues although files of its cases were changed.
         config: The whole config, checked, as `pipeline.run` hands it over; where MONAI's own
             commands build this object, it is found by `config_of_monai`.
@@ -85,23 +98,26 @@ class Lifecycle:
         bundle_root: str,
         output_dir: str | None,
         resume: str | bool,
-        max_epochs: int,
         data_module: DataModule,
         report: bool | str = True,
         init_weights: str | None = None,
         reinit_head: bool | str = False,
         process_group: DistributedSettings | None = None,
         accept_changed_data: bool | str = False,
+        time_budget: str | None = None,
         config: Composed | None = None,
     ) -> None:
         self.is_checked = config is not None
-        self.source = (config or config_of_monai()).source
+        self.source = config.source if config else config_of_monai()
         self.bundle_root = Path(bundle_root).resolve()
         self.dataset_dir, self.cache_dir = data_module.dataset_dir, data_module.cache_dir
         run_dir = (self.bundle_root / (output_dir or f"runs/{self.dataset_dir.name}")).resolve()
         self.directory = RunDirectory(run_dir, str(resume).lower())
-        self.max_epochs = max_epochs
         self.data_module, self.process_group = data_module, process_group
+        self.time_budget, self._began = time_budget, time.monotonic() - process_age_s()
+        epochs = Parser(self.source).get("train#trainer#max_epochs")
+        if isinstance(epochs, int):  # where MONAI's clients set it
+            data_module.settings = {**data_module.settings, "max_epochs": epochs}
         self.report = as_bool(report, "report")
         self.accept_changed_data = as_bool(accept_changed_data, "accept_changed_data")
         self.init_weights, self.reinit_head = init_weights, as_bool(reinit_head, "reinit_head")
@@ -177,6 +193,8 @@ class Lifecycle:
                 if self.checkpoint is None:
                     self._read_pretrained(self.plan)
                 self.directory.follow()
+            if self.time_budget and self.checkpoint is None:
+                self._fit_time_budget(self.time_budget)
         except OSError as error:
             raise InputError(
                 f"output_dir: expected a directory that can be written, got: {error}."
@@ -203,6 +221,8 @@ class Lifecycle:
         if not self.is_checked:  # what a config of MONAI's commands may name is their business
             require_unaltered()
             validate.check_config(Composed(self.source), None)
+        if self.time_budget is not None:
+            read_duration(self.time_budget)
         given, plan = given_data(self.source), None
         if is_clients(self.source) and (self.bundle_root / "plan.json").is_file():
             # its network has to be that of the bundle, whatever the data are like
@@ -238,7 +258,7 @@ class Lifecycle:
         found = self.data_module.run_preflight(self.cases)
         found.require_sound()
         # the plan of a run that has begun stays: another card must not change it
-        plan = stored_plan(self.run_dir) if continues else self._make_plan(found)
+        plan = self._continued_plan() if continues else self._make_plan(found)
         if plan.batch_size < distributed.size():
             raise InputError(
                 f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
@@ -254,10 +274,12 @@ class Lifecycle:
         if continues:
             checkpoint = self.directory.checkpoint()
             self._start = stored_record(self.run_dir).get("init_weights")
-        write_configs(
-            self.run_dir, self._portable, self.cases, plan, found.fingerprint,
-            init_weights=self._start, contents=self._contents,
-        )  # fmt: skip
+            if read_early_end(self.run_dir) and not read_early_end(self.run_dir, plan.max_epochs):
+                (self.run_dir / STOP_FILE).unlink()  # more epochs are wanted than were planned then
+        where = self.run_dir, self._portable, self.cases
+        facts: dict[str, Any] = {"init_weights": self._start, "contents": self._contents}
+        self._write = partial(write_configs, *where, fingerprint=found.fingerprint, **facts)
+        self._write(plan=plan)
         return plan, checkpoint
 
     def _take_directory(self) -> None:
@@ -285,11 +307,27 @@ class Lifecycle:
             require_same_classes(self.source, self.cases, stored_plan(self.run_dir))
         for change in news:
             log.info("Continuing with %s", change)
+        reason = stored_plan(self.run_dir).reasons.get("max_epochs", "")
+        if self.time_budget and not reason.startswith(f"{self.time_budget}: "):
+            log.info("time_budget %s is not used: steps are decided once", self.time_budget)
+
+    def _continued_plan(self) -> Plan:
+        """Return the stored plan; what may change while a run goes on is as given now."""
+        plan, settings = stored_plan(self.run_dir), self.data_module.settings
+        given = {
+            key: value
+            for key, value in settings.items()
+            if keys.KEYS[key].kind == keys.CONTINUABLE and value not in (AUTO, getattr(plan, key))
+        }
+        return replace(plan, **given, reasons={**plan.reasons, **dict.fromkeys(given, "given")})
 
     def _end_if_finished(self, changed: list[str]) -> None:
         path = self.run_dir / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else None
-        if summary is None or summary["progress"]["epoch"] < self.max_epochs:
+        epochs = self._continued_plan().max_epochs
+        if end := read_early_end(self.run_dir, epochs):
+            epochs = min(end.epoch, epochs)
+        if summary is None or summary["progress"]["epoch"] < epochs:
             return
         log.info("This run is finished; nothing to do.")
         if changed:
@@ -313,6 +351,12 @@ class Lifecycle:
 
     def _make_plan(self, found: Preflight) -> Plan:
         """Decide the plan; a batch size that is `auto` is also limited by a trial on the card."""
+        given = [key for key in DECIDED if self.data_module.settings.get(key, AUTO) != AUTO]
+        if self.time_budget and given:
+            raise InputError(
+                f"time_budget: expected auto for {', '.join(given)}, which it decides, got values. "
+                "Leave them out, or time_budget."
+            )
         plan = self.data_module.plan(found)
         device = resolve_device(self.data_module.device)
         if self.source.get("batch_size") != AUTO or device.type != "cuda":
@@ -320,23 +364,40 @@ class Lifecycle:
         names = ("network", "loss_function", "optimizer", "precision")
         with torch.random.fork_rng():
             parser = self._parser(plan)
-            return fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
+            fitted = fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
+        if fitted is plan:
+            return plan
+        again = self.data_module.plan(found, batch_size=fitted.batch_size)  # others follow from it
+        return replace(again, reasons={**again.reasons, "batch_size": fitted.reasons["batch_size"]})
+
+    def _fit_time_budget(self, budget: str) -> None:
+        """Measure on all ranks what a run takes; the first one decides the steps."""
+
+        def make_parser() -> Parser:
+            made = {"plan": self.plan, "lifecycle": self, "process_group": self.process_group}
+            parser = Parser({**deepcopy(self.source), **made})
+            parser["train#handlers"] = parser["validate#handlers"] = []
+            return parser
+
+        def decide() -> Plan:
+            gone_s, interval = time.monotonic() - self._began, self.source["val_interval"]
+            gone_s += REPORT_S if self.report else 0
+            plan = fit_time_budget(self.plan, budget, gone_s, costs, interval)
+            self._write(plan=plan)
+            return plan
+
+        costs = measure_costs(make_parser, self.run_dir, budget)
+        self.plan = distributed.run_on_main(decide)
 
     def _log_start(self) -> None:
-        cases = self.cases
-        log.info(
-            "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded",
-            cases.name, cases.kind, len(cases.train), len(cases.validation), len(cases.test),
-            len(cases.excluded),
-        )  # fmt: skip
-        for line in self.plan.lines():
-            log.info("  %s", line)
-        log.info("Run directory %s", self.run_dir)
+        log_beginning(self.cases, self.plan, self.source)
         if distributed.size() > 1:
             rank, size = distributed.rank(), distributed.size()
-            log.info("Rank %d of %d; batches are divided among them", rank, size)
+            details.info("Rank %d of %d; batches are divided among them", rank, size)
         if self.initial_weights is not None:
-            log.info("Weights of %s: %s", self.init_weights, self._start)
+            log.info("Weights of %s", self.init_weights)
+            details.info("%s", self._start)
+        log.info("Run directory %s; details: %s", self.run_dir, self.directory.log_file.name)
 
     # --- the end
 
@@ -373,6 +434,8 @@ class Lifecycle:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
         (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
+        if read_early_end(self.run_dir) is None:  # it was asked for, too late
+            (self.run_dir / STOP_FILE).unlink(missing_ok=True)
         try:
             write_docs(self.run_dir)
             if self.report:

@@ -22,6 +22,7 @@ from pathlib import Path
 from pipeline import distributed
 from pipeline.errors import InputError, require
 from pipeline.files import make_directory
+from pipeline.progress_bar import details
 from pipeline.training.checkpoint import newest_checkpoint
 
 try:
@@ -76,6 +77,9 @@ class RunDirectory:
         handler = logging.FileHandler(self.log_file)
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
+        details.addHandler(handler)
+        details.setLevel(logging.INFO)
+        details.propagate = False
         _HELD[self.path] = lock, handler
 
     def lost(self) -> str | None:
@@ -88,6 +92,8 @@ class RunDirectory:
         if self.is_held:
             lock, handler = _HELD.pop(self.path)
             logging.getLogger().removeHandler(handler)
+            details.removeHandler(handler)
+            details.propagate = not _HELD
             handler.close()
             if lock:
                 lock.close()
@@ -241,6 +247,17 @@ class RunLock:
 
 
 _HELD: dict[Path, tuple[RunLock | None, logging.Handler]] = {}  # by this process
+
+
+def holder_of(run_dir: Path) -> str | None:
+    """Return who holds a run directory, as far as one can tell from outside; `None`: nobody."""
+    with contextlib.suppress(OSError):  # there is no such file, or no such process here
+        content = (run_dir / ".holder").read_text()
+        host, pid, *_ = [*content.split(), "", ""]
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+        return _name(content) if host else None
+    return None
 
 
 def _name(holder: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from pipeline.bundle.metadata import TEMPLATES, run_inference_config, run_metadata
+from pipeline.bundle.metadata import read_license, run_inference_config, run_metadata
 from pipeline.config import keys, old_names
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
@@ -25,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.files import make_directory, write_durably, write_json
 from pipeline.reporting.model_card import render_model_card
 
+RECIPE = ("base_channels", "learning_rate", "steps_per_epoch", "max_epochs", "warmup_steps")
 # that start from bundle_root, or null
 PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 
@@ -72,7 +73,7 @@ def write_configs(
     target = run_dir / "configs"
     make_directory(target)
     inference, metadata, evaluate = (
-        json.loads((TEMPLATES / f"{name}.json").read_text())
+        json.loads((keys.CONFIGS / f"{name}.json").read_text())
         for name in ("inference", "metadata", "evaluate")
     )
     trained_on = training_range(fingerprint) if fingerprint else None
@@ -85,7 +86,7 @@ def write_configs(
         target / "metadata.json": run_metadata(metadata, source, cases, plan),
     }.items():
         write_json(path, content)
-    shutil.copyfile(TEMPLATES / "logging.conf", target / "logging.conf")
+    shutil.copyfile(keys.CONFIGS / "logging.conf", target / "logging.conf")
 
 
 def write_docs(run_dir: Path) -> None:
@@ -93,7 +94,7 @@ def write_docs(run_dir: Path) -> None:
     card = run_dir / "docs" / "README.md"
     card.unlink(missing_ok=True)  # of an earlier end
     make_directory(card.parent)
-    write_durably(run_dir / "LICENSE", (TEMPLATES.parent / "LICENSE").read_bytes())
+    write_durably(run_dir / "LICENSE", read_license())
     write_durably(card, render_model_card(run_dir).encode())
 
 
@@ -109,7 +110,11 @@ def _read(path: Path, make: Callable[..., Any] = dict) -> Any:
 
 def stored_plan(run_dir: Path) -> Plan:
     """Read the plan of the run there; raise an `InputError` if there is none."""
-    return _read(run_dir / "plan.json", Plan)
+    config = run_dir / "configs" / "train.json"
+    stored = _read(config) if config.is_file() else {}
+    # which the config of a run of an earlier version states, and not its plan
+    former = {key: stored[key] for key in RECIPE if stored.get(key, AUTO) != AUTO}
+    return _read(run_dir / "plan.json", lambda **plan: Plan(**{**former, **plan}))
 
 
 def stored_record(run_dir: Path) -> dict[str, Any]:

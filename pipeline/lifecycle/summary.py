@@ -1,4 +1,4 @@
-"""The end of a run: `summary.json`, and the log lines that say where everything is."""
+"""The log lines with which a run begins and ends, and its `summary.json`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from typing import Any
 import monai
 import torch
 
+from pipeline.config.keys import Config
+from pipeline.data.dataset import Cases
+from pipeline.data.plan import Plan
+from pipeline.evaluation.final_scores import describe_score
+from pipeline.progress_bar import details, format_duration
 from pipeline.training.protocols import DescribesItself
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -63,15 +68,37 @@ def _final_scores(run_dir: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def log_beginning(cases: Cases, plan: Plan, source: Config) -> None:
+    """Log dataset and plan, with what `source`, the config, says beside it; reasons in details."""
+    text = "Dataset %s (%s): %d training, %d validation and %d test cases, %d excluded"
+    numbers = (len(part) for part in (cases.train, cases.validation, cases.test, cases.excluded))
+    log.info(text, cases.name, cases.kind, *numbers)
+    patch, spacing = ("x".join(f"{n:.4g}" for n in size) for size in (plan.roi_size, plan.spacing))
+    values = {**source, **plan.as_dict(), "patch": patch, "mm": spacing}
+    text = "Plan: patches of %(patch)s voxels of %(mm)s mm, %(batch_size)s in a batch; "
+    text += "%(base_channels)s channels; %(max_epochs)s epochs of %(steps_per_epoch)s steps"
+    log.info(text, values)
+    for line in plan.lines():
+        details.info("  %s", line)
+
+
 def log_whereabouts(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Log how good the run became, and where its results are."""
-    if summary["best_epoch"] is not None:
-        log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
-    elif (run_dir / "models/model.pt").exists():
+    """Log how good the run became, how long it took, where its results are and what uses them."""
+    scores, here = summary.get("scores") or {}, shlex.quote(os.path.relpath(run_dir))
+    here = shlex.quote(str(run_dir)) if here.startswith("..") else here
+    for split in ("test", "validation"):
+        for weights in [w for w in ("best", "last") if f"{split}_{w}" in scores][:1]:
+            score = describe_score(scores[f"{split}_{weights}"])
+            log.info("%s cases, %s weights: %s", split.capitalize(), weights, score)
+    if summary["best_epoch"] is None and (run_dir / "models/model.pt").exists():
         log.info("There was no validation; the model is the last network")
-    log.info("%(epochs)d epochs, %(steps)d steps in %(wall_time_s).0f s", summary)
-    here = os.path.relpath(run_dir)
-    for name in ("models/model.pt", "report/index.html", "scores", "summary.json", "log.txt"):
-        if (run_dir / name).exists():
-            log.info("  %s/%s", here, name)
-    log.info("  curves: python -m tensorboard.main --logdir %s/tensorboard", here)
+    elif not scores and summary["best_epoch"] is not None:
+        log.info("Best mean Dice %(best_mean_dice).4f at epoch %(best_epoch)d", summary)
+    took = format_duration(summary["wall_time_s"])
+    log.info("%d epochs, %d steps in %s", summary["epochs"], summary["steps"], took)
+    if (run_dir / "report/index.html").exists():
+        log.info("  report:  %s/report/index.html", here)
+    if (run_dir / "models/model.pt").exists():
+        log.info("  predict: ampseg predict %s INPUT OUTPUT", here)
+    log.info("  curves:  tensorboard --logdir %s/tensorboard", here)
+    log.info("  files:   %s: models, scores, summary.json, log.txt", here)

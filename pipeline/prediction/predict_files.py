@@ -22,8 +22,8 @@ from monai.data import MetaTensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
-from pipeline.config.compose import require_unaltered
 from pipeline.config.keys import Config
+from pipeline.config.parser import require_unaltered
 from pipeline.data.cases import Case, paths_of
 from pipeline.data.nifti import check_headers
 from pipeline.errors import InputError, as_bool, innermost, some

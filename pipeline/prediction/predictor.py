@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import convert_to_numpy
 
-from pipeline.config import allowed, keys, old_names
-from pipeline.config.compose import Parser
-from pipeline.config.keys import Config
+from pipeline.config import allowed, keys
+from pipeline.config.old_names import INFERENCE, read_inference_config
+from pipeline.config.parser import Parser
 from pipeline.errors import InputError, innermost
 from pipeline.files import load
 from pipeline.precision import Precision
 
-CONFIG = Path("configs", "inference.json")  # of a run directory
 # what the members of an ensemble have in common: they see the same windows of the same volume
 COMMON = (
     "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
@@ -44,7 +42,7 @@ class Predictor:
     ) -> None:
         source = read_inference_config(run_dir)
         if unknown := values.keys() - source.keys():
-            raise InputError(f"Predictor: expected keys of {CONFIG}, got {', '.join(unknown)}.")
+            raise InputError(f"Predictor: expected keys of {INFERENCE}, got {', '.join(unknown)}.")
         members = [*others, *values.pop("ensemble", [])]
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
         allowed.check_names(source, allow)
@@ -91,19 +89,6 @@ class Predictor:
         return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(affine))
 
 
-def read_inference_config(run_dir: str | Path) -> Config:
-    """Read the inference config of a run; an `InputError` says that there is none."""
-    path = Path(run_dir, CONFIG)
-    try:
-        source = old_names.translate(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"run_dir: expected the directory of a run, got {run_dir} ({error}). Name one that "
-            "holds configs and models."
-        ) from None
-    return {**source, "bundle_root": str(Path(run_dir).absolute())}
-
-
 def load_networks(
     bundle_root: str,
     network: torch.nn.Module,
@@ -129,7 +114,7 @@ def load_networks(
                 f"{other}: expected a run of the same plan, got another {', '.join(differing)}. "
                 "An ensemble is of runs that differ in fold, seed or network alone."
             )
-        targets = [value for path, value in allowed.walk(own) if path[-1:] == ("_target_",)]
+        targets = [value for path, value in keys.walk(own) if path[-1:] == ("_target_",)]
         allowed.check_names(source, targets)
         member = Parser(source).get_parsed_content("network_def")
         device = next(network.parameters()).device

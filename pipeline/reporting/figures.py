@@ -63,7 +63,7 @@ def plot_dice(curves: Curves, class_names: Sequence[str]) -> Figure:
     names = [_shorten(name) for name in (*class_names, "mean")]
     figure, ax = _axes_over_steps("Validation Dice", curves, 3 + 0.17 * (len(names) // 2))
     for name in class_names:
-        ax.plot(*_finite_points(curves, f"val/dice_{name}").T, marker=".")
+        ax.plot(*_finite_points(curves, f"val/mean_dice_{name}").T, marker=".")
     mean = _finite_points(curves, "val/mean_dice")
     ax.plot(*mean.T, marker=".", color="black", linestyle="solid", linewidth=2.2)
     ax.set_ylim(-0.03, 1.03)
@@ -75,7 +75,7 @@ def plot_dice(curves: Curves, class_names: Sequence[str]) -> Figure:
 def plot_loss_scale(curves: Curves, skipped: Collection[int] = ()) -> Figure:
     """Plot the loss scale over steps on an axis of powers of two, with the skipped steps."""
     figure, ax = _axes_over_steps("Loss scale", curves)
-    ax.plot(*_finite_points(curves, "AMP/loss_scale").T, drawstyle="steps-post")
+    ax.plot(*_finite_points(curves, "weight_update/loss_scale").T, drawstyle="steps-post")
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:,.15g}")
     _mark_skipped(ax, skipped)
@@ -86,7 +86,7 @@ def plot_loss_scale(curves: Curves, skipped: Collection[int] = ()) -> Figure:
 def plot_learning_rate(curves: Curves) -> Figure:
     """Plot the learning rate over steps."""
     figure, ax = _axes_over_steps("Learning rate", curves)
-    ax.plot(*_finite_points(curves, "LR").T)
+    ax.plot(*_finite_points(curves, "weight_update/lr").T)
     ax.set_ylim(bottom=0)
     return figure
 

@@ -28,11 +28,12 @@ NONE = "\N{EN DASH}"  # in place of an unknown value
 WORDS = {"True": "yes", "False": "no", "None": NONE, "": NONE}
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:
     """Write the report of a run, completely or not at all, and return the path of the page.
 
     Args:
         run_dir: Run directory; the run may be unfinished.
+        output_dir: Folder of the page; by default `report` in the run directory.
 
     Raises:
         InputError: If it is no run directory.
@@ -40,8 +41,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     page = _environment().get_template("report.html").render(run=run)
-    path = run.directory / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(output_dir or run.directory / "report", "index.html")
+    path.parent.mkdir(parents=output_dir is not None, exist_ok=True)
     write_durably(path, page.encode())
     return path
 
@@ -94,7 +95,7 @@ def draw_curves(run: Run) -> dict[str, str]:
     if "val/mean_dice" in run.curves:
         title = "Dice at each validation during training, by class."
         drawn[title] = figures.plot_dice(run.curves, run.class_names)
-    if (run.curves.get("AMP/loss_scale", np.ones((1, 2)))[:, 1] != 1).any():
+    if (run.curves.get("weight_update/loss_scale", np.ones((1, 2)))[:, 1] != 1).any():
         title = "Loss scale, which is halved at each skipped step."
         drawn[title] = figures.plot_loss_scale(run.curves, run.skipped)
     drawn["Learning rate."] = figures.plot_learning_rate(run.curves)

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.evaluation.scores import Row, read_scores
+
+# tags of earlier versions, as patterns; a run that was continued has old and new ones
+OLD_TAGS = {"^AMP/": "weight_update/", "^LR$": "weight_update/lr", "^val/dice_": "val/mean_dice_"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,13 @@ def read_curves(directory: Path) -> dict[str, np.ndarray]:
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it logs a line for every file
     events = EventAccumulator(str(directory), {"scalars": 0, "images": 1, "tensors": 1})
     events.Reload()
-    return {
-        tag: np.array([(point.step, point.value) for point in events.Scalars(tag)], float)
-        for tag in events.Tags()["scalars"]
-    }
+    curves: dict[str, np.ndarray] = {}
+    for tag in events.Tags()["scalars"]:
+        points = np.array([(point.step, point.value) for point in events.Scalars(tag)], float)
+        for pattern, replacement in OLD_TAGS.items():
+            tag = re.sub(pattern, replacement, tag)
+        curves[tag] = np.concatenate([curves.get(tag, points[:0]), points])
+    return curves
 
 
 def _read_split(directory: Path, class_names: list[str]) -> SplitScores | None:

@@ -17,6 +17,7 @@ from torch import nn
 from networks.dense_unet import DenseUNet
 from networks.kernels import self_check
 from pipeline.errors import InputError
+from pipeline.progress_bar import details
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class StepGraph:
                 return self.work(images, labels)
             self._replay = None  # frees the memory of an earlier graph
             self._replay, self._kind = self._capture(images.clone(), labels.clone()), kind
-            log.info("Steps are replayed as a CUDA graph from here on")
+            details.info("Steps are replayed as a CUDA graph from here on")
         return self._replay(images, labels)
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> Output:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from ignite.engine import Events
@@ -15,9 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline import distributed
+from pipeline.data.dataset import Cases
 from pipeline.drawing import outline_slice
+from pipeline.errors import as_bool
 from pipeline.files import nan_to_none, write_json
-from pipeline.progress_bar import ProgressBar
+from pipeline.progress_bar import ProgressBar, format_duration
 from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.flight_recorder import underflow_fraction
 from pipeline.training.progress import EPOCH_END_PENDING
@@ -25,21 +29,62 @@ from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
+UPDATE = "weight_update/"  # group of tags that stands after `train` and `val`
+NUM_WEIGHTS = 2  # best and last, with which the final scores predict each case
+
+
+class TimeLeft:
+    """Estimates the time that a run still takes, from this session's steps and validations.
+
+    Validations are every `val_interval` epochs; `scored` has the cases of the final scores. Scoring
+    a case is taken to last as long as validating it.
+    """
+
+    def __init__(self, val_interval: int, scored: Cases | None) -> None:
+        self.val_interval, self.scored = val_interval, scored
+        self._began: float | None = None
+        self._spent_s, self._number = defaultdict[str, float](float), Counter[str]()
+
+    def count(self, what: str) -> None:
+        """End what began at the last call; the first step, in which much is set up, is left out."""
+        now = time.monotonic()
+        if self._began is not None:
+            self._spent_s[what] += now - self._began
+            self._number[what] += 1
+        self._began = now
+
+    def describe(self, trainer: MixedPrecisionTrainer) -> str:
+        """Return the estimate in words; validations are in it when one was timed."""
+        step_s, validation_s = (
+            self._spent_s[what] / max(self._number[what], 1) for what in ("step", "validation")
+        )
+        progress, epochs, scored = trainer.progress, trainer.state.max_epochs, self.scored
+        num_validations: float = epochs // self.val_interval - progress.epoch // self.val_interval
+        has_scores = bool(validation_s and scored and scored.validation)
+        if scored and has_scores:
+            num_validations += NUM_WEIGHTS * (1 + len(scored.test) / len(scored.validation))
+        num_steps = epochs * trainer.steps_per_epoch - progress.step
+        left_s = num_steps * step_s + num_validations * validation_s
+        words = f"about {format_duration(left_s)} left{' with scores' * has_scores}"
+        return words if left_s >= 0.5 else ""
+
 
 class LoggingHandler:
     """Shows training and validation. It is attached before the checkpoint handler.
 
-    TensorBoard, over optimizer steps: every `log_every` steps, and at each skipped one,
-    `train/loss`, `LR` (that the step used), `AMP/loss_scale`, `AMP/skipped_steps` (cumulative),
-    `AMP/grad_norm` and `AMP/max_abs_logit`; every `underflow_every` steps (0: never)
-    `AMP/underflow_fraction`, for which the group is run in float32 too; at each validation
-    `val/mean_dice`, `val/dice_<class name>` and an image of one slice of the first case, the label
-    outlined in green and the prediction in red.
+    TensorBoard, over optimizer steps: every `log_every` steps, at each skipped one and at the last
+    one of an epoch, `train/loss`, and under `weight_update/` `lr` (that the step used),
+    `loss_scale`, `skipped_steps` (cumulative), `grad_norm` and `max_abs_logit`; every
+    `underflow_every` steps (0: never) `underflow_fraction`, for which the group is run in float32
+    too; at each validation `val/mean_dice`, `val/mean_dice_<class name>` and an image of one slice
+    of the first case, the label outlined in green and the prediction in red. TensorBoard sorts
+    groups and tags by name and opens the first two groups: loss and mean Dice.
 
     `validation.json`, of the latest validation: `epoch`, `step`, and under `cases` for each case id
     the Dice of each class by name, null where the class is in neither label nor prediction.
 
-    The console: a progress bar on a terminal, and one line per epoch.
+    The console: a progress bar on a terminal, and one line per epoch. Both say how much time is
+    left, with that of the `final_scores` of `cases`; see `TimeLeft`.
     """
 
     def __init__(
@@ -49,9 +94,14 @@ class LoggingHandler:
         *,
         log_every: int = 10,
         underflow_every: int = 0,
+        val_interval: int = 1,
+        cases: Cases | None = None,
+        final_scores: bool | str = False,
     ) -> None:
         self.run_dir, self.validator = Path(run_dir), validator
         self.log_every, self.underflow_every = log_every, underflow_every
+        scored = cases if as_bool(final_scores, "final_scores") else None
+        self.time_left = TimeLeft(val_interval, scored)
         self.bar: ProgressBar | None = None  # shows nothing where there is no terminal
         self._losses: list[float] = []  # of the epoch
         self._writer: SummaryWriter | None = None
@@ -91,29 +141,32 @@ class LoggingHandler:
 
     def _before_step(self, trainer: MixedPrecisionTrainer) -> None:
         _ = self.writer  # opened before the first step is counted
-        self._lr = trainer.optimizer.param_groups[0]["lr"]
+        self._lr = trainer.optimizer.param_groups[0]["lr"] * trainer.rate_factor
 
     def _after_backward(self, trainer: MixedPrecisionTrainer) -> None:
         """Measure underflow where it is due, while weights and gradients belong together."""
         step = trainer.progress.step + 1
         if len(trainer.group) == trainer.accumulation_steps and step % self.underflow_every == 0:
-            self.writer.add_scalar("AMP/underflow_fraction", underflow_fraction(trainer), step)
+            self.writer.add_scalar(UPDATE + "underflow_fraction", underflow_fraction(trainer), step)
 
     def _after_step(self, trainer: MixedPrecisionTrainer) -> None:
         stats, progress = trainer.last_step, trainer.progress
         assert stats is not None
-        if not stats.applied or progress.step % self.log_every == 0:
-            points = {"train/loss": stats.loss, "LR": self._lr}
-            points["AMP/skipped_steps"] = progress.skipped_steps
+        ends_epoch = progress.phase == EPOCH_END_PENDING
+        if not stats.applied or progress.step % self.log_every == 0 or ends_epoch:
+            points = {"train/loss": stats.loss, f"{UPDATE}lr": self._lr}
+            points[f"{UPDATE}skipped_steps"] = progress.skipped_steps
             for name in ("loss_scale", "grad_norm", "max_abs_logit"):
-                points[f"AMP/{name}"] = getattr(stats, name)
+                points[f"{UPDATE}{name}"] = getattr(stats, name)
             self._write(points)
+        self.time_left.count("step")
         if stats.applied:  # the loss of a skipped step may be NaN
             self._losses.append(stats.loss)
         if self.bar is None:
             total, done = trainer.state.max_epochs * trainer.steps_per_epoch, progress.step - 1
-            self.bar = ProgressBar(total=total, initial=done, unit="step", dynamic_ncols=True)
-        self.bar.set_postfix(loss=f"{stats.loss:.3f}", refresh=False)
+            self.bar = ProgressBar(desc="Training", total=total, initial=done, unit="step")
+        self.bar.left = self.time_left.describe(trainer)
+        self.bar.set_postfix_str(f"loss {stats.loss:.3f}", refresh=False)
         self.bar.update()
 
     def _after_first_case(self, validator: Evaluator) -> None:
@@ -129,7 +182,8 @@ class LoggingHandler:
         if metric is not None:
             details = state.metric_details[state.key_metric_name]
             classes = details["classes"]
-            self._write({"val/mean_dice": metric, **{f"val/dice_{n}": classes[n] for n in classes}})
+            by_class = {f"val/mean_dice_{name}": classes[name] for name in classes}
+            self._write({"val/mean_dice": metric} | by_class)
             cases = {
                 case_id: dict(zip(classes, map(nan_to_none, dice), strict=True))
                 for case_id, dice in details["cases"].items()
@@ -138,14 +192,14 @@ class LoggingHandler:
             write_json(self.run_dir / "validation.json", content)
         self.writer.flush()
         self._present = set()
-        epochs, elapsed_s = trainer.state.max_epochs, trainer.elapsed_s
-        remaining_s = elapsed_s / progress.epoch * (epochs - progress.epoch)
+        self.time_left.count("rest" if metric is None else "validation")
         parts = [
-            f"epoch {progress.epoch}/{epochs}, step {progress.step}",
+            f"epoch {progress.epoch}/{trainer.state.max_epochs}, step {progress.step}",
             f"loss {statistics.fmean(self._losses):.4f}" if self._losses else "",
             f"mean Dice {metric:.4f}" if metric is not None else "",
             f"skipped steps {progress.skipped_steps}" if progress.skipped_steps else "",
-            f"{elapsed_s:.0f} s, about {remaining_s:.0f} s left",
+            format_duration(trainer.elapsed_s),
+            self.time_left.describe(trainer),
         ]
         self._losses.clear()
         with tqdm.external_write_mode():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +25,19 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from networks import fused_layers
+from networks.dense_unet import DenseUNet
+from networks.kernels import self_check
 from pipeline import distributed, errors
 from pipeline.distributed import SummedDDP
 from pipeline.files import NO_ROOM
 from pipeline.precision import BufferSnapshot, Precision, StepStats, require_float32
+from pipeline.progress_bar import details
 from pipeline.signals import interruptible
 from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
-from pipeline.training.graph import GRAPH_MODES, StepGraph, has_hooks
+from pipeline.training.early_end import EarlyEnding
+from pipeline.training.graph import GRAPH_MODES, StepGraph, compare_replay, has_hooks
 from pipeline.training.prefetch import PrefetchingLoader, Prepared
 from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 
@@ -77,6 +83,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         cuda_graph: `auto` (on CUDA with one rank), `cuda_graphs` or `none`: whether forward pass,
             loss and backward pass are replayed as a CUDA graph (`StepGraph`), which they are not
             while a module has a hook, or an event between them has a handler.
+        run_dir: Where `stop.json` asks for an early end; see `EarlyEnding`.
         initial_weights: Replace the network's weights of these names, before any checkpoint.
         kwargs: As SupervisedTrainer takes them, such as `inferer` or `prepare_batch`:
             `(batch, device, non_blocking) -> (image, label)`, augmentation included.
@@ -98,6 +105,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         grace_s: float = 25.0,
         replica: SummedDDP | None = None,
         cuda_graph: str = "auto",
+        run_dir: Path | None = None,
         initial_weights: Mapping[str, torch.Tensor] | None = None,
         train_handlers: list | None = None,
         **kwargs: Any,
@@ -122,13 +130,14 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.trial_step: dict[str, int | None] | None = None  # as `TrialStep` leaves it
         # whether training ends here, decided before handlers of a step or epoch save the state
         self.interrupted = self._is_told_to_end = False
+        self.early = EarlyEnding(run_dir, max_epochs)
         spans_ranks = isinstance(loss_function, protocols.SpansRanks)
         self._spans_ranks = spans_ranks and loss_function.is_over_ranks  # type: ignore[attr-defined]
         self._buffers = BufferSnapshot(network)
         self._batches = PrefetchingLoader(train_data_loader, self._prepare, precision.device)
         super().__init__(
             device=precision.device,
-            max_epochs=max_epochs,
+            max_epochs=min(max_epochs, self.early.end.epoch) if self.early.end else max_epochs,
             train_data_loader=train_data_loader,
             network=network,
             optimizer=optimizer,
@@ -174,22 +183,27 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._batches.prefetch()  # while the device works; the host waits for it in the step
         if ends_group:
-            step = self.last_step = self.precision.step(
-                self.optimizer,
-                self._loss,
-                self._max_logit,
-                self._buffers.norm(self.precision.device),
-                grad_clip=self.grad_clip,
-                counts=(len(images) * self.accumulation_steps, self._is_told_to_end),
-            )
+            samples = len(images) * self.accumulation_steps
+            with self.early.lowered_rates(self.optimizer, self.rate_factor):
+                step = self.last_step = self.precision.step(
+                    self.optimizer,
+                    self._loss,
+                    self._max_logit,
+                    self._buffers.norm(self.precision.device),
+                    grad_clip=self.grad_clip,
+                    counts=(samples, self._is_told_to_end, self.early.is_asked()),
+                )
             if not step.applied:
                 self._buffers.restore()
             else:
                 self.lr_scheduler.step()
                 if self.replica:
                     self.replica.average_running_stats()
-            samples, told_to_end = step.sums
-            self.progress.record_step(step.applied, round(samples), self.steps_per_epoch)
+            all_samples, told_to_end, asked_to_end_early = step.sums
+            self.progress.record_step(step.applied, round(all_samples), self.steps_per_epoch)
+            if asked_to_end_early > 0:
+                where = self.progress.step, self.steps_per_epoch, self.state.max_epochs
+                self.state.max_epochs = self.early.decide(*where)
             self._end_if(told_to_end > 0)
             self.fire_event(StepEvents.STEP_COMPLETED)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -257,10 +271,11 @@ class MixedPrecisionTrainer(SupervisedTrainer):
 
         Raises `TrainingStopped` after `stop`, and `TrainingInterrupted` after `interrupt`.
         """
-        log.info("%s", self.precision)
         requested, effective = self.describe().values()
+        log.info("Training in %s", describe_in_words(self))
+        details.info("%s", self.precision)
         for name in ("loss_backend", "cuda_graph"):
-            log.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
+            details.info("%s in force: %s; asked for: %s", name, effective[name], requested[name])
         if self.precision.device.type == "cpu":
             keep_freed_memory()
         if self.progress.phase == FINALIZING and self.progress.epoch < self.state.max_epochs:
@@ -307,6 +322,7 @@ class MixedPrecisionTrainer(SupervisedTrainer):
             self.stop(reason)
 
     def _begin_round(self) -> None:
+        self.early.end = None
         self.progress.phase = STEPPING
         schedule, rates = self._schedule
         self.lr_scheduler.load_state_dict(deepcopy(schedule))
@@ -358,6 +374,12 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.state.iteration = self.progress.step * self.accumulation_steps
 
     @property
+    def rate_factor(self) -> float:
+        """What multiplies the scheduler's learning rates in the next step."""
+        end = self.early.end
+        return end.rate_factor(self.progress.step, self.steps_per_epoch) if end else 1.0
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds in training and validation, over all sessions of the run."""
         return time.monotonic() - self._started
@@ -368,6 +390,25 @@ class MixedPrecisionTrainer(SupervisedTrainer):
         self.progress.phase = FINALIZING if last else STEPPING
         if not last:
             self._end_if(any(distributed.all_gather_object(self._is_told_to_end)))
+
+
+def describe_in_words(trainer: MixedPrecisionTrainer) -> str:
+    """Return what is in force: precision, device, and what makes steps fast there."""
+    precision, effective = trainer.precision, trainer.describe()["effective"]
+    device, ranks, threads = precision.device, distributed.size(), torch.get_num_threads()
+    where = f"a CPU ({threads} thread{'s' * (threads > 1)})"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else where
+    x = torch.zeros((1, 2, 2, 2, 2), device=device, dtype=precision.dtype)  # as activations are
+    layers = fused_layers.serves(x.contiguous(memory_format=precision.memory_format))
+    fused = ["layers"] * (layers and isinstance(trainer.network, DenseUNet))
+    fused += ["loss"] * (effective["loss_backend"] == "triton")
+    words = f"{precision.mode}{' with loss scaling' * effective['loss_scaling']} on "
+    words += where if ranks == 1 else f"{ranks} ranks, each on {where}"
+    words += ("", f", fused {''.join(fused)}", ", fused kernels")[len(fused)]
+    if trainer._graph and not self_check.find_fault(compare_replay, device):
+        words += ", CUDA graph"
+    is_missed = precision.amp and precision.dtype == torch.float32
+    return words + "; mixed precision was asked for, a CPU trains in float32" * is_missed
 
 
 def max_abs(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

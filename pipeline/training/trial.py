@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -28,6 +30,8 @@ from pipeline.data.memory import available_bytes
 from pipeline.data.plan import Plan
 from pipeline.errors import InputError, innermost
 from pipeline.precision import buffers_kept
+from pipeline.progress_bar import details
+from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.protocols import LabelMapMetric
 from pipeline.training.trainer import MixedPrecisionTrainer
 
@@ -35,6 +39,9 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 SHARE_OF_CARD = 0.75  # of what is free: cases that are kept on the card may take the rest
+LONG_S = 600  # steps that take longer are told of before they begin
+SAMPLE = 64  # largest side of a patch with which a step is timed on a CPU
+TIMED_S = 3  # after which no further step is timed
 STRIDE = 32  # what most networks divide a patch by, or less
 
 
@@ -63,13 +70,24 @@ class TrialStep:
         device = trainer.precision.device
         metrics = [one for one in self.metrics.values() if isinstance(one, LabelMapMetric)]
         with distributed.sync_errors(), _state_kept(trainer.network, trainer.optimizer, device):
-            batch = _first_batch(trainer.data_loader)
-            images, labels = trainer.prepare_batch(batch, device, trainer.non_blocking)
-            where = f"trial step with {', '.join(batch.get('case_id', ['the first batch']))}"
-            peak = try_step(trainer, images, labels, metrics, where)
+            for _ in range(2):
+                began = time.monotonic()
+                batch = _first_batch(trainer.data_loader)
+                images, labels = trainer.prepare_batch(batch, device, trainer.non_blocking)
+                where = f"trial step with {', '.join(batch.get('case_id', ['the first batch']))}"
+                peak = try_step(trainer, images, labels, metrics, where)
+                step_s = trainer.accumulation_steps * (time.monotonic() - began)
+                num_steps = trainer.state.max_epochs * trainer.steps_per_epoch
+                if device.type == "cuda" or num_steps * step_s < LONG_S:
+                    break  # else once more, since the first step is the slowest
         trainer.trial_step = {"batch_size": len(images), "peak_bytes": peak}
         reserved = "" if peak is None else f", {peak / GIB:.2f} GiB reserved"
-        log.info("Trial step with %d patches: all fits together%s", len(images), reserved)
+        details.info("Trial step with %d patches: all fits together%s", len(images), reserved)
+        if device.type == "cpu" and num_steps * step_s > LONG_S:
+            said = (
+                "%d steps of %.2g s take about %.1f hours on this CPU; --time_budget 1h limits them"
+            )
+            log.info(said, num_steps, step_s, num_steps * step_s / 3600)
 
 
 def try_step(
@@ -145,6 +163,36 @@ def fit_batch_size(objects: Mapping[str, Any], plan: Plan) -> Plan:
     return replace(plan, batch_size=size, reasons={**plan.reasons, "batch_size": reason})
 
 
+def time_step(objects: Mapping[str, Any], plan: Plan) -> float:
+    """Return about how many seconds a step of a plan takes here, with random patches.
+
+    On a CPU it is one patch, of `SAMPLE` voxels a side at most, of which the rest is concluded.
+    It is tried with `network`, `loss_function`, `optimizer` and `precision` of `objects`.
+    """
+    network, optimizer, precision = (objects[k] for k in ("network", "optimizer", "precision"))
+    on_cpu = precision.device.type == "cpu"
+    roi_size = [min(n, SAMPLE) for n in plan.roi_size] if on_cpu else plan.roi_size
+    shape = (1 if on_cpu else plan.batch_size, plan.in_channels, *roi_size)
+    images = torch.rand(shape, device=precision.device)
+    labels = (plan.num_classes * images[:, :1]).byte()
+    network.train()
+    if on_cpu:
+        keep_freed_memory()
+    seconds = list[float]()
+    while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < TIMED_S):
+        began = time.monotonic()
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = objects["loss_function"](network(images), labels)
+        precision.backward(loss)
+        optimizer.step()
+        next(iter(network.parameters())).sum().item()  # waits for the device
+        seconds.append(time.monotonic() - began)
+    # the first one is the slowest
+    part = shape[0] * math.prod(roi_size) / (plan.batch_size * math.prod(plan.roi_size))
+    return min(seconds[1:]) / part
+
+
 def _first_batch(loader: Any) -> dict[str, Any]:
     """Load a batch in this process: workers would be started for it, and ended again."""
     if isinstance(loader, DataLoader):
@@ -215,9 +263,7 @@ def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) 
     """Put back weights, buffers, optimizer and random states at the end."""
     weights = [parameter.detach().to("cpu", copy=True) for parameter in network.parameters()]
     moments = {parameter: deepcopy(state) for parameter, state in optimizer.state.items()}
-    states = random.getstate(), np.random.get_state()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), buffers_kept(network):
+    with random_states_kept(device), buffers_kept(network):
         try:
             yield
         finally:
@@ -226,5 +272,15 @@ def _state_kept(network: nn.Module, optimizer: Optimizer, device: torch.device) 
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
             optimizer.state.update(moments)
+
+
+@contextlib.contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Put back the random states of Python, NumPy, PyTorch and the device at the end."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
             random.setstate(states[0])
             np.random.set_state(states[1])

@@ -31,6 +31,7 @@ SETTINGS = {
     "network_def#num_dense_layers": 1, "network_def#growth_rate": 4, "network_def#dropout": 0.2,
     "network_def#strides": [[2, 2, 1], [2, 2, 2]], "steps_per_epoch": 5, "max_epochs": 4,
     "val_interval": 1, "warmup_steps": 1, "log_every": 1, "checkpoint_every": EVERY,
+    "learning_rate": 0.005,
     "final_scores": False, "report": False,  # half of the time of such a run
 }  # fmt: skip
 
