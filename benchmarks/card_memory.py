@@ -34,7 +34,6 @@ from pipeline.training import graph
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2
 CARDS_GIB = (8, 12, 24)
-CHANNELS = 32
 DATASETS: dict[str, dict[str, Any]] = {
     "hippocampus": {
         "cases": 260, "shape": (35, 50, 35), "spacing": (1.0, 1.0, 1.0), "classes": 3,
@@ -65,23 +64,21 @@ def planned(dataset: dict[str, Any], device: str) -> Plan:
         classes=[ClassFingerprint(name, number, 1.0) for name in names],
     )
     cases = SimpleNamespace(
-        class_names=names, channel_names=[dataset["channel"]], ignore_value=None, name="noise"
-    )
+        class_names=names, channel_names=[dataset["channel"]], ignore_value=None, name="noise",
+        description={}, train=range(number * 4 // 5),
+    )  # fmt: skip
     found: Any = SimpleNamespace(fingerprint=fingerprint, cases=cases, require_sound=lambda: None)
     split: Any = {"split_file": None, "data_roots": []}
     settings: Any = dict.fromkeys(SETTINGS, AUTO)
-    return DataModule(".", "noise", "cache", split, "full", settings, AUTO, device, CHANNELS).plan(
-        found
-    )
+    return DataModule(".", "noise", "cache", split, "full", settings, AUTO, device).plan(found)
 
 
 def config_of(plan: Plan, mode: str) -> gpu_memory.Config:
     """What `gpu_memory` trains."""
-    return {
-        "mode": mode, "roi_size": list(plan.roi_size), "batch_size": plan.batch_size,
-        "strides": plan.strides, "base_channels": CHANNELS, "num_classes": plan.num_classes,
-        "norm": "instance", "recompute_levels": 0,
-    }  # fmt: skip
+    names = "strides", "base_channels", "num_classes", "norm"
+    values = {name: getattr(plan, name) for name in names}
+    sizes = {"roi_size": list(plan.roi_size), "batch_size": plan.batch_size}
+    return {"mode": mode, **sizes, **values, "recompute_levels": 0}
 
 
 def predicted(config: gpu_memory.Config) -> dict[str, int]:
