@@ -142,6 +142,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_tiny(dataset: Path, output_dir: Path, *files: str, **changes: Any) -> int:
     """`pipeline.run` on a dataset with the tiny settings; returns the exit status."""
+    pytest.importorskip("fcntl", reason="training needs Linux or macOS")
     from pipeline.run import main
 
     return main(["configs/amp.json", *files, *tiny_words(dataset, output_dir, **changes)])
