@@ -24,11 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InputError, as_bool
+from pipeline.progress_bar import details
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)  # for data checks of rank 0; a death is noticed at once
 
-log = logging.getLogger(__name__)
 _object_group: dist.ProcessGroup | None = None  # None: the default group
 _is_local = False  # inside of `local_only`
 _has_ended = False  # a rank has raised, so that none listens any more
@@ -293,7 +293,7 @@ class DistributedSettings:
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
                 self._batch_norm = "synchronized"
         all_gather_object(None)  # DDP would wait for a rank that has failed
-        log.info("Process group in force: %s", self.describe())
+        details.info("Process group in force: %s", self.describe())
         return SummedDDP(network)
 
     def describe(self) -> dict[str, Any]:

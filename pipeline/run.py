@@ -21,7 +21,7 @@ from pipeline.config import command_line, keys, old_names
 from pipeline.config.command_line import CommandParser, find_path_fault, require_path
 from pipeline.config.compose import Composed, compose_located, find_config
 from pipeline.config.old_names import INFERENCE, read_inference_config
-from pipeline.errors import InputError, refuse, require
+from pipeline.errors import InputError, refuse
 
 AMP = "configs/amp.json"
 PHANTOM = "data/phantom"  # the one dataset_dir that makes itself
@@ -65,8 +65,6 @@ def run_config(
     with _sync_errors():
         composed = compose_run(files, overrides)
         trains = is_training(composed.source)
-        is_one = replayed_step is None or os.environ.get("WORLD_SIZE", "1") == "1"
-        require(is_one, "--replay_step", "one process", "several", "Use python.")
     with command_line.loading():
         from pipeline.lifecycle import workflow
     if replayed_step is None:

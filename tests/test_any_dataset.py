@@ -182,7 +182,11 @@ def test_run_refuses_a_damaged_plan_in_one_line(train, tmp_path, text):
         ("num_classes", 2, "class_names: expected 2 names, background included, got 3."),
         ("in_channels", 4, "in_channels: expected 1, the channels of the images, got 4."),
         ("test_fraction", 2, "test_fraction: expected 0 to below 1, got 2."),
-        ("split_file", "missing.json", "missing.json: expected JSON, got: "),
+        (
+            "split_file",
+            "missing.json",
+            "--split_file: expected a JSON file, found nothing at missing.json",
+        ),
     ],
 )
 def test_run_answers_a_mistyped_value_and_starts_without_it(train, tmp_path, key, value, message):

@@ -238,7 +238,7 @@ def test_replay_of_what_is_not_there_is_one_line(poisoned, tmp_path, capfd):
     assert poisoned(tmp_path / "r", **POISON, **HALF) == 0
     for step, changes, message in (
         (4, {}, "replay_step: expected a skipped step whose weights are in "),
-        ("three", {}, "--replay_step: expected the number of a skipped step, got 'three'."),
+        ("three", {}, "argument --replay_step: invalid int value: 'three'"),
         (3, {"seed": 1}, "got other values of seed"),
     ):
         capfd.readouterr()

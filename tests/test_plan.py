@@ -369,7 +369,7 @@ def test_plan_takes_steps_by_cases_and_patches(cases, batch_size, accumulation, 
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "ranks", "norm"), [(3, 1, "instance"), (4, 1, "batch"), (7, 2, "instance")]
+    ("batch_size", "ranks", "norm"), [(3, 1, "instance"), (4, 1, "batch"), (7, 2, "batch")]
 )
 def test_plan_takes_batch_norm_from_four_patches_on(batch_size, ranks, norm):
     fingerprint = fingerprint_of([[1, 1, 1]], [[32, 32, 32]])

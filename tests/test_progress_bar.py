@@ -33,7 +33,8 @@ def test_bar_shows_nothing_where_there_is_no_terminal():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (9000, "2.5 h")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (89, "89 s"), (100, "1.7 min"), (9000, "2.5 h")],
 )
 def test_format_duration_takes_the_unit_that_suits(seconds, words):
     assert format_duration(seconds) == words

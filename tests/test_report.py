@@ -186,7 +186,7 @@ def test_command_says_where_the_report_is_or_why_there_is_none(finished_run, a_c
     assert main([str(a_copy)]) == 1
     assert "expected a writable directory" in capsys.readouterr().err
     assert main(["no/such/run"]) == 2
-    assert "no/such/run: expected a run directory, got one without" in capsys.readouterr().err
+    assert "RUN: expected the directory of a run, found nothing at" in capsys.readouterr().err
 
 
 def test_chosen_cases_are_the_worst_the_median_and_the_best():

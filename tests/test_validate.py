@@ -216,7 +216,7 @@ LEGAL = {
             },
         ],
     },
-    "relative ids": {"train#sampler#batch_size": "@###accumulation_steps", "a": "@#seed"},
+    "relative ids": {"train#sampler#batch_size": "@###accumulation_steps", "train#seed": "@##seed"},
     "values as monai.bundle passes them": {"amp": "false", "network_def#deep_supervision": "true"},
     "augmentation off": {"augmentation": {"spatial": {"flip": {"prob": 0}}, "intensity": {}}},
     "a file's own remark": {"_meta_": {"version": "1", "note": "any text, 100 %"}},

@@ -229,9 +229,8 @@ class Planner:
         return axes, "no class name tells left from right" if 0 in axes else swapped
 
     def _choose_norm(self) -> Choice:
-        patches = self.chosen["batch_size"] // self.num_ranks
-        each = "" if self.num_ranks == 1 else " on each rank"
-        reason = f"a micro-batch has {patches} patches{each}; batch from {MIN_BATCH_NORM} on"
+        patches = self.chosen["batch_size"]  # of all ranks, whose statistics are one on CUDA
+        reason = f"a micro-batch has {patches} patches; batch from {MIN_BATCH_NORM} on"
         return ("batch" if patches >= MIN_BATCH_NORM else "instance"), reason
 
     def _choose_learning_rate(self) -> Choice:

@@ -362,7 +362,7 @@ class Lifecycle:
         if self.source.get("batch_size") != AUTO or device.type != "cuda":
             return plan
         names = ("network", "loss_function", "optimizer", "precision")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device]):
             parser = self._parser(plan)
             fitted = fit_batch_size({name: parser.get_parsed_content(name) for name in names}, plan)
         if fitted is plan:

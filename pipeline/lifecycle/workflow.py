@@ -13,7 +13,7 @@ from pipeline.config import validate
 from pipeline.config.compose import Composed
 from pipeline.config.keys import CONFIGS
 from pipeline.config.parser import Parser, Resolver
-from pipeline.errors import InputError, describe_failure, innermost, print_failure
+from pipeline.errors import InputError, describe_failure, innermost, print_failure, require
 from pipeline.signals import interruptible_at_once
 from pipeline.training.flight_recorder import replay_kept
 
@@ -71,7 +71,10 @@ def run_workflow(composed: Composed, trains: bool, allow: Collection[str] = ()) 
 
 def replay(composed: Composed, step: int, allow: Collection[str] = ()) -> dict[str, Any]:
     """Replay a skipped step of the run that is there; raise an `InputError` if it is not."""
-    validate.check_config(composed, allow)
+    with distributed.sync_errors():
+        is_one = distributed.size() == 1
+        require(is_one, "--replay_step", "one process", "several", "Use python.")
+        validate.check_config(composed, allow)
     composed.override({"initialize": [], "train#handlers": []})
     parser = make_parser(composed)
     lifecycle = build(parser, "lifecycle")

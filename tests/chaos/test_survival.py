@@ -184,7 +184,7 @@ def test_worker_that_fails_ends_the_run_in_one_line(dataset, tmp_path, kind, mes
     run = Run(tmp_path, dataset, num_workers=1, worker_timeout_s=2, allow=f"faults.{kind}")
     run.words.insert(1, str(overlay))
     assert run.finish() == 1
-    line = next(line for line in run.output.splitlines() if "expected workers that" in line)
+    line = next(line for line in run.output.splitlines() if "num_workers: expected " in line)
     assert message in line
     assert "Traceback" not in run.output
 
