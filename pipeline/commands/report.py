@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
 
@@ -21,7 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    require_path("RUN", options.run_dir, "the directory of a run")
+    require_path("RUN", Path(options.run_dir, "configs/train.json"), "the directory of a run")
     with loading():
         from pipeline.reporting.report import write_report
 

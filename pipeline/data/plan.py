@@ -29,7 +29,7 @@ MIN_POOLED_VOXELS = 4  # of an axis after pooling
 THICK_RATIO = 3  # between the coarsest and finest spacing; above it, slices are thick
 MIN_BATCH, MAX_BATCH_SHARE = 2, 0.05  # of all voxels of the dataset
 CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
-MIN_BATCH_NORM = 4  # patches of a micro-batch on each rank from which on batch norm is used
+MIN_BATCH_NORM = 4  # patches of a micro-batch, of all ranks, from which on batch norm is used
 STEPS_PER_EPOCH, DRAWS = 250, 80  # DRAWS: how often a training case is drawn, for each patch
 MIN_STEPS, MAX_STEPS = 2_000, 20_000
 # the learning rate and its warm-up are those of benchmarks/peer_hippocampus.py
