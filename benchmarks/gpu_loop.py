@@ -41,8 +41,9 @@ from torch.utils.data import RandomSampler
 from benchmarks import machine
 from benchmarks.gpu_training import REAL
 from benchmarks.stock import torchs_own_layers
-from pipeline.config.command_line import parse_overrides
+from pipeline.config.command_line import CommandParser
 from pipeline.config.compose import compose_located
+from pipeline.config.keys import KEYS
 from pipeline.lifecycle.workflow import build, make_parser
 from pipeline.precision import Precision
 from pipeline.training.graph import StepGraph
@@ -51,6 +52,11 @@ from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 FIXED, PROFILED = 4, 30  # batches of the bare step; steps
 TINY = {"roi_size": [16, 16, 16], "base_channels": 4, "preflight": "off", "num_workers": 0}
+
+
+def overrides_of(words: list[str]) -> dict[str, Any]:
+    """The values of a command line."""
+    return dict(CommandParser("", None, keys=KEYS).parse(words).overrides)
 
 
 class Ours:
@@ -238,7 +244,7 @@ def main() -> None:
         options = [word for key, value in given.option for word in (f"--{key}", value)]
         ours = Ours(
             {
-                **parse_overrides(REAL),
+                **overrides_of(REAL),
                 "dataset_dir": given.data,
                 "output_dir": f"{folder}/run",
                 "cache_dir": f"{folder}/cache",
@@ -248,7 +254,7 @@ def main() -> None:
                 "max_epochs": 1,
                 "val_interval": 10**6,
                 **(TINY if given.tiny else {}),
-                **parse_overrides(options),
+                **overrides_of(options),
             }
         )
         try:

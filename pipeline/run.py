@@ -24,7 +24,6 @@ from pipeline.config.old_names import INFERENCE, read_inference_config
 from pipeline.errors import InputError, refuse
 
 AMP = "configs/amp.json"
-PHANTOM = "data/phantom"  # the one dataset_dir that makes itself
 PATHS = ("run_dir", "ensemble", "input", "dataset_dir", "output_dir")  # of the command line
 COMMON = (
     "dataset_dir", "output_dir", "time_budget", "max_epochs", "steps_per_epoch", "batch_size",
@@ -35,13 +34,10 @@ COMMON = (
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a config; return the exit status. By default `words` are this process's command line."""
-    defaults = json.loads(find_config(AMP).read_text())
-    table = {**keys.PREDICTION_KEYS, **keys.KEYS}
-    table = {key: table[key] for key in (*keys.KEYS, *keys.PREDICTION_KEYS)}
+    table = {**keys.KEYS, **keys.PREDICTION_KEYS, **keys.KEYS}  # first those of training
     table["run_dir"] = keys.Key("path list[path]", keys.FREE, "run or bundle to predict with")
     words_shown = "[CONFIG.json ...] [--dataset_dir DATASET_DIR] [--key value ...]"
-    common = [key for key in COMMON if key in table]
-    parser = CommandParser("train", __doc__, words_shown, table, common, defaults)
+    parser = CommandParser("train", __doc__, words_shown, table, COMMON, "amp.json")
     parser.add_argument("configs", metavar="CONFIG.json", nargs="*", help=f"none: {AMP}")
     step = "look again at step N, which was skipped, of the run that is there"
     parser.add_argument("--replay_step", type=int, metavar="N", help=step)
@@ -98,7 +94,7 @@ def compose_run(files: Sequence[str], overrides: keys.Config) -> Composed:
     composed.check_keys(trains)
     source = composed.source
     root, dataset_dir = Path(str(source.get("bundle_root", "."))), source.get("dataset_dir")
-    wanted = {} if not trains or dataset_dir == PHANTOM else {"dataset_dir": "a dataset"}
+    wanted = {} if not trains or dataset_dir == keys.PHANTOM else {"dataset_dir": "a dataset"}
     wanted |= {"init_weights": "a file of weights", "split_file": "a JSON file"} if trains else {}
     wanted |= {} if trains else {"input": "images to predict"}
     faults = []

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from monai.bundle import ConfigParser, ReferenceResolver
 
 from pipeline.config import allowed
-from pipeline.config.command_line import CommandParser, parse_overrides, read_allowed
+from pipeline.config.command_line import CommandParser, read_allowed
 from pipeline.config.compose import compose_located
 from pipeline.config.keys import KEYS, walk
 from pipeline.config.parser import Parser
@@ -26,6 +26,10 @@ AMP = "configs/amp.json"
 @pytest.fixture(autouse=True)
 def in_the_repository(at_the_root):
     """Configs are named as the user names them."""
+
+
+def overrides_of(words: list[str]) -> dict:
+    return CommandParser("", None, keys=KEYS).parse(words).overrides
 
 
 def refused(tmp_path, overlay: dict, capfd) -> str:
@@ -319,13 +323,13 @@ def test_logging_conf_and_modules_beside_the_config_are_not_used(tmp_path, datas
     written = tmp_path / "written.txt"
     logs = logs.replace("StreamHandler", "FileHandler").replace("sys.stdout", f"'{written}'")
     (folder / "logging.conf").write_text(logs)
-    make_parser(compose_located([str(folder / "amp.json")], parse_overrides(["--seed", "1"])))
+    make_parser(compose_located([str(folder / "amp.json")], overrides_of(["--seed", "1"])))
     assert not written.exists()
     assert str(tmp_path) not in " ".join(sys.path)
 
 
 def test_override_may_be_any_text_that_monai_leaves_alone():
     words = ["--output_dir", "runs/a_target_b", "--group_pattern", r"^([^@%$]+)_\d+$"]
-    assert parse_overrides(words) == {
+    assert overrides_of(words) == {
         "output_dir": "runs/a_target_b", "group_pattern": r"^([^@%$]+)_\d+$",
     }  # fmt: skip

@@ -162,6 +162,21 @@ def test_part_of_a_config_is_merged_over_the_shipped_one(tmp_path, dataset, comm
     assert json.loads((tmp_path / "r/summary.json").read_text())["steps"] == 1
 
 
+def test_configs_of_the_working_directory_do_not_disturb(command, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("amp.json", "inference.json"):
+        (tmp_path / "configs" / name).write_text("{")
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "check", "predict", "certify"):
+        assert command(name, "--help")[0] == 0
+    status, told = command("train", "--seed", 1)
+    assert (status, told.count("\n")) == (2, 1)
+    assert told.startswith("configs/amp.json: expected JSON, got: ")
+    status, told = command("predict", ".", tmp_path, "out")
+    assert (status, told.count("\n")) == (2, 1)
+    assert told.startswith("run_dir: expected the directory of a run, got . (")
+
+
 def test_public_names_are_there_and_loaded_when_used():
     code = "import ampseg, sys; assert 'torch' not in sys.modules; ampseg.DenseUNet(1, 2)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -12,7 +12,6 @@ run failed, 2 a mistake in input or config, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,17 +19,15 @@ from functools import partial
 
 from pipeline import run
 from pipeline.config.command_line import CommandParser, loading, number_in, run_parsed
-from pipeline.config.compose import find_config
 from pipeline.config.keys import KEYS, PRECISIONS
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Certify; returns the exit status. By default `words` are this process's command line."""
     words = list(sys.argv[1:] if words is None else words)
-    defaults = json.loads(find_config(run.AMP).read_text())
     shown = "[CONFIG.json ...] [--dataset_dir DATASET_DIR] [--key value ...]"
     common = ("dataset_dir", "output_dir", "group_pattern", "device")
-    parser = CommandParser("certify", __doc__, shown, KEYS, common, defaults)
+    parser = CommandParser("certify", __doc__, shown, KEYS, common, "amp.json")
     add = parser.add_argument
     add("configs", metavar="CONFIG.json", nargs="*", help=f"none: {run.AMP}")
     add("--dtypes", nargs="+", choices=PRECISIONS, default=[*PRECISIONS], help="tf32: CUDA only")

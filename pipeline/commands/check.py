@@ -9,14 +9,12 @@ Exit status: 0 sound (warnings apart), 2 a fault in the data or a mistake on the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import run
 from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
-from pipeline.config.compose import find_config
 from pipeline.config.keys import KEYS, Config
 from pipeline.errors import InputError, require
 
@@ -25,8 +23,7 @@ COMMON = ("fold", "group_pattern", "exclude", "split_file", "preflight", "cache_
 
 def main(words: Sequence[str] | None = None) -> int:
     """Check a dataset; returns the exit status."""
-    defaults = json.loads(find_config(run.AMP).read_text())
-    parser = CommandParser("check", __doc__, "DATASET_DIR [--plan]", KEYS, COMMON, defaults)
+    parser = CommandParser("check", __doc__, "DATASET_DIR [--plan]", KEYS, COMMON, "amp.json")
     parser.add_argument("folder", metavar="DATASET_DIR", nargs="?", help="folder or table")
     parser.add_argument("--plan", action="store_true", help="show values that are auto, and why")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")

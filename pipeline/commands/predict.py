@@ -21,11 +21,10 @@ from pathlib import Path
 from pipeline import run
 from pipeline.config import keys
 from pipeline.config.command_line import CommandParser, require_path, run_parsed
-from pipeline.config.compose import find_config
 from pipeline.config.old_names import INFERENCE
 from pipeline.errors import InputError, require
 
-CONFIG = "configs/inference.json"
+CONFIG = keys.CONFIGS / "inference.json"  # whatever the working directory has
 COMMON = (
     "output_dir", "device", "mirror", "overlap", "weights", "ensemble", "probabilities",
     "min_volume_ml", "keep_largest", "fill_holes", "strict",
@@ -35,11 +34,10 @@ MAX_INFLATION = 20  # of a zipped bundle; weights hardly shrink
 
 def main(words: Sequence[str] | None = None) -> int:
     """Predict, given the words after the command or this process's; return the exit status."""
-    defaults = json.loads(find_config(CONFIG).read_text())
     table = {**keys.KEYS, **keys.PREDICTION_KEYS}
-    table = {key: spec for key, spec in table.items() if key in defaults}
+    table = {key: table[key] for key in json.loads(CONFIG.read_text()) if key in table}
     shown = "RUN INPUT OUTPUT_DIR [--key value ...]"
-    parser = CommandParser("predict", __doc__, shown, table, COMMON, defaults)
+    parser = CommandParser("predict", __doc__, shown, table, COMMON, CONFIG.name)
     add = parser.add_argument
     add("run_dir", metavar="RUN", help="run directory, bundle, or zip file of a bundle")
     add("images", metavar="INPUT", help="NIfTI file, DICOM series, or folder of these")
@@ -53,7 +51,7 @@ def _predict(given: argparse.Namespace) -> int:
     require_path("INPUT", given.images, "images to predict")
     with _open_bundle(given.run_dir) as run_dir:
         paths = {"run_dir": run_dir, "input": given.images, "output_dir": output_dir}
-        return run.run_config([CONFIG], {**given.overrides, **paths}, given.allow)
+        return run.run_config([str(CONFIG)], {**given.overrides, **paths}, given.allow)
 
 
 @contextlib.contextmanager

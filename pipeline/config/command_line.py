@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 
 from pipeline.config import old_names
 from pipeline.config.compose import LIST_REMEDY, split_id
-from pipeline.config.keys import KEYS, MARKS, PREDICTION_KEYS, SPECIAL, Key, read_word, walk
+from pipeline.config.keys import (
+    CONFIGS,
+    KEYS,
+    MARKS,
+    PREDICTION_KEYS,
+    SPECIAL,
+    Key,
+    read_word,
+    walk,
+)
 from pipeline.errors import InputError, describe_import_failure, nearest, refuse, require
 
 HELP = ("-h", "--help")
@@ -42,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
         words: The words without `--`, and the most important options, as usage shows them.
         keys: Keys of a config that are options as well; what is typed is in `overrides`.
         common: Those that the short help lists.
-        defaults: Values of keys that the help shows.
+        config: Name of the shipped config whose values the help shows.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
         words: str = "",
         keys: Mapping[str, Key] | None = None,
         common: Sequence[str] = (),
-        defaults: Mapping[str, Any] | None = None,
+        config: str = "",
     ) -> None:
         super().__init__(
             f"ampseg {command}",
@@ -65,10 +74,10 @@ class CommandParser(argparse.ArgumentParser):
         )
         self.keys, self.common = keys or {}, common
         self._rest = self.add_argument_group("all keys of the config")
+        values = json.loads((CONFIGS / config).read_text()) if config else {}
         for key in (*common, *(key for key in self.keys if key not in common)):
-            value = (defaults or {}).get(key)
-            text, shown = self.keys[key].meaning, json.dumps(value)
-            is_setting = key in (defaults or {}) and not re.search(r'"[$@]|_target_', shown)
+            text, shown = self.keys[key].meaning, json.dumps(values.get(key))
+            is_setting = key in values and not re.search(r'"[$@]|_target_', shown)
             self._add_key(key, f"{text} ({shown})" if is_setting else text)
         if keys:
             self.epilog = "Parts of objects are named with #: --train#trainer#max_epochs 3"
@@ -155,12 +164,6 @@ def _find_value_fault(key: str, value: Any) -> str | None:
             got = f"--{key}: expected a JSON value or a plain string, got {special or inner!r}."
             return f"{got} Expressions and references belong into a file, `_target_` likewise."
     return None
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read `--key value` pairs, or raise an `InputError`; `--key` may stand for a true one."""
-    known = {**PREDICTION_KEYS, **KEYS}
-    return dict(CommandParser("", None, keys=known).parse(words).overrides)
 
 
 def read_allowed(words: Sequence[str]) -> list[str]:

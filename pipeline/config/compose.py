@@ -138,12 +138,7 @@ def _read(file: str) -> tuple[Config, dict[Keys, str]]:
         text = old_names.name_own_classes(path, path.read_text())
         content = json.loads(text, object_pairs_hook=_make_object)
         places = {at: f"{file}:{line}" for at, line in _number_lines(text).items()}
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:  # of huge numbers and deep nesting, too
+    except (LookupError, TypeError, ValueError, RecursionError) as error:  # deep nesting, too
         raise InputError(f"{file}: expected JSON, got: {error}. Mend the file.") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, got a {type(content).__name__}.")

@@ -20,6 +20,7 @@ Config = dict[str, Any]
 Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
 MARKS = ("$", "@", "%")  # with which a string begins that is no text
 SPECIAL = ("_desc_", "_disabled_", "_mode_", "_requires_", "_target_")  # keys that MONAI reads
+PHANTOM = "data/phantom"  # the one dataset_dir that makes itself
 _PACKAGED = File(__file__).parents[1] / "configs"
 # where amp.json and the others are: in the installed package, or in the repository
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else File(__file__).parents[2] / "configs"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_type_hints
 
 from pipeline import distributed
+from pipeline.config.keys import PHANTOM
 from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases, given_cases, load_cases
 from pipeline.data.memory import available_bytes
@@ -15,7 +16,6 @@ from pipeline.data.plan import AUTO, SETTINGS, Plan, Planner
 from pipeline.data.preflight import Preflight, preflight
 from pipeline.precision import resolve_device
 
-PHANTOM = Path("data/phantom")  # the one dataset_dir that makes itself
 GPU_BUDGET_BYTES, CPU_BUDGET_BYTES = 8 * 2**30, 2 * 2**30
 # of what a card has free: cases that are kept there may take a quarter, augmentation a little
 SHARE_OF_CARD = 0.7
