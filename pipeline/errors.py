@@ -179,6 +179,14 @@ def refuse(faults: Iterable[str]) -> None:
         raise InputError(*lines)
 
 
+def printable(text: object) -> str:
+    """Return text without control characters, escapes among them, other than line break and tab.
+
+    Names of files and classes come from others, and a terminal obeys what a name tells it.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
 def some(words: Sequence[str]) -> str:
     """Name the first five words, and count the others."""
     return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")

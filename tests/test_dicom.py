@@ -7,7 +7,8 @@ from monai.transforms import LoadImaged
 from pydicom.uid import JPEG2000, RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
-from transforms.load import DicomError, LoadVolumesd, dicom_files, read_series
+from transforms.dicom import DicomError, dicom_files, read_series
+from transforms.load import LoadVolumesd
 
 # RAS directions of a row, of a column and from slice to slice
 AXIAL = [(-1, 0, 0), (0, -1, 0), (0, 0, 1)]  # head first, supine: a row runs to the left

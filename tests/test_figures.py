@@ -5,11 +5,11 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import ImageColor
 from scipy import ndimage
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.reporting import case_images, figures
+from pipeline import drawing
+from pipeline.reporting import figures
 from pipeline.reporting.run_files import read_curves
 
 
@@ -20,20 +20,14 @@ def largest_white(picture: np.ndarray) -> tuple[slice, slice]:
     return ndimage.find_objects(found)[int(np.argmax(sizes))]
 
 
-def tinted(picture: np.ndarray) -> int:
-    """Number of pixels in the colour of voxels that differ, over the grey 0.5."""
-    red, green, blue = np.moveaxis(picture.astype(float), 2, 0)
-    return int(((red - green > 50) & (blue > 60)).sum())
-
-
-def draw_plane(case: case_images.CaseVolumes, name: str = "axial") -> np.ndarray:
-    return np.asarray(case_images.draw_plane(case, name))
+def draw_plane(case: drawing.CaseVolumes, name: str = "axial") -> np.ndarray:
+    return np.asarray(drawing.draw_plane(case, name))
 
 
 def volumes(label: np.ndarray, pred: np.ndarray):
     image = np.full(label.shape, 0.5)
     image[..., 0], image[..., -1] = 0, 1  # so that all between is in the middle of the window
-    return case_images.CaseVolumes(image, label, pred, np.ones(3))
+    return drawing.CaseVolumes(image, label, pred, np.ones(3))
 
 
 def write(tmp_path, name: str, ras: np.ndarray, spacing=(1, 1, 1), axes: str = "RAS"):
@@ -56,10 +50,10 @@ def test_plane_shows_right_anterior_superior_at_the_upper_left(tmp_path, axes):
         "image": write(tmp_path, "image", image, axes=axes),
         "label": write(tmp_path, "label", label, axes=axes[::-1]),  # the same grid otherwise
     }
-    case = case_images.read_case(paths)
+    case = drawing.read_case(paths)
     np.testing.assert_array_equal(case.image, image)
     np.testing.assert_array_equal(case.label, label)
-    for name in case_images.PLANES:
+    for name in drawing.PLANES:
         picture = draw_plane(case, name)
         rows, columns = largest_white(picture)
         height, width, _ = picture.shape
@@ -74,35 +68,46 @@ def test_plane_is_to_scale_in_mm(tmp_path):
         key: write(tmp_path, key, volume, (1, 2, 4), "ASL")
         for key, volume in (("image", image), ("label", np.zeros(image.shape, np.uint8)))
     }
-    case = case_images.read_case(paths)
+    case = drawing.read_case(paths)
     for name, expected in {"axial": 10 / 20, "coronal": 10 / 40, "sagittal": 20 / 40}.items():
         height, width = (s.stop - s.start for s in largest_white(draw_plane(case, name)))
         assert width / height == pytest.approx(expected, rel=0.06)  # a pixel or two
 
 
-def test_plane_outlines_both_and_tints_what_differs_also_where_only_the_class_does():
+def count_pixels(picture: np.ndarray, value: int) -> int:
+    return int((picture == drawing.class_color(value)).all(axis=2).sum())
+
+
+def test_plane_outlines_the_label_solid_and_the_prediction_dashed_in_the_colours_of_classes():
     label = np.zeros((30, 30, 30), int)
     label[5:15, 5:15, 5:15], label[16:26, 5:15, 5:15] = 1, 2
-    swapped = np.choose(label, [0, 2, 1])
-    assert tinted(draw_plane(volumes(label, label))) == 0
-    assert tinted(draw_plane(volumes(label, swapped))) > 5_000
-    half = label * (np.arange(30) > 9)[:, None, None]
-    picture = draw_plane(volumes(label, half))
-    assert tinted(picture) > 1_000
-    for colour in (case_images.LABEL, case_images.PREDICTION):
-        assert (picture == ImageColor.getrgb(colour)).all(axis=2).sum() > 100
+    nothing = np.zeros_like(label)
+    solid, dashed = (draw_plane(volumes(*n)) for n in ((label, nothing), (nothing, label)))
+    for value in (1, 2):
+        drawn, in_dashes = count_pixels(solid, value), count_pixels(dashed, value)
+        per_px = drawn / drawing.LABEL_WIDTH, in_dashes / drawing.PREDICTION_WIDTH
+        assert 0.35 < per_px[1] / per_px[0] < 0.65
+    swapped = draw_plane(volumes(label, np.choose(label, [0, 2, 1])))
+    left = swapped[:, : swapped.shape[1] // 2]  # one organ, in both colours
+    assert min(count_pixels(left, 1), count_pixels(left, 2)) > 500
+
+
+def test_class_colors_differ_and_neighbours_do_so_clearly():
+    colors = np.array([drawing.class_color(value) for value in range(1, 141)], int)
+    assert len({tuple(one) for one in colors.tolist()}) == 140
+    assert np.abs(np.diff(colors, axis=0)).sum(axis=1).min() > 60
 
 
 def test_case_has_no_prediction_where_the_label_is_ignored_and_none_on_another_grid(tmp_path):
     label = np.zeros((6, 5, 4), np.uint8)
     label[0], label[1] = 255, 1
     paths = {key: write(tmp_path, key, label) for key in ("image", "label")}
-    case = case_images.read_case({**paths, "pred": write(tmp_path, "pred", label**0)}, 255)
+    case = drawing.read_case({**paths, "pred": write(tmp_path, "pred", label**0)}, 255)
     for voxels in (case.label, case.pred):
         assert voxels[:2].max(axis=(1, 2)).tolist() == [0, 1]
     paths["pred"] = write(tmp_path, "pred", label, (1, 1, 2))
     with pytest.raises(ValueError, match="expected pred and image on one grid"):
-        case_images.read_case(paths)
+        drawing.read_case(paths)
 
 
 def test_case_has_the_first_of_its_channels(tmp_path):
@@ -112,7 +117,7 @@ def test_case_has_the_first_of_its_channels(tmp_path):
     together = tmp_path / "both.nii.gz"
     nib.save(nib.Nifti1Image(np.stack([first, second], axis=3), np.eye(4)), together)
     for image in (files, together):
-        case = case_images.read_case({"image": image, "label": label})
+        case = drawing.read_case({"image": image, "label": label})
         np.testing.assert_array_equal(case.image, first)
 
 

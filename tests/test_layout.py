@@ -26,7 +26,7 @@ ORDER = (
 )
 RANK = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 APART = {("prediction", "training"), ("bundle", "reporting"), ("reporting", "bundle")}
-USES = {"data": {"transforms"}, "training": {"transforms", "networks"},
+USES = {"drawing": {"transforms"}, "data": {"transforms"}, "training": {"transforms", "networks"},
         "prediction": {"transforms", "networks"}, "evaluation": {"transforms"},
         "reporting": {"transforms"}, "bundle": {"transforms", "networks"}}  # fmt: skip
 OWN = ("pipeline", "transforms", "networks", "configs", "tests", "notebooks", "benchmarks")
@@ -112,7 +112,7 @@ def test_rooms_are_few_and_the_whole_is_small():
         if path.suffix in (".html", ".json", ".md", ".j2")
     ]
     lines = sum(len(path.read_text().splitlines()) for path in [*files, *others])
-    assert (len(files) <= 100, lines <= 17_100) == (True, True), (len(files), lines)
+    assert (len(files) <= 100, lines <= 17_650) == (True, True), (len(files), lines)
 
 
 def test_public_names_stand_once():

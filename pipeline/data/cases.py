@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
-from transforms.load import dicom_files
+from transforms.dicom import dicom_files
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label

@@ -14,7 +14,7 @@ from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, reso
 from pipeline.data.layouts import read_layout
 from pipeline.data.splits import GroupPattern, Sides, split_by_file, split_by_hash
 from pipeline.errors import DatasetIssue, InputError, nearest, refuse, require
-from transforms.load import dicom_files
+from transforms.dicom import dicom_files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import Case, files_of
 from pipeline.errors import DatasetIssue, InputError, make_issue
+from transforms.dicom import DicomError, read_geometry, read_series
 from transforms.grid import TOLERANCE_MM, align, compare
-from transforms.load import DicomError, read_geometry, read_series
 from transforms.preprocess import MAX_VALUE, round_labels
 
 MAX_TRAILING_BYTES = 2**16  # after the voxels; some writers pad

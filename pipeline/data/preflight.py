@@ -19,7 +19,7 @@ from pipeline.data.dataset import Cases
 from pipeline.data.nifti import Headers, VolumeError, check_headers, count_channels
 from pipeline.data.statistics import CaseStatistics, DatasetFingerprint, make_fingerprint, recall
 from pipeline.errors import DatasetIssue, make_issue, refuse, some
-from transforms.load import DicomError
+from transforms.dicom import DicomError
 
 SIDES = ("train", "validation", "test")
 UNPLANNED = ("unreadable", "missing", "shape", "spacing", "singular")  # with these there is no plan

@@ -30,7 +30,7 @@ from pipeline.errors import InputError, as_bool, innermost, some
 from pipeline.files import make_directory, replace_file
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
 from pipeline.progress_bar import ProgressBar
-from transforms.load import read_geometry
+from transforms.dicom import read_geometry
 from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
+from pipeline import drawing
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.files import write_durably
-from pipeline.reporting import case_images, figures
+from pipeline.reporting import figures
 from pipeline.reporting.run_files import Run, SplitScores, read_run
 
 # measure: name with unit, format
@@ -70,7 +71,7 @@ def _environment() -> Environment:
     }
     functions = (choose_cases, make_case_table, draw_boxes, draw_curves, draw_planes, shlex.quote)
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"MEASURES": SHOWN_MEASURES, "case_images": case_images}
+    environment.globals |= {"MEASURES": SHOWN_MEASURES, "drawing": drawing}
     return environment
 
 
@@ -117,12 +118,12 @@ def draw_boxes(scores: SplitScores) -> dict[str, str]:
 def draw_planes(run: Run, scores: SplitScores, case_id: str) -> list[tuple[str, str, int, int]]:
     """Return caption, PNG in base64, width and height of each plane of a case; none if it moved."""
     try:
-        case = case_images.read_case(scores.find_files(case_id), run.plan.get("ignore_value"))
+        case = drawing.read_case(scores.find_files(case_id), run.plan.get("ignore_value"))
     except (OSError, ValueError, KeyError):
         return []
     planes = []
-    for name, axis in case_images.PLANES.items():
-        picture, content = case_images.draw_plane(case, name), io.BytesIO()
+    for name, axis in drawing.PLANES.items():
+        picture, content = drawing.draw_plane(case, name), io.BytesIO()
         picture.save(content, format="png", optimize=True)
         png = base64.b64encode(content.getvalue()).decode()
         where = f"{name} slice {case.place(axis) + 1} of {case.image.shape[axis]}"
