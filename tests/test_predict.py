@@ -357,6 +357,16 @@ def test_labels_are_never_overwritten_but_predictions_are(predict, dataset, tmp_
     assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
 
 
+def test_files_of_others_beside_the_results_are_never_overwritten(predict, dataset, tmp_path):
+    image = dataset / "imagesTr/tiny_001.nii.gz"
+    for name in ("index.html", "labels.json", "predictions.json"):
+        out = tmp_path / name.replace(".", "_")
+        out.mkdir()
+        (out / name).write_text('{"mine": 1}')
+        assert predict(image, output_dir=str(out)) == 2
+        assert [path.name for path in out.iterdir()] == [name]
+
+
 def test_interrupted_prediction_lists_what_it_could_not_do(predict, tmp_path, monkeypatch, capsys):
     broken(tmp_path)
 

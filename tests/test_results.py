@@ -119,7 +119,7 @@ def test_results_of_a_folder_are_those_of_all_its_predictions(tmp_path):
     assert not re.search("[\x1b\u202e]", (tmp_path / "index.html").read_text())
     (tmp_path / "a.nii.gz").unlink()
     assert len(write(second)[0]) == 2
-    (tmp_path / "predictions.json").write_text('{"cases": [1]}')  # somebody else's
+    (tmp_path / "predictions.json").write_text('{"model": 1, "class_names": 2, "cases": [1]}')
     assert len(write(second)[0]) == 2
 
 

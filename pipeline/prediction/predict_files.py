@@ -30,7 +30,13 @@ from pipeline.errors import InputError, as_bool, innermost, some
 from pipeline.files import make_directory
 from pipeline.prediction.dicom_output import is_segmentation, load_highdicom, save_segmentation
 from pipeline.prediction.nifti_output import is_prediction, save_like
-from pipeline.prediction.results import CaseResult, count_voxels, draw_pictures, write_results
+from pipeline.prediction.results import (
+    CaseResult,
+    count_voxels,
+    draw_pictures,
+    find_foreign_files,
+    write_results,
+)
 from pipeline.prediction.segmenter import (
     PredictionError,
     Segmentation,
@@ -162,9 +168,10 @@ class Prediction:
             load_highdicom()
         targets = [path for case in self.cases for path in self._targets(case)]
         owns = {True: is_segmentation, False: is_prediction}
-        if foreign := [
+        foreign = [
             path.name for path in targets if path.exists() and not owns[path.suffix == ".dcm"](path)
-        ]:
+        ]
+        if foreign := foreign + find_foreign_files(self.output_dir):
             raise InputError(
                 f"output_dir: expected a folder without other files of the results' names, got "
                 f"{some(foreign)} in {self.output_dir}. Choose another."

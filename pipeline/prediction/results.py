@@ -25,6 +25,7 @@ from pipeline.drawing import PLANES, CaseVolumes, class_color, draw_plane
 from pipeline.errors import printable
 from pipeline.files import replace_file, write_csv, write_durably, write_json
 
+FILES = ("predictions.json", "volumes.csv", "labels.json", "labels.ctbl", "index.html")
 PICTURES = "pictures"  # folder of the slices
 LONG_SIDE = 360  # pixels of a slice
 QUALITY = 80  # of WebP
@@ -97,7 +98,7 @@ def write_results(
     cases = [found[case_id] for case_id in sorted(found)]
     listed = {case.case_id: {**asdict(case), "volumes_ml": case.volumes_ml} for case in cases}
     content = {"model": model, "class_names": [*class_names], "cases": listed}
-    write_json(folder / "predictions.json", content)
+    write_json(folder / FILES[0], content)
     rows = [
         {"case": case.case_id, "class": name, "ml": round(ml, 4), "voxels": case.voxels[name]}
         for case in cases
@@ -109,11 +110,25 @@ def write_results(
     write_durably(folder / "index.html", _render(folder, cases, class_names, model).encode())
 
 
+def find_foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that `write_results` would overwrite, but did not write."""
+    found = [name for name in FILES if (folder / name).exists()]
+    return [] if _read_content(folder) else found
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    """Read `predictions.json` as it was written; empty if it is not there or is another file."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        content = json.loads((folder / FILES[0]).read_text())
+        if content.keys() == {"model", "class_names", "cases"}:
+            return dict(content)
+    return {}
+
+
 def _read_earlier(folder: Path, class_names: Sequence[str]) -> dict[str, CaseResult]:
     """Read results of the same classes whose predictions are still there; none if damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        content = json.loads((folder / "predictions.json").read_text())
-        earlier = {}
+    content, earlier = _read_content(folder), {}
+    with contextlib.suppress(TypeError, KeyError, AttributeError):
         for case_id, values in content["cases"].items():
             del values["volumes_ml"]
             case = CaseResult(**values)
