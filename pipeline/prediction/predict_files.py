@@ -30,7 +30,7 @@ from pipeline.errors import InputError, as_bool, innermost, some
 from pipeline.files import make_directory, replace_file
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
 from pipeline.progress_bar import ProgressBar
-from transforms.dicom import read_geometry
+from transforms.dicom import is_dicom, read_geometry
 from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     with their codes, pixdim, units. The affine of a DICOM series becomes sform and qform, in mm.
     """
     image: Any
-    if Path(source).is_dir():
+    if is_dicom(source):
         _, affine = read_geometry(str(source))
         image = nib.Nifti1Image(voxels, affine)
         image.set_sform(affine, code="scanner")
