@@ -17,7 +17,7 @@ from monai.data import MetaTensor, NibabelReader
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, ensure_tuple
 
-from transforms.dicom import read_series
+from transforms.dicom import is_dicom, read_series
 
 
 class LoadVolumesd(MapTransform):
@@ -49,7 +49,7 @@ def open_volume(path: str | Path) -> Any:
     A `ValueError` says that it is neither. The affine is nibabel's, even if `pixdim` differs:
     NibabelReader would then replace the sform by the qform, for the image but not for the label.
     """
-    if Path(path).is_dir():
+    if is_dicom(path):
         return nib.Nifti1Image(*read_series(path))
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"expected a .nii or .nii.gz file, got {Path(path).name}. Convert it.")

@@ -145,5 +145,5 @@ def _make_cases(layout: DatasetLayout, sides: Sides, excluded: list[str]) -> Cas
 
 def _size(path: str) -> int | list[int]:
     """Bytes of a file, or of each file of a DICOM series."""
-    is_series = os.path.isdir(path)
-    return list(map(os.path.getsize, dicom_files(path))) if is_series else os.path.getsize(path)
+    files = dicom_files(path)
+    return list(map(os.path.getsize, files)) if files else os.path.getsize(path)

@@ -180,11 +180,12 @@ def _pair_folders(
     a label, or if no name at all is that of a label.
     """
     paths = [
-        [Path(folder, p.name) for p in list_volumes(root / folder) if p.name.endswith(ending)]
+        {p.relative_to(root): name for p, name in list_volumes(root / folder).items()
+         if p.name.endswith(ending)}
         for folder in (image_folder, label_folder)
-    ]
+    ]  # fmt: skip
     labels = group_volumes(paths[1], lambda name: True)
-    whole = set() if num_channels else {case_name(path) for path in paths[0]} & labels.keys()
+    whole = set() if num_channels else {*paths[0].values()} & labels.keys()
 
     def is_case(name: str) -> bool:
         return name in whole or (bool(whole) and split_channel(name)[0] not in labels)

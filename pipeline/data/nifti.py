@@ -22,7 +22,7 @@ from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import Case, files_of
 from pipeline.errors import DatasetIssue, InputError, make_issue
-from transforms.dicom import DicomError, read_geometry, read_series
+from transforms.dicom import DicomError, is_dicom, read_geometry, read_series
 from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.preprocess import MAX_VALUE, round_labels
 
@@ -65,7 +65,7 @@ def read_header(path: str) -> Header:
         DicomError: If a folder is not one series.
     """
     with _name_file(path):
-        if os.path.isdir(path):
+        if is_dicom(path):
             shape, affine = read_geometry(path)
             zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
             return Header(shape, affine, np.dtype(np.float32), zooms_mm=zooms)
@@ -92,7 +92,7 @@ def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.n
         DicomError: If a slice's pixels cannot be decoded.
     """
     with _name_file(path):
-        if os.path.isdir(path):
+        if is_dicom(path):
             return read_series(path)[0]
         with _open(path, content) as file:
             file.seek(header.offset)

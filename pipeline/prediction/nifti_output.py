@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.drawing import class_color
 from pipeline.errors import printable
 from pipeline.files import replace_file
-from transforms.dicom import read_geometry
+from transforms.dicom import is_dicom, read_geometry
 
 # fields of a NIfTI header that say where voxels are, beside `pixdim`
 GRID_FIELDS = [
@@ -51,7 +51,7 @@ def save_like(
     `class_names` of a label map, background first, become an extension of the header.
     """
     image: Any
-    if Path(source).is_dir():
+    if is_dicom(source):
         _, affine = read_geometry(str(source))
         image = nib.Nifti1Image(voxels, affine)
         image.set_sform(affine, code="scanner")
