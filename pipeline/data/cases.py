@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
+from pipeline.errors import DatasetIssue, InputError, make_issue, printable, refuse, require
 from transforms.dicom import Series, dicom_files, find_series, is_dicom
 
 Case = dict[str, Any]
@@ -156,6 +156,11 @@ def resolve_paths(
         for case_id in ids
         if not re.fullmatch(CASE_ID, case_id)
     )
+    refuse(
+        f"{where}: expected names without control characters, got {name!a}. Rename it."
+        for name in (*(layout.class_names or ()), *(layout.channel_names or ()), *ids)
+        if printable(name, keep="") != name
+    )
     expected, remedy = f"one case of this name in {where}", "Rename or remove one"
     twice = {case_id: count for case_id, count in ids.items() if count > 1}
     issues = [make_issue(name, "duplicate_id", expected, twice[name], remedy) for name in twice]
@@ -269,8 +274,11 @@ def _image_case(case_id: str, channels: Channels, several: bool) -> Case:
     return {"case_id": case_id, "image": image} | ({"fault": fault} if fault else {})
 
 
-def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
-    """Match the NIfTI files of two folders by case id; gives the reasons for those without a pair.
+def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str], list[str]]:
+    """Match the NIfTI files of two folders by case id.
+
+    Returns:
+        Pairs; the reasons for predictions without one; case ids of labels without a prediction.
 
     Raises:
         InputError: If a folder does not exist, or the two have no case in common.
@@ -280,18 +288,18 @@ def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
     got = f"{len(preds)} and {len(labels)} cases, none in common"
     require(preds.keys() & labels.keys(), pred_dir, expected, got, "Check the paths.")
     pairs, refused = [], {}
-    for case_id in sorted(preds.keys() | labels.keys()):
-        pred, label = preds.get(case_id, []), labels.get(case_id, [])
+    for case_id, pred in sorted(preds.items()):
+        label = labels.get(case_id, [])
         for kind, folder, paths in ("prediction", pred_dir, pred), ("label", label_dir, label):
             if not paths:
-                expected, got = f"a {kind} in {folder}", "found none. Add it or take the other away"
-                refused[case_id] = f"expected {expected}, {got}."
+                remedy = "Add it or take the prediction away."
+                refused[case_id] = f"expected a {kind} in {folder}, found none. {remedy}"
             elif len(paths) > 1:
                 got = " and ".join(path.name for path in paths)
                 refused[case_id] = f"expected one {kind} in {folder}, got {got}. Remove one."
         if case_id not in refused:
             pairs.append((case_id, pred[0], label[0]))
-    return pairs, refused
+    return pairs, refused, sorted(labels.keys() - preds.keys())
 
 
 def _files(folder: Path, what: str) -> dict[str, list[Path]]:
