@@ -160,6 +160,24 @@ def test_report_shows_equal_weights_once_and_no_constant_curve(a_copy):
     assert html_of(a_copy).count("Validation cases, last weights</summary>") == 1
 
 
+def test_report_judges_by_the_test_cases_and_folds_the_others(a_copy):
+    shutil.copytree(a_copy / "scores/validation_best", a_copy / "scores/test_last")
+    file = a_copy / "scores/test_last/summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "refused": {"a": "why"}}))
+    html = html_of(a_copy)
+    assert "Test cases6" in Tags(html).text
+    assert '<section id="scores"><h2>Test cases</h2>' in html
+    assert "1 more could not be scored" in html[: html.index("<details>")]
+    assert html.count("Validation cases, best weights</summary>") == 1
+
+
+def test_report_names_the_dataset_of_an_earlier_versions_run(a_copy):
+    summary = json.loads((a_copy / "summary.json").read_text())
+    assert summary.pop("dataset") == "tiny"
+    (a_copy / "summary.json").write_text(json.dumps(summary))
+    assert "Trained on tiny:" in html_of(a_copy)
+
+
 def test_report_has_no_script_and_names_no_other_place(html, finished_run, dataset):
     tags = Tags(html)
     policy = next(m for m in tags.of("meta") if m.get("http-equiv") == "Content-Security-Policy")

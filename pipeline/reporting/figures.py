@@ -106,11 +106,8 @@ def plot_boxes(
 ) -> Figure:
     """Plot a box for each class: quartiles, whiskers to 1.5 times their distance, and cases.
 
-    Args:
-        values: `nan` is left out.
-        label: Name of the values, with their unit.
-        limit: Largest possible value.
-        shown: Classes to plot; by default all.
+    `label` names the values with their unit, `limit` is the largest possible one, `shown` names the
+    classes to plot, by default all. Values that are `nan` are left out.
     """
     colors = _choose_colors(values, shown)
     figure, ax = _axes(label, "", height=0.9 + 0.34 * max(len(colors), 1))

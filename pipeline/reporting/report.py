@@ -47,8 +47,8 @@ def write_report(run_dir: str | Path, output_dir: str | Path | None = None) -> P
     """
     run = read_run(run_dir)
     path = Path(output_dir or run.directory / "report", "index.html")
-    template = _environment().get_template("report.html")
-    page = template.render(run=run, links=find_links(run, path.parent))
+    values = {"run": run, "links": find_links(run, path.parent)}
+    page = _environment().get_template("report.html").render(values)
     path.parent.mkdir(parents=output_dir is not None, exist_ok=True)
     write_durably(path, page.encode())
     return path
