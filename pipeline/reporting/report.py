@@ -149,9 +149,7 @@ def draw_curves(run: Run) -> dict[str, str]:
 
 def draw_scores(scores: SplitScores) -> dict[str, str]:
     """Return captions and figures of volumes and scores by class, as SVG."""
-    caption = (
-        "Predicted against true volume of each class in each case; on the line both are equal."
-    )
+    caption = "Predicted against true volume of each class and case; on the line both are equal."
     volumes = (scores.by_class(f"{which}_volume_ml") for which in ("label", "pred"))
     drawn = {caption: figures.to_svg(figures.plot_volumes(*volumes), caption)}
     shown = choose_classes(scores)
