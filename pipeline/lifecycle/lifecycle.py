@@ -428,6 +428,7 @@ class Lifecycle:
         summary = summarize_run(
             trainer,
             self.run_dir,
+            dataset=cases.name,
             dataset_hash=cases.fingerprint,
             config_hash=keys.identity_hash(self._portable),
             init_weights=self._start,
