@@ -13,6 +13,7 @@ from pydicom import uid
 from pydicom.pixels import get_decoder
 from scipy.spatial.transform import Rotation
 
+from transforms import dicom
 from transforms.dicom import DicomError, is_dicom, read_geometry, read_series, read_slices
 from transforms.load import LoadVolumesd
 
@@ -102,6 +103,19 @@ def test_read_series_names_the_extra_when_a_decoder_is_not_installed(tmp_path, s
     write_series(tmp_path, stored, affine_of(), change=change)
     monkeypatch.setattr(get_decoder(uid.JPEGLSLossless), "_available", {})
     with pytest.raises(DicomError, match=r'Install the extra: pip install "ampseg\[dicom\]"\.$'):
+        read_series(tmp_path)
+
+
+def test_read_series_names_the_file_when_a_decoder_panics(tmp_path, stored, monkeypatch):
+    class PanicException(BaseException):  # as of decoders in Rust
+        pass
+
+    def panic(*args, **kwargs):
+        raise PanicException("index out of bounds")
+
+    write_series(tmp_path, stored, affine_of())
+    monkeypatch.setattr(dicom, "pixel_array", panic)
+    with pytest.raises(DicomError, match=r"in IM000\d, got: index out of bounds\. Replace"):
         read_series(tmp_path)
 
 
@@ -420,7 +434,7 @@ def test_read_series_refuses_a_missing_slice(tmp_path, stored, missing):
 def test_read_series_refuses_a_file_that_is_no_dicom_file(tmp_path, stored):
     write_series(tmp_path, stored, affine_of())
     (tmp_path / "IM0003").write_bytes(b"damaged")
-    with pytest.raises(DicomError, match=r"nothing but DICOM files in .*, got IM0003"):
+    with pytest.raises(DicomError, match=r"nothing but whole DICOM files in .*, got IM0003\."):
         read_series(tmp_path)
 
 
