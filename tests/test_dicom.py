@@ -203,14 +203,15 @@ def test_read_series_leaves_out_and_logs_what_is_no_image_of_a_volume(tmp_path, 
     scout = new_file(uid.CTImageStorage, uid.generate_uid())
     scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     screen = new_file(uid.SecondaryCaptureImageStorage, uid.generate_uid())
-    for one in scout, screen:
+    index = new_file(uid.MediaStorageDirectoryStorage, None, None, "INDEX")
+    for one in scout, screen, index:
         set_pixels(one, stored[:, :, 0])
         one.save_as(tmp_path / one.SOPInstanceUID, enforce_file_format=True)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
         read_geometry(tmp_path)  # says it no more
     told = sorted(line.rpartition(", ")[2] for line in caplog.messages)
-    kinds = sorted([*KINDS, "LOCALIZER", "secondary capture"])
+    kinds = sorted([*KINDS, "LOCALIZER", "secondary capture", "INDEX"])
     assert told == [f"1 of {kind}" for kind in kinds]
 
 

@@ -184,7 +184,7 @@ def _read_head(path: Path, time_ns: int) -> tuple[str, str, str, int]:
         _require(is_dicom(path), "a DICOM file")
         head = _read(path, HEAD)
         uid, number = (str(head.get(f"Series{key}") or "") for key in ("InstanceUID", "Number"))
-        _require(uid, "a SeriesInstanceUID")
+        _require(uid or _kind(head), "a SeriesInstanceUID")
         return _kind(head), uid, number, int(head.get("NumberOfFrames") or 1)
     except Exception:  # pydicom raises many kinds for a broken file
         return UNKNOWN, "", "", 1
