@@ -44,12 +44,8 @@ class DatasetLayout:
 
 
 def case_name(path: str | Path) -> str:
-    """File name without folder and `.nii` or `.nii.gz`; other dots belong to the name."""
-    return _replace_unsafe(re.sub(r"\.nii(\.gz)?$", "", Path(path).name))
-
-
-def _replace_unsafe(name: str) -> str:
-    """Replace what a terminal obeys, or some file system does not take, by `_`."""
+    """File name without folder and `.nii` or `.nii.gz`; `_` stands for unsafe characters."""
+    name = re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
     return "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
 
 
@@ -108,9 +104,9 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
     for one, home, top in zip(series, homes, tops, strict=True):
         beside = [h.relative_to(top).parts for h, t in zip(homes, tops, strict=True) if t == top]
         levels = zip(home.relative_to(top).parts, zip_longest(*beside), strict=False)
-        words = [case_name(top), *(part for part, names in levels if len({*names}) > 1)]
+        words = [top.name, *(part for part, names in levels if len({*names}) > 1)]
         words += [f"series{one.number}"] if homes.count(home) > 1 else []
-        name = _replace_unsafe("_".join(words))
+        name = case_name("_".join(words))
         counts[name] += 1
         name += f"_{counts[name]}" if counts[name] > 1 else ""
         named[home if within[home] == 1 else one.files[0]] = name
@@ -227,8 +223,8 @@ def list_images(
     if place.is_file() and place.name.endswith(ENDINGS):
         cases = _group_file(place, num_channels)
     elif place.is_file() and is_dicom(place):
-        number = "".join(f"_series{one.number}" for one in find_series(place))
-        cases = _group({place: case_name(place.parent) + _replace_unsafe(number)}, num_channels)
+        numbers = [f"_series{one.number}" for one in find_series(place)]
+        cases = _group({place: case_name("".join([place.parent.name, *numbers]))}, num_channels)
     else:
         cases = _group(list_volumes(place), num_channels)
     expected = f"NIfTI files or DICOM series in {folder}"
