@@ -12,12 +12,14 @@ from typing import Any
 
 from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
 from transforms.dicom import dicom_files
+from transforms.formats import FORMATS, find_ending, list_files
+from transforms.segmentation import is_dicom_label
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label
 Channels = dict[str, list[Path]]  # volumes by channel number, which is empty for no channel
 
-ENDINGS = (".nii.gz", ".nii")
+ENDINGS = tuple(FORMATS)
 CASE_ID = r"[^/\\\0\n]*[^/\\\0\n.][^/\\\0\n]*"
 
 
@@ -26,8 +28,8 @@ class DatasetLayout:
     """A dataset as it is stored.
 
     A case is a dictionary with `case_id`, `image` (a path, or a list with one per channel), `label`
-    and, where declared, `group`, which names the person. A path is the absolute name of a NIfTI
-    file, or of a folder that holds a DICOM series; links in it are kept.
+    and, where declared, `group`, which names the person. A path is the absolute name of a file, or
+    of a folder that holds a DICOM series or, as a label, a DICOM Segmentation; links are kept.
     """
 
     root: Path = Path()  # folder of the dataset, links resolved
@@ -43,8 +45,9 @@ class DatasetLayout:
 
 
 def case_name(path: str | Path) -> str:
-    """File name without folder and `.nii` or `.nii.gz`; other dots belong to the name."""
-    return re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
+    """File name without folder and the ending of a volume; other dots belong to the name."""
+    endings = "|".join(map(re.escape, (*ENDINGS, ".dcm")))
+    return re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
 
 
 def split_channel(name: str) -> tuple[str, str]:
@@ -73,13 +76,19 @@ def paths_of(case: Mapping[str, Any]) -> list[str]:
 
 
 def list_volumes(folder: Path) -> list[Path]:
-    """NIfTI files and folders with DICOM files, by name; hidden ones are left out."""
+    """Files of volumes and folders with DICOM files, by name; hidden ones are left out."""
     return sorted(
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
         if not path.name.startswith(".")
-        and (dicom_files(path) if path.is_dir() else path.name.endswith(ENDINGS))
+        and (dicom_files(path) if path.is_dir() else find_ending(path))
     )
+
+
+def list_labels(folder: Path) -> list[Path]:
+    """List what `list_volumes` does, and single DICOM files."""
+    files = [path for path in folder.glob("[!.]*") if path.is_file()]
+    return sorted({*list_volumes(folder), *filter(is_dicom_label, files)})
 
 
 def group_volumes(
@@ -144,13 +153,13 @@ def _file_issues(
     """Files of a case that are missing, or lie outside the allowed folders."""
     for key, name in ((key, name) for key, names in files_of(case).items() for name in names):
         path = Path(os.path.abspath(root / name))
-        slices = list(path.iterdir()) if key == "image" and path.is_dir() else []
+        slices = list(path.iterdir()) if path.is_dir() else []
         if not path.is_file() and not (slices and dicom_files(path)):
             message = f"expected {key} file {name} of {where}, found none. Put it there or take "
             message += f"the case out of {Path(where).name}."
             yield DatasetIssue(case["case_id"], "missing", message)
             continue
-        real = [os.path.realpath(file) for file in (path, *slices)]
+        real = [os.path.realpath(file) for file in (*list_files(path), *slices)]
         outside = [p for p in real if not any(os.path.commonpath([p, a]) == a for a in allowed)]
         if outside:
             expected = f"{key} {name} within the dataset's folder"
@@ -166,7 +175,7 @@ def list_images(
 ) -> list[Case]:
     """List the volumes of a folder, or a single file, as cases, by name.
 
-    Volumes are NIfTI files and folders with a DICOM series; a folder of DICOM files is one case.
+    Volumes are files and folders with a DICOM series; a folder of DICOM files is one case.
     Names such as `amos_0000` are channels of one case, counted from 0, where one case or more has
     exactly `num_channels`; where these are 1 or None, all cases must have the same ones. A case
     that lacks a channel is listed with what it has.
@@ -176,7 +185,7 @@ def list_images(
             complete, and else for itself.
         num_channels: Channels of an image; None if unknown.
         root: Folder that `folder` and `labels` are relative to.
-        labels: Folder with the label of each case, `<case_id>.nii.gz` or `.nii`.
+        labels: Folder with the label of each case, such as `<case_id>.nii.gz`.
 
     Returns:
         Cases; one has a `fault`, why it cannot be predicted, where two volumes have its name.
@@ -185,18 +194,18 @@ def list_images(
         InputError: If there is no volume; one line for each case without a label.
     """
     place = Path(root, folder).absolute()
-    if place.is_file() and place.name.endswith(ENDINGS):
+    if place.is_file() and find_ending(place):
         cases = _group_file(place, num_channels)
     else:
         series = [place] if place.is_dir() and dicom_files(place) else []
         cases = _group(list_volumes(place) or series, num_channels)
-    expected = f"NIfTI files or DICOM series in {folder}"
+    expected = f"volumes ({', '.join(ENDINGS)} or DICOM series) in {folder}"
     require(cases, "input", expected, "none", "Check the path.")
     several = any(len(channels) > 1 for channels in cases.values())
     listed = [_image_case(case_id, channels, several) for case_id, channels in cases.items()]
     if labels is None:
         return listed
-    found = {case_name(path): str(path) for path in list_volumes(Path(root, labels))}
+    found = {case_name(path): str(path) for path in list_labels(Path(root, labels))}
     refuse(
         f"{case_id}: expected its label in {Path(root, labels)}, found none. Add it."
         for case_id in cases
@@ -234,13 +243,13 @@ def _image_case(case_id: str, channels: Channels, several: bool) -> Case:
 
 
 def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
-    """Match the NIfTI files of two folders by case id; gives the reasons for those without a pair.
+    """Match the label maps of two folders by case id; gives the reasons for those without a pair.
 
     Raises:
         InputError: If a folder does not exist, or the two have no case in common.
     """
     preds, labels = _files(pred_dir, "predictions"), _files(label_dir, "labels")
-    expected = f"NIfTI files named as those of {label_dir}"
+    expected = f"label maps named as those of {label_dir}"
     got = f"{len(preds)} and {len(labels)} cases, none in common"
     require(preds.keys() & labels.keys(), pred_dir, expected, got, "Check the paths.")
     pairs, refused = [], {}
@@ -259,13 +268,14 @@ def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
 
 
 def _files(folder: Path, what: str) -> dict[str, list[Path]]:
-    """NIfTI files by case id, without predicted probabilities."""
+    """Label maps by case id, without predicted probabilities."""
     try:
         os.listdir(folder)
     except OSError as error:
         expected = f"{folder}: expected a folder of {what}"
         raise InputError(f"{expected}, got: {error.strerror}. Check the path.") from None
     files = [path for path in list_volumes(folder) if path.is_file()]
+    files = list_labels(folder) if what == "labels" else files
     found = {name: one[""] for name, one in group_volumes(files, lambda name: True).items()}
     others = {f"{name}_probabilities" for name in found}
     return {name: paths for name, paths in found.items() if name not in others}

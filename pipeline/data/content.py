@@ -19,6 +19,7 @@ from pipeline import distributed
 from pipeline.data.cases import files_of
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
+from transforms.formats import list_files
 
 HASHES = "volume_cache_hashes.json"  # in cache_dir, which other programs may use as well
 MAX_THREADS = 8  # each may hold a volume in memory
@@ -130,4 +131,6 @@ def _identity(path: Path) -> str:
 
 def _list_files(path: str) -> list[Path]:
     file = Path(path).absolute()
-    return sorted(one for one in file.rglob("*") if one.is_file()) if file.is_dir() else [file]
+    if file.is_dir():
+        return sorted(one for one in file.rglob("*") if one.is_file())
+    return list_files(file)

@@ -30,8 +30,8 @@ from pipeline.errors import InputError, as_bool, innermost, some
 from pipeline.files import make_directory, replace_file
 from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
 from pipeline.progress_bar import ProgressBar
-from transforms.dicom import read_geometry
 from transforms.preprocess import Preprocessing
+from transforms.volumes import read_header
 
 log = logging.getLogger(__name__)
 
@@ -223,11 +223,11 @@ def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
     """Write a volume `(H, W, D)` or `(H, W, D, classes)` on the grid of another file, or nothing.
 
     Header fields of a NIfTI `source` that place its voxels are kept bit for bit: sform and qform
-    with their codes, pixdim, units. The affine of a DICOM series becomes sform and qform, in mm.
+    with their codes, pixdim, units. The affine of another source becomes sform and qform, in mm.
     """
     image: Any
-    if Path(source).is_dir():
-        _, affine = read_geometry(str(source))
+    if not str(source).lower().endswith((".nii", ".nii.gz")):
+        affine = read_header(str(source)).affine
         image = nib.Nifti1Image(voxels, affine)
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")
