@@ -11,9 +11,12 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, make_dataset, tiny_words
+from dicom_series import write_series
 from monai.bundle import ConfigParser
+from test_dicom_output import describe
 
 import ampseg
 from pipeline.config.command_line import CommandParser
@@ -218,23 +221,25 @@ def ampseg_command(installed: Path, folder: Path, *words: object) -> subprocess.
 
 def test_wheel_trains_predicts_reports_and_exports_from_another_folder(installed, tmp_path):
     data = make_dataset(tmp_path / "data")
+    for name in ("one", "two"):  # as a clinician has it who was handed the export
+        voxels = np.random.default_rng(0).integers(0, 99, (18, 16, 12)).astype(np.int16)
+        write_series(tmp_path / "study" / name, voxels, np.eye(4), change=describe)
     settings = {**TINY, "max_epochs": 1, "steps_per_epoch": 1, "report": True}
     words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value))]
     for line in (
         ["train", "--dataset_dir", data, "--output_dir", "run", *words],
         ["report", "run", "--output_dir", "page"],
         ["export", "run", "--formats", "torchscript"],
-        ["predict", "run_bundle.zip", data / "imagesTr", "labels"],
+        ["predict", "run_bundle.zip", "study", "labels", "--dicom_seg", "true"],
     ):
         done = ampseg_command(installed, tmp_path, *line)
         assert done.returncode == 0, (line[0], done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
-    made = "run/report/index.html run/LICENSE run/configs/logging.conf page/index.html"
-    for name in (*made.split(), "run_bundle/models/model.ts"):
+    wanted = "run/report/index.html run/LICENSE run/configs/logging.conf page/index.html"
+    for name in (*wanted.split(), "run_bundle/models/model.ts"):
         assert (tmp_path / name).stat().st_size > 0
-    assert {f.name for f in (tmp_path / "labels").iterdir()} >= {
-        f.name for f in (data / "imagesTr").iterdir()
-    }
+    made = {f.name for f in (tmp_path / "labels").iterdir()}
+    assert made >= {"one.nii.gz", "one.dcm", "two.nii.gz", "two.dcm", "index.html"}
     with zipfile.ZipFile(tmp_path / "run_bundle.zip") as bundle:
         assert any(name.endswith("configs/inference.json") for name in bundle.namelist())
 

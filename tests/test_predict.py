@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from conftest import REPOSITORY, run_tiny, write_case
 from dicom_series import write_series
 from forked import monai_bundle
 from monai.data import MetaTensor
+from test_dicom_output import describe
 from test_transforms import GRIDS, make_affine
 
 from pipeline.errors import InputError
@@ -136,6 +139,8 @@ def test_command_bundle_and_memory_agree(predict, runs, dataset, tmp_path):
         assert len(np.unique(ours)) == 3
         np.testing.assert_array_equal(labels(tmp_path / "bundle" / path.name), ours)
         array = predictor(image.get_fdata(), image.affine)
+        assert (predictor(path) == array).all()
+        assert (predictor(image) == array).all()
         tensor = predictor(MetaTensor(torch.as_tensor(image.get_fdata()[None]), image.affine))
         for got in (array, tensor):
             assert isinstance(got, MetaTensor)
@@ -234,7 +239,7 @@ def broken(folder: Path) -> dict[str, str]:
 def test_bad_cases_are_named_and_the_rest_is_done(predict, tmp_path, capsys):
     expected = broken(tmp_path)
     assert predict(tmp_path / "imagesTr") == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["good.nii.gz"]
     listed = capsys.readouterr().err.split(f"Not predicted: {len(expected)} of 8\n")[1]
     lines = dict(line.strip().split(": ", 1) for line in listed.splitlines())
     assert lines.keys() == expected.keys()
@@ -242,10 +247,54 @@ def test_bad_cases_are_named_and_the_rest_is_done(predict, tmp_path, capsys):
         assert lines[case_id].startswith(words), case_id
 
 
+def test_folder_of_predictions_shows_what_came_out(predict, tmp_path):
+    expected = broken(tmp_path)
+    path = tmp_path / "imagesTr/good.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata() * 100, image.affine), path)
+    assert predict(tmp_path / "imagesTr", dicom_seg=True) == 1
+    out = tmp_path / "out"
+    content = json.loads((out / "predictions.json").read_text())["cases"]
+    assert {case_id for case_id, of in content.items() if of["fault"]} == expected.keys()
+    got = labels(out / "good.nii.gz")
+    with open(out / "volumes.csv") as file:
+        rows = [(row["case"], row["class"], row["voxels"]) for row in csv.DictReader(file)]
+    counted = [("dim", (got == 1).sum()), ("bright", (got == 2).sum())]
+    assert rows == [("good", name, str(count)) for name, count in counted]
+    page = (out / "index.html").read_text()
+    first, second = content["good"]["warnings"]
+    assert first.startswith("expected intensities of MRI as in training")
+    assert second.startswith("dicom_seg: expected a DICOM series")
+    for text in (
+        first[:40],
+        second[:40],
+        "expected one volume of this name",
+        "dim",
+        "1 of 8 cases",
+    ):
+        assert text in page, text
+
+
+def test_series_is_predicted_as_a_dicom_segmentation_too(predict, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 99, (18, 16, 12)).astype(np.int16)
+    series = write_series(tmp_path / "images/one", voxels, np.eye(4), change=describe)
+    for _ in range(2):  # the second overwrites the first
+        assert predict(tmp_path / "images", dicom_seg=True) == 0
+    segmentation = pydicom.dcmread(tmp_path / "out/one.dcm")
+    counts = np.zeros(3, int)
+    groups = segmentation.PerFrameFunctionalGroupsSequence
+    for frame, group in zip(segmentation.pixel_array, groups, strict=True):
+        counts[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber] += frame.sum()
+    got = labels(tmp_path / "out/one.nii.gz")
+    assert counts[1:].tolist() == [(got == 1).sum(), (got == 2).sum()]
+    shutil.copy(next(series.iterdir()), tmp_path / "out/one.dcm")
+    assert predict(tmp_path / "images", dicom_seg=True) == 2  # a slice is not overwritten
+
+
 def test_strict_stops_at_the_first(predict, tmp_path, capsys):
     broken(tmp_path)
     assert predict(tmp_path / "imagesTr", strict=True) == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
     assert "Not predicted: 1 of 8" in capsys.readouterr().err
 
 
@@ -308,6 +357,16 @@ def test_labels_are_never_overwritten_but_predictions_are(predict, dataset, tmp_
     assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
 
 
+def test_files_of_others_beside_the_results_are_never_overwritten(predict, dataset, tmp_path):
+    image = dataset / "imagesTr/tiny_001.nii.gz"
+    for name in ("index.html", "labels.json", "predictions.json"):
+        out = tmp_path / name.replace(".", "_")
+        out.mkdir()
+        (out / name).write_text('{"mine": 1}')
+        assert predict(image, output_dir=str(out)) == 2
+        assert [path.name for path in out.iterdir()] == [name]
+
+
 def test_interrupted_prediction_lists_what_it_could_not_do(predict, tmp_path, monkeypatch, capsys):
     broken(tmp_path)
 
@@ -365,7 +424,10 @@ def test_predictor_refuses(runs, tmp_path):
     with pytest.raises(InputError, match="run_dir: expected the directory of a run, got nowhere"):
         Predictor("nowhere")
     for values, words in (
-        ({"devcie": "cpu"}, r"expected keys of .*inference.json, got devcie"),
+        (
+            {"devcie": "cpu"},
+            r"expected keys of .*inference.json, got devcie. Did you mean 'device'",
+        ),
         ({"device": "gpu"}, "device: expected auto, cpu or cuda"),
         ({"overlap": 1.0}, "overlap: expected 0 to below 1"),
         ({"sw_batch_size": "x"}, "sw_batch_size: expected a whole number"),
@@ -379,6 +441,10 @@ def test_predictor_refuses(runs, tmp_path):
             predictor(np.zeros((9, 9, 9)), affine)
     with pytest.raises(ValueError, match=r"expected 1 channels, .* got shape"):
         predictor(np.zeros((2, 9, 9, 9)), np.eye(4))
+    for case_id in ("a", "b"):
+        write_case(tmp_path, case_id, seed=0)
+    with pytest.raises(InputError, match="expected one image, got 2"):
+        predictor(tmp_path / "imagesTr")
     assert len(Predictor(runs / "a", ensemble=[str(runs / "b")]).segmenter.networks) == 2
 
 

@@ -54,6 +54,11 @@ def read_geometry(folder: str | Path) -> tuple[tuple[int, int, int], np.ndarray]
     return (int(slices[0].Columns), int(slices[0].Rows), len(slices)), affine
 
 
+def read_slices(folder: str | Path) -> list[Any]:
+    """Read the slices of a series in the order of `read_series`, as pydicom datasets."""
+    return _ordered_slices(Path(folder), pixels=True)[0]
+
+
 def _ordered_slices(folder: Path, *, pixels: bool) -> tuple[list[Any], np.ndarray]:
     """Return slices in the order of their places, and the affine `(4, 4)` to RAS mm."""
     files = dicom_files(folder)

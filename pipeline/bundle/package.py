@@ -251,11 +251,14 @@ def rename_modules(text: str, package: str, modules: Iterable[str]) -> str:
 
 
 def write_modules(folder: Path, package: str, modules: Mapping[str, Path]) -> int:
-    """Write modules as a package; return their number, `__init__` apart."""
+    """Write modules as a package, with templates; return their number, `__init__` apart."""
     folder.mkdir()
     (folder / "__init__.py").write_text(INIT)
     for file in modules.values():
         target = folder / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(rename_modules(file.read_text(), package, modules))
+        templates = file.with_name("templates")
+        if file.name == "__init__.py" and templates.is_dir():
+            shutil.copytree(templates, target.with_name("templates"))
     return sum(file.name != "__init__.py" for file in modules.values())

@@ -27,7 +27,7 @@ from pipeline.errors import InputError, require
 CONFIG = keys.CONFIGS / "inference.json"  # whatever the working directory has
 COMMON = (
     "output_dir", "device", "mirror", "overlap", "weights", "ensemble", "probabilities",
-    "min_volume_ml", "keep_largest", "fill_holes", "strict",
+    "dicom_seg", "min_volume_ml", "keep_largest", "fill_holes", "strict",
 )  # fmt: skip
 MAX_INFLATION = 20  # of a zipped bundle; weights hardly shrink
 

@@ -162,6 +162,7 @@ min_volume_ml | float object | free | smaller parts become background; one numbe
 keep_largest | list[str] all | free | classes of which only the largest part is kept
 fill_holes | list[str] all | free | classes whose holes are filled
 probabilities | bool | free | write the probabilities of all classes as well
+dicom_seg | bool | free | write a DICOM Segmentation for each DICOM series as well
 strict | bool | free | stop at the first case that cannot be predicted
 trained_on | object null | free | range of the training images, to warn of others
 evaluator | object | free | predicts whole volumes in all class channels, for clients

@@ -37,6 +37,7 @@ TARGETS = {  # of modules, or of single classes
 SCORING = {"run_dir": "$@lifecycle.run_dir", "is_held": "$@lifecycle.is_held", "cases": "@cases",
            "class_names": "$@plan.class_names", "ignore_value": "$@plan.ignore_value",
            "group_pattern": "@group_pattern", "preprocessing": "@preprocessing"}  # fmt: skip
+PREDICTION = {"class_names": "@class_names", "dicom_seg": "@dicom_seg"}  # since 0.3
 RENAMED = {**TOP_LEVEL, "recipe": "preprocessing_key"}  # arguments of our own classes, too
 DROPPED = {
     "DataModule": ("amp", "amp_dtype", "base_channels", "windows"),
@@ -66,7 +67,8 @@ def translate(node: Any, key: str = "") -> Any:
     kept = {name: node[name] for name in node if name not in DROPPED.get(owner, ())}
     node = {names.get(name, name): translate(value, name) for name, value in kept.items()}
     is_old = owner == "Scoring" and node.pop("lifecycle", None)
-    return {**node, **SCORING} if is_old else node
+    added = PREDICTION if owner == "Prediction" else {}
+    return {**added, **node, **(SCORING if is_old else {})}
 
 
 def name_own_classes(path: Path, text: str) -> str:

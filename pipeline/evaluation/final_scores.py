@@ -22,7 +22,8 @@ from pipeline.errors import TrainingStopped, as_bool
 from pipeline.evaluation.scores import score_files, write_scores
 from pipeline.files import make_directory, write_json
 from pipeline.precision import Precision
-from pipeline.prediction.predict_files import FAULTS, describe_fault, save_like
+from pipeline.prediction.nifti_output import save_like
+from pipeline.prediction.predict_files import FAULTS, describe_fault
 from pipeline.prediction.predictor import load_weights
 from pipeline.prediction.segmenter import Segmenter
 from pipeline.prediction.sliding_window import SlidingWindow
@@ -152,7 +153,8 @@ class Scoring:
             except FAULTS as error:
                 refused[case_id] = describe_fault(error)
             else:  # a full disk is no fault of the case
-                save_like(labels, paths_of(cases[number])[0], path)
+                names = self.how["class_names"]
+                save_like(labels, paths_of(cases[number])[0], path, names)
                 pairs.append((case_id, path, Path(cases[number]["label"])))
         return pairs, refused
 

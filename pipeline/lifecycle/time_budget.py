@@ -32,7 +32,7 @@ from pipeline.errors import require
 from pipeline.evaluation.final_scores import Scoring
 from pipeline.evaluation.scores import score_files
 from pipeline.files import save
-from pipeline.prediction.predict_files import save_like
+from pipeline.prediction.nifti_output import save_like
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.checkpoint import non_finite
 from pipeline.training.evaluator import MixedPrecisionEvaluator

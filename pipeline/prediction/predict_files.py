@@ -27,36 +27,47 @@ from pipeline.config.parser import require_unaltered
 from pipeline.data.cases import Case, paths_of
 from pipeline.data.nifti import check_headers
 from pipeline.errors import InputError, as_bool, innermost, some
-from pipeline.files import make_directory, replace_file
-from pipeline.prediction.segmenter import PredictionError, Segmenter, is_out_of_memory
+from pipeline.files import make_directory
+from pipeline.prediction.dicom_output import is_segmentation, load_highdicom, save_segmentation
+from pipeline.prediction.nifti_output import is_prediction, save_like
+from pipeline.prediction.results import (
+    CaseResult,
+    count_voxels,
+    draw_pictures,
+    find_foreign_files,
+    write_results,
+)
+from pipeline.prediction.segmenter import (
+    PredictionError,
+    Segmentation,
+    Segmenter,
+    is_out_of_memory,
+)
 from pipeline.progress_bar import ProgressBar
 from transforms.preprocess import Preprocessing
-from transforms.volumes import read_header
 
 log = logging.getLogger(__name__)
 
 # raised in reading, preprocessing and prediction for a volume that cannot be predicted
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError)
-KINDS = "", "_probabilities"  # endings of a case's results
+KINDS = ".nii.gz", "_probabilities.nii.gz", ".dcm"  # endings of a case's results
 SPACING_FACTOR = 1.5  # beyond the training images' smallest and largest voxel
+NO_SERIES = (
+    "dicom_seg: expected a DICOM series, got another file. Its label map is written as NIfTI alone."
+)
 CONTRAST_FACTOR = 3.0  # beyond their smallest and largest deviation of intensities
-# fields of a NIfTI header that say where voxels are, beside `pixdim`
-GRID_FIELDS = [
-    "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
-    "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units",
-]  # fmt: skip
-MARK = b"segmentation by mixed-precision-segmentation"  # in the description of predictions
-
-Outcomes = list[tuple[str, str | None]]  # case ids, and the reason if it was not predicted
 
 
 class Prediction:
     """Predicts cases, dictionaries with `case_id` and `image` (a path or one per channel).
 
-    `output_dir`, which may be relative to `bundle_root`, gets `<case_id>.nii.gz` for each, and with
-    `probabilities` also `<case_id>_probabilities.nii.gz`, float32 `(H, W, D, num_classes)`.
+    `output_dir`, which may be relative to `bundle_root`, gets `<case_id>.nii.gz` for each, with
+    `probabilities` also `<case_id>_probabilities.nii.gz`, float32 `(H, W, D, num_classes)`, with
+    `dicom_seg` also `<case_id>.dcm`, a DICOM Segmentation, for each that is a DICOM series, and the
+    files of `write_results`.
     `trained_on` has spacing and intensities of the training images, to compare with, if known. With
-    `strict`, the first case that cannot be predicted is the last.
+    `strict`, the first case that cannot be predicted is the last. Without `class_names`, as in
+    configs of earlier versions, classes are numbered.
     """
 
     def __init__(
@@ -70,12 +81,18 @@ class Prediction:
         trained_on: Config | None = None,
         probabilities: bool | str = False,
         strict: bool | str = False,
+        class_names: Sequence[str] | None = None,
+        dicom_seg: bool | str = False,
     ) -> None:
         self.cases, self.preprocessing, self.segmenter = cases, preprocessing, segmenter
+        numbered = [f"class_{n}" for n in range(segmenter.inferer.num_classes)]
+        self.class_names = class_names or numbered
+        self.model = Path(bundle_root).resolve().name
         self.output_dir = Path(bundle_root).resolve() / output_dir
         self.in_channels, self.trained_on = in_channels, trained_on
         self.probabilities = as_bool(probabilities, "probabilities")
         self.strict = as_bool(strict, "strict")
+        self.dicom_seg = as_bool(dicom_seg, "dicom_seg")
 
     def run(self) -> None:
         """Predict all cases, each rank its share.
@@ -96,7 +113,7 @@ class Prediction:
             error.tell()
             raise SystemExit(2) from None
         mine = distributed.shard(self.cases)
-        done: Outcomes = []
+        done: list[CaseResult] = []
         try:
             self._predict_each(mine, done)
         except BaseException:  # an interruption: the others are not waited for
@@ -105,33 +122,38 @@ class Prediction:
         done = distributed.interleave(distributed.all_gather_object(done))
         self._report(done, len(self.cases))
         distributed.destroy()
-        if any(why for _, why in done):
+        if any(result.fault for result in done):
             raise SystemExit(1)
 
-    def _predict_each(self, cases: Sequence[Case], done: Outcomes) -> None:
+    def _predict_each(self, cases: Sequence[Case], done: list[CaseResult]) -> None:
         """Predict cases; each is added to `done`, so that an interruption knows how far it came."""
         # the redirection replaces the console's handler, also one that was silenced
         is_main = distributed.is_main()
         with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
             for case in ProgressBar(cases, desc="Predicting", enabled=is_main):
+                result = CaseResult(case["case_id"], Path(paths_of(case)[0]).name)
                 try:
-                    self._predict(case)
-                    done.append((case["case_id"], None))
+                    self._predict(case, result)
                 except FAULTS as error:
-                    done.append((case["case_id"], describe_fault(error)))
-                    log.error("%s: %s", *done[-1])
+                    result.fault = describe_fault(error)
+                    log.error("%s: %s", result.case_id, result.fault)
                     log.debug("", exc_info=True)
-                    if self.strict:
-                        break
+                done.append(result)
+                if result.fault and self.strict:
+                    break
 
-    def _report(self, done: Outcomes, num_cases: int) -> None:
-        faults = [f"  {case_id}: {why}" for case_id, why in done if why is not None]
-        if distributed.is_main():
-            num_done = len(done) - len(faults)
-            log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
-            if faults:
-                told = f"Not predicted: {len(faults)} of {num_cases}"
-                print(told, *faults, sep="\n", file=sys.stderr)
+    def _report(self, done: list[CaseResult], num_cases: int) -> None:
+        if not distributed.is_main():
+            return
+        faults = [f"  {result.case_id}: {result.fault}" for result in done if result.fault]
+        num_done = len(done) - len(faults)
+        if done:
+            write_results(self.output_dir, done, self.class_names, self.model)
+            log.info("Look at them: %s", self.output_dir / "index.html")
+        log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
+        if faults:
+            told = f"Not predicted: {len(faults)} of {num_cases}"
+            print(told, *faults, sep="\n", file=sys.stderr)
 
     def _prepare_output(self) -> None:
         """Make the output directory; refuse one in which other files would be overwritten."""
@@ -142,8 +164,14 @@ class Prediction:
                 f"output_dir: expected another folder than that of the images, got "
                 f"{self.output_dir}. Choose another."
             )
+        if self.dicom_seg:
+            load_highdicom()
         targets = [path for case in self.cases for path in self._targets(case)]
-        if foreign := [path.name for path in targets if path.exists() and not is_prediction(path)]:
+        owns = {True: is_segmentation, False: is_prediction}
+        foreign = [
+            path.name for path in targets if path.exists() and not owns[path.suffix == ".dcm"](path)
+        ]
+        if foreign := foreign + find_foreign_files(self.output_dir):
             raise InputError(
                 f"output_dir: expected a folder without other files of the results' names, got "
                 f"{some(foreign)} in {self.output_dir}. Choose another."
@@ -157,30 +185,54 @@ class Prediction:
             ) from None
 
     def _targets(self, case: Case) -> list[Path]:
-        return [self.output_dir / f"{case['case_id']}{kind}.nii.gz" for kind in KINDS]
+        return [self.output_dir / f"{case['case_id']}{kind}" for kind in KINDS]
 
-    def _predict(self, case: Case) -> None:
-        if "fault" in case:  # two files have its name
-            raise PredictionError(case["fault"])
-        for issue in check_headers(case, self.in_channels)[1]:
-            if not issue.warning:
-                raise PredictionError(issue.message)
-            log.warning("%s", issue.line)
-        loaded = self.preprocessing.load(case)
+    def _predict(self, case: Case, result: CaseResult) -> None:
+        """Predict a case, write its files, and note warnings and volumes in `result`."""
+        loaded, result.warnings = load_image(case, self.preprocessing, self.in_channels)
         image = loaded["image"]
-        if wrong := int((~torch.isfinite(image)).sum()):
-            raise PredictionError(
-                f"expected finite voxels, got {wrong} that are NaN or infinite. Replace them."
-            )
-        for line in find_differences_from_training(image, self.trained_on):
-            log.warning("%s: %s", case["case_id"], line)
-        image = self.preprocessing.regularize(loaded)["image"]
-        found = self.segmenter(image, with_probabilities=self.probabilities)
-        results = [found.labels]
+        result.warnings += find_differences_from_training(image, self.trained_on)
+        if self.dicom_seg and not Path(paths_of(case)[0]).is_dir():
+            result.warnings.append(NO_SERIES)
+        for line in result.warnings:
+            log.warning("%s: %s", result.case_id, line)
+        regular = self.preprocessing.regularize(loaded)["image"]
+        found = self.segmenter(regular, with_probabilities=self.probabilities)
+        self._write(case, image, found)
+        labels = torch.from_numpy(found.labels)
+        result.voxels = count_voxels(labels, self.class_names)
+        result.voxel_ml = float(abs(np.linalg.det(np.asarray(image.affine)[:3, :3]))) / 1000
+
+    def _write(self, case: Case, image: MetaTensor, found: Segmentation) -> None:
+        source = paths_of(case)[0]
+        of_labels, of_probabilities, of_segmentation = self._targets(case)
+        if self.dicom_seg and Path(source).is_dir():
+            save_segmentation(found.labels, source, of_segmentation, self.class_names)
+        save_like(found.labels, source, of_labels, self.class_names)
         if found.probabilities is not None:
-            results.append(np.moveaxis(found.probabilities, 0, -1))
-        for path, voxels in zip(self._targets(case), results, strict=False):
-            save_like(voxels, paths_of(case)[0], path)
+            save_like(np.moveaxis(found.probabilities, 0, -1), source, of_probabilities)
+        draw_pictures(self.output_dir, case["case_id"], image, found.labels)
+
+
+def load_image(
+    case: Case, preprocessing: Preprocessing, in_channels: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Load the image of a case as preprocessing does, with what is doubtful about its header.
+
+    A `PredictionError` says that it cannot be predicted.
+    """
+    if "fault" in case:  # two files have its name
+        raise PredictionError(case["fault"])
+    issues = check_headers(case, in_channels)[1]
+    for issue in issues:
+        if not issue.warning:
+            raise PredictionError(issue.message)
+    loaded = preprocessing.load(case)
+    if wrong := int((~torch.isfinite(loaded["image"])).sum()):
+        raise PredictionError(
+            f"expected finite voxels, got {wrong} that are NaN or infinite. Replace them."
+        )
+    return loaded, [issue.message for issue in issues]
 
 
 def find_differences_from_training(image: MetaTensor, trained_on: Config | None) -> Iterator[str]:
@@ -208,40 +260,6 @@ def find_differences_from_training(image: MetaTensor, trained_on: Config | None)
                 f"{highest:.4g}, deviations {least:.4g} to {most:.4g}), got mean {mean:.4g} and "
                 f"deviation {std:.4g}. {remedy}"
             )
-
-
-def is_prediction(path: Path) -> bool:
-    """Return whether a file was written by `save_like`, which may then overwrite it."""
-    try:
-        header: Any = nib.load(path).header
-        return bool(header["descrip"] == MARK)
-    except Exception:  # nibabel raises many kinds for what is no image
-        return False
-
-
-def save_like(voxels: np.ndarray, source: str | Path, path: Path) -> None:
-    """Write a volume `(H, W, D)` or `(H, W, D, classes)` on the grid of another file, or nothing.
-
-    Header fields of a NIfTI `source` that place its voxels are kept bit for bit: sform and qform
-    with their codes, pixdim, units. The affine of another source becomes sform and qform, in mm.
-    """
-    image: Any
-    if not str(source).lower().endswith((".nii", ".nii.gz")):
-        affine = read_header(str(source)).affine
-        image = nib.Nifti1Image(voxels, affine)
-        image.set_sform(affine, code="scanner")
-        image.set_qform(affine, code="scanner")
-        image.header.set_xyzt_units("mm")
-    else:
-        like: Any = nib.load(source)
-        header = type(like)(voxels, None, dtype=voxels.dtype).header
-        for field in GRID_FIELDS:
-            header[field] = like.header[field]
-        header["pixdim"][:4] = like.header["pixdim"][:4]
-        image = type(like)(voxels, None, header)
-    image.header["descrip"] = MARK
-    with replace_file(path) as temporary:
-        nib.save(image, temporary)
 
 
 def describe_fault(error: BaseException) -> str:

@@ -10,19 +10,39 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.utils import convert_to_numpy
+from nibabel.spatialimages import SpatialImage
 
 from pipeline.config import allowed, keys
 from pipeline.config.old_names import INFERENCE, read_inference_config
 from pipeline.config.parser import Parser
-from pipeline.errors import InputError, innermost
+from pipeline.data.cases import list_images
+from pipeline.errors import InputError, innermost, nearest, refuse, require
 from pipeline.files import load
 from pipeline.precision import Precision
+from pipeline.prediction.predict_files import load_image
+from pipeline.prediction.results import count_voxels
 
 # what the members of an ensemble have in common: they see the same windows of the same volume
 COMMON = (
     "spacing", "crop_empty_borders", "normalization", "transforms_before", "transforms_after",
     "roi_size", "in_channels", "num_classes", "class_names",
 )  # fmt: skip
+
+
+class LabelMap(MetaTensor):
+    """Labels `(H, W, D)` uint8 with the affine of their image, and names of classes in `meta`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Operate on label maps as on MetaTensors: an exported bundle has a class of its own."""
+        types = tuple(MetaTensor if issubclass(one, MetaTensor) else one for one in types)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def volumes(self) -> dict[str, float]:
+        """Return the volume in ml of each foreground class by name."""
+        voxel_ml = float(self.affine[:3, :3].det().abs()) / 1000
+        counts = count_voxels(self.as_tensor(), self.meta["class_names"])
+        return {name: count * voxel_ml for name, count in counts.items()}
 
 
 class Predictor:
@@ -34,22 +54,30 @@ class Predictor:
         allow: Names that `_target_` may hold beside the list, as `--allow` gives them.
         values: Of keys of its `configs/inference.json`, such as `device="cpu"`.
 
-    An `InputError` says that there is no such run, or it has no weights, or a value is none.
+    Attributes:
+        class_names: Of the label values, background first.
+        in_channels: Channels of an image.
+
+    Raises:
+        InputError: If there is no such run, or it has no weights, or a value is none.
     """
 
     def __init__(
         self, run_dir: str | Path, *others: str | Path, allow: Collection[str] = (), **values: Any
     ) -> None:
         source = read_inference_config(run_dir)
-        if unknown := values.keys() - source.keys():
-            raise InputError(f"Predictor: expected keys of {INFERENCE}, got {', '.join(unknown)}.")
+        refuse(
+            f"Predictor: expected keys of {INFERENCE}, got {key}. {nearest(key, source)}"
+            for key in values.keys() - source.keys()
+        )
         members = [*others, *values.pop("ensemble", [])]
         source |= {**values, "ensemble": [str(Path(other).absolute()) for other in members]}
         allowed.check_names(source, allow)
         table = {**keys.KEYS, **keys.PREDICTION_KEYS}
         keys.check_values(source, {key: spec for key, spec in table.items() if key in source})
         parser = Parser(source)
-        self.in_channels = source["in_channels"]
+        self.in_channels: int = source["in_channels"]
+        self.class_names: list[str] = source["class_names"]
         try:
             self.preprocessing = parser.get_parsed_content("preprocessing")
             self.segmenter = parser.get_parsed_content("segmenter")
@@ -57,18 +85,39 @@ class Predictor:
             raise InputError(str(innermost(error))) from error
 
     def __call__(
-        self, image: np.ndarray | torch.Tensor, affine: np.ndarray | None = None
-    ) -> MetaTensor:
+        self,
+        image: str | Path | SpatialImage | np.ndarray | torch.Tensor,
+        affine: np.ndarray | None = None,
+    ) -> LabelMap:
         """Predict labels `(H, W, D)` uint8 of one volume on its own grid, with its affine.
 
         Args:
-            image: `(H, W, D)`, or `(C, H, W, D)` of several channels, intensities as in the files
-                that the run was trained on; it stays as it is.
-            affine: `(4, 4)` to RAS mm; of a MetaTensor it is known.
+            image: A file or the folder of a DICOM series, with its other channels beside it; an
+                image of nibabel; or an array `(H, W, D)`, of several channels `(C, H, W, D)`,
+                with intensities as in the files that the run was trained on. It stays as it is.
+            affine: `(4, 4)` to RAS mm of an array; of anything else it is known.
 
-        A `ValueError` says that the image has no affine of three directions, or other channels.
+        Raises:
+            InputError: If there is no image at a path, or there are several.
+            ValueError: If the image has no affine of three directions, or other channels.
         """
-        if affine is None and isinstance(image, MetaTensor):
+        if isinstance(image, str | Path):
+            cases = list_images(image, self.in_channels)
+            require(len(cases) == 1, image, "one image", len(cases), "Predict each by itself.")
+            loaded, _ = load_image(cases[0], self.preprocessing, self.in_channels)
+        else:
+            loaded = {"image": self._make_image(image, affine)}
+        affine = np.asarray(loaded["image"].affine)
+        found = self.segmenter(self.preprocessing.regularize(loaded)["image"])
+        meta = {"class_names": self.class_names}
+        return LabelMap(torch.as_tensor(found.labels), affine=torch.as_tensor(affine), meta=meta)
+
+    def _make_image(self, image: Any, affine: Any) -> MetaTensor:
+        """Return a copy of an array, or of nibabel's or MONAI's image, as loading would."""
+        if isinstance(image, SpatialImage):
+            voxels, affine = np.asanyarray(image.dataobj), image.affine
+            image = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels
+        elif affine is None and isinstance(image, MetaTensor):
             affine = image.affine.cpu().numpy()
         affine = np.array(affine, dtype=np.float64)
         if affine.shape != (4, 4) or not abs(np.linalg.det(affine)) > 0:
@@ -76,17 +125,15 @@ class Predictor:
                 f"affine: expected (4, 4) with three directions, got {affine.tolist()}. Give it."
             )
         # a copy, since MONAI's normalisation works in place
-        voxels = torch.from_numpy(np.array(convert_to_numpy(image), dtype=np.float32, order="C"))
-        voxels = voxels[None] if voxels.ndim == 3 else voxels
-        if voxels.ndim != 4 or len(voxels) != self.in_channels:
+        copied = torch.from_numpy(np.array(convert_to_numpy(image), dtype=np.float32, order="C"))
+        copied = copied[None] if copied.ndim == 3 else copied
+        if copied.ndim != 4 or len(copied) != self.in_channels:
             raise ValueError(
                 f"image: expected {self.in_channels} channels, (C, H, W, D), got shape "
                 f"{tuple(image.shape)}."
             )
-        meta = {"original_affine": affine, "spatial_shape": np.array(voxels.shape[1:])}
-        loaded = {"image": MetaTensor(voxels, affine=torch.as_tensor(affine), meta=meta)}
-        found = self.segmenter(self.preprocessing.regularize(loaded)["image"])
-        return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(affine))
+        meta = {"original_affine": affine, "spatial_shape": np.array(copied.shape[1:])}
+        return MetaTensor(copied, affine=torch.as_tensor(affine), meta=meta)
 
 
 def load_networks(

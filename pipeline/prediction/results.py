@@ -1,0 +1,174 @@
+"""What stands beside the predictions of a folder, so that they can be looked at as they are.
+
+`index.html` shows slices, volumes and warnings of every case; `volumes.csv` and `predictions.json`
+have the same for programs; `labels.json` and `labels.ctbl`, a colour table of 3D Slicer, name the
+classes. Cases that were predicted into the folder earlier stay in all of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader
+from monai.data import MetaTensor
+
+from pipeline.drawing import PLANES, CaseVolumes, class_color, draw_plane
+from pipeline.errors import printable
+from pipeline.files import replace_file, write_csv, write_durably, write_json
+
+FILES = ("predictions.json", "volumes.csv", "labels.json", "labels.ctbl", "index.html")
+PICTURES = "pictures"  # folder of the slices
+LONG_SIDE = 360  # pixels of a slice
+QUALITY = 80  # of WebP
+MOST_EMBEDDED = 200  # cases whose slices are in the page itself; more are read from PICTURES
+
+
+@dataclass
+class CaseResult:
+    """The result for one case, or why there is none."""
+
+    case_id: str
+    image: str = ""  # name of its first file
+    fault: str | None = None  # why it was not predicted
+    warnings: list[str] = field(default_factory=list)
+    voxel_ml: float = 0.0
+    voxels: dict[str, int] = field(default_factory=dict)  # of each foreground class
+
+    @property
+    def volumes_ml(self) -> dict[str, float]:
+        """Return the volume of each foreground class."""
+        return {name: count * self.voxel_ml for name, count in self.voxels.items()}
+
+
+def count_voxels(labels: torch.Tensor, class_names: Sequence[str]) -> dict[str, int]:
+    """Count the voxels of each foreground class in a label map of unsigned bytes."""
+    counts = torch.bincount(labels.flatten(), minlength=len(class_names)).tolist()
+    return dict(zip(class_names[1:], counts[1:], strict=True))
+
+
+def draw_pictures(folder: Path, case_id: str, image: MetaTensor, labels: np.ndarray) -> None:
+    """Write the three slices of a case with most of its prediction, outlined, as WebP.
+
+    Args:
+        folder: Of the predictions.
+        image: `(C, H, W, D)`, of which the first channel is shown.
+        labels: `(H, W, D)` uint8.
+    """
+    affine = np.asarray(image.affine)
+    turn = nib.io_orientation(affine)
+    grey, found = (
+        nib.apply_orientation(one, turn) for one in (image.as_tensor()[0].cpu().numpy(), labels)
+    )
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(turn[:, 0])]
+    case = CaseVolumes(grey, found, np.broadcast_to(np.uint8(0), grey.shape), spacing_mm)
+    (folder / PICTURES).mkdir(exist_ok=True)
+    for path, name in zip(_pictures(folder, case_id), PLANES, strict=True):
+        with replace_file(path) as temporary:
+            draw_plane(case, name, LONG_SIDE).save(temporary, "webp", quality=QUALITY)
+
+
+def _pictures(folder: Path, case_id: str) -> list[Path]:
+    return [folder / PICTURES / f"{case_id}_{name}.webp" for name in PLANES]
+
+
+def write_results(
+    folder: Path, results: Iterable[CaseResult], class_names: Sequence[str], model: str
+) -> None:
+    """Write the files beside the predictions of a folder.
+
+    Args:
+        folder: Of the predictions, with the pictures that `draw_pictures` made.
+        results: Of the cases that were predicted now, or could not be.
+        class_names: Background first.
+        model: Name of what predicted.
+
+    Raises:
+        WriteError: If the system refuses; a file is then as it was.
+    """
+    found = _read_earlier(folder, class_names) | {one.case_id: one for one in results}
+    cases = [found[case_id] for case_id in sorted(found)]
+    listed = {case.case_id: {**asdict(case), "volumes_ml": case.volumes_ml} for case in cases}
+    content = {"model": model, "class_names": [*class_names], "cases": listed}
+    write_json(folder / FILES[0], content)
+    rows = [
+        {"case": case.case_id, "class": name, "ml": round(ml, 4), "voxels": case.voxels[name]}
+        for case in cases
+        for name, ml in case.volumes_ml.items()
+    ]
+    write_csv(folder / "volumes.csv", ("case", "class", "ml", "voxels"), rows)
+    write_json(folder / "labels.json", {str(n): name for n, name in enumerate(class_names)})
+    write_durably(folder / "labels.ctbl", make_color_table(class_names).encode())
+    write_durably(folder / "index.html", _render(folder, cases, class_names, model).encode())
+
+
+def find_foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that `write_results` would overwrite, but did not write."""
+    found = [name for name in FILES if (folder / name).exists()]
+    return [] if _read_content(folder) else found
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    """Read `predictions.json` as it was written; empty if it is not there or is another file."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        content = json.loads((folder / FILES[0]).read_text())
+        if content.keys() == {"model", "class_names", "cases"}:
+            return dict(content)
+    return {}
+
+
+def _read_earlier(folder: Path, class_names: Sequence[str]) -> dict[str, CaseResult]:
+    """Read results of the same classes whose predictions are still there; none if damaged."""
+    content, earlier = _read_content(folder), {}
+    with contextlib.suppress(TypeError, KeyError, AttributeError):
+        for case_id, values in content["cases"].items():
+            del values["volumes_ml"]
+            case = CaseResult(**values)
+            is_there = (folder / f"{case_id}.nii.gz").is_file() and case.fault is None
+            if is_there and [*case.voxels] == [*class_names[1:]]:
+                earlier[case_id] = case
+        return earlier
+    return {}
+
+
+def make_color_table(class_names: Sequence[str]) -> str:
+    """Return names and colours in the form of 3D Slicer, in which names have no spaces."""
+    lines = ["# Color table file labels.ctbl", f"# {len(class_names)} values"]
+    for value, name in enumerate(class_names):
+        color = (*class_color(value), 255) if value else (0, 0, 0, 0)
+        lines.append(" ".join(map(str, (value, "_".join(printable(name).split()), *color))))
+    return "\n".join(lines) + "\n"
+
+
+def _render(
+    folder: Path, cases: Sequence[CaseResult], class_names: Sequence[str], model: str
+) -> str:
+    num_predicted = sum(case.fault is None for case in cases)
+
+    def find_pictures(case: CaseResult) -> Mapping[str, str]:
+        """Return addresses by plane; none if a picture is missing."""
+        paths = _pictures(folder, case.case_id)
+        if not all(path.is_file() for path in paths):
+            return {}
+        if num_predicted > MOST_EMBEDDED:
+            return dict(zip(PLANES, (f"{PICTURES}/{path.name}" for path in paths), strict=True))
+        codes = (base64.b64encode(path.read_bytes()).decode() for path in paths)
+        return dict(zip(PLANES, (f"data:image/webp;base64,{one}" for one in codes), strict=True))
+
+    environment = Environment(
+        loader=PackageLoader("pipeline.prediction"),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )  # fmt: skip
+    colors = {name: f"rgb{class_color(value)}" for value, name in enumerate(class_names[1:], 1)}
+    values: dict[str, Any] = {"cases": cases, "colors": colors, "model": model}
+    values |= {"name": folder.name, "find_pictures": find_pictures}
+    return environment.get_template("predictions.html").render(values)
