@@ -1,4 +1,4 @@
-"""Reads DICOM: the series of a folder as one volume.
+"""Reads DICOM: a series as one volume, from its folder or by the name of one of its files.
 
 MONAI's readers are not used: PydicomReader orders slices by Instance Number and joins two series,
 ITKReader picks one of two and reads uneven gaps as even.
@@ -6,113 +6,296 @@ ITKReader picks one of two and reads uneven gaps as even.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import io
+import logging
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.misc import is_dicom
+from pydicom.filereader import read_dataset, read_partial, read_preamble
+from pydicom.pixels import pixel_array
 
-CONVERT = "Convert the series to NIfTI."
+CONVERT = "Convert the series to NIfTI with dcm2niix."
+INSTALL = 'Install the extra: pip install "ampseg[dicom]".'
 # of a voxel: a slice may be so far from its place, since positions are rounded in files; where one
 # of four or more slices is missing, some slice is a third of a voxel or more from its place
 SHIFT = 0.2
-REQUIRED = (
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SeriesInstanceUID",
-    "Rows", "Columns",
+# the numbers that each slice must state, and how many they are
+REQUIRED = {
+    "ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2,
+    "Rows": 1, "Columns": 1,
+}  # fmt: skip
+RESCALING = ("RescaleSlope", "RescaleIntercept")
+GROUPS = (
+    "PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation",
+    "FrameContent",
 )  # fmt: skip
+SIZE = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
+HEADER_BYTES = 2**20  # that a deflated file may hold beside its pixels
+UNKNOWN = "no DICOM"  # the kind of other files
+HEAD, PIXELS, END = 0x00280012, 0x7FE00000, 2**32  # tags after the size, pixels, everything
+
+_warn = functools.cache(logging.getLogger(__name__).warning)  # once per line
 
 
 class DicomError(ValueError):
-    """A folder that cannot be read as one volume; the message is one line."""
+    """A path that cannot be read as one volume; the message is one line."""
 
 
-def dicom_files(folder: str | Path) -> list[Path]:
-    """Return the files that begin as DICOM files do, by name, but for hidden ones and DICOMDIR."""
-    return [path for path in _visible(Path(folder)) if path.is_file() and is_dicom(path)]
+class Series(NamedTuple):
+    """Files of one series, or of one other kind, in one folder."""
+
+    files: list[Path]  # by name
+    number: str  # Series Number
+    num_slices: int
+    kind: str  # empty; of files that are no images of a volume, such as SR, what they are
+
+
+class _Slice(NamedTuple):
+    source: Any  # pydicom's dataset of the file
+    frame: int
+    name: str  # of the file
+    facts: dict[str, np.ndarray]  # by the names of REQUIRED
+    scale: tuple[float, float]  # slope and intercept
+    stack: str | None
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Return whether a path is a folder, or a file that begins as DICOM files do.
+
+    Without a preamble, a file begins with a low group and soon has one of the standard's UIDs.
+    """
+    if not Path(path).is_file():
+        return Path(path).is_dir()
+    with open(path, "rb") as file:
+        start = file.read(512)
+    is_bare = start[:2] in (b"\2\0", b"\x08\0") and b"1.2.840.10008." in start
+    return start[128:132] == b"DICM" or is_bare
+
+
+def dicom_files(path: str | Path) -> list[Path]:
+    """Return the DICOM files in and below a folder, or those of the series of a DICOM file."""
+    path = Path(path)
+    found = _look(path) if is_dicom(path) else []
+    if path.is_dir():
+        return sorted(file for one in found if one.kind != UNKNOWN for file in one.files)
+    return next((one.files if not one.kind else [path] for one in found), [])
+
+
+def find_series(folder: Path) -> list[Series]:
+    """Find the series of images in a folder and below; DICOM files of other kinds are logged."""
+    found = _look(folder)
+    for one in found:
+        if one.kind not in ("", UNKNOWN):
+            place, got = one.files[0].parent, f"{len(one.files)} of {one.kind}"
+            _warn(f"{place}: left out DICOM files that are no images of a volume, {got}")
+    return [one for one in found if not one.kind]
+
+
+def series_files(path: str | Path) -> list[Path]:
+    """Return the files, by name, of the one series that a folder holds or a file belongs to.
+
+    A `DicomError` says that there is none, or more than one.
+    """
+    path = Path(path)
+    kinds = ", ".join(sorted({one.kind for one in _look(path)} - {"", UNKNOWN}))
+    remedy = "Convert its contours with plastimatch." if "RTSTRUCT" in kinds else "Check the path."
+    series = find_series(path)
+    _require(series, f"a DICOM series of images in {path.name}", kinds or "none", remedy)
+    got = ", ".join(f"{one.files[0].name} ({one.num_slices} slices)" for one in series)
+    got = f"{len(series)}, which begin with {got}"
+    remedy = "Name such a file to choose its series, or put each into a folder of its own."
+    _require(len(series) == 1, f"one DICOM series in {path.name}", got, remedy)
+    folder = series[0].files[0].parent  # where a damaged slice may be among the others
+    others = [p.name for one in _examine(folder) if one.kind == UNKNOWN for p in one.files]
+    got = "".join(others[:1])
+    _require(not others, f"nothing but DICOM files in {folder.name}", got, "Take it out.")
+    return series[0].files
+
+
+def read_series(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the one series that a folder holds, or that a file belongs to.
+
+    Returns voxels `(H, W, D)` float32, rescaled by each slice's own slope and intercept, with the
+    first axis along the rows of the slices, and the affine `(4, 4)` float64 to RAS mm. A
+    `DicomError` says in one line that the files are not the slices of one regular volume.
+    """
+    slices, affine = _ordered_slices(path, pixels=True)
+    return np.stack([_values(one).T for one in slices], axis=-1), affine
+
+
+def read_geometry(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Return shape and affine of what `read_series` returns, without reading pixels."""
+    slices, affine = _ordered_slices(path, pixels=False)
+    rows, columns = (int(slices[0].facts[name][0]) for name in ("Rows", "Columns"))
+    return (columns, rows, len(slices)), affine
+
+
+def read_slices(path: str | Path) -> list[pydicom.Dataset]:
+    """Return the datasets of the files in the order of their slices, without their pixels."""
+    slices, _ = _ordered_slices(path, pixels=False)
+    return [*{one.name: one.source for one in slices}.values()]
+
+
+def _require(condition: object, expected: str, got: object = "", remedy: str = CONVERT) -> None:
+    if not condition:
+        raise DicomError(f"expected {expected}, got {got}. {remedy}")
+
+
+def _look(path: Path) -> list[Series]:
+    """Return what is in a folder and below, or what a file belongs to."""
+    if path.is_dir():
+        return [one for folder in _folders(path) for one in _examine(folder)]
+    return [one for one in _examine(path.parent) if path in one.files]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield a folder and those below, by name; links are followed, other than to a folder above."""
+    yield folder
+    here = folder.resolve()
+    for child in _visible(folder):
+        if child.is_dir() and child.resolve() not in (here, *here.parents):
+            yield from _folders(child)
 
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "DICOMDIR")
 
 
-def read_series(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the one series that a folder holds, one file per slice.
-
-    Returns voxels `(H, W, D)` float32, rescaled by each slice's own slope and intercept, with the
-    first axis along the rows of the slices, and the affine `(4, 4)` float64 to RAS mm. A
-    `DicomError` says in one line that the files are not the slices of one regular volume.
-    """
-    slices, affine = _ordered_slices(Path(folder), pixels=True)
-    return np.stack([_values(one).T for one in slices], axis=-1), affine
-
-
-def read_geometry(folder: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Return shape and affine of what `read_series` returns, without reading pixels."""
-    slices, affine = _ordered_slices(Path(folder), pixels=False)
-    return (int(slices[0].Columns), int(slices[0].Rows), len(slices)), affine
+def _examine(folder: Path) -> list[Series]:
+    """Sort the files of a folder by their series; slices of a series each are one series."""
+    files = [(path, path.lstat()) for path in _visible(folder) if not path.is_dir()]
+    heads = {path: _read_head(path, at.st_size, at.st_mtime_ns) for path, at in files}
+    counts = Counter(head[:2] for head in heads.values())
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for path, (kind, uid, _, num_frames) in heads.items():
+        is_alone = counts[kind, uid] == num_frames == 1
+        groups.setdefault((kind, "" if kind or is_alone else uid), []).append(path)
+    return [
+        Series(paths, min(heads[p][2] for p in paths), sum(heads[p][3] for p in paths), kind)
+        for (kind, _), paths in groups.items()
+    ]
 
 
-def read_slices(folder: str | Path) -> list[Any]:
-    """Read the slices of a series in the order of `read_series`, as pydicom datasets."""
-    return _ordered_slices(Path(folder), pixels=True)[0]
+@functools.lru_cache(maxsize=2**16)
+def _read_head(path: Path, size: int, time_ns: int) -> tuple[str, str, str, int]:
+    """Read the kind of a file, the UID and number of its series, and how many frames it has."""
+    try:
+        _require(is_dicom(path), "a DICOM file")
+        head = _read(path, HEAD)
+        uid, number = (str(head.get(f"Series{key}") or "") for key in ("InstanceUID", "Number"))
+        return _kind(head), uid, number, int(head.get("NumberOfFrames") or 1)
+    except Exception:  # pydicom raises many kinds for a broken file
+        return UNKNOWN, "", "", 1
 
 
-def _ordered_slices(folder: Path, *, pixels: bool) -> tuple[list[Any], np.ndarray]:
+def _kind(head: Any) -> str:
+    name = pydicom.uid.UID(head.get("SOPClassUID") or "").name
+    if "LOCALIZER" in (head.get("ImageType") or ""):
+        return "LOCALIZER"
+    if name.startswith("Secondary Capture") and "ImagePositionPatient" not in head:
+        return "secondary capture"
+    is_image = name.endswith("Image Storage") or not name.endswith(" Storage")
+    return "" if is_image else str(head.get("Modality") or name)
+
+
+def _ordered_slices(path: str | Path, *, pixels: bool) -> tuple[list[_Slice], np.ndarray]:
     """Return slices in the order of their places, and the affine `(4, 4)` to RAS mm."""
-    files = dicom_files(folder)
-    if others := sorted({*_visible(folder)} - {*files}):  # a damaged slice may be among them
-        raise DicomError(
-            f"expected nothing but DICOM files in {folder.name}, got {others[0].name}. Take it out."
-        )
-    if len(files) < 2:
-        raise DicomError(f"expected two DICOM slices or more in {folder.name}, got {len(files)}.")
-    slices = [_read_slice(path, pixels) for path in files]
-    _require_one_series(slices)
-    x, y = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)
-    places = np.array([one.ImagePositionPatient for one in slices], float)
+    slices = [one for file in series_files(path) for one in _read_file(file, pixels)]
+    expected = f"two DICOM slices or more in {Path(path).name}"
+    _require(len(slices) > 1, expected, len(slices), "Check the path.")
+    facts = {name: np.array([one.facts[name] for one in slices]) for name in REQUIRED}
+    for name in REQUIRED:
+        is_one = np.allclose(facts[name], facts[name][0], rtol=0, atol=1e-4)
+        _require(is_one or "Position" in name, f"slices of one {name}", "several")
+    number = len({one.stack for one in slices})
+    _require(number == 1, "one stack of slices", number)
+    x, y = axes = facts["ImageOrientationPatient"][0].reshape(2, 3)
+    dy, dx = facts["PixelSpacing"][0]  # between rows, between columns
+    is_regular = np.allclose(axes @ axes.T, np.eye(2), atol=1e-3) and min(dx, dy) > 0
+    _require(is_regular, "rows at right angles to columns", f"axes {axes.tolist()}")
+    places = facts["ImagePositionPatient"]
     order = np.argsort(places @ np.cross(x, y), kind="stable")
-    dy, dx = (float(step) for step in slices[0].PixelSpacing)  # between rows, between columns
     lps = np.eye(4)
     lps[:3, 0], lps[:3, 1] = x * dx, y * dy
     lps[:3, 2], lps[:3, 3] = _step(places[order], np.cross(x, y), min(dx, dy)), places[order[0]]
     return [slices[n] for n in order], np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
 
 
-def _read_slice(path: Path, pixels: bool) -> Any:
-    """Read one slice, its pixels not yet decoded: a pydicom dataset."""
-    try:
-        one = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        missing = [name for name in REQUIRED if not one.get(name)]
-        has_frames = one.get("NumberOfFrames", 1) != 1 or "PerFrameFunctionalGroupsSequence" in one
+def _read_file(path: Path, pixels: bool) -> list[_Slice]:
+    """Read the slices of a file, their pixels not yet decoded."""
+    with _name_faults(f"a readable slice {path.name}", "Replace the file."):
+        one = _read(path, END if pixels else PIXELS)
+        groups = one.get("PerFrameFunctionalGroupsSequence") or [one]
+        frames = [_gather(one, group) for group in groups]
+        num_frames = int(one.get("NumberOfFrames") or 1)
+        expected = f"one slice in {path.name}, or functional groups of each frame"
+        got = f"{num_frames} frames, of which {len(frames)} are described"
+        _require(num_frames == len(frames), expected, got)
+        for name in REQUIRED:
+            is_there = all(frame.get(name) for frame in frames)
+            _require(is_there, f"{name} in {path.name}", "none")
         is_grey = one.get("SamplesPerPixel", 1) == 1 and "ModalityLUTSequence" not in one
-    except Exception as error:  # pydicom raises many kinds for a broken file
-        raise DicomError(f"expected a readable slice {path.name}, got: {_first(error)}.") from error
-    if has_frames:
-        raise DicomError(f"expected one slice per file, got {path.name} with frames. {CONVERT}")
-    if missing:
-        raise DicomError(f"expected {missing[0]} in {path.name}, found none. {CONVERT}")
-    if not is_grey:
-        raise DicomError(
-            f"expected grey values with slope and intercept in {path.name}, got colours or a "
-            f"lookup table. {CONVERT}"
-        )
+        expected = f"grey values with slope and intercept in {path.name}"
+        _require(is_grey, expected, "colours or a lookup table")
+        return [_slice(one, number, path.name, frame) for number, frame in enumerate(frames)]
+
+
+def _gather(one: Any, groups: Any) -> pydicom.Dataset:
+    """Return what a slice states, or a frame in its functional groups and those that all share."""
+    frame = pydicom.Dataset()
+    frame.update({one[name].tag: one[name] for name in (*REQUIRED, *RESCALING) if name in one})
+    for source in (*(one.get("SharedFunctionalGroupsSequence") or ()), groups):
+        for name in GROUPS:
+            if items := source.get(f"{name}Sequence"):
+                frame.update(items[0])
+    return frame
+
+
+def _slice(one: Any, number: int, name: str, frame: Any) -> _Slice:
+    facts = {key: np.array(frame[key].value, float).reshape(n) for key, n in REQUIRED.items()}
+    slope, intercept = (frame.get(key) for key in RESCALING)
+    scale = (1.0 if slope is None else float(slope), float(intercept or 0))
+    return _Slice(one, number, name, facts, scale, frame.get("StackID"))
+
+
+def _read(path: Path, end: int) -> Any:
+    """Read a dataset up to a tag."""
+    stream: BinaryIO
+    with open(path, "rb") as stream:
+        read_preamble(stream, force=True)
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            stream = _inflate(stream, path.name, end == HEAD)
+        else:
+            stream.seek(0)
+        one = read_partial(stream, lambda tag, *_: tag >= end, force=True)
+    kind = "Implicit" if one.original_encoding[0] else "Explicit"
+    syntax = getattr(pydicom.uid, f"{kind}VRLittleEndian")
+    one.file_meta.setdefault("TransferSyntaxUID", syntax)  # of a file without a preamble
     return one
 
 
-def _require_one_series(slices: Sequence[Any]) -> None:
-    if (number := len({one.SeriesInstanceUID for one in slices})) > 1:
-        raise DicomError(
-            f"expected one DICOM series, got {number}. Put each into a folder of its own."
-        )
-    for name in ("Rows", "Columns", "ImageOrientationPatient", "PixelSpacing"):
-        values = np.array([one.get(name) for one in slices], float)
-        if not np.allclose(values, values[0], rtol=0, atol=1e-4):
-            raise DicomError(f"expected slices of one {name}, got several. {CONVERT}")
-    axes = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)
-    if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-3) or min(slices[0].PixelSpacing) <= 0:
-        raise DicomError(f"expected rows at right angles to columns, got axes {axes.tolist()}.")
+def _inflate(file: BinaryIO, name: str, is_head: bool) -> BinaryIO:
+    """Inflate the rest of a file, if that is what its pixels need and HEADER_BYTES at most."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    start = inflater.decompress(file.read(), HEADER_BYTES)
+    if is_head:
+        return io.BytesIO(start)
+    head = read_dataset(io.BytesIO(start), False, True, stop_when=lambda tag, *_: tag >= PIXELS)
+    num_bytes = math.prod(int(head.get(key) or 1) for key in SIZE) // 8
+    most = HEADER_BYTES + max(num_bytes, 0)
+    whole = start + inflater.decompress(inflater.unconsumed_tail, most - len(start) + 1)
+    expected = f"{most} bytes at most in {name} once inflated, by its rows, columns and frames"
+    _require(len(whole) <= most, expected, "more", "Replace the file.")
+    return io.BytesIO(whole)
 
 
 def _step(places: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
@@ -122,39 +305,37 @@ def _step(places: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
     """
     step = (places[-1] - places[0]) / (len(places) - 1)
     between = np.diff(places @ normal)
-    if not between.min() > 1e-3:
-        raise DicomError(
-            "expected slices at different places, got two at one (a series over time, or of "
-            f"several contrasts). {CONVERT}"
-        )
+    got = "two at one (a series over time, or of several contrasts)"
+    _require(between.min() > 1e-3, "slices at different places", got)
     even = places[0] + np.arange(len(places))[:, None] * step
-    if np.abs((places - even) @ normal).max() > SHIFT * (step @ normal):
-        raise DicomError(
-            f"expected slices at even distances, got {between.min():.3f} to {between.max():.3f} mm "
-            "(a slice is missing, or one too many). Complete the series or convert it to NIfTI."
-        )
+    is_even = np.abs((places - even) @ normal).max() <= SHIFT * (step @ normal)
+    got = f"{between.min():.3f} to {between.max():.3f} mm (a slice is missing, or one too many)"
+    remedy = "Complete the series, or convert it to NIfTI with dcm2niix."
+    _require(is_even, "slices at even distances", got, remedy)
     across = (places - places[0]) - ((places - places[0]) @ normal)[:, None] * normal
-    if (shift := np.linalg.norm(across, axis=1).max()) > SHIFT * pixel:
-        raise DicomError(
-            "expected slices stacked at right angles to their planes, got a shift of "
-            f"{shift:.3f} mm (a tilted gantry). {CONVERT}"
-        )
+    shift = np.linalg.norm(across, axis=1).max()
+    got = f"a shift of {shift:.3f} mm (a tilted gantry)"
+    _require(shift <= SHIFT * pixel, "slices stacked at right angles to their planes", got)
     return step
 
 
-def _values(one: Any) -> np.ndarray:
+def _values(one: _Slice) -> np.ndarray:
     """`(rows, columns)` float32, rescaled (DICOM PS3.3 C.11.1)."""
+    with _name_faults(f"pixels that can be decoded in {one.name}", "Replace the file."):
+        stored = pixel_array(one.source, index=one.frame)
+        shape = tuple(int(one.facts[name][0]) for name in ("Rows", "Columns"))
+        _require(stored.shape == shape, f"pixels of shape {shape} in {one.name}", stored.shape)
+    return (stored.astype(np.float64) * one.scale[0] + one.scale[1]).astype(np.float32)
+
+
+@contextlib.contextmanager
+def _name_faults(expected: str, remedy: str) -> Iterator[None]:
+    """Turn whatever pydicom raises, of many kinds, into a DicomError."""
     try:
-        stored = one.pixel_array
-    except Exception as error:  # a codec that is not there, or pixels cut off
-        raise DicomError(
-            f"expected pixels that can be decoded in {Path(one.filename).name}, got: "
-            f"{_first(error)}. Replace or decompress the series."
-        ) from error
-    slope, intercept = one.get("RescaleSlope"), one.get("RescaleIntercept") or 0
-    slope = 1.0 if slope is None else float(slope)
-    return (stored.astype(np.float64) * slope + float(intercept)).astype(np.float32)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        yield
+    except DicomError:
+        raise
+    except Exception as error:
+        got = (str(error).splitlines() or [""])[0].rstrip(".:") or type(error).__name__
+        remedy = INSTALL if "missing dependencies" in str(error) else remedy
+        raise DicomError(f"expected {expected}, got: {got}. {remedy}") from error

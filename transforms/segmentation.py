@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.misc import is_dicom
 from pydicom.uid import UID, RTStructureSetStorage
 
-from transforms.dicom import SHIFT, DicomError, dicom_files
+from transforms.dicom import SHIFT, DicomError, dicom_files, is_dicom
 from transforms.formats import LPS_TO_RAS, find_ending
 
 KINDS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # the latter: a label map

@@ -23,7 +23,7 @@ from nibabel.nifti2 import Nifti2PairHeader
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from transforms import segmentation
-from transforms.dicom import DicomError, read_geometry, read_series
+from transforms.dicom import DicomError, is_dicom, read_geometry, read_series
 from transforms.formats import (
     FORMATS,
     MAX_INFLATION,
@@ -66,7 +66,7 @@ def read_header(path: str, image: Header | None = None) -> Header:
     """Read the header of a volume, without trailing axes of one voxel.
 
     Args:
-        path: A file with an ending of `FORMATS`, or a folder that holds a DICOM series.
+        path: A file with an ending of `FORMATS`, or a DICOM series: a folder or a file.
         image: The header of the image if the file is a label, which may be a DICOM Segmentation.
 
     Raises:
@@ -80,7 +80,7 @@ def read_header(path: str, image: Header | None = None) -> Header:
             grid = image.shape[:3], image.affine
             segmentation.check_segmentation(path, *grid)
             return _make_header(*grid, np.dtype(np.uint8), is_segmentation=True)
-        if os.path.isdir(path):
+        if is_dicom(path):
             return _make_header(*read_geometry(path), np.dtype(np.float32))
         if not ending:
             name = os.path.basename(path)
@@ -115,7 +115,7 @@ def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.n
     with _name_file(path):
         if header.is_segmentation:
             return segmentation.read_segmentation(path, header.shape, header.affine)
-        if os.path.isdir(path):
+        if is_dicom(path):
             return read_series(path)[0]
         if FORMATS[find_ending(path)] in READERS:
             voxels = read_itk_voxels(Path(path), header.num_bytes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
-from transforms.dicom import dicom_files
+from transforms.dicom import Series, dicom_files, find_series, is_dicom
 from transforms.formats import FORMATS, find_ending, list_files
 from transforms.segmentation import is_dicom_label
 
@@ -28,8 +29,9 @@ class DatasetLayout:
     """A dataset as it is stored.
 
     A case is a dictionary with `case_id`, `image` (a path, or a list with one per channel), `label`
-    and, where declared, `group`, which names the person. A path is the absolute name of a file, or
-    of a folder that holds a DICOM series or, as a label, a DICOM Segmentation; links are kept.
+    and, where declared, `group`, which names the person. A path is the absolute name of a file, of
+    a folder that holds a DICOM series or, for a label, a DICOM Segmentation, or of a file of a
+    series; links in it are kept.
     """
 
     root: Path = Path()  # folder of the dataset, links resolved
@@ -47,7 +49,12 @@ class DatasetLayout:
 def case_name(path: str | Path) -> str:
     """File name without folder and the ending of a volume; other dots belong to the name."""
     endings = "|".join(map(re.escape, (*ENDINGS, ".dcm")))
-    return re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
+    return _replace_unsafe(re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE))
+
+
+def _replace_unsafe(name: str) -> str:
+    """Replace what a terminal obeys, or some file system does not take, by `_`."""
+    return "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
 
 
 def split_channel(name: str) -> tuple[str, str]:
@@ -75,29 +82,60 @@ def paths_of(case: Mapping[str, Any]) -> list[str]:
     return [path for paths in files_of(case).values() for path in paths]
 
 
-def list_volumes(folder: Path) -> list[Path]:
-    """Files of volumes and folders with DICOM files, by name; hidden ones are left out."""
-    return sorted(
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if not path.name.startswith(".")
-        and (dicom_files(path) if path.is_dir() else find_ending(path))
-    )
+def list_volumes(folder: Path) -> dict[Path, str]:
+    """List files of a folder, and DICOM series in and below it, by path, with their names.
+
+    Hidden ones are left out. The path of a series is its folder, or its first file where others
+    lie in or below that. Its name is that of the topmost folder below `folder`; where that has
+    several, names of folders and Series Numbers that tell them apart follow.
+    """
+    if not folder.is_dir():
+        return {}
+    found = {path: case_name(path) for path in _volume_files(folder)}
+    found |= _name_series(folder, find_series(folder))
+    if not found and dicom_files(folder):
+        found[folder] = case_name(folder)  # DICOM without an image; reading says what it is
+    return dict(sorted(found.items()))
 
 
-def list_labels(folder: Path) -> list[Path]:
-    """List what `list_volumes` does, and single DICOM files."""
-    files = [path for path in folder.glob("[!.]*") if path.is_file()]
-    return sorted({*list_volumes(folder), *filter(is_dicom_label, files)})
+def _volume_files(folder: Path) -> list[Path]:
+    paths = (path for path in folder.iterdir() if find_ending(path))
+    return sorted(path for path in paths if path.name[0] != "." and not path.is_dir())
+
+
+def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
+    homes = [one.files[0].parent for one in series]
+    tops = [Path(folder, *home.relative_to(folder).parts[:1]) for home in homes]
+    within = Counter(path for home in homes for path in (home, *home.parents))
+    named: dict[Path, str] = {}
+    counts: Counter[str] = Counter()
+    for one, home, top in zip(series, homes, tops, strict=True):
+        beside = [h.relative_to(top).parts for h, t in zip(homes, tops, strict=True) if t == top]
+        levels = zip(home.relative_to(top).parts, zip_longest(*beside), strict=False)
+        words = [case_name(top), *(part for part, names in levels if len({*names}) > 1)]
+        words += [f"series{one.number}"] if homes.count(home) > 1 else []
+        name = _replace_unsafe("_".join(words))
+        counts[name] += 1
+        name += f"_{counts[name]}" if counts[name] > 1 else ""
+        named[home if within[home] == 1 else one.files[0]] = name
+    return named
+
+
+def list_labels(folder: Path) -> dict[Path, str]:
+    """List labels of a folder: files, DICOM files, and folders with these; by path, with names."""
+    paths = sorted(folder.glob("[!.]*"))
+    is_label = {
+        p: dicom_files(p) if p.is_dir() else find_ending(p) or is_dicom_label(p) for p in paths
+    }
+    return {path: case_name(path) for path in paths if is_label[path]}
 
 
 def group_volumes(
-    paths: Iterable[Path], is_case: Callable[[str], bool] = lambda name: False
+    paths: Mapping[Path, str], is_case: Callable[[str], bool] = lambda name: False
 ) -> dict[str, Channels]:
     """Volumes by case and channel; a name for which `is_case` holds is no channel's."""
     grouped: dict[str, Channels] = {}
-    for path in paths:
-        name = case_name(path)
+    for path, name in paths.items():
         case_id, number = (name, "") if is_case(name) else split_channel(name)
         grouped.setdefault(case_id, {}).setdefault(number, []).append(path)
     return grouped
@@ -153,13 +191,13 @@ def _file_issues(
     """Files of a case that are missing, or lie outside the allowed folders."""
     for key, name in ((key, name) for key, names in files_of(case).items() for name in names):
         path = Path(os.path.abspath(root / name))
-        slices = list(path.iterdir()) if path.is_dir() else []
-        if not path.is_file() and not (slices and dicom_files(path)):
+        files = dicom_files(path)
+        if not path.is_file() and not files:
             message = f"expected {key} file {name} of {where}, found none. Put it there or take "
             message += f"the case out of {Path(where).name}."
             yield DatasetIssue(case["case_id"], "missing", message)
             continue
-        real = [os.path.realpath(file) for file in (*list_files(path), *slices)]
+        real = [os.path.realpath(file) for file in (*list_files(path), *files)]
         outside = [p for p in real if not any(os.path.commonpath([p, a]) == a for a in allowed)]
         if outside:
             expected = f"{key} {name} within the dataset's folder"
@@ -175,10 +213,10 @@ def list_images(
 ) -> list[Case]:
     """List the volumes of a folder, or a single file, as cases, by name.
 
-    Volumes are files and folders with a DICOM series; a folder of DICOM files is one case.
-    Names such as `amos_0000` are channels of one case, counted from 0, where one case or more has
-    exactly `num_channels`; where these are 1 or None, all cases must have the same ones. A case
-    that lacks a channel is listed with what it has.
+    Volumes are those of `list_volumes`; a DICOM file stands for its series. Names such as
+    `amos_0000` are channels of one case, counted from 0, where one case or more has exactly
+    `num_channels`; where these are 1 or None, all cases must have the same ones. A case that lacks
+    a channel is listed with what it has.
 
     Args:
         folder: With the volumes; or a file, which stands for all channels of its case if these are
@@ -196,16 +234,18 @@ def list_images(
     place = Path(root, folder).absolute()
     if place.is_file() and find_ending(place):
         cases = _group_file(place, num_channels)
+    elif place.is_file() and is_dicom(place):
+        number = "".join(f"_series{one.number}" for one in find_series(place))
+        cases = _group({place: case_name(place.parent) + _replace_unsafe(number)}, num_channels)
     else:
-        series = [place] if place.is_dir() and dicom_files(place) else []
-        cases = _group(list_volumes(place) or series, num_channels)
+        cases = _group(list_volumes(place), num_channels)
     expected = f"volumes ({', '.join(ENDINGS)} or DICOM series) in {folder}"
     require(cases, "input", expected, "none", "Check the path.")
     several = any(len(channels) > 1 for channels in cases.values())
     listed = [_image_case(case_id, channels, several) for case_id, channels in cases.items()]
     if labels is None:
         return listed
-    found = {case_name(path): str(path) for path in list_labels(Path(root, labels))}
+    found = {name: str(path) for path, name in list_labels(Path(root, labels)).items()}
     refuse(
         f"{case_id}: expected its label in {Path(root, labels)}, found none. Add it."
         for case_id in cases
@@ -219,12 +259,12 @@ def _group_file(file: Path, num_channels: int | None) -> dict[str, Channels]:
     name = case_name(file)
     case_id, number = split_channel(name)
     other = re.compile(rf"{re.escape(case_id)}_(?!{number})\d{{4}}" if number else "")
-    others = [path for path in list_volumes(file.parent) if other.fullmatch(case_name(path))]
-    grouped = _group(sorted([file, *others]), num_channels)
+    others = [path for path in _volume_files(file.parent) if other.fullmatch(case_name(path))]
+    grouped = _group({path: case_name(path) for path in sorted([file, *others])}, num_channels)
     return {name: grouped[name]} if name in grouped else grouped
 
 
-def _group(found: Sequence[Path], num_channels: int | None) -> dict[str, Channels]:
+def _group(found: Mapping[Path, str], num_channels: int | None) -> dict[str, Channels]:
     grouped = group_volumes(found)
     numbers = [set(channels) for channels in grouped.values()]
     complete = {f"{n:04d}" for n in range(num_channels or max(map(len, numbers), default=0))}
@@ -274,7 +314,7 @@ def _files(folder: Path, what: str) -> dict[str, list[Path]]:
     except OSError as error:
         expected = f"{folder}: expected a folder of {what}"
         raise InputError(f"{expected}, got: {error.strerror}. Check the path.") from None
-    files = [path for path in list_volumes(folder) if path.is_file()]
+    files = {path: case_name(path) for path in _volume_files(folder)}
     files = list_labels(folder) if what == "labels" else files
     found = {name: one[""] for name, one in group_volumes(files, lambda name: True).items()}
     others = {f"{name}_probabilities" for name in found}

@@ -145,6 +145,6 @@ def _make_cases(layout: DatasetLayout, sides: Sides, excluded: list[str]) -> Cas
 
 
 def _size(path: str) -> int | list[int]:
-    """Bytes of a file, or of each of several that are one volume."""
-    files = dicom_files(path) if os.path.isdir(path) else list_files(path)
-    return list(map(os.path.getsize, files)) if len(files) != 1 else os.path.getsize(files[0])
+    """Bytes of a file, or of each file of a volume that has several."""
+    files = dicom_files(path) or list_files(path)
+    return list(map(os.path.getsize, files)) if len(files) > 1 else os.path.getsize(files[0])

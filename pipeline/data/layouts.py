@@ -223,14 +223,15 @@ def _pair_folders(
     a label, or if no name at all is that of a label.
     """
     paths = [
-        [Path(folder, p.name) for p in found if p.name.lower().endswith(ending.lower())]
-        for folder, found in (
-            (image_folder, list_volumes(root / image_folder)),
-            (label_folder, list_labels(root / label_folder)),
-        )
+        {
+            path.relative_to(root): name
+            for path, name in found.items()
+            if path.name.lower().endswith(ending.lower())
+        }
+        for found in (list_volumes(root / image_folder), list_labels(root / label_folder))
     ]
     labels = group_volumes(paths[1], lambda name: True)
-    whole = set() if num_channels else {case_name(path) for path in paths[0]} & labels.keys()
+    whole = set() if num_channels else {*paths[0].values()} & labels.keys()
 
     def is_case(name: str) -> bool:
         return name in whole or (bool(whole) and split_channel(name)[0] not in labels)
