@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from pydicom.uid import UID, RTStructureSetStorage
 
-from transforms.dicom import SHIFT, DicomError, dicom_files, is_dicom
+from transforms.dicom import END, PIXELS, SHIFT, DicomError, dicom_files, is_dicom, read_file
 from transforms.formats import LPS_TO_RAS, find_ending
 
 KINDS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # the latter: a label map
@@ -40,7 +39,7 @@ def read_segment_names(path: str | Path) -> dict[int, str]:
 def check_segmentation(path: str | Path, shape: Sequence[int], affine: np.ndarray) -> None:
     """Raise a DicomError unless a path is a DICOM Segmentation on part of a grid."""
     with _explain(path):
-        _locate_frames(_read(path, pixels=False), shape, affine)
+        _locate_frames(_read(path, pixels=False), shape, affine, Path(path).name)
 
 
 def read_segmentation(path: str | Path, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
@@ -60,7 +59,7 @@ def read_segmentation(path: str | Path, shape: Sequence[int], affine: np.ndarray
     label = np.zeros(shape, np.uint8, order="F")
     with _explain(path):
         one = _read(path, pixels=True)
-        places = _locate_frames(one, shape, affine)
+        places = _locate_frames(one, shape, affine, Path(path).name)
         frames = one.pixel_array.reshape(len(places), one.Rows, one.Columns)
         values = [1] * len(frames)
         if one.SegmentationType == "BINARY":
@@ -99,7 +98,7 @@ def _read(path: str | Path, *, pixels: bool) -> Any:
     name, files = Path(path).name, dicom_files(path) if Path(path).is_dir() else [Path(path)]
     if len(files) != 1:
         raise DicomError(f"expected one DICOM file in {name}, got {len(files)}. {CONVERT}.")
-    one = pydicom.dcmread(files[0], stop_before_pixels=not pixels)
+    one = read_file(files[0], END if pixels else PIXELS)
     kind = UID(one.get("SOPClassUID", ""))
     if kind == RTStructureSetStorage:
         raise DicomError(
@@ -129,7 +128,7 @@ def _of_frames(one: Any, group: str, name: str) -> list[Any]:
     return [getattr(items[0], name) for items in groups]
 
 
-def _locate_frames(one: Any, shape: Sequence[int], affine: np.ndarray) -> list[Place]:
+def _locate_frames(one: Any, shape: Sequence[int], affine: np.ndarray, name: str) -> list[Place]:
     """Return where each frame lies, if its pixels are voxels of a grid."""
     if len(shape) != 3 or not np.isfinite(affine).all() or not np.linalg.det(affine):
         return []  # the fault is the image's
@@ -153,7 +152,6 @@ def _locate_frames(one: Any, shape: Sequence[int], affine: np.ndarray) -> list[P
         (is_inside, "frames outside of it"),
     ):
         if not is_right:
-            name = Path(one.filename).name
             raise DicomError(
                 f"expected frames of {name} on the grid of the image, got {got}. Resample the "
                 "label onto the image or exclude the case."

@@ -98,7 +98,7 @@ def name_segments(layout: DatasetLayout) -> DatasetLayout:
         for number, name in _read_segment_names(case["label"]).items():
             first, where = known.setdefault(number, (name, case["case_id"]))
             if _simplify(first) != _simplify(name):
-                expected = f"segment {number} to be {first!r}, as in {where},"
+                expected = f"segment {number} to be {first!r}, as in {where}"
                 remedy = "Give the segments one order in all cases, or exclude the case"
                 issues.append(make_issue(case["case_id"], "segment", expected, repr(name), remedy))
                 break
