@@ -1,3 +1,4 @@
+import locale
 import logging
 import tracemalloc
 
@@ -75,6 +76,15 @@ def test_read_series_decodes_compressed_slices(tmp_path, stored, syntax):
     np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
 
 
+@pytest.fixture
+def kept_locale():
+    """The JPEG codec of SimpleITK leaves the process in the locale C, with ASCII for files."""
+    kept = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, kept)
+
+
+@pytest.mark.usefixtures("kept_locale")
 def test_read_series_agrees_with_simpleitk_on_lossless_jpeg(tmp_path, stored):
     write_series(tmp_path, stored, affine_of(degrees=(10, 20, -15)))
     writer = SimpleITK.ImageFileWriter()

@@ -44,6 +44,7 @@ from pipeline.prediction.segmenter import (
     is_out_of_memory,
 )
 from pipeline.progress_bar import ProgressBar
+from transforms.dicom import is_dicom
 from transforms.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class Prediction:
         loaded, result.warnings = load_image(case, self.preprocessing, self.in_channels)
         image = loaded["image"]
         result.warnings += find_differences_from_training(image, self.trained_on)
-        if self.dicom_seg and not Path(paths_of(case)[0]).is_dir():
+        if self.dicom_seg and not is_dicom(paths_of(case)[0]):
             result.warnings.append(NO_SERIES)
         for line in result.warnings:
             log.warning("%s: %s", result.case_id, line)
@@ -206,7 +207,7 @@ class Prediction:
     def _write(self, case: Case, image: MetaTensor, found: Segmentation) -> None:
         source = paths_of(case)[0]
         of_labels, of_probabilities, of_segmentation = self._targets(case)
-        if self.dicom_seg and Path(source).is_dir():
+        if self.dicom_seg and is_dicom(source):
             save_segmentation(found.labels, source, of_segmentation, self.class_names)
         save_like(found.labels, source, of_labels, self.class_names)
         if found.probabilities is not None:
