@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 TOLERANCE_MM = 0.001
@@ -57,23 +54,6 @@ def compare(
         corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape], [1]))).T
         distance = float(np.linalg.norm((affine - onto_affine) @ corners, axis=0).max())
     return Alignment(tuple(int(n) for n in shape), change, distance)
-
-
-class OnImageGridd(MapTransform):
-    """Gives volumes `(C, H, W, D)` the axes and affine of the image, unless grids differ."""
-
-    def __call__(self, data: dict) -> dict:
-        """Put the volumes of one case there."""
-        grid = data["image"].affine.numpy(), data["image"].shape[1:]
-        return {**data, **{key: on_grid(data[key], *grid) for key in self.key_iterator(data)}}
-
-
-def on_grid(volume: MetaTensor, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
-    """Return `volume` `(C, H, W, D)`, which is on a grid, with that grid's axes and affine."""
-    own = volume.affine.numpy()
-    voxels = [put_on_grid(channel, own, shape, affine) for channel in volume.numpy()]
-    meta = {**volume.meta, "affine": torch.as_tensor(affine)}
-    return MetaTensor(torch.as_tensor(np.stack(voxels)), meta=meta)
 
 
 def put_on_grid(

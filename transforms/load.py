@@ -31,18 +31,19 @@ class LoadVolumesd(MapTransform):
         loaded = dict(data)
         for key in self.key_iterator(data):
             image = loaded.get("image") if key == "label" else None
-            loaded[key] = self._load(data[key], getattr(image, "meta", {}))
+            loaded[key] = self._load(data[key], image if isinstance(image, MetaTensor) else None)
         return loaded
 
-    def _load(self, paths: Any, image: dict) -> MetaTensor:
+    def _load(self, paths: Any, image: MetaTensor | None) -> MetaTensor:
         if isinstance(paths, MetaTensor):
             return cast(MetaTensor, paths.to(torch.float32, copy=True))  # steps work in place
         reader = NibabelReader()
         reader.filenames = ensure_tuple(paths)
         grid = None
-        if {"spatial_shape", "original_affine"} <= image.keys():
-            shape = tuple(int(n) for n in image["spatial_shape"])
-            grid = Header(shape, np.asarray(image["original_affine"]), np.dtype(np.float32))
+        if image is not None:  # as it was in its file
+            shape = tuple(int(n) for n in image.meta.get("spatial_shape", image.shape[-3:]))
+            affine = np.asarray(image.meta.get("original_affine", image.affine))
+            grid = Header(shape, affine, np.dtype(np.float32))
         voxels, meta = reader.get_data([_open_volume(str(p), grid) for p in reader.filenames])
         voxels = convert_to_dst_type(voxels, dst=voxels, dtype=np.float32)[0]
         meta = {**meta, "filename_or_obj": str(reader.filenames[0])}

@@ -10,20 +10,12 @@ from typing import Any
 import numpy as np
 from pydicom.uid import UID, RTStructureSetStorage
 
-from transforms.dicom import END, PIXELS, SHIFT, DicomError, dicom_files, is_dicom, read_file
-from transforms.formats import LPS_TO_RAS, find_ending
+from transforms.dicom import END, PIXELS, SHIFT, DicomError, dicom_files, read_file
+from transforms.formats import LPS_TO_RAS
 
 KINDS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # the latter: a label map
 CONVERT = "Convert the label to NIfTI or DICOM SEG"
 Place = tuple[np.ndarray, np.ndarray, np.ndarray]  # voxel of the first pixel; steps (3,) to others
-
-
-def is_dicom_label(path: str | Path) -> bool:
-    """Return whether a label is a DICOM file, or a folder, by its name or its first bytes."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() == ".dcm":
-        return True
-    return not find_ending(path) and path.is_file() and is_dicom(path)
 
 
 def read_segment_names(path: str | Path) -> dict[int, str]:

@@ -76,7 +76,7 @@ def read_header(path: str, image: Header | None = None) -> Header:
     """
     with _name_file(path):
         ending = find_ending(path)
-        if image is not None and segmentation.is_dicom_label(path):
+        if image is not None and is_dicom(path):
             grid = image.shape[:3], image.affine
             segmentation.check_segmentation(path, *grid)
             return _make_header(*grid, np.dtype(np.uint8), is_segmentation=True)

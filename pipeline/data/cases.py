@@ -14,7 +14,6 @@ from typing import Any
 from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
 from transforms.dicom import Series, dicom_files, find_series, is_dicom
 from transforms.formats import FORMATS, find_ending, list_files
-from transforms.segmentation import is_dicom_label
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label
@@ -123,11 +122,8 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
 
 def list_labels(folder: Path) -> dict[Path, str]:
     """List labels of a folder: files, DICOM files, and folders with these; by path, with names."""
-    paths = sorted(folder.glob("[!.]*"))
-    is_label = {
-        p: dicom_files(p) if p.is_dir() else find_ending(p) or is_dicom_label(p) for p in paths
-    }
-    return {path: case_name(path) for path in paths if is_label[path]}
+    found = (path for path in sorted(folder.glob("[!.]*")) if find_ending(path) or is_dicom(path))
+    return {path: case_name(path) for path in found if path.is_file() or dicom_files(path)}
 
 
 def group_volumes(

@@ -29,8 +29,8 @@ from pipeline.data.cases import (
     split_channel,
 )
 from pipeline.errors import DatasetIssue, InputError, make_issue, nearest, refuse, require, some
-from transforms.dicom import DicomError
-from transforms.segmentation import is_dicom_label, read_segment_names
+from transforms.dicom import DicomError, is_dicom
+from transforms.segmentation import read_segment_names
 
 TABLES = ("cases.csv", "cases.json")
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
@@ -117,7 +117,7 @@ def _simplify(name: str) -> str:
 
 def _read_segment_names(label: str) -> dict[int, str]:
     try:
-        return read_segment_names(label) if is_dicom_label(label) else {}
+        return read_segment_names(label) if is_dicom(label) else {}
     except DicomError:
         return {}  # the preflight says why
 

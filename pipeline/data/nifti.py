@@ -11,10 +11,9 @@ from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import Case, files_of
 from pipeline.errors import DatasetIssue, InputError, make_issue
-from transforms.dicom import DicomError
+from transforms.dicom import DicomError, is_dicom
 from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.preprocess import MAX_VALUE, round_labels
-from transforms.segmentation import is_dicom_label
 from transforms.volumes import Header, VolumeError, read_header, read_voxels
 
 SPACING_RANGE_MM = (0.001, 100.0)
@@ -35,7 +34,7 @@ def check_headers(
     for key, path in listed:
         image = headers["image"][0] if key == "label" and headers["image"] else None
         try:
-            if image or key == "image" or not is_dicom_label(path):  # which is on its image's grid
+            if image or key == "image" or not is_dicom(path):  # which is on its image's grid
                 headers[key].append(read_header(path, image))
         except (VolumeError, DicomError) as error:
             issues.append(DatasetIssue(case_id, "unreadable", str(error)))
