@@ -15,11 +15,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from contourpy import contour_generator
+from nibabel.orientations import apply_orientation
 from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
-from transforms.grid import align
-from transforms.load import open_volume
+from transforms.volumes import read_header, read_label, read_voxels
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # index of the axis through the plane, of RAS
 DIRECTIONS = (("R", "L"), ("A", "P"), ("S", "I"))  # at the high and the low end of each axis
@@ -92,26 +92,25 @@ def read_case(paths: Mapping[str, Any], ignore_value: int | None = None) -> Case
     Voxels whose label is `ignore_value` are neither drawn nor compared.
 
     Raises:
-        OSError: If a file is missing or cannot be read.
-        ValueError: If a file is no volume, or label or prediction have another grid.
+        ValueError: If a file cannot be read, or label or prediction have another grid.
     """
-    image, affine = _read_ras(np.atleast_1d(paths["image"])[0])
-    label, pred = np.zeros((2, *image.shape), np.int16)
-    for key, volume in (("label", label), ("pred", pred)):
-        if paths.get(key) is not None:
-            voxels, other = _read_ras(paths[key])
-            if not align(voxels.shape, other, image.shape, affine).distance_mm <= NEAR_MM:
-                raise ValueError(f"expected {key} and image on one grid, got others. Resample it.")
-            volume[:] = voxels
+    path = str(np.atleast_1d(paths["image"])[0])
+    header = read_header(path)
+    to_ras = nib.io_orientation(header.affine)
+
+    def read(key: str) -> np.ndarray:
+        if paths.get(key) is None:
+            return np.zeros(image.shape, np.int16)
+        voxels = read_label(str(paths[key]), header, tolerance_mm=NEAR_MM)
+        return apply_orientation(voxels, to_ras).astype(np.int16)
+
+    voxels = read_voxels(path, header).reshape(*header.shape[:3], -1)[..., 0]
+    image = apply_orientation(voxels, to_ras)
+    label, pred = read("label"), read("pred")
     if ignore_value is not None:
         label, pred = label * (label != ignore_value), pred * (label != ignore_value)
-    return CaseVolumes(image, label, pred, nib.affines.voxel_sizes(affine))
-
-
-def _read_ras(path: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first channel `(H, W, D)` of a file along the axes R, A, S, and its affine."""
-    image = nib.as_closest_canonical(open_volume(path))
-    return np.asanyarray(image.dataobj).reshape(*image.shape[:3], -1)[..., 0], image.affine
+    sizes = nib.affines.voxel_sizes(header.affine)
+    return CaseVolumes(image, label, pred, sizes[np.argsort(to_ras[:, 0])])
 
 
 def draw_plane(case: CaseVolumes, name: str, long_side: int = LONG_SIDE) -> Image.Image:

@@ -14,6 +14,7 @@ import pytest
 from pipeline.data import content, statistics
 from pipeline.data.content import ContentHashes
 from pipeline.data.nifti import check_headers
+from transforms import volumes
 
 SHAPE = (9, 8, 7)
 
@@ -193,7 +194,8 @@ def test_stored_statistics_are_those_that_were_measured(cases, stored):
 
 def test_files_are_read_once_for_statistics_and_hashes(cases, stored, monkeypatch):
     read_voxels = Mock(side_effect=statistics.read_voxels)
-    monkeypatch.setattr(statistics, "read_voxels", read_voxels)
+    for module in (statistics, volumes):
+        monkeypatch.setattr(module, "read_voxels", read_voxels)
     stored(cases)
     paths = [Path(case[key]) for case in cases for key in ("label", "image")]
     assert [call.args[2] for call in read_voxels.call_args_list] == [p.read_bytes() for p in paths]

@@ -149,11 +149,9 @@ def test_control_characters_of_names_are_escaped(root, capsys):
     assert run(root) == 1
     told, faults = capsys.readouterr()
     assert is_safe(told + faults)
-    assert r"not scored: a\x1b[31m\x07\u202e" in told
+    assert "not scored: a_[31m__" in told
     assert len(faults.splitlines()) == 1
-    assert faults.startswith(
-        r"a\x1b[31m\x07\u202e\r\nbd: expected prediction and label of one shape"
-    )
+    assert faults.startswith("a_[31m____bd: expected prediction and label of one shape")
     assert is_safe((root / "pred_scores" / "metrics.csv").read_text())
     assert scores_of(root)[0]["case_id"] == r"a\x1b[31m\x07\u202e\r\nbc"
     write_description(root, background=0, **{EVIL: 1})

@@ -106,7 +106,7 @@ def test_case_has_no_prediction_where_the_label_is_ignored_and_none_on_another_g
     for voxels in (case.label, case.pred):
         assert voxels[:2].max(axis=(1, 2)).tolist() == [0, 1]
     paths["pred"] = write(tmp_path, "pred", label, (1, 1, 2))
-    with pytest.raises(ValueError, match="expected pred and image on one grid"):
+    with pytest.raises(ValueError, match="on one grid within"):
         drawing.read_case(paths)
 
 

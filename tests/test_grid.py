@@ -6,10 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
-from transforms.grid import align, compare, on_grid
+from transforms.grid import align, compare, put_on_grid
 from transforms.preprocess import ValidationPreprocessing, preprocessing
 
 SHAPE = (7, 6, 5)
@@ -24,10 +23,6 @@ def oblique(seed):
     return affine
 
 
-def volume(voxels, affine):
-    return MetaTensor(torch.as_tensor(voxels[None].copy()), affine=torch.as_tensor(affine))
-
-
 ORIENTATIONS = [
     np.stack([order, flips], axis=1)
     for order in itertools.permutations(range(3))
@@ -36,23 +31,22 @@ ORIENTATIONS = [
 
 
 @pytest.mark.parametrize("change", ORIENTATIONS, ids=str)
-def test_on_grid_undoes_every_order_and_direction_of_axes(change):
+def test_put_on_grid_undoes_every_order_and_direction_of_axes(change):
     affine = oblique(seed=1)
     voxels = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     other = nib.Nifti1Image(voxels, affine).as_reoriented(change.astype(float))
-    got = on_grid(volume(other.get_fdata(dtype=np.float32), other.affine), affine, SHAPE)
-    np.testing.assert_array_equal(got[0], voxels)
-    np.testing.assert_array_equal(got.affine, affine)
+    got = put_on_grid(other.get_fdata(dtype=np.float32), other.affine, SHAPE, affine)
+    np.testing.assert_array_equal(got, voxels)
 
 
-def test_on_grid_refuses_another_grid():
+def test_put_on_grid_refuses_another_grid():
     affine = oblique(seed=2)
     moved = affine.copy()
     moved[0, 3] += 0.5
     with pytest.raises(ValueError, match=r"on one grid within 0\.001 mm, .* 0\.500 mm apart"):
-        on_grid(volume(np.zeros(SHAPE), moved), affine, SHAPE)
+        put_on_grid(np.zeros(SHAPE), moved, SHAPE, affine)
     with pytest.raises(ValueError, match=r"got shapes \(7, 6, 5\) and \(7, 6, 4\), inf mm"):
-        on_grid(volume(np.zeros((7, 6, 4)), affine), affine, SHAPE)
+        put_on_grid(np.zeros((7, 6, 4)), affine, SHAPE, affine)
 
 
 def test_align_leaves_a_grid_at_45_degrees_as_it_is_when_digits_would_exchange_its_axes():

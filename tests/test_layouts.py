@@ -135,7 +135,7 @@ def test_read_layout_takes_the_highest_label_for_ignore(tmp_path):
     [
         ({"labels": {"background": 0, "ignore": 1, "a": 2}}, r"'ignore' the last, got "),
         ({"labels": {"background": 0, "ignore": 1}}, r"without gaps"),
-        ({"file_ending": ".mha"}, r"expected file_ending \.nii\.gz or \.nii, got '\.mha'"),
+        ({"file_ending": ".png"}, r"expected a file_ending of \.nii\.gz, .*, got '\.png'"),
         ({"channel_names": None}, r"expected 'channel_names' \(mapping, not empty\), got None"),
         ({"dataset": {"x": {"images": ["a.nii.gz"]}}}, r"expected image and .* in dataset\['x'\]"),
         ({"dataset": ["x"]}, r"expected 'dataset' \(mapping, not empty\), got \['x'\]"),

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from dicom_series import write_series
 
-from pipeline.data import nifti
-from pipeline.data.nifti import VolumeError, read_header, read_voxels
 from transforms.load import LoadVolumesd
+from transforms.volumes import MAX_TRAILING_BYTES, VolumeError, read_header, read_voxels
 
 SHAPE = (7, 6, 5)
 AFFINE = np.array([[0, 1.5, 0, -3], [-1.0, 0, 0, 4], [0, 0, 2.5, 5], [0, 0, 0, 1]])
@@ -107,7 +106,7 @@ def test_header_knows_whether_the_file_is_oriented(tmp_path):
 
 
 def test_padding_after_the_voxels_is_allowed(tmp_path):
-    padded = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(nifti.MAX_TRAILING_BYTES)
+    padded = nib.Nifti1Image(voxels_of(), AFFINE).to_bytes() + bytes(MAX_TRAILING_BYTES)
     for path, write in ((tmp_path / "a.nii", bytes), (tmp_path / "a.nii.gz", gzip.compress)):
         path.write_bytes(write(padded))
         np.testing.assert_array_equal(read(str(path)), voxels_of())

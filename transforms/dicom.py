@@ -182,7 +182,7 @@ def _read_head(path: Path, time_ns: int) -> tuple[str, str, str, int]:
     """Read the kind of a file, the UID and number of its series, and how many frames it has."""
     try:
         _require(is_dicom(path), "a DICOM file")
-        head = _read(path, HEAD)
+        head = read_file(path, HEAD)
         uid, number = (str(head.get(f"Series{key}") or "") for key in ("InstanceUID", "Number"))
         _require(uid or _kind(head), "a SeriesInstanceUID")
         return _kind(head), uid, number, int(head.get("NumberOfFrames") or 1)
@@ -226,7 +226,7 @@ def _ordered_slices(path: str | Path, *, pixels: bool) -> tuple[list[_Slice], np
 def _read_file(path: Path, pixels: bool) -> list[_Slice]:
     """Read the slices of a file, their pixels not yet decoded."""
     with _name_faults(f"a readable slice {path.name}"):
-        one = _read(path, END if pixels else PIXELS)
+        one = read_file(path, END if pixels else PIXELS)
         frames = one.get("PerFrameFunctionalGroupsSequence") or [one]
         num_frames = int(one.get("NumberOfFrames") or 1)
         expected = f"one slice in {path.name}, or functional groups of each frame"
@@ -254,8 +254,8 @@ def _slice(one: Any, name: str, number: int, groups: Any) -> _Slice:
     return _Slice(one, number, name, facts, scale, str(frame.get("StackID")))
 
 
-def _read(path: Path, end: int) -> Any:
-    """Read a dataset up to a tag."""
+def read_file(path: Path, end: int) -> Any:
+    """Read a file up to a tag, its pixels not yet decoded: a pydicom dataset."""
     stream: BinaryIO
     with open(path, "rb") as stream:
         read_preamble(stream, force=True)

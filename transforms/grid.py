@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 TOLERANCE_MM = 0.001
@@ -59,24 +56,19 @@ def compare(
     return Alignment(tuple(int(n) for n in shape), change, distance)
 
 
-class OnImageGridd(MapTransform):
-    """Gives volumes `(C, H, W, D)` the axes and affine of the image, unless grids differ."""
-
-    def __call__(self, data: dict) -> dict:
-        """Put the volumes of one case there."""
-        grid = data["image"].affine.numpy(), data["image"].shape[1:]
-        return {**data, **{key: on_grid(data[key], *grid) for key in self.key_iterator(data)}}
-
-
-def on_grid(volume: MetaTensor, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
-    """Return `volume` `(C, H, W, D)`, which is on a grid, with that grid's axes and affine."""
-    found = align(volume.shape[1:], volume.affine.numpy(), shape, affine)
-    if not found.distance_mm <= TOLERANCE_MM:
+def put_on_grid(
+    voxels: np.ndarray,
+    own_affine: np.ndarray,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    tolerance_mm: float = TOLERANCE_MM,
+) -> np.ndarray:
+    """Return voxels `(H, W, D)`, which are on a grid, in that grid's order of axes."""
+    found = align(voxels.shape, own_affine, shape, affine)
+    if not found.distance_mm <= tolerance_mm:
         raise ValueError(
-            f"expected image and label on one grid within {TOLERANCE_MM} mm, got shapes "
+            f"expected image and label on one grid within {tolerance_mm} mm, got shapes "
             f"{tuple(shape)} and {found.shape}, {found.distance_mm:.3f} mm apart. "
             "Resample the label or exclude the case."
         )
-    voxels = [apply_orientation(channel, found.change) for channel in volume.numpy()]
-    meta = {**volume.meta, "affine": torch.as_tensor(affine)}
-    return MetaTensor(torch.as_tensor(np.stack(voxels)), meta=meta)
+    return apply_orientation(voxels, found.change)

@@ -30,7 +30,7 @@ from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
-from transforms.grid import TOLERANCE_MM, OnImageGridd, compare, on_grid
+from transforms.grid import TOLERANCE_MM, compare
 from transforms.load import LoadVolumesd
 
 log = logging.getLogger(__name__)
@@ -183,8 +183,8 @@ def preprocessing(
     """Load and make regular the volumes of one case.
 
     A case is a dictionary with paths under `image` (one, or a list with one per channel) and
-    `label`: NIfTI files, or folders that hold a DICOM series each. Afterwards `image` is
-    `(C, H, W, D)` float32 and `label` is `(1, H, W, D)` uint8, both MetaTensors in RAS order.
+    `label`: files of volumes, or DICOM. Afterwards `image` is `(C, H, W, D)` float32 and `label`
+    is `(1, H, W, D)` uint8, both MetaTensors in RAS order.
 
     Args:
         spacing: Voxel size in mm along R, A, S.
@@ -205,7 +205,6 @@ def preprocessing(
     return Preprocessing(
         [LoadVolumesd(keys, **optional), EnsureChannelFirstd(keys, **optional)],
         [
-            *(OnImageGridd(key, **optional) for key in labels),
             *(UserTransform(one, "transforms_before") for one in before),
             *crop,
             Orientationd(keys, axcodes="RAS", labels=None, **optional),
@@ -288,6 +287,4 @@ class ValidationPreprocessing(Transform):
     def __call__(self, case: dict) -> dict:
         """Load one case."""
         processed = self.image({key: value for key, value in case.items() if key != "label"})
-        label, meta = self.label({"label": case["label"]})["label"], processed["image"].meta
-        affine, shape = np.asarray(meta["original_affine"]), meta["spatial_shape"]
-        return {**processed, "label": on_grid(label, affine, [int(n) for n in shape])}
+        return self.label({**processed, "label": case["label"]})

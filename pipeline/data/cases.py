@@ -13,12 +13,13 @@ from typing import Any
 
 from pipeline.errors import DatasetIssue, InputError, make_issue, printable, refuse, require
 from transforms.dicom import Series, dicom_files, find_series, is_dicom
+from transforms.formats import FORMATS, find_ending, list_files
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label
 Channels = dict[str, list[Path]]  # volumes by channel number, which is empty for no channel
 
-ENDINGS = (".nii.gz", ".nii")
+ENDINGS = tuple(FORMATS)
 CASE_ID = r"[^/\\\0\n]*[^/\\\0\n.][^/\\\0\n]*"
 
 
@@ -27,8 +28,9 @@ class DatasetLayout:
     """A dataset as it is stored.
 
     A case is a dictionary with `case_id`, `image` (a path, or a list with one per channel), `label`
-    and, where declared, `group`, which names the person. A path is the absolute name of a NIfTI
-    file, of a folder that holds a DICOM series, or of a file of one; links in it are kept.
+    and, where declared, `group`, which names the person. A path is the absolute name of a file, of
+    a folder that holds a DICOM series or, for a label, a DICOM Segmentation, or of a file of a
+    series; links in it are kept.
     """
 
     root: Path = Path()  # folder of the dataset, links resolved
@@ -44,8 +46,9 @@ class DatasetLayout:
 
 
 def case_name(path: str | Path) -> str:
-    """File name without folder and `.nii` or `.nii.gz`; `_` stands for unsafe characters."""
-    name = re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
+    """File name without folder and the ending of a volume; `_` stands for unsafe characters."""
+    endings = "|".join(map(re.escape, (*ENDINGS, ".dcm")))
+    name = re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
     return "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
 
 
@@ -75,7 +78,7 @@ def paths_of(case: Mapping[str, Any]) -> list[str]:
 
 
 def list_volumes(folder: Path) -> dict[Path, str]:
-    """List NIfTI files of a folder, and DICOM series in and below it, by path, with their names.
+    """List files of a folder, and DICOM series in and below it, by path, with their names.
 
     Hidden ones are left out. The path of a series is its folder, or its first file where others
     lie in or below that. Its name is that of the topmost folder below `folder`; where that has
@@ -83,15 +86,15 @@ def list_volumes(folder: Path) -> dict[Path, str]:
     """
     if not folder.is_dir():
         return {}
-    found = {path: case_name(path) for path in _nifti_files(folder)}
+    found = {path: case_name(path) for path in _volume_files(folder)}
     found |= _name_series(folder, find_series(folder))
     if not found and dicom_files(folder):
         found[folder] = case_name(folder)  # DICOM without an image; reading says what it is
     return dict(sorted(found.items()))
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    paths = (path for path in folder.iterdir() if path.name.endswith(ENDINGS))
+def _volume_files(folder: Path) -> list[Path]:
+    paths = (path for path in folder.iterdir() if find_ending(path))
     return sorted(path for path in paths if path.name[0] != "." and not path.is_dir())
 
 
@@ -111,6 +114,12 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
         name += f"_{counts[name]}" if counts[name] > 1 else ""
         named[home if within[home] == 1 else one.files[0]] = name
     return named
+
+
+def list_labels(folder: Path) -> dict[Path, str]:
+    """List labels of a folder: files, DICOM files, and folders with these; by path, with names."""
+    found = (path for path in sorted(folder.glob("[!.]*")) if find_ending(path) or is_dicom(path))
+    return {path: case_name(path) for path in found if path.is_file() or dicom_files(path)}
 
 
 def group_volumes(
@@ -179,13 +188,13 @@ def _file_issues(
     """Files of a case that are missing, or lie outside the allowed folders."""
     for key, name in ((key, name) for key, names in files_of(case).items() for name in names):
         path = Path(os.path.abspath(root / name))
-        files = dicom_files(path) if key == "image" else []
+        files = dicom_files(path)
         if not path.is_file() and not files:
             message = f"expected {key} file {name} of {where}, found none. Put it there or take "
             message += f"the case out of {Path(where).name}."
             yield DatasetIssue(case["case_id"], "missing", message)
             continue
-        real = [os.path.realpath(file) for file in (path, *files)]
+        real = [os.path.realpath(file) for file in (*list_files(path), *files)]
         outside = [p for p in real if not any(os.path.commonpath([p, a]) == a for a in allowed)]
         if outside:
             expected = f"{key} {name} within the dataset's folder"
@@ -211,7 +220,7 @@ def list_images(
             complete, and else for itself.
         num_channels: Channels of an image; None if unknown.
         root: Folder that `folder` and `labels` are relative to.
-        labels: Folder with the label of each case, `<case_id>.nii.gz` or `.nii`.
+        labels: Folder with the label of each case, such as `<case_id>.nii.gz`.
 
     Returns:
         Cases; one has a `fault`, why it cannot be predicted, where two volumes have its name.
@@ -220,20 +229,20 @@ def list_images(
         InputError: If there is no volume; one line for each case without a label.
     """
     place = Path(root, folder).absolute()
-    if place.is_file() and place.name.endswith(ENDINGS):
+    if place.is_file() and find_ending(place):
         cases = _group_file(place, num_channels)
     elif place.is_file() and is_dicom(place):
         numbers = [f"_series{one.number}" for one in find_series(place)]
         cases = _group({place: case_name("".join([place.parent.name, *numbers]))}, num_channels)
     else:
         cases = _group(list_volumes(place), num_channels)
-    expected = f"NIfTI files or DICOM series in {folder}"
+    expected = f"volumes ({', '.join(ENDINGS)} or DICOM series) in {folder}"
     require(cases, "input", expected, "none", "Check the path.")
     several = any(len(channels) > 1 for channels in cases.values())
     listed = [_image_case(case_id, channels, several) for case_id, channels in cases.items()]
     if labels is None:
         return listed
-    found = {name: str(path) for path, name in list_volumes(Path(root, labels)).items()}
+    found = {name: str(path) for path, name in list_labels(Path(root, labels)).items()}
     refuse(
         f"{case_id}: expected its label in {Path(root, labels)}, found none. Add it."
         for case_id in cases
@@ -247,7 +256,7 @@ def _group_file(file: Path, num_channels: int | None) -> dict[str, Channels]:
     name = case_name(file)
     case_id, number = split_channel(name)
     other = re.compile(rf"{re.escape(case_id)}_(?!{number})\d{{4}}" if number else "")
-    others = [path for path in _nifti_files(file.parent) if other.fullmatch(case_name(path))]
+    others = [path for path in _volume_files(file.parent) if other.fullmatch(case_name(path))]
     grouped = _group({path: case_name(path) for path in sorted([file, *others])}, num_channels)
     return {name: grouped[name]} if name in grouped else grouped
 
@@ -271,7 +280,7 @@ def _image_case(case_id: str, channels: Channels, several: bool) -> Case:
 
 
 def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str], list[str]]:
-    """Match the NIfTI files of two folders by case id.
+    """Match the label maps of two folders by case id.
 
     Returns:
         Pairs; the reasons for predictions without one; case ids of labels without a prediction.
@@ -280,7 +289,7 @@ def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str], 
         InputError: If a folder does not exist, or the two have no case in common.
     """
     preds, labels = _files(pred_dir, "predictions"), _files(label_dir, "labels")
-    expected = f"NIfTI files named as those of {label_dir}"
+    expected = f"label maps named as those of {label_dir}"
     got = f"{len(preds)} and {len(labels)} cases, none in common"
     require(preds.keys() & labels.keys(), pred_dir, expected, got, "Check the paths.")
     pairs, refused = [], {}
@@ -299,13 +308,14 @@ def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str], 
 
 
 def _files(folder: Path, what: str) -> dict[str, list[Path]]:
-    """NIfTI files by case id, without predicted probabilities."""
+    """Label maps by case id, without predicted probabilities."""
     try:
         os.listdir(folder)
     except OSError as error:
         expected = f"{folder}: expected a folder of {what}"
         raise InputError(f"{expected}, got: {error.strerror}. Check the path.") from None
-    files = {path: case_name(path) for path in _nifti_files(folder)}
+    files = {path: case_name(path) for path in _volume_files(folder)}
+    files = list_labels(folder) if what == "labels" else files
     found = {name: one[""] for name, one in group_volumes(files, lambda name: True).items()}
     others = {f"{name}_probabilities" for name in found}
     return {name: paths for name, paths in found.items() if name not in others}

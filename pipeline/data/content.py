@@ -20,6 +20,7 @@ from pipeline.data.cases import files_of
 from pipeline.files import replace_file
 from pipeline.progress_bar import ProgressBar
 from transforms.dicom import dicom_files
+from transforms.formats import list_files
 
 HASHES = "volume_cache_hashes.json"  # in cache_dir, which other programs may use as well
 MAX_THREADS = 8  # each may hold a volume in memory
@@ -132,4 +133,4 @@ def _identity(path: Path) -> str:
 def _list_files(path: str) -> list[Path]:
     file = Path(path).absolute()
     below = sorted(one for one in file.rglob("*") if one.is_file())
-    return below or dicom_files(file) or [file]
+    return below or dicom_files(file) or list_files(file)

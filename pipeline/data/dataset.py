@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cases import Case, DatasetLayout, add_case_id, paths_of, resolve_paths
-from pipeline.data.layouts import read_layout
+from pipeline.data.layouts import name_segments, read_layout
 from pipeline.data.splits import GroupPattern, Sides, split_by_file, split_by_hash
 from pipeline.errors import DatasetIssue, InputError, nearest, refuse, require
 from transforms.dicom import dicom_files
+from transforms.formats import list_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def given_cases(
     root = Path(os.path.commonpath(folders))
     # the folder's own name may name a person
     unresolved = DatasetLayout(root, "given", "data of a client", class_names, cases=listed)
-    layout = resolve_paths(unresolved, root, (), where)
+    layout = name_segments(resolve_paths(unresolved, root, (), where))
     ids = [case["case_id"] for case in listed]
     return _make_cases(layout, [ids[: len(train)], ids[len(train) :], []], [])
 
@@ -144,6 +145,6 @@ def _make_cases(layout: DatasetLayout, sides: Sides, excluded: list[str]) -> Cas
 
 
 def _size(path: str) -> int | list[int]:
-    """Bytes of a file, or of each file of a DICOM series."""
-    files = dicom_files(path)
-    return list(map(os.path.getsize, files)) if files else os.path.getsize(path)
+    """Bytes of a file, or of each file of a volume that has several."""
+    files = dicom_files(path) or list_files(path)
+    return list(map(os.path.getsize, files)) if len(files) > 1 else os.path.getsize(files[0])

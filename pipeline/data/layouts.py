@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from pipeline.data.cases import (
     case_name,
     find_twins,
     group_volumes,
+    list_labels,
     list_volumes,
     resolve_paths,
     split_channel,
 )
 from pipeline.errors import DatasetIssue, InputError, make_issue, nearest, refuse, require, some
+from transforms.dicom import DicomError, is_dicom
+from transforms.segmentation import read_segment_names
 
 TABLES = ("cases.csv", "cases.json")
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
@@ -48,7 +52,7 @@ def read_layout(dataset_dir: str | Path, *, data_roots: Sequence[str | Path] = (
     try:
         layout, where = _read(Path(dataset_dir))
         root = where if where.is_dir() else where.parent
-        return resolve_paths(layout, root, data_roots, str(where))
+        return name_segments(resolve_paths(layout, root, data_roots, str(where)))
     except OSError as error:  # a folder without read permission
         got = f"{error}. Change the permissions."
         raise InputError(f"{dataset_dir}: expected files that can be read, got: {got}") from error
@@ -80,6 +84,42 @@ def _read(path: Path) -> tuple[DatasetLayout, Path]:
     expected = "dataset_dir: expected a folder with dataset.json (Medical Segmentation Decathlon "
     expected += "or nnU-Net), cases.csv, cases.json, or folders images and labels"
     raise InputError(f"{expected}, found {found}. Check the path.")
+
+
+def name_segments(layout: DatasetLayout) -> DatasetLayout:
+    """Give classes that are not declared the names of segments in labels that are DICOM.
+
+    A case is left out, with a fault, if it names a segment otherwise than the dataset or an earlier
+    case does: its numbers mean something else.
+    """
+    known = {n: (name, "the dataset") for n, name in enumerate(layout.class_names or ())}
+    issues, names = [], list(layout.class_names or ())
+    for case in layout.cases:
+        for number, name in _read_segment_names(case["label"]).items():
+            first, where = known.setdefault(number, (name, case["case_id"]))
+            if _simplify(first) != _simplify(name):
+                expected = f"segment {number} to be {first!r}, as in {where}"
+                remedy = "Give the segments one order in all cases, or exclude the case"
+                issues.append(make_issue(case["case_id"], "segment", expected, repr(name), remedy))
+                break
+    if known and not names:
+        names = ["background"]
+        names += [known.get(n, (f"class_{n}",))[0] for n in range(1, max(known) + 1)]
+        names = [f"{one} {n}" if names.count(one) > 1 else one for n, one in enumerate(names)]
+    bad = {issue.case_id for issue in issues}
+    cases = [case for case in layout.cases if case["case_id"] not in bad]
+    return replace(layout, class_names=names or None, cases=cases, issues=layout.issues + issues)
+
+
+def _simplify(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def _read_segment_names(label: str) -> dict[int, str]:
+    try:
+        return read_segment_names(label) if is_dicom(label) else {}
+    except DicomError:
+        return {}  # the preflight says why
 
 
 def load_json(path: Path) -> Any:
@@ -133,8 +173,11 @@ def _list_cases(
     path = root / "dataset.json"
     if is_nnunet and "dataset" not in source:
         ending = source.get("file_ending", ".nii.gz")
-        expected = "file_ending .nii.gz or .nii"
-        require(ending in ENDINGS, path, expected, repr(ending), "Convert the files.")
+        expected, is_known = (
+            f"a file_ending of {', '.join(ENDINGS)}",
+            str(ending).lower() in ENDINGS,
+        )
+        require(is_known, path, expected, repr(ending), "Convert the files.")
         return _pair_folders(root, *FOLDERS[1], ending, num_channels)
     entries: dict[str, Any] = {}
     for case_id, entry in source["dataset"].items() if is_nnunet else ():
@@ -173,17 +216,20 @@ def _sort_by_value(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _pair_folders(
     root: Path, image_folder: str, label_folder: str, ending: str = "", num_channels: int = 0
 ) -> Listed:
-    """Cases of a folder of images, NIfTI files or DICOM series, and one of labels of equal names.
+    """Cases of a folder of images, files or DICOM series, and one of labels of equal names.
 
     With `num_channels`, every image is a channel, such as `amos_0001`. Without, such a name may be
     a case or a channel: it is a case if a label is named so, and a channel if the rest of it names
     a label, or if no name at all is that of a label.
     """
     paths = [
-        {p.relative_to(root): name for p, name in list_volumes(root / folder).items()
-         if p.name.endswith(ending)}
-        for folder in (image_folder, label_folder)
-    ]  # fmt: skip
+        {
+            path.relative_to(root): name
+            for path, name in found.items()
+            if path.name.lower().endswith(ending.lower())
+        }
+        for found in (list_volumes(root / image_folder), list_labels(root / label_folder))
+    ]
     labels = group_volumes(paths[1], lambda name: True)
     whole = set() if num_channels else {*paths[0].values()} & labels.keys()
 

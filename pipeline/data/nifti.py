@@ -1,161 +1,23 @@
-"""Reads NIfTI files and DICOM series, and notices what nibabel does not.
-
-A header is compared with the size of its file before anything of that size is allocated, and a
-compressed file is read to its end, where its checksum is.
-"""
+"""Checks headers of cases, and reads a prediction and its label."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation
 
 from pipeline.data.cases import Case, files_of
 from pipeline.errors import DatasetIssue, InputError, make_issue
-from transforms.dicom import DicomError, is_dicom, read_geometry, read_series
+from transforms.dicom import DicomError, is_dicom
 from transforms.grid import TOLERANCE_MM, align, compare
 from transforms.preprocess import MAX_VALUE, round_labels
+from transforms.volumes import Header, VolumeError, read_header, read_voxels
 
-MAX_TRAILING_BYTES = 2**16  # after the voxels; some writers pad
-MAX_INFLATION = 1032  # bytes that DEFLATE can make of one
 SPACING_RANGE_MM = (0.001, 100.0)
-
-
-class VolumeError(ValueError):
-    """A file that is not a whole, readable volume; the message is one line that names the file."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """The facts that a file states about its voxels."""
-
-    shape: tuple[int, ...]  # in voxels: three axes and, for channels, a fourth
-    affine: np.ndarray  # (4, 4) from voxel to world RAS+ in mm
-    dtype: np.dtype  # of the voxels as stored
-    offset: int = 0  # of the first voxel in the decompressed file, bytes
-    slope: float = 1.0  # stored values are multiplied by it, then the intercept is added
-    intercept: float = 0.0
-    is_oriented: bool = True  # whether the file states its affine, so that left is known from right
-    zooms_mm: tuple[float, ...] = ()  # voxel size that the header states beside the affine
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the voxels of all channels as stored."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 Headers = dict[str, list[Header]]  # of `image` and `label`, one per file
-
-
-def read_header(path: str) -> Header:
-    """Read the header of a NIfTI file or of a DICOM series, without trailing axes of one voxel.
-
-    Raises:
-        VolumeError: If there is no valid header, or it states more than the file can hold.
-        DicomError: If a folder is not one series.
-    """
-    with _name_file(path):
-        if is_dicom(path):
-            shape, affine = read_geometry(path)
-            zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
-            return Header(shape, affine, np.dtype(np.float32), zooms_mm=zooms)
-        with _open(path) as file:
-            header = _parse(file.read(540))
-        most = os.path.getsize(path) * (MAX_INFLATION if path.endswith(".gz") else 1)
-        _require(header.dtype.kind in "iuf", f"voxels of type {header.dtype}")
-        _require(min(header.shape, default=0) > 0, f"a shape of {header.shape}")
-        _require(header.offset >= 348, f"voxels from byte {header.offset} on")
-        claim = f"a header that claims {header.num_bytes} bytes of voxels, in a file that can hold"
-        _require(header.offset + header.num_bytes <= most, f"{claim} {most} at most")
-        return header
-
-
-def read_voxels(path: str, header: Header, content: bytes | None = None) -> np.ndarray:
-    """Read the voxels of a file or folder, to its end; `content` is its bytes, if they are read.
-
-    The array has the header's shape, the first axis running fastest. It holds stored values in
-    native byte order, or float64 where the header scales them.
-
-    Raises:
-        VolumeError: If the file ends early, continues for long after the voxels, or its checksum
-            is wrong.
-        DicomError: If a slice's pixels cannot be decoded.
-    """
-    with _name_file(path):
-        if is_dicom(path):
-            return read_series(path)[0]
-        with _open(path, content) as file:
-            file.seek(header.offset)
-            stored = file.read(header.num_bytes)
-            _require(len(stored) == header.num_bytes, "an end before the last voxel")
-            rest, most = len(file.read(MAX_TRAILING_BYTES + 1)), MAX_TRAILING_BYTES
-            _require(rest <= most, f"more than {most} bytes after the last voxel")
-    voxels = np.frombuffer(stored, header.dtype).reshape(header.shape, order="F")
-    if (header.slope, header.intercept) != (1.0, 0.0):
-        return voxels.astype(np.float64) * header.slope + header.intercept
-    return voxels.astype(header.dtype.newbyteorder("="), copy=False)
-
-
-def _parse(block: bytes) -> Header:
-    kinds = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
-    _require(kinds, "no NIfTI header")
-    block = block[: kinds[0].sizeof_hdr]
-    stated = kinds[0](block, check=False)  # the check would put 1 for 0 in pixdim
-    has_sizes = stated["pixdim"][1:4][: stated["dim"][0]].all()
-    _require(stated["sform_code"] > 0 or has_sizes, "a voxel size of 0 in pixdim and no sform")
-    header: Any = kinds[0](block)
-    shape = tuple(int(n) for n in header.get_data_shape())
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    slope, intercept = header.get_slope_inter()
-    return Header(
-        shape,
-        header.get_best_affine(),
-        header.get_data_dtype(),
-        offset=int(header["vox_offset"]),
-        slope=1.0 if slope is None else float(slope),
-        intercept=float(intercept or 0),
-        is_oriented=bool(header["sform_code"] > 0 or header["qform_code"] > 0),
-        zooms_mm=tuple(float(z) for z in header.get_zooms()[:3]),
-    )
-
-
-def _require(condition: Any, otherwise: str) -> None:
-    if not condition:
-        raise ValueError(otherwise)
-
-
-def _open(path: str, content: bytes | None = None) -> Any:
-    source = path if content is None else io.BytesIO(content)
-    if path.endswith(".gz"):
-        return gzip.open(source)
-    return open(path, "rb") if content is None else source
-
-
-@contextlib.contextmanager
-def _name_file(path: str) -> Iterator[None]:
-    """Turn whatever is wrong with a file into a VolumeError that names it."""
-    try:
-        yield
-    except (DicomError, MemoryError):
-        raise
-    except Exception as error:  # nibabel raises many kinds for an invalid header
-        got = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, EOFError):
-            got = "an end before that of its gzip stream"
-        got, name = got.splitlines()[0].rstrip("."), os.path.basename(path)
-        message = f"expected a readable NIfTI file {name}, got {got}. Replace the file."
-        raise VolumeError(message) from error
 
 
 def check_headers(
@@ -170,8 +32,10 @@ def check_headers(
     issues = []
     listed = [(key, path) for key, paths in files.items() for path in paths]
     for key, path in listed:
+        image = headers["image"][0] if key == "label" and headers["image"] else None
         try:
-            headers[key].append(read_header(path))
+            if image or key == "image" or not is_dicom(path):  # which is on its image's grid
+                headers[key].append(read_header(path, image))
         except (VolumeError, DicomError) as error:
             issues.append(DatasetIssue(case_id, "unreadable", str(error)))
     if issues:
@@ -229,8 +93,8 @@ def _check_geometry(case_id: str, name: str, header: Header) -> Iterator[Dataset
         yield make_issue(case_id, "singular", expected, "a singular one", remedy)
     elif not header.is_oriented:
         expected = f"an orientation in the header of {name}"
-        got = "none (sform and qform codes are 0)"
-        remedy = "Which side is left is a guess; set one of the two"
+        got = "none (in NIfTI, sform and qform codes are 0)"
+        remedy = "Which side is left is a guess; set it"
         yield make_issue(case_id, "orientation", expected, got, remedy, warning=True)
     elif not np.allclose(spacing, header.zooms_mm, rtol=0.01):
         expected = f"one spacing in the header of {name}"
@@ -265,7 +129,7 @@ def read_pair(pred_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray
             case id.
     """
     grid, pred = _read_label_map(pred_path, "prediction")
-    other, label = _read_label_map(label_path, "label")
+    other, label = _read_label_map(label_path, "label", grid)
     found = align(other.shape, other.affine, grid.shape, grid.affine)
     expected, got = "prediction and label of one shape", f"{grid.shape} and {other.shape}"
     if found.shape == grid.shape:
@@ -276,14 +140,14 @@ def read_pair(pred_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray
     return pred, apply_orientation(label, found.change), spacing_mm
 
 
-def _read_label_map(path: Path, kind: str) -> tuple[Header, np.ndarray]:
+def _read_label_map(path: Path, kind: str, grid: Header | None = None) -> tuple[Header, np.ndarray]:
     """Header and `(H, W, D)` uint8 voxels, whatever type the file stores them as."""
     try:
-        header = read_header(str(path))
+        header = read_header(str(path), grid)
         expected = f"a {kind} of shape (H, W, D)"
         _demand(len(header.shape) == 3, expected, header.shape, "Store one label map")
         voxels = round_labels(read_voxels(str(path), header))
-    except VolumeError as error:
+    except (VolumeError, DicomError) as error:
         named = f"{path.name} of the {kind}"
         raise InputError(str(error).replace(path.name, named, 1)) from error
     for issue in _check_geometry("", f"the {kind}", header):

@@ -17,10 +17,11 @@ from scipy.ndimage import find_objects
 from pipeline.data.cases import Case, files_of
 from pipeline.data.content import ContentHashes, read_checked, sha256_of, write_checked
 from pipeline.data.dataset import Cases
-from pipeline.data.nifti import Header, Headers, count_channels, read_voxels
+from pipeline.data.nifti import Headers, count_channels
 from transforms.preprocess import round_labels
+from transforms.volumes import Header, read_label, read_voxels
 
-VERSION = 5  # of CaseStatistics; statistics that another version stored are measured again
+VERSION = 6  # of CaseStatistics; statistics that another version stored are measured again
 NUM_QUANTILES = 200  # of a case's foreground intensities
 MAX_FOREGROUND_SAMPLES = 20_000
 MAX_VALUES = 300  # different values of a label that are counted
@@ -71,17 +72,14 @@ def measure_case(
     path, where they have been read already. Raises as `read_voxels`.
     """
 
-    def read(key: str, number: int) -> np.ndarray:
-        path = files_of(case)[key][number]
-        return read_voxels(path, headers[key][number], (contents or {}).get(path))
-
-    label = round_labels(read("label", 0))
+    known, images, path = contents or {}, files_of(case)["image"], case["label"]
+    label = round_labels(read_label(path, headers["image"][0], content=known.get(path)))
     foreground = ((label > 0) & (label != ignore_value)).ravel(order="F")
     counts = _count_labels(label)
     occupied = np.zeros(label.shape, bool)
     channels = []
-    for number in range(len(headers["image"])):
-        voxels = read("image", number)
+    for path, header in zip(images, headers["image"], strict=True):
+        voxels = read_voxels(path, header, known.get(path))
         for channel in np.moveaxis(voxels.reshape(*label.shape, -1, order="F"), -1, 0):
             occupied |= channel != 0
             channels.append(_measure_channel(channel.ravel(order="F"), foreground))

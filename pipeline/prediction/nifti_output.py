@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.drawing import class_color
 from pipeline.errors import printable
 from pipeline.files import replace_file
-from transforms.dicom import is_dicom, read_geometry
+from transforms.volumes import read_header
 
 # fields of a NIfTI header that say where voxels are, beside `pixdim`
 GRID_FIELDS = [
@@ -51,8 +51,8 @@ def save_like(
     `class_names` of a label map, background first, become an extension of the header.
     """
     image: Any
-    if is_dicom(source):
-        _, affine = read_geometry(str(source))
+    if not str(source).lower().endswith((".nii", ".nii.gz")):
+        affine = read_header(str(source)).affine
         image = nib.Nifti1Image(voxels, affine)
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")
