@@ -212,9 +212,8 @@ class _PrintableStream:
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
     """Let stdout and stderr write what is `printable`, beside the progress bars of tqdm."""
-    out: Any = _PrintableStream(sys.stdout)
-    err: Any = _PrintableStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    files: Any = _PrintableStream(sys.stdout), _PrintableStream(sys.stderr)
+    with contextlib.redirect_stdout(files[0]), contextlib.redirect_stderr(files[1]):
         yield
 
 

@@ -93,7 +93,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 def _make_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return nan_to_none(value)
-    return "'" * bool(re.match(f"'*{FORMULA}", value)) + printable(value, keep="")
+    text = printable(value, keep="")
+    return "'" * bool(re.match(f"'*{FORMULA}", text)) + text
 
 
 def read_cell(cell: str) -> str:

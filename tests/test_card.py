@@ -128,5 +128,5 @@ def test_run_outlives_a_card_that_cannot_be_written(run, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("pipeline.lifecycle.stored_configs.render_model_card", fail)
     assert run(tmp_path / "r", max_epochs=1) == 0
-    assert "docs and report: expected to write them, got: no room" in capsys.readouterr().out
+    assert "README.md: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "r/summary.json").exists()

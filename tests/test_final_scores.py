@@ -179,7 +179,7 @@ SCORED = {"final_scores": True, "report": True}
 PAGES = ("docs/README.md", "report/index.html")
 
 
-def test_same_command_writes_what_a_killed_run_lacks(reported, train, capfd, monkeypatch):
+def test_same_command_writes_what_a_killed_run_lacks(reported, train, command, monkeypatch):
     kept = [path for path in reported.rglob("*") if path.suffix in (".pt", ".csv", ".gz", ".json")]
     before = {path: path.read_bytes() for path in kept if path.parent.name != "configs"}
 
@@ -191,7 +191,10 @@ def test_same_command_writes_what_a_killed_run_lacks(reported, train, capfd, mon
     replace = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
+        refused, fault = command("report", reported)
         status, told = train(reported, **SCORED)
+    assert refused == 1
+    assert re.search(r"report/index.html: expected to write \d+ bytes, got: No space", fault)
     assert status == 0
     assert "This run is finished; writing docs/README.md and report/index.html." in told
     assert re.search(r"report/index.html: expected to write \d+ bytes, got: No space", told)

@@ -295,7 +295,7 @@ def test_read_scores_refuses_other_tables(content, tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "''=1", "'quoted'", "\uff1d1", "x=1", "-", "'", "7",
-     "' =1", "left\xa0kidney"],
+     "' =1", r"\t=1", "left\xa0kidney"],
 )  # fmt: skip
 def test_no_cell_of_text_begins_a_formula_and_names_come_back(name, tmp_path):
     row = dict.fromkeys(MEASURES, -1.5) | {"class": name, "status": "scored"}
