@@ -64,7 +64,7 @@ def test_run_shows_training_and_validation(run, tmp_path):
 
     images = events.Images("val/first_case")
     assert [image.step for image in images] == [4, 8]
-    assert picture_of(images[0]).shape == (4 * 18, 4 * 20, 3)
+    assert picture_of(images[0]).shape == (432, 480, 3)  # 18 by 20 mm
 
 
 def set_aside(run_dir):

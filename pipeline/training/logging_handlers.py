@@ -174,9 +174,9 @@ class LoggingHandler:
     def _after_first_case(self, validator: Evaluator) -> None:
         case = validator.state.output[0]
         to_ras = Orientation(axcodes="RAS", labels=None)  # files have any orientation
-        volumes = [to_ras(case[key]) for key in ("image", "label", "pred")]
+        volumes: list[Any] = [to_ras(case[key]) for key in ("image", "label", "pred")]
         image, label, pred = (volume[0].cpu().numpy() for volume in volumes)
-        spacing_mm = nib.affines.voxel_sizes(np.asarray(getattr(volumes[0], "affine", np.eye(4))))
+        spacing_mm = nib.affines.voxel_sizes(volumes[0].affine.numpy())
         picture = draw_plane(CaseVolumes(image, label, pred, spacing_mm), "axial")
         step = self.trainer.progress.step
         self.writer.add_image("val/first_case", np.array(picture), step, dataformats="HWC")
