@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
