@@ -12,6 +12,7 @@ from dicom_series import write_series
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
+from pipeline.data.cases import match
 from pipeline.data.dataset import load_cases
 from pipeline.data.nifti import check_headers, read_pair
 from pipeline.data.preflight import preflight
@@ -191,6 +192,11 @@ def test_dataset_of_segmentations_is_checked_and_loaded(tmp_path):
     assert found.faults == []
     assert found.cases.class_names == ["background", *NAMES]
     assert [entry.num_cases for entry in found.fingerprint.classes] == [4, 4, 4]
+    for n in range(4):
+        (tmp_path / f"c{n}.nii.gz").touch()
+    pairs, refused = match(tmp_path, tmp_path / "labels")
+    assert [label.name for *_, label in pairs] == ["c0.dcm", "c1", "c2.dcm", "c3"]
+    assert refused == {}
     for n, case in enumerate(found.cases.cases):
         label = volumes(n)[1]
         label[:, :, :2] = 0
