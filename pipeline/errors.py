@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -27,7 +31,7 @@ class InputError(ValueError):
     def tell(self) -> None:
         """Print it, where no other process does."""
         if not self.is_told:
-            print(self, file=sys.stderr)
+            print(printable(self), file=sys.stderr)
 
 
 # packages whose exceptions are the cause themselves; the last one differs in an exported bundle
@@ -86,8 +90,9 @@ def print_failure(error: BaseException, log_file: Path | None = None) -> int:
     if log_file is None or not log_file.parent.is_dir():
         log_file = Path(tempfile.mkdtemp(prefix="traceback_"), "traceback.txt")
     with open(log_file, "a") as file:
-        traceback.print_exception(error, file=file)
-    print(f"{describe_failure(error)}. The traceback is in {log_file}.", file=sys.stderr)
+        file.write(printable("".join(traceback.format_exception(error))))
+    told = f"{describe_failure(error)}. The traceback is in {log_file}."
+    print(printable(told), file=sys.stderr)
     return 1
 
 
@@ -179,12 +184,45 @@ def refuse(faults: Iterable[str]) -> None:
         raise InputError(*lines)
 
 
-def printable(text: object) -> str:
-    """Return text without control characters, escapes among them, other than line break and tab.
+def printable(text: object, keep: str = "\n\t") -> str:
+    """Return text with all characters escaped that are neither printable, a space nor in `keep`.
 
-    Names of files and classes come from others, and a terminal obeys what a name tells it.
+    Names of files and classes come from others, and a terminal obeys control characters in them.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+    return "".join(
+        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in str(text)
+    )
+
+
+class _PrintableStream:
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        start = text[:1] == "\r"  # of tqdm's bars; their movements to a line above come alone
+        if not re.fullmatch(r"(\x1b\[A)+", text):
+            text = text[:start] + printable(text[start:])
+        return int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def escaping() -> Iterator[None]:
+    """Let stdout and stderr write what is `printable`, beside the progress bars of tqdm."""
+    files: Any = _PrintableStream(sys.stdout), _PrintableStream(sys.stderr)
+    with contextlib.redirect_stdout(files[0]), contextlib.redirect_stderr(files[1]):
+        yield
+
+
+def escape_record(record: logging.LogRecord) -> bool:
+    """Make a record's text `printable`; a filter for the handlers of a log."""
+    record.msg, record.args = printable(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+    return True
 
 
 def some(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +20,16 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import printable
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMULA = r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]"  # the latter are their full-width forms
 
 
 class WriteError(OSError):
     """A file could not be written: it is as it was before, or has all of the new content."""
 
-    def __init__(self, path: Path, num_bytes: int, cause: OSError) -> None:
+    def __init__(self, path: Path, num_bytes: int | str, cause: OSError) -> None:
         remedy = "Make room" if cause.errno in NO_ROOM else "See that it can be written"
         super().__init__(
             f"{path}: expected to write {num_bytes} bytes, got: {cause.strerror or cause}. "
@@ -71,6 +75,33 @@ def append_line(path: Path, line: str) -> None:
     _write(path, b"\n" * torn + line.encode() + b"\n", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file in UTF-8, durably; raises as `write_durably`.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it, which
+    `read_cell` removes; control characters in a text are escaped.
+
+    Source: OWASP, CSV Injection.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _make_cell(value) for name, value in row.items()} for row in rows)
+    write_durably(path, text.getvalue().encode())
+
+
+def _make_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return nan_to_none(value)
+    text = printable(value, keep="")
+    return "'" * bool(re.match(f"'*{FORMULA}", text)) + text
+
+
+def read_cell(cell: str) -> str:
+    """Return the text that `write_csv` was given for a cell, control characters escaped."""
+    return cell[bool(re.match(f"'+{FORMULA}", cell)) :]
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and those above it, so that a crash does not take what is saved in it."""
     if not path.is_dir():
@@ -101,25 +132,20 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Yield a file to write, which takes the place of `path` at the end if all went well.
 
     It is not forced to the disk: for results that can be made again.
+
+    Raises:
+        WriteError: If the system refuses; `path` is then as it was.
     """
     # ends as the other, since nibabel compresses by the ending
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        num_bytes = temporary.stat().st_size if temporary.exists() else 0
+        raise WriteError(path, f"more than {num_bytes}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file."""
-    with (
-        replace_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def nan_to_none(value: Any) -> Any:

@@ -109,8 +109,9 @@ def test_card_leaves_out_what_is_not_known(a_copy):
 
 def test_card_keeps_the_words_of_a_dataset_on_their_line(a_copy):
     path = a_copy / "configs/metadata.json"
-    change(path, data_source="x\n# Injected\n| a <b>", data_license="y")
+    change(path, data_source="x\n# Injected\n| a <b>", data_license="y", name="z\x1b[2J")
     card = render_model_card(a_copy)
+    assert card.startswith("# z\\\\x1b\\[2J\n")
     assert "\n# Injected" not in card
     assert "x # Injected \\| a \\<b\\>" in card
 
@@ -127,5 +128,5 @@ def test_run_outlives_a_card_that_cannot_be_written(run, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("pipeline.lifecycle.stored_configs.render_model_card", fail)
     assert run(tmp_path / "r", max_epochs=1) == 0
-    assert "docs and report: expected to write them, got: no room" in capsys.readouterr().out
+    assert "README.md: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "r/summary.json").exists()

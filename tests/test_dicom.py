@@ -14,6 +14,7 @@ from pydicom import uid
 from pydicom.pixels import get_decoder
 from scipy.spatial.transform import Rotation
 
+from transforms import dicom
 from transforms.dicom import DicomError, is_dicom, read_geometry, read_series, read_slices
 from transforms.load import LoadVolumesd
 
@@ -115,6 +116,19 @@ def test_read_series_names_the_extra_when_a_decoder_is_not_installed(tmp_path, s
         read_series(tmp_path)
 
 
+def test_read_series_names_the_file_when_a_decoder_panics(tmp_path, stored, monkeypatch):
+    class PanicException(BaseException):  # as of decoders in Rust
+        pass
+
+    def panic(*args, **kwargs):
+        raise PanicException("index out of bounds")
+
+    write_series(tmp_path, stored, affine_of())
+    monkeypatch.setattr(dicom, "pixel_array", panic)
+    with pytest.raises(DicomError, match=r"in IM000\d, got: index out of bounds\. Replace"):
+        read_series(tmp_path)
+
+
 def test_read_series_orders_slices_by_place_when_each_has_a_series_of_its_own(tmp_path, stored):
     def change(one, k):
         one.SeriesInstanceUID = uid.generate_uid()
@@ -199,14 +213,15 @@ def test_read_series_leaves_out_and_logs_what_is_no_image_of_a_volume(tmp_path, 
     scout = new_file(uid.CTImageStorage, uid.generate_uid())
     scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     screen = new_file(uid.SecondaryCaptureImageStorage, uid.generate_uid())
-    for one in scout, screen:
+    index = new_file(uid.MediaStorageDirectoryStorage, None, None, "INDEX")
+    for one in scout, screen, index:
         set_pixels(one, stored[:, :, 0])
         one.save_as(tmp_path / one.SOPInstanceUID, enforce_file_format=True)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(read_series(tmp_path)[0], stored)
         read_geometry(tmp_path)  # says it no more
     told = sorted(line.rpartition(", ")[2] for line in caplog.messages)
-    kinds = sorted([*KINDS, "LOCALIZER", "secondary capture"])
+    kinds = sorted([*KINDS, "LOCALIZER", "secondary capture", "INDEX"])
     assert told == [f"1 of {kind}" for kind in kinds]
 
 
@@ -430,7 +445,7 @@ def test_read_series_refuses_a_missing_slice(tmp_path, stored, missing):
 def test_read_series_refuses_a_file_that_is_no_dicom_file(tmp_path, stored):
     write_series(tmp_path, stored, affine_of())
     (tmp_path / "IM0003").write_bytes(b"damaged")
-    with pytest.raises(DicomError, match=r"nothing but DICOM files in .*, got IM0003"):
+    with pytest.raises(DicomError, match=r"nothing but whole DICOM files in .*, got IM0003\."):
         read_series(tmp_path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -111,6 +113,52 @@ def test_evaluate_takes_integers_stored_otherwise(root):
     save(folder / f"{CASES[1]}.nii", np.roll(label_map(1), 1, axis=2).astype(np.int16)[..., None])
     assert run(root) == 0
     assert (root / "pred_scores" / "metrics.csv").read_text() == expected
+
+
+def test_predictions_decide_the_cases_and_labels_left_over_are_one_line(root, capsys):
+    kept = CASES[1]
+    for case_id in (*CASES[2:], CASES[0]):
+        (root / "pred" / f"{case_id}.nii.gz").unlink()
+    for number in range(5):
+        save(root / "labelsTr" / f"q{number}.nii", label_map(number))
+    (root / "pred" / "pictures").mkdir()
+    for name in ("index.html", "volumes.csv", "labels.json", "labels.ctbl", "pictures/a.png"):
+        (root / "pred" / name).write_text("beside predictions")
+    save(root / "pred" / f"{kept}_probabilities.nii.gz", np.zeros((*SIZE, 3), np.float32))
+    assert run(root) == 0
+    told, faults = capsys.readouterr()
+    words = "have no prediction and are not scored: person_1a, person_2a, person_2b, q0, q1 and 3"
+    assert told.splitlines()[0] == f"8 labels of {root / 'labelsTr'} {words} more"
+    assert not faults
+    assert {row["case_id"] for row in scores_of(root)} == {kept}
+    assert summary_of(root)["refused"] == {}
+
+
+EVIL = "a\x1b[31m\x07\u202e\r\nb"
+
+
+def is_safe(text):
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_control_characters_of_names_are_escaped(root, capsys):
+    for name in ("c", "d"):
+        save(root / "pred" / f"{EVIL}{name}.nii.gz", label_map(0))
+        save(root / "labelsTr" / f"{EVIL}{name}.nii.gz", label_map(0)[:, :, name == "d" :])
+    save(root / "labelsTr" / f"{EVIL}e.nii.gz", label_map(0))
+    assert run(root) == 1
+    told, faults = capsys.readouterr()
+    assert is_safe(told + faults)
+    assert "not scored: a_[31m__" in told
+    assert len(faults.splitlines()) == 1
+    assert faults.startswith("a_[31m____bd: expected prediction and label of one shape")
+    assert is_safe((root / "pred_scores" / "metrics.csv").read_text())
+    assert scores_of(root)[0]["case_id"] == "a_[31m____bc"
+    write_description(root, background=0, **{EVIL: 1})
+    assert run(root) == 2
+    told, faults = capsys.readouterr()
+    assert is_safe(told + faults)
+    assert r"class_names: expected" in faults
 
 
 # ---- classes, ignored voxels, persons
@@ -250,8 +298,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("folder", list(KIND))
-@pytest.mark.parametrize("fault", list(BAD))
+@pytest.mark.parametrize(
+    ("fault", "folder"),
+    [(fault, folder) for fault in BAD for folder in KIND if (fault, folder) != ("gone", "pred")],
+)
 def test_a_bad_file_is_refused_by_its_case_and_the_others_are_scored(root, fault, folder, capsys):
     content, affine, message = BAD[fault]
     path = root / folder / "person_1b.nii.gz"
@@ -307,3 +357,16 @@ def test_a_folder_that_cannot_be_written_ends_with_status_2(root, capsys, monkey
     monkeypatch.delattr(scores, "read_pair")  # before any work
     assert run(root, "--output_dir", root / "file") == 2
     assert "--output_dir: expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_full_disk_is_told_with_path_and_bytes(root, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        status = run(root)
+    assert status == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    path = re.escape(str(root / "pred_scores" / "metrics.csv"))
+    assert re.match(rf"{path}: expected to write \d+ bytes, got: No space left", line), line

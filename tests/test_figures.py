@@ -156,12 +156,34 @@ def test_loss_leaves_out_what_is_not_finite():
 def test_boxes_are_the_quartiles_of_what_is_defined():
     values = np.array([0.1, 0.4, np.nan, 0.5, 0.9, 0.95])
     ax = figures.plot_boxes({"first": np.array([0.2]), "second": values}, "Dice", 1.0).axes[0]
-    ends = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 5][1]
+    ends = ax.patches[1].get_path().vertices[:, 0]
     low, high = np.nanpercentile(values, [25, 75])
     assert (min(ends), max(ends)) == pytest.approx((low, high))
     assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "second"]
     dots = ax.collections[1].get_offsets()
     assert sorted(dots[:, 0]) == sorted(values[~np.isnan(values)])
+
+
+def test_boxes_have_the_colours_of_their_classes():
+    values = dict.fromkeys("abc", np.array([0.1, 0.2]))
+    ax = figures.plot_boxes(values, "Dice", shown=["c", "a"]).axes[0]
+    for dots, value in zip(ax.collections, (3, 1), strict=True):
+        color = 255 * dots.get_facecolors()[0, :3]
+        assert tuple(color.round()) == drawing.class_color(value)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(12.0, "linear"), (1200.0, "symlog")])
+def test_volumes_are_dots_in_class_colours_beside_the_line_of_equality(largest, scale):
+    label = {"a": np.array([2.0, 3.0, 0.0]), "b": np.array([largest, 0.0, 5.0])}
+    pred = {"a": np.array([2.5, 0.0, 0.0]), "b": np.array([10.0, 4.0, 5.0])}
+    ax = figures.plot_volumes(label, pred).axes[0]
+    dots = ax.collections[0]
+    expected = [(2, 2.5), (3, 0), (largest, 10), (0, 4), (5, 5)]  # one is in neither
+    assert [tuple(dot) for dot in dots.get_offsets()] == expected
+    colors = [tuple((255 * color[:3]).round()) for color in dots.get_facecolors()]
+    assert colors == [drawing.class_color(value) for value in (1, 1, 2, 2, 2)]
+    assert ax.get_xscale() == ax.get_yscale() == scale
+    np.testing.assert_array_equal(*ax.lines[0].get_data())
 
 
 def test_long_curves_are_small_files():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import in_mode, make_trainer
 
-from pipeline.files import WriteError, make_directory, save, write_json
+from pipeline.files import WriteError, make_directory, replace_file, save, write_csv, write_json
 from pipeline.training.checkpoint import CheckpointHandler, checkpoints, newest_checkpoint
 
 
@@ -102,3 +102,26 @@ def test_refused_write_leaves_what_was_there_and_says_size_and_path(tmp_path, mo
             save({}, folder / "step_2.pt")
     assert not list(folder.glob("*.tmp"))
     assert newest_checkpoint(folder).name == "step_1.pt"
+
+
+def test_file_larger_than_the_room_leaves_the_old_one_and_says_path_and_size(tmp_path):
+    """The limit on the size of files stands for a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    path, cases = tmp_path / "map.nii", ["x" * 1000] * 100
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = []
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(WriteError) as caught, replace_file(path) as file:
+            file.write_bytes(bytes(64_000))
+        told.append(str(caught.value))
+        with pytest.raises(WriteError) as caught:
+            write_csv(tmp_path / "volumes.csv", ["case"], [{"case": case} for case in cases])
+        told.append(str(caught.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told[0].startswith(f"{path}: expected to write more than 20000 bytes, got: File too lar")
+    assert told[1].startswith(f"{tmp_path / 'volumes.csv'}: expected to write 100105 bytes, got: ")
+    assert all("Make room, or choose another output_dir." in line for line in told)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])

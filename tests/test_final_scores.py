@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +19,7 @@ from pipeline.commands.evaluate import main as evaluate
 from pipeline.data.dataset import load_cases
 from pipeline.evaluation import final_scores
 from pipeline.evaluation.scores import read_scores
+from pipeline.lifecycle.lifecycle import Lifecycle
 
 SPLITS = ("validation", "test")
 
@@ -65,8 +70,8 @@ def test_evaluate_of_what_was_predicted_gives_the_same_scores(scored, dataset, t
     folder = scored / "scores/test_best"
     # labels of other cases have no prediction there, which it says
     out = tmp_path / "scores"
-    assert evaluate([str(folder), str(dataset / "labelsTr"), "--output_dir", str(out)]) == 1
-    assert "expected a prediction in" in capsys.readouterr().err
+    assert evaluate([str(folder), str(dataset / "labelsTr"), "--output_dir", str(out)]) == 0
+    assert "no prediction and are not scored" in capsys.readouterr().out
     assert (out / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
 
 
@@ -148,5 +153,56 @@ def test_a_run_outlives_a_report_that_fails(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("pipeline.reporting.report.write_report", fail)
     assert run(tmp_path / "r", report=True) == 0
-    assert "report: expected to write them, got: no room" in capsys.readouterr().out
+    assert "report/index.html: expected to write it, got: no room" in capsys.readouterr().out
     assert (tmp_path / "r/summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def reported(dataset, tmp_path_factory) -> Path:
+    """A run that was killed right after its summary."""
+    out = tmp_path_factory.mktemp("killed") / "r"
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(Lifecycle, "_write_pages", kill)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            run_tiny(dataset, out, **SCORED)
+    assert (out / "summary.json").exists()
+    assert not (out / "docs").exists()
+    return out
+
+
+SCORED = {"final_scores": True, "report": True}
+PAGES = ("docs/README.md", "report/index.html")
+
+
+def test_same_command_writes_what_a_killed_run_lacks(reported, train, command, monkeypatch):
+    kept = [path for path in reported.rglob("*") if path.suffix in (".pt", ".csv", ".gz", ".json")]
+    before = {path: path.read_bytes() for path in kept if path.parent.name != "configs"}
+
+    def refuse(source, target):
+        if Path(target).name == "index.html":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        refused, fault = command("report", reported)
+        status, told = train(reported, **SCORED)
+    assert refused == 1
+    assert re.search(r"report/index.html: expected to write \d+ bytes, got: No space", fault)
+    assert status == 0
+    assert "This run is finished; writing docs/README.md and report/index.html." in told
+    assert re.search(r"report/index.html: expected to write \d+ bytes, got: No space", told)
+    assert [(reported / page).exists() for page in PAGES] == [True, False]
+    card = (reported / PAGES[0]).stat()
+    status, told = train(reported, **SCORED)
+    assert "This run is finished; writing report/index.html." in told
+    assert (reported / PAGES[1]).stat().st_size > 1000
+    assert (reported / PAGES[0]).stat() == card
+    assert "nothing to do" in train(reported, **SCORED)[1]
+    assert {path: path.read_bytes() for path in before} == before

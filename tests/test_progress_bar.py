@@ -1,8 +1,12 @@
+import contextlib
 import io
+import logging
 import re
+import sys
 
 import pytest
 
+from pipeline.errors import escape_record, escaping
 from pipeline.progress_bar import ProgressBar, format_duration
 
 
@@ -38,3 +42,39 @@ def test_bar_shows_nothing_where_there_is_no_terminal():
 )
 def test_format_duration_takes_the_unit_that_suits(seconds, words):
     assert format_duration(seconds) == words
+
+
+def test_bars_move_the_cursor_while_names_cannot(monkeypatch):
+    terminals = Terminal(), Terminal()
+    for terminal, inside in zip(terminals, (contextlib.nullcontext(), escaping()), strict=True):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with inside:
+            for _ in ProgressBar([1], desc="outer", mininterval=0, ncols=60):
+                for _ in ProgressBar([1], desc="inner", mininterval=0, ncols=60):
+                    ProgressBar.write("a line", file=sys.stderr)
+    seen = [re.sub(r"\d+ s", "", terminal.getvalue()) for terminal in terminals]
+    assert "\x1b[A" in seen[0]
+    assert seen[0] == seen[1]
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with escaping():
+        list(ProgressBar([1], desc="a\x1b[A\rb", mininterval=0, ncols=60))
+        print("c\x1b[A\r\x07", file=sys.stderr)
+    shown = terminal.getvalue()
+    assert r"a\x1b[A\rb: 1/1" in shown
+    assert "c\\x1b[A\\r\\x07\n" in shown
+    assert "\x1b" not in shown
+
+
+def test_log_escapes_names_and_keeps_the_lines_of_a_traceback():
+    handler = logging.StreamHandler(io.StringIO())
+    handler.addFilter(escape_record)
+    try:
+        raise ValueError("b\x1b[2J")
+    except ValueError as error:
+        caught = type(error), error, error.__traceback__
+    record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "%s", ("a\x07\u202e",), caught)
+    handler.handle(record)
+    first, *trace = handler.stream.getvalue().splitlines()
+    assert first == r"a\x07\u202e"
+    assert trace[0].startswith("Traceback")
+    assert trace[-1] == r"ValueError: b\x1b[2J"

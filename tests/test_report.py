@@ -10,15 +10,19 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import REPOSITORY, run_tiny
+from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.commands.report import main
+from pipeline.drawing import class_color
 from pipeline.evaluation.scores import score_case, write_scores
-from pipeline.reporting.report import choose_cases, write_report
+from pipeline.reporting.report import choose_cases, choose_classes, write_report
+from pipeline.reporting.run_files import SplitScores
 
 NAMES = ["background", "dim", "bright"]
 SCALE = {"precision#init_scale": 2.0**22, "amp": True, "amp_dtype": "float16", "device": "cpu"}
@@ -102,16 +106,76 @@ def html_of(run_dir: Path) -> str:
 def test_report_holds_every_part(html):
     tags = Tags(html)
     parts = {section["id"] for section in tags.of("section")}
-    assert parts == {
-        "scores", "validation", "training", "precision", "skipped", "plan", "reproduce"
-    }  # fmt: skip
-    assert len(tags.of("svg")) == 2 + 4  # Dice, HD95; loss, Dice, loss scale, learning rate
+    assert parts == {"verdict", "scores", "training", "details"}
+    assert {part.get("id") for part in tags.of("details")} == {"precision", "plan", "reproduce"}
+    assert len(tags.of("svg")) == 3 + 3  # volumes, Dice, HD95; loss, Dice, loss scale
     assert len(tags.of("img")) == 3 * 3
     assert all(img["alt"] for img in tags.of("img"))
     assert all(svg["aria-label"] for svg in tags.of("svg"))
     for said in ("given", "declared by the dataset", "float16", "4,194,304", "head", "backward"):
         assert said in tags.text
     assert len(html) < 1_000_000
+
+
+def test_report_begins_with_scores_and_the_median_case(html, finished_run):
+    first = html[html.index('<section id="verdict"') : html.index('<section id="scores"')]
+    text = " ".join(Tags(first).text.split())
+    summary = json.loads((finished_run / "scores/validation_best/summary.json").read_text())
+    for found in (summary["over_classes"], *summary["classes"].values()):
+        assert "{:.3f}\N{EN DASH}{:.3f}".format(*found["dice"]["interval"]) in text
+        assert f"{found['dice']['mean']:.3f}" in text
+    assert "Validation cases6 Persons6" in text
+    assert "Trained on tiny: 4 training, 2 validation and 0 test cases" in text
+    assert "Median case: tiny_005" in text
+    assert len(Tags(first).of("img")) == 3
+    for value in (1, 2):  # in the table and beside the picture
+        assert first.count(f"rgb{class_color(value)}") == 2
+
+
+@pytest.mark.parametrize("output_dir", [None, "elsewhere/of #1"])
+def test_report_links_lead_to_what_exists(a_copy, tmp_path, output_dir):
+    page = write_report(a_copy, output_dir and tmp_path / output_dir)
+    (a_copy / "models" / "model.pt").unlink()
+    links = [link["href"] for link in Tags(page.read_text()).of("a")]
+    found = [Path(os.path.normpath(page.parent / unquote(link))) for link in links]
+    names = ["models/model.pt", "docs/README.md", "scores/validation_best"]
+    assert found == [a_copy / name for name in (*names, "scores/validation_best/metrics.csv")]
+    assert html_of(a_copy).count('<a href="') == len(links) - 1
+
+
+def test_report_shows_equal_weights_once_and_no_constant_curve(a_copy):
+    scores = a_copy / "scores"
+    shutil.copytree(scores / "validation_best", scores / "validation_last")
+    shutil.rmtree(a_copy / "tensorboard")
+    with SummaryWriter(str(a_copy / "tensorboard")) as writer:
+        for tag in ("train/loss", "weight_update/loss_scale", "weight_update/lr"):
+            writer.add_scalar(tag, 1, 1)
+            writer.add_scalar(tag, 1, 2)
+    html = html_of(a_copy)
+    assert "best (also the last) weights" in html
+    assert html.count("weights</summary>") == 0
+    assert html.count("<svg") == 3 + 1
+    table = scores / "validation_last" / "metrics.csv"
+    table.write_text(table.read_text().replace("scored,1.0,", "scored,0.9,"))
+    assert html_of(a_copy).count("Validation cases, last weights</summary>") == 1
+
+
+def test_report_judges_by_the_test_cases_and_folds_the_others(a_copy):
+    shutil.copytree(a_copy / "scores/validation_best", a_copy / "scores/test_last")
+    file = a_copy / "scores/test_last/summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "refused": {"a": "why"}}))
+    html = html_of(a_copy)
+    assert "Test cases6" in Tags(html).text
+    assert '<section id="scores"><h2>Test cases</h2>' in html
+    assert "1 more could not be scored" in html[: html.index("<details>")]
+    assert html.count("Validation cases, best weights</summary>") == 1
+
+
+def test_report_names_the_dataset_of_an_earlier_versions_run(a_copy):
+    summary = json.loads((a_copy / "summary.json").read_text())
+    assert summary.pop("dataset") == "tiny"
+    (a_copy / "summary.json").write_text(json.dumps(summary))
+    assert "Trained on tiny:" in html_of(a_copy)
 
 
 def test_report_has_no_script_and_names_no_other_place(html, finished_run, dataset):
@@ -121,7 +185,7 @@ def test_report_has_no_script_and_names_no_other_place(html, finished_run, datas
     assert tags.of("script") == []
     for _, attributes in tags.found:
         for key in ("src", "href", "xlink:href", "srcset", "action"):
-            assert re.match(r"data:|#", attributes.get(key) or "#")
+            assert re.match(r"data:|#|\.\./", attributes.get(key) or "#")
     for place in (dataset, REPOSITORY, Path.home()):
         assert str(place) not in html.replace(str(finished_run), "")
 
@@ -136,13 +200,13 @@ def test_report_tells_how_to_make_the_run_again(html, finished_run, a_copy):
 
 
 def test_report_escapes_what_data_say(tmp_path):
-    evil = '<script>alert(1)</script><img src="x" onerror=alert(2)>&"\''
+    evil = '<script>alert(1)</script><img src="x" onerror=alert(2)>&"\'\x1b[2J\u202e'
     names = ["background", evil, "$x_1$", "_hidden"]
     plan = {"class_names": names, "reasons": {evil: evil}, evil: evil}
-    summary = {"command": evil, "device_name": evil, "versions": {evil: evil}, "steps": 3}
+    summary = {"command": evil, "device_name": evil, "versions": {evil: evil}, "dataset": evil}
     skipped = {"step": 1, "first_module": evil, "non_finite_cases": [evil]}
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "train.json").write_text(json.dumps({"dataset_dir": evil}))
+    (tmp_path / "configs" / "train.json").write_text("{}")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "overflow.jsonl").write_text(json.dumps(skipped) + '\n{"step": 2, torn')
@@ -155,7 +219,8 @@ def test_report_escapes_what_data_say(tmp_path):
     tags = Tags(html)
     assert tags.of("script") == tags.of("img") == []
     assert not [a for _, attributes in tags.found for a in attributes if a.startswith("on")]
-    assert tags.text.count(evil) >= 8
+    assert not {"\x1b", "\u202e"} & {*html}
+    assert tags.text.count(evil.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")) >= 8
     assert html.count("$x_1$</text>") == 2  # no formula in the box plots
     assert "_hidden" in tags.text
 
@@ -191,13 +256,24 @@ def test_command_says_where_the_report_is_or_why_there_is_none(finished_run, a_c
 
 def test_chosen_cases_are_the_worst_the_median_and_the_best():
     assert choose_cases([]) == {}
-    assert choose_cases(["a"]) == {"a": "Worst"}
-    assert choose_cases(["a", "b"]) == {"a": "Worst", "b": "Best"}
+    assert choose_cases(["a"]) == {"a": "Median"}
+    assert choose_cases(["a", "b"]) == {"a": "Median", "b": "Best"}
     assert choose_cases([*"abcdef"]) == {"a": "Worst", "c": "Median", "f": "Best"}
 
 
+def test_chosen_classes_are_all_or_the_lowest_and_the_highest():
+    names = [f"class {n}" for n in range(45)]
+    for few in (names[:20], names):
+        dice = np.random.default_rng(0).permutation(len(few)) / 45
+        row = {name: {"dice": value} for name, value in zip(few, dice, strict=True)}
+        row[few[3]]["dice"] = np.nan  # in no case
+        chosen = choose_classes(SplitScores(Path(), "test", "best", {"a": row}, few, {}))
+        ranked = [name for name in np.array(few)[np.argsort(dice)] if name != few[3]]
+        assert chosen == (few if len(few) == 20 else ranked[:10] + ranked[-10:])
+
+
 def test_table_begins_with_the_worst_case_and_names_what_is_not_scored(html):
-    table = html[html.index('<div class="scores">') :].partition("</table>")[0]
+    table = html[html.index('<div class="scores cases">') :].partition("</table>")[0]
     rows = {
         row.partition("<")[0]: re.findall(r">([^<>]*)</td>", row)
         for row in table.split('<th scope="row">')[1:]
@@ -207,7 +283,7 @@ def test_table_begins_with_the_worst_case_and_names_what_is_not_scored(html):
     assert len(means) == 6
     assert "missed 0.000" in rows["tiny_004"]
     assert "absent " in rows["tiny_005"]
-    assert rows["tiny_005"][0] == rows["tiny_005"][1]  # the mean of what is defined
+    assert rows["tiny_005"][0] == rows["tiny_005"][3]  # the mean of what is defined
     assert float(rows["Mean"][0]) == pytest.approx(np.mean(means), abs=1e-3)
 
 
@@ -231,6 +307,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Iter
     driver.quit()
 
 
+def set_size(opened, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
 def test_page_shows_every_figure_and_complains_of_nothing(opened):
     assert opened.get_log("browser") == []
     sizes = opened.execute_script(
@@ -239,5 +320,17 @@ def test_page_shows_every_figure_and_complains_of_nothing(opened):
     )
     assert len(sizes) == 6 + 9
     assert np.min(sizes) > 50
-    opened.set_window_size(400, 900)
-    assert opened.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_page_fits_a_narrow_window_and_shows_the_median_case_first(opened):
+    set_size(opened, 1280, 800)
+    foot = "return document.querySelector('.main img').getBoundingClientRect().bottom"
+    assert opened.execute_script(foot) < 800
+    set_size(opened, 420, 900)
+    opened.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+    width = "return document.scrollingElement.scrollWidth"
+    assert opened.execute_script(width) <= opened.execute_script("return innerWidth") == 420
+    cut = """return [...document.querySelectorAll('table')].filter(table => {
+        const part = table.parentElement; part.scrollLeft = 1e6
+        return table.getBoundingClientRect().right > part.getBoundingClientRect().right + 1 })"""
+    assert opened.execute_script(cut) == []

@@ -261,7 +261,7 @@ def test_metrics_csv_comes_back_as_it_was(tmp_path):
     pred[pred == 2] = 0
     how = {"spacing_mm": (0.3, 0.7, 1.1), "class_names": NAMES, "tolerance_mm": 1}
     rows = score_case(pred, label, **how)
-    rows = [{"case_id": 'a, "b"\nc', "person": "01", **row} for row in rows]
+    rows = [{"case_id": 'a, "b"; c', "person": "01", **row} for row in rows]
     rows[0]["class"] = "links, größer"
     write(tmp_path, rows=rows, class_names=["background", "links, größer", "bright"])
     back = read_scores(tmp_path / "metrics.csv")
@@ -290,3 +290,19 @@ def test_read_scores_refuses_other_tables(content, tmp_path):
     (tmp_path / "metrics.csv").write_text(content)
     with pytest.raises((KeyError, ValueError)):
         read_scores(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "''=1", "'quoted'", "\uff1d1", "x=1", "-", "'", "7",
+     "' =1", r"\t=1", "left\xa0kidney"],
+)  # fmt: skip
+def test_no_cell_of_text_begins_a_formula_and_names_come_back(name, tmp_path):
+    row = dict.fromkeys(MEASURES, -1.5) | {"class": name, "status": "scored"}
+    write(tmp_path, rows=[{"case_id": name, "person": name, **row}], class_names=["b", name])
+    with open(tmp_path / "metrics.csv", encoding="utf-8", newline="") as file:
+        _, cells = csv.reader(file)
+    assert not [cell for cell in cells[:4] if cell.lstrip()[:1] in set("=+-@\t\r\uff1d")]
+    assert cells[4] == "-1.5"
+    (back,) = read_scores(tmp_path / "metrics.csv")
+    assert [back[key] for key in ("case_id", "person", "class")] == [name] * 3

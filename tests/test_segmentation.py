@@ -17,6 +17,7 @@ from pipeline.data.dataset import load_cases
 from pipeline.data.nifti import check_headers, read_pair
 from pipeline.data.preflight import preflight
 from pipeline.drawing import read_case
+from pipeline.errors import InputError
 from transforms.dicom import DicomError
 from transforms.load import LoadVolumesd
 from transforms.segmentation import read_segment_names, read_segmentation
@@ -194,7 +195,7 @@ def test_dataset_of_segmentations_is_checked_and_loaded(tmp_path):
     assert [entry.num_cases for entry in found.fingerprint.classes] == [4, 4, 4]
     for n in range(4):
         (tmp_path / f"c{n}.nii.gz").touch()
-    pairs, refused = match(tmp_path, tmp_path / "labels")
+    pairs, refused, _ = match(tmp_path, tmp_path / "labels")
     assert [label.name for *_, label in pairs] == ["c0.dcm", "c1", "c2.dcm", "c3"]
     assert refused == {}
     for n, case in enumerate(found.cases.cases):
@@ -225,3 +226,8 @@ def test_label_that_is_broken_dicom_is_told_alone(tmp_path):
     assert [issue.case_id for issue in faults] == ["c0", "c1", "c2", "c3"]
     assert all("Convert the label to NIfTI or DICOM SEG" in issue.message for issue in faults)
     assert "expected one DICOM file in c1, got 2" in faults[1].message
+    shutil.rmtree(tmp_path / "labels")
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(InputError) as caught:
+        load_cases(tmp_path, num_folds=2)
+    assert [fault[:10] for fault in caught.value.faults] == [f"c{n}: expect" for n in range(4)]

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -34,12 +35,11 @@ REQUIRED = {
 }  # fmt: skip
 RESCALING = ("RescaleSlope", "RescaleIntercept")
 GROUPS = (
-    "PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation",
-    "FrameContent",
+    "PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation", "FrameContent"
 )  # fmt: skip
 SIZE = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 HEADER_BYTES = 2**20  # that a deflated file may hold beside its pixels
-UNKNOWN = "no DICOM"  # the kind of other files
+UNKNOWN = "no whole DICOM file"  # the kind of other files
 HEAD, PIXELS, END = 0x00280012, 0x7FE00000, 2**32  # tags after the size, pixels, everything
 
 _warn = functools.cache(logging.getLogger(__name__).warning)  # once per line
@@ -64,7 +64,7 @@ class _Slice(NamedTuple):
     name: str  # of the file
     facts: dict[str, np.ndarray]  # by the names of REQUIRED
     scale: tuple[float, float]  # slope and intercept
-    stack: str | None
+    stack: str
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -105,18 +105,18 @@ def series_files(path: str | Path) -> list[Path]:
     A `DicomError` says that there is none, or more than one.
     """
     path = Path(path)
-    kinds = ", ".join(sorted({one.kind for one in _look(path)} - {"", UNKNOWN}))
+    kinds = ", ".join(sorted({one.kind for one in _look(path)} - {""}))
     remedy = "Convert its contours with plastimatch." if "RTSTRUCT" in kinds else "Check the path."
     series = find_series(path)
     _require(series, f"a DICOM series of images in {path.name}", kinds or "none", remedy)
-    got = ", ".join(f"{one.files[0].name} ({one.num_slices} slices)" for one in series)
-    got = f"{len(series)}, which begin with {got}"
+    names = (f"{os.path.relpath(one.files[0], path)} ({one.num_slices} slices)" for one in series)
+    got = f"{len(series)}, which begin with {', '.join(names)}"
     remedy = "Name such a file to choose its series, or put each into a folder of its own."
     _require(len(series) == 1, f"one DICOM series in {path.name}", got, remedy)
     folder = series[0].files[0].parent  # where a damaged slice may be among the others
-    others = [p.name for one in _examine(folder) if one.kind == UNKNOWN for p in one.files]
-    got = "".join(others[:1])
-    _require(not others, f"nothing but DICOM files in {folder.name}", got, "Take it out.")
+    other = "".join(one.files[0].name for one in _examine(folder) if one.kind == UNKNOWN)
+    expected, remedy = f"nothing but whole DICOM files in {folder.name}", "Replace or remove it."
+    _require(not other, expected, other, remedy)
     return series[0].files
 
 
@@ -150,19 +150,12 @@ def _require(condition: object, expected: str, got: object = "", remedy: str = C
 
 
 def _look(path: Path) -> list[Series]:
-    """Return what is in a folder and below, or what a file belongs to."""
-    if path.is_dir():
-        return [one for folder in _folders(path) for one in _examine(folder)]
-    return [one for one in _examine(path.parent) if path in one.files]
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Yield a folder and those below, by name; links are followed, other than to a folder above."""
-    yield folder
-    here = folder.resolve()
-    for child in _visible(folder):
-        if child.is_dir() and child.resolve() not in (here, *here.parents):
-            yield from _folders(child)
+    """Return what is in a folder and below, links to a folder above left out; or a file's own."""
+    if not path.is_dir():
+        return [one for one in _examine(path.parent) if path in one.files]
+    above = (path.resolve(), *path.resolve().parents)
+    below = (p for p in _visible(path) if p.is_dir() and p.resolve() not in above)
+    return [*_examine(path), *(one for folder in below for one in _look(folder))]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -171,8 +164,8 @@ def _visible(folder: Path) -> list[Path]:
 
 def _examine(folder: Path) -> list[Series]:
     """Sort the files of a folder by their series; slices of a series each are one series."""
-    files = [(path, path.lstat()) for path in _visible(folder) if not path.is_dir()]
-    heads = {path: _read_head(path, at.st_size, at.st_mtime_ns) for path, at in files}
+    files = [path for path in _visible(folder) if not path.is_dir()]
+    heads = {path: _read_head(path, path.lstat().st_mtime_ns) for path in files}
     counts = Counter(head[:2] for head in heads.values())
     groups: dict[tuple[str, str], list[Path]] = {}
     for path, (kind, uid, _, num_frames) in heads.items():
@@ -185,12 +178,13 @@ def _examine(folder: Path) -> list[Series]:
 
 
 @functools.lru_cache(maxsize=2**16)
-def _read_head(path: Path, size: int, time_ns: int) -> tuple[str, str, str, int]:
+def _read_head(path: Path, time_ns: int) -> tuple[str, str, str, int]:
     """Read the kind of a file, the UID and number of its series, and how many frames it has."""
     try:
         _require(is_dicom(path), "a DICOM file")
         head = read_file(path, HEAD)
         uid, number = (str(head.get(f"Series{key}") or "") for key in ("InstanceUID", "Number"))
+        _require(uid or _kind(head), "a SeriesInstanceUID")
         return _kind(head), uid, number, int(head.get("NumberOfFrames") or 1)
     except Exception:  # pydicom raises many kinds for a broken file
         return UNKNOWN, "", "", 1
@@ -231,39 +225,33 @@ def _ordered_slices(path: str | Path, *, pixels: bool) -> tuple[list[_Slice], np
 
 def _read_file(path: Path, pixels: bool) -> list[_Slice]:
     """Read the slices of a file, their pixels not yet decoded."""
-    with _name_faults(f"a readable slice {path.name}", "Replace the file."):
+    with _name_faults(f"a readable slice {path.name}"):
         one = read_file(path, END if pixels else PIXELS)
-        groups = one.get("PerFrameFunctionalGroupsSequence") or [one]
-        frames = [_gather(one, group) for group in groups]
+        frames = one.get("PerFrameFunctionalGroupsSequence") or [one]
         num_frames = int(one.get("NumberOfFrames") or 1)
         expected = f"one slice in {path.name}, or functional groups of each frame"
         got = f"{num_frames} frames, of which {len(frames)} are described"
         _require(num_frames == len(frames), expected, got)
-        for name in REQUIRED:
-            is_there = all(frame.get(name) for frame in frames)
-            _require(is_there, f"{name} in {path.name}", "none")
         is_grey = one.get("SamplesPerPixel", 1) == 1 and "ModalityLUTSequence" not in one
         expected = f"grey values with slope and intercept in {path.name}"
         _require(is_grey, expected, "colours or a lookup table")
-        return [_slice(one, number, path.name, frame) for number, frame in enumerate(frames)]
+        return [_slice(one, path.name, *numbered) for numbered in enumerate(frames)]
 
 
-def _gather(one: Any, groups: Any) -> pydicom.Dataset:
-    """Return what a slice states, or a frame in its functional groups and those that all share."""
+def _slice(one: Any, name: str, number: int, groups: Any) -> _Slice:
+    """Gather what a slice states, or a frame by its functional groups and those of all frames."""
     frame = pydicom.Dataset()
-    frame.update({one[name].tag: one[name] for name in (*REQUIRED, *RESCALING) if name in one})
+    frame.update({one[key].tag: one[key] for key in (*REQUIRED, *RESCALING) if key in one})
     for source in (*(one.get("SharedFunctionalGroupsSequence") or ()), groups):
-        for name in GROUPS:
-            if items := source.get(f"{name}Sequence"):
+        for key in GROUPS:
+            if items := source.get(f"{key}Sequence"):
                 frame.update(items[0])
-    return frame
-
-
-def _slice(one: Any, number: int, name: str, frame: Any) -> _Slice:
+    for key in REQUIRED:
+        _require(frame.get(key), f"{key} in {name}", "none")
     facts = {key: np.array(frame[key].value, float).reshape(n) for key, n in REQUIRED.items()}
     slope, intercept = (frame.get(key) for key in RESCALING)
     scale = (1.0 if slope is None else float(slope), float(intercept or 0))
-    return _Slice(one, number, name, facts, scale, frame.get("StackID"))
+    return _Slice(one, number, name, facts, scale, str(frame.get("StackID")))
 
 
 def read_file(path: Path, end: int) -> Any:
@@ -321,7 +309,7 @@ def _step(places: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
 
 def _values(one: _Slice) -> np.ndarray:
     """`(rows, columns)` float32, rescaled (DICOM PS3.3 C.11.1)."""
-    with _name_faults(f"pixels that can be decoded in {one.name}", "Replace the file."):
+    with _name_faults(f"pixels that can be decoded in {one.name}"):
         stored = pixel_array(one.source, index=one.frame)
         shape = tuple(int(one.facts[name][0]) for name in ("Rows", "Columns"))
         _require(stored.shape == shape, f"pixels of shape {shape} in {one.name}", stored.shape)
@@ -329,13 +317,13 @@ def _values(one: _Slice) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _name_faults(expected: str, remedy: str) -> Iterator[None]:
+def _name_faults(expected: str) -> Iterator[None]:
     """Turn whatever pydicom raises, of many kinds, into a DicomError."""
     try:
         yield
-    except DicomError:
+    except (DicomError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a codec in Rust panics with one that is no Exception
         got = (str(error).splitlines() or [""])[0].rstrip(".:") or type(error).__name__
-        remedy = INSTALL if "missing dependencies" in str(error) else remedy
+        remedy = INSTALL if "missing dependencies" in str(error) else "Replace the file."
         raise DicomError(f"expected {expected}, got: {got}. {remedy}") from error

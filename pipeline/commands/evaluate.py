@@ -1,9 +1,9 @@
 """Score predictions against labels, per case and class.
 
-Files are matched by name, such as `<case>.nii.gz`. The output folder gets `metrics.csv` and
-`summary.json`. Classes and the value to ignore are those given, else those of --dataset_dir, else
-of a dataset.json in LABEL_DIR or its parent, else every value found is a class. Persons, over whom
-intervals are drawn, are told by --group_pattern, else by --dataset_dir.
+Files are matched by name, such as `<case>.nii.gz`; the predictions decide the cases. The output
+folder gets `metrics.csv` and `summary.json`. Classes and the value to ignore are those given, else
+those of --dataset_dir, else of a dataset.json in LABEL_DIR or its parent, else every value found is
+a class. Persons, over whom intervals are drawn, are told by --group_pattern, else by --dataset_dir.
 
 Exit status: 0 all cases scored, 1 one was refused, 2 a mistake on the command line.
 """
@@ -24,7 +24,7 @@ from pipeline.config.command_line import (
     run_parsed,
 )
 from pipeline.config.keys import read_word
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -53,9 +53,13 @@ def _main(given: argparse.Namespace) -> int:
         require_path("--dataset_dir", given.dataset_dir, "a dataset")
     with loading():
         from pipeline.evaluation.folders import evaluate_folders, format_summary
+        from pipeline.files import WriteError
     output_dir = given.output_dir or Path(f"{given.pred_dir.resolve()}_scores")
     try:
         summary = evaluate_folders(given, output_dir)
+    except WriteError as error:
+        print(error, file=sys.stderr)
+        return 1
     except OSError as error:
         raise InputError(
             f"--output_dir: expected a folder that can be written, got: {error}. Choose another."
@@ -63,5 +67,5 @@ def _main(given: argparse.Namespace) -> int:
     print("\n".join(format_summary(summary)))
     print(f"Written: {output_dir / 'metrics.csv'}, {output_dir / 'summary.json'}", flush=True)
     for case_id, reason in summary["refused"].items():
-        print(f"{case_id}: {reason}", file=sys.stderr)
+        print(f"{printable(case_id, keep='')}: {reason}", file=sys.stderr)
     return 1 if summary["refused"] else 0

@@ -29,7 +29,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         path = write_report(options.run_dir, options.output_dir)
     except OSError as error:
-        print(f"{options.run_dir}: expected a writable directory, got: {error}.", file=sys.stderr)
+        got = str(error).rstrip(".")
+        print(f"{options.run_dir}: expected a writable directory, got: {got}.", file=sys.stderr)
         return 1
     print(f"The report is {path}. Open it in a browser:\n  {path.resolve().as_uri()}")
     return 0

@@ -28,7 +28,7 @@ from pipeline.config.keys import (
     read_word,
     walk,
 )
-from pipeline.errors import InputError, describe_import_failure, nearest, refuse, require
+from pipeline.errors import InputError, describe_import_failure, escaping, nearest, refuse, require
 
 HELP = ("-h", "--help")
 MISSING = object()  # the value of an option that was typed without one
@@ -221,6 +221,7 @@ def loading() -> Iterator[None]:
         raise
 
 
+@escaping()
 def run_parsed(
     parser: CommandParser, words: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
 ) -> int:

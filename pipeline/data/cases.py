@@ -11,9 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DatasetIssue, InputError, make_issue, refuse, require
+from pipeline.errors import DatasetIssue, InputError, make_issue, printable, refuse, require
 from transforms.dicom import Series, dicom_files, find_series, is_dicom
 from transforms.formats import FORMATS, find_ending, list_files
+from transforms.segmentation import find_dicom
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label
@@ -46,13 +47,9 @@ class DatasetLayout:
 
 
 def case_name(path: str | Path) -> str:
-    """File name without folder and the ending of a volume; other dots belong to the name."""
+    """File name without folder and the ending of a volume; `_` stands for unsafe characters."""
     endings = "|".join(map(re.escape, (*ENDINGS, ".dcm")))
-    return _replace_unsafe(re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE))
-
-
-def _replace_unsafe(name: str) -> str:
-    """Replace what a terminal obeys, or some file system does not take, by `_`."""
+    name = re.sub(rf"({endings})$", "", Path(path).name, flags=re.IGNORECASE)
     return "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
 
 
@@ -111,9 +108,9 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
     for one, home, top in zip(series, homes, tops, strict=True):
         beside = [h.relative_to(top).parts for h, t in zip(homes, tops, strict=True) if t == top]
         levels = zip(home.relative_to(top).parts, zip_longest(*beside), strict=False)
-        words = [case_name(top), *(part for part, names in levels if len({*names}) > 1)]
+        words = [top.name, *(part for part, names in levels if len({*names}) > 1)]
         words += [f"series{one.number}"] if homes.count(home) > 1 else []
-        name = _replace_unsafe("_".join(words))
+        name = case_name("_".join(words))
         counts[name] += 1
         name += f"_{counts[name]}" if counts[name] > 1 else ""
         named[home if within[home] == 1 else one.files[0]] = name
@@ -123,7 +120,7 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
 def list_labels(folder: Path) -> dict[Path, str]:
     """List labels of a folder: files, DICOM files, and folders with these; by path, with names."""
     found = (path for path in sorted(folder.glob("[!.]*")) if find_ending(path) or is_dicom(path))
-    return {path: case_name(path) for path in found if path.is_file() or dicom_files(path)}
+    return {path: case_name(path) for path in found if path.is_file() or find_dicom(path)}
 
 
 def group_volumes(
@@ -165,6 +162,11 @@ def resolve_paths(
         for case_id in ids
         if not re.fullmatch(CASE_ID, case_id)
     )
+    refuse(
+        f"{where}: expected names without control characters, got {name!a}. Rename it."
+        for name in (*(layout.class_names or ()), *(layout.channel_names or ()), *ids)
+        if printable(name, keep="") != name
+    )
     expected, remedy = f"one case of this name in {where}", "Rename or remove one"
     twice = {case_id: count for case_id, count in ids.items() if count > 1}
     issues = [make_issue(name, "duplicate_id", expected, twice[name], remedy) for name in twice]
@@ -187,7 +189,7 @@ def _file_issues(
     """Files of a case that are missing, or lie outside the allowed folders."""
     for key, name in ((key, name) for key, names in files_of(case).items() for name in names):
         path = Path(os.path.abspath(root / name))
-        files = dicom_files(path)
+        files = dicom_files(path) if key == "image" else find_dicom(path)
         if not path.is_file() and not files:
             message = f"expected {key} file {name} of {where}, found none. Put it there or take "
             message += f"the case out of {Path(where).name}."
@@ -231,8 +233,8 @@ def list_images(
     if place.is_file() and find_ending(place):
         cases = _group_file(place, num_channels)
     elif place.is_file() and is_dicom(place):
-        number = "".join(f"_series{one.number}" for one in find_series(place))
-        cases = _group({place: case_name(place.parent) + _replace_unsafe(number)}, num_channels)
+        numbers = [f"_series{one.number}" for one in find_series(place)]
+        cases = _group({place: case_name("".join([place.parent.name, *numbers]))}, num_channels)
     else:
         cases = _group(list_volumes(place), num_channels)
     expected = f"volumes ({', '.join(ENDINGS)} or DICOM series) in {folder}"
@@ -278,8 +280,11 @@ def _image_case(case_id: str, channels: Channels, several: bool) -> Case:
     return {"case_id": case_id, "image": image} | ({"fault": fault} if fault else {})
 
 
-def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
-    """Match the label maps of two folders by case id; gives the reasons for those without a pair.
+def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str], list[str]]:
+    """Match the label maps of two folders by case id.
+
+    Returns:
+        Pairs; the reasons for predictions without one; case ids of labels without a prediction.
 
     Raises:
         InputError: If a folder does not exist, or the two have no case in common.
@@ -289,18 +294,18 @@ def match(pred_dir: Path, label_dir: Path) -> tuple[list[Pair], dict[str, str]]:
     got = f"{len(preds)} and {len(labels)} cases, none in common"
     require(preds.keys() & labels.keys(), pred_dir, expected, got, "Check the paths.")
     pairs, refused = [], {}
-    for case_id in sorted(preds.keys() | labels.keys()):
-        pred, label = preds.get(case_id, []), labels.get(case_id, [])
+    for case_id, pred in sorted(preds.items()):
+        label = labels.get(case_id, [])
         for kind, folder, paths in ("prediction", pred_dir, pred), ("label", label_dir, label):
             if not paths:
-                expected, got = f"a {kind} in {folder}", "found none. Add it or take the other away"
-                refused[case_id] = f"expected {expected}, {got}."
+                remedy = "Add it or take the prediction away."
+                refused[case_id] = f"expected a {kind} in {folder}, found none. {remedy}"
             elif len(paths) > 1:
                 got = " and ".join(path.name for path in paths)
                 refused[case_id] = f"expected one {kind} in {folder}, got {got}. Remove one."
         if case_id not in refused:
             pairs.append((case_id, pred[0], label[0]))
-    return pairs, refused
+    return pairs, refused, sorted(labels.keys() - preds.keys())
 
 
 def _files(folder: Path, what: str) -> dict[str, list[Path]]:

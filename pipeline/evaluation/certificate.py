@@ -24,7 +24,7 @@ from pipeline.errors import STOPS, InputError, refuse, require
 from pipeline.evaluation.comparison import read_arms
 from pipeline.evaluation.scores import format_table
 from pipeline.evaluation.statistics import EQUIVALENT, WORSE, compare_arms
-from pipeline.files import write_json
+from pipeline.files import write_durably, write_json
 from pipeline.precision import resolve_device
 from pipeline.signals import signal_handlers
 
@@ -74,7 +74,7 @@ def certify(sweep: PrecisionSweep, command: str) -> int:
     certificate["command"] = command
     write_json(Path(sweep.out, "certificate.json"), certificate)
     page = format_page(certificate)
-    Path(sweep.out, "certificate.md").write_text(page)
+    write_durably(Path(sweep.out, "certificate.md"), page.encode())
     print(f"\n{page}\n  {sweep.out}/certificate.json\n  {sweep.out}/certificate.md")
     judged = [certificate["classes"].get(name, {}) for name in sweep.dtypes]
     verdicts = [entry["verdict"] for by_class in judged for entry in by_class.values()]

@@ -20,7 +20,7 @@ from pipeline.data.dataset import Cases
 from pipeline.data.splits import GroupPattern, persons_of
 from pipeline.errors import TrainingStopped, as_bool
 from pipeline.evaluation.scores import score_files, write_scores
-from pipeline.files import make_directory, write_json
+from pipeline.files import make_directory, write_durably, write_json
 from pipeline.precision import Precision
 from pipeline.prediction.nifti_output import save_like
 from pipeline.prediction.predict_files import FAULTS, describe_fault
@@ -110,7 +110,9 @@ class Scoring:
             if not is_last:
                 self._score(split, last, of_last)
             elif distributed.is_main():
-                shutil.copytree(of_best, of_last)
+                make_directory(of_last)
+                for path in of_best.iterdir():
+                    write_durably(of_last / path.name, path.read_bytes())
 
     def _score(self, split: str, weights: Path, folder: Path) -> None:
         load_weights(self.network, weights)

@@ -12,7 +12,7 @@ from pipeline.data.layouts import read_dataset_json, read_layout
 from pipeline.data.nifti import MAX_VALUE
 from pipeline.data.splits import persons_of
 from pipeline.distributed import own_cores
-from pipeline.errors import require
+from pipeline.errors import printable, require, some
 from pipeline.evaluation.scores import STATUS, Row, format_table, score_files, write_scores
 from pipeline.precision import resolve_device
 
@@ -27,7 +27,11 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
     highest = given.ignore_value or MAX_VALUE
     expected = f"1 to {MAX_VALUE}"
     require(highest <= MAX_VALUE, "--ignore_value", expected, highest, "Correct it.")
-    pairs, refused = match(given.pred_dir, given.label_dir)
+    pairs, refused, left = match(given.pred_dir, given.label_dir)
+    if left:
+        label, have, are = ("label", "has", "is") if len(left) == 1 else ("labels", "have", "are")
+        told = f"{len(left)} {label} of {given.label_dir} {have} no prediction and {are} not scored"
+        print(f"{told}: {some(left)}")
     known = _read_dataset(given)
     groups = {case["case_id"]: case.get("group") for case in known.cases}
     cases = [{"case_id": case_id, "group": groups.get(case_id)} for case_id, *_ in pairs]
@@ -66,6 +70,7 @@ def _read_dataset(given: argparse.Namespace) -> DatasetLayout:
     ignored = given.ignore_value or known.ignore_value
     if names is not None:
         are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        are_names = are_names and names == [printable(name, keep="") for name in names]
         are_sound = are_names and 2 <= len(set(names)) == len(names) <= MAX_VALUE + 1
         expected = f"a JSON list of 2 to {MAX_VALUE + 1} different names, background first,"
         require(are_sound, "class_names", expected, names, "Quote it for the shell.")

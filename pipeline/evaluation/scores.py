@@ -6,7 +6,6 @@ voxels are those that MONAI's erosion removes, and distances are between their c
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections import Counter
@@ -26,7 +25,7 @@ from pipeline.data.nifti import read_pair
 from pipeline.errors import InputError, some
 from pipeline.evaluation.metrics import compute_dice, divide, mean_of_defined
 from pipeline.evaluation.statistics import bootstrap_interval
-from pipeline.files import make_directory, nan_to_none, replace_file, write_json
+from pipeline.files import make_directory, nan_to_none, read_cell, write_csv, write_json
 
 Row = dict[str, Any]
 
@@ -186,11 +185,7 @@ def write_scores(
     summary = _summarize(rows, class_names[1:], tolerance_mm)
     summary["refused"] = dict(sorted((refused or {}).items()))
     make_directory(Path(directory))
-    target = Path(directory, "metrics.csv")
-    with replace_file(target) as path, open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: nan_to_none(value) for key, value in row.items()} for row in rows)
+    write_csv(Path(directory, "metrics.csv"), COLUMNS, rows)
     write_json(Path(directory, "summary.json"), summary)
     return summary
 
@@ -203,7 +198,8 @@ def read_scores(path: str | Path) -> list[Row]:
     """
     numbers = COLUMNS[len(WORDS) :]
     return [
-        {word: cells[word] for word in WORDS} | {n: float(cells[n] or "nan") for n in numbers}
+        {word: read_cell(cells[word]) for word in WORDS}
+        | {n: float(cells[n] or "nan") for n in numbers}
         for _, cells in read_csv(path)
     ]
 

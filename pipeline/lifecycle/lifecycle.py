@@ -37,6 +37,7 @@ from pipeline.errors import InputError, TrainingStopped, as_bool, print_failure,
 from pipeline.files import write_json
 from pipeline.lifecycle.run_directory import RunDirectory
 from pipeline.lifecycle.stored_configs import (
+    CARD,
     changed_cases,
     changes_since,
     given_data,
@@ -66,6 +67,8 @@ from pipeline.training.trainer import MixedPrecisionTrainer
 from pipeline.training.trial import fit_batch_size
 
 log = logging.getLogger(__name__)
+
+REPORT = Path("report", "index.html")
 
 
 class Lifecycle:
@@ -329,10 +332,13 @@ class Lifecycle:
             epochs = min(end.epoch, epochs)
         if summary is None or summary["progress"]["epoch"] < epochs:
             return
-        log.info("This run is finished; nothing to do.")
+        missing = self._find_missing_pages()
+        to_do = f"writing {' and '.join(map(str, missing))}" if missing else "nothing to do"
+        log.info("This run is finished; %s.", to_do)
         if changed:
             text = "Its data changed: files of %s. Train on the new data with another output_dir."
             log.warning(text, some(changed))
+        self._write_pages(missing)
         log_whereabouts(self.run_dir, summary)
         self.release()
         raise SystemExit(0)
@@ -422,29 +428,43 @@ class Lifecycle:
         summary = summarize_run(
             trainer,
             self.run_dir,
+            dataset=cases.name,
             dataset_hash=cases.fingerprint,
             config_hash=keys.identity_hash(self._portable),
             init_weights=self._start,
             process_group=self.process_group and self.process_group.describe(),
             num_cases={part: len(getattr(cases, part)) for part in ("train", "validation", "test")},
         )
+        # With the summary a run is finished: the same command then writes only the pages that are
+        # missing, so that those of an earlier end go before, and the new ones come after it.
         try:
+            for page in (CARD, REPORT):
+                (self.run_dir / page).unlink(missing_ok=True)
             write_json(self.run_dir / "summary.json", summary)
         except OSError as error:
             log.error("%s", error)
             raise TrainingStopped(str(error)) from error
-        (self.run_dir / "report" / "index.html").unlink(missing_ok=True)  # of an earlier end
         if read_early_end(self.run_dir) is None:  # it was asked for, too late
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
-        try:
-            write_docs(self.run_dir)
-            if self.report:
-                from pipeline.reporting.report import write_report  # it takes a second to import
-
-                write_report(self.run_dir)
-        except Exception as error:  # the run itself has succeeded
-            log.warning("docs and report: expected to write them, got: %s", error)
+        self._write_pages(self._find_missing_pages())
         log_whereabouts(self.run_dir, summary)
+
+    def _find_missing_pages(self) -> list[Path]:
+        pages = (CARD, REPORT) if self.report else (CARD,)
+        return [page for page in pages if not (self.run_dir / page).is_file()]
+
+    def _write_pages(self, pages: list[Path]) -> None:
+        """Write model card and report; a failure is logged, since the run itself has succeeded."""
+        for page in pages:
+            try:
+                if page == CARD:
+                    write_docs(self.run_dir)
+                else:
+                    from pipeline.reporting.report import write_report  # it takes a second
+
+                    write_report(self.run_dir)
+            except Exception as error:
+                log.warning("%s: expected to write it, got: %s", page, error)
 
     def _shorten_failures(self) -> None:
         """Print one line about an exception that ends MONAI's own command, as `pipeline.run`."""

@@ -20,7 +20,7 @@ import uuid
 from pathlib import Path
 
 from pipeline import distributed
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, escape_record, require
 from pipeline.files import make_directory
 from pipeline.progress_bar import details
 from pipeline.training.checkpoint import newest_checkpoint
@@ -77,6 +77,8 @@ class RunDirectory:
         handler = logging.FileHandler(self.log_file)
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
+        for one in logging.getLogger().handlers:
+            one.addFilter(escape_record)
         details.addHandler(handler)
         details.setLevel(logging.INFO)
         details.propagate = False

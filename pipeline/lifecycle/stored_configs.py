@@ -26,6 +26,7 @@ from pipeline.files import make_directory, write_durably, write_json
 from pipeline.reporting.model_card import render_model_card
 
 RECIPE = ("base_channels", "learning_rate", "steps_per_epoch", "max_epochs", "warmup_steps")
+CARD = Path("docs", "README.md")  # of the model
 # that start from bundle_root, or null
 PATHS = ("cache_dir", "split_file", "data_roots", "init_weights")
 
@@ -90,9 +91,8 @@ def write_configs(
 
 
 def write_docs(run_dir: Path) -> None:
-    """Write the model card of a run that ended, and the licence of the code."""
-    card = run_dir / "docs" / "README.md"
-    card.unlink(missing_ok=True)  # of an earlier end
+    """Write the licence of the code and, last, the model card of a run that ended."""
+    card = run_dir / CARD
     make_directory(card.parent)
     write_durably(run_dir / "LICENSE", read_license())
     write_durably(card, render_model_card(run_dir).encode())

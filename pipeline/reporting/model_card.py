@@ -14,6 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from pipeline.errors import printable
+
 
 def render_model_card(run_dir: Path, package: str = "") -> str:
     """Return Markdown about the run in a directory.
@@ -68,5 +70,5 @@ def _format_range(ends: Sequence[float]) -> str:
 
 def _escape(value: Any) -> str:
     """Put text of a dataset on one line, without effect on the Markdown around it."""
-    words = " ".join(str(value).split())
+    words = " ".join(printable(value).split())
     return "".join(f"\\{c}" if c in "|<>*`[]\\" else c for c in words)

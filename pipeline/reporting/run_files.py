@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.evaluation.scores import Row, read_scores
+from pipeline.evaluation.statistics import bootstrap_interval
 
 # tags of earlier versions, as patterns; a run that was continued has old and new ones
 OLD_TAGS = {"^AMP/": "weight_update/", "^LR$": "weight_update/lr", "^val/dice_": "val/mean_dice_"}
@@ -38,10 +39,10 @@ class SplitScores:
 
     directory: Path  # of `metrics.csv`, `cases.json` and the predictions
     split: str  # validation or test
-    weights: str  # best or last
+    weights: str  # best or last; both if they are one network
     rows: Mapping[str, Mapping[str, Row]]
     class_names: list[str]  # foreground, by label value
-    tolerance_mm: float | None  # of the normalised surface Dice, where it is known
+    summary: dict[str, Any]  # `summary.json` beside `metrics.csv`
 
     def by_class(self, measure: str) -> dict[str, np.ndarray]:
         """Return the values of a measure in all cases by class name, `nan` where undefined."""
@@ -49,6 +50,11 @@ class SplitScores:
             name: np.array([case.get(name, {}).get(measure, np.nan) for case in self.rows.values()])
             for name in self.class_names
         }
+
+    def interval(self, values: Iterable[float]) -> list[float] | None:
+        """Return the 95 % interval over persons of the mean of a value of every case."""
+        persons = [next(iter(case.values()))["person"] for case in self.rows.values()]
+        return bootstrap_interval(np.array([*values]), persons)
 
     def means(self, measure: str) -> dict[str, float]:
         """Return the mean over the classes with a defined value by case id, `nan` without any."""
@@ -84,6 +90,17 @@ class Run:
         return self.scores.get((split, "best")) or self.scores.get((split, "last"))
 
     @property
+    def main_scores(self) -> SplitScores | None:
+        """Return the scores by which the run is judged: of test cases where there are any."""
+        return self.best_scores("test") or self.best_scores("validation")
+
+    @property
+    def dataset(self) -> str:
+        """Return the dataset's name, which runs of earlier versions have in their metadata."""
+        metadata = _read_json(self.directory / "configs" / "metadata.json")
+        return self.summary.get("dataset") or metadata.get("name", "").partition(", ")[2]
+
+    @property
     def class_names(self) -> list[str]:
         """Return the foreground classes; their order decides their colours."""
         return self.plan.get("class_names", [])[1:]
@@ -102,9 +119,13 @@ def read_run(run_dir: str | Path) -> Run:
     curves = read_curves(directory / "tensorboard")
     skipped = _read_skipped(directory / "overflow.jsonl")
     run = Run(directory, summary, plan, config, curves, skipped, scores={})
-    for key in itertools.product(("validation", "test"), ("best", "last")):
-        if scores := _read_split(directory / "scores" / "_".join(key), run.class_names):
-            run.scores[key] = scores
+    for split, weights in itertools.product(("validation", "test"), ("best", "last")):
+        scores = _read_split(directory / "scores" / f"{split}_{weights}", run.class_names)
+        best = run.scores.get((split, "best"))
+        if scores and best and str(scores.rows) == str(best.rows):  # of one network
+            run.scores[split, "best"] = replace(best, weights="best (also the last)")
+        elif scores:
+            run.scores[split, weights] = scores
     return run
 
 
@@ -132,9 +153,9 @@ def _read_split(directory: Path, class_names: list[str]) -> SplitScores | None:
     if not rows:
         return None
     names = class_names or list(next(iter(rows.values())))
-    tolerance_mm = _read_json(directory / "summary.json").get("tolerance_mm")
+    summary = _read_json(directory / "summary.json")
     split, weights = directory.name.split("_")
-    scores = SplitScores(directory, split, weights, rows, names, tolerance_mm)
+    scores = SplitScores(directory, split, weights, rows, names, summary)
     means = scores.means("dice")
     order = sorted(rows, key=lambda case: (math.isnan(means[case]), means[case], case))
     return replace(scores, rows={case: rows[case] for case in order})
