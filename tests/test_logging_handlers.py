@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from PIL import Image
 
-from pipeline.drawing import outline_slice
+from pipeline.drawing import CaseVolumes, draw_plane
 from pipeline.precision import StepStats
 from pipeline.training import logging_handlers
 from pipeline.training.logging_handlers import LoggingHandler
@@ -139,42 +139,13 @@ def cube(shape, i, j, k, value=1):
     return volume
 
 
-def border(box):
-    """Outermost pixels of a solid box in a mask, by comparing each pixel with its neighbours."""
-    padded = np.pad(box, 1, mode="edge")
-    height, width = box.shape
-    shifts = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return box & ~np.logical_and.reduce(shifts)
-
-
-def drawn(volume, k):
-    """Slice k as a picture: rows from anterior to posterior, columns from right to left."""
-    return np.kron(volume[::-1, ::-1, k].T, np.ones((4, 4), int)).astype(bool)
-
-
-def test_outline_slice_draws_label_green_and_prediction_red():
-    shape = (10, 12, 5)
-    label = cube(shape, (1, 5), (2, 6), (2, 4))
-    pred = cube(shape, (3, 8), (2, 9), (2, 4))
-    image = np.random.default_rng(0).normal(size=shape)
-    picture = outline_slice(image, label, pred)
-    assert (picture.shape, picture.dtype) == ((48, 40, 3), np.uint8)
-    green, red = border(drawn(label, 2)), border(drawn(pred, 2))
-    expected = {(0, 255, 0): green & ~red, (255, 0, 0): red & ~green, (255, 255, 0): red & green}
-    for colour, mask in expected.items():
-        assert mask.any()
-        np.testing.assert_array_equal((picture == colour).all(-1), mask)
-    rest = picture[~(red | green)]
-    assert (rest == rest[:, :1]).all()  # grey
-
-
 def test_tensorboard_picture_is_axial_and_upright_whatever_the_files_orientation(tmp_path):
     ras = {
         "image": np.random.default_rng(0).normal(size=(10, 12, 5)),
         "label": cube((10, 12, 5), (1, 5), (2, 6), (1, 3)),
         "pred": cube((10, 12, 5), (3, 8), (2, 9), (1, 3)),
     }
-    expected = outline_slice(*ras.values())
+    expected = np.array(draw_plane(CaseVolumes(*ras.values(), np.ones(3)), "axial"))
 
     def flipped_and_permuted(volume):
         """The same volume with axes S, L, A."""

@@ -173,10 +173,8 @@ def _list_cases(
     path = root / "dataset.json"
     if is_nnunet and "dataset" not in source:
         ending = source.get("file_ending", ".nii.gz")
-        expected, is_known = (
-            f"a file_ending of {', '.join(ENDINGS)}",
-            str(ending).lower() in ENDINGS,
-        )
+        expected = f"a file_ending of {', '.join(ENDINGS)}"
+        is_known = str(ending).lower() in ENDINGS
         require(is_known, path, expected, repr(ending), "Convert the files.")
         return _pair_folders(root, *FOLDERS[1], ending, num_channels)
     entries: dict[str, Any] = {}

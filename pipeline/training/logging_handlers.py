@@ -8,6 +8,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline import distributed
 from pipeline.data.dataset import Cases
-from pipeline.drawing import outline_slice
+from pipeline.drawing import CaseVolumes, draw_plane
 from pipeline.errors import as_bool
 from pipeline.files import nan_to_none, write_json
 from pipeline.progress_bar import ProgressBar, format_duration
@@ -172,9 +174,12 @@ class LoggingHandler:
     def _after_first_case(self, validator: Evaluator) -> None:
         case = validator.state.output[0]
         to_ras = Orientation(axcodes="RAS", labels=None)  # files have any orientation
-        volumes = [to_ras(case[key])[0].cpu().numpy() for key in ("image", "label", "pred")]
-        picture, step = outline_slice(*volumes), self.trainer.progress.step
-        self.writer.add_image("val/first_case", picture, step, dataformats="HWC")
+        volumes = [to_ras(case[key]) for key in ("image", "label", "pred")]
+        image, label, pred = (volume[0].cpu().numpy() for volume in volumes)
+        spacing_mm = nib.affines.voxel_sizes(np.asarray(getattr(volumes[0], "affine", np.eye(4))))
+        picture = draw_plane(CaseVolumes(image, label, pred, spacing_mm), "axial")
+        step = self.trainer.progress.step
+        self.writer.add_image("val/first_case", np.array(picture), step, dataformats="HWC")
 
     def _after_epoch(self, trainer: MixedPrecisionTrainer) -> None:
         state, progress = self.validator.state, trainer.progress
