@@ -1,5 +1,6 @@
 """DICOM Segmentations as labels: written by highdicom, compared voxel by voxel with the array."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dicom_series import write_series
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
+from pipeline.commands.evaluate import main
 from pipeline.data.cases import match
 from pipeline.data.dataset import load_cases
 from pipeline.data.nifti import check_headers, read_pair
@@ -214,6 +216,13 @@ def test_segment_of_another_name_is_a_fault_of_its_case(tmp_path):
     rows = [f"images/c{n},labels/c{n}{'/seg' if n % 2 else '.dcm'}" for n in range(4)]
     (tmp_path / "cases.csv").write_text("\n".join(["image,label", *rows]))
     assert load_cases(tmp_path, num_folds=2).issues == cases.issues
+    for n in range(4):
+        nib.save(nib.Nifti1Image(volumes(n)[1], AFFINE), tmp_path / f"c{n}.nii.gz")
+    words = [tmp_path, tmp_path / "labels", "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["refused"] == {"c2": issue.message}
+    assert (summary["num_cases"], [*summary["classes"]]) == (3, [*NAMES])
 
 
 def test_label_that_is_broken_dicom_is_told_alone(tmp_path):
