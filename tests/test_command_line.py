@@ -58,7 +58,7 @@ WRONG = [  # words, and what the one line about them says
     ("predict {tmp}/untrained {data} out", "untrained/models/model.pt. Check the path."),
     ("predict {tmp}/untrained {tmp}/no out", "INPUT: expected images to predict, found nothing at"),
     ("predict {tmp}/untrained {data}", "expected OUTPUT_DIR after RUN and INPUT, got none."),
-    ("evaluate {tmp}/no {data}", "PRED_DIR: expected a folder of NIfTI files, found nothing at"),
+    ("evaluate {tmp}/no {data}", "PRED_DIR: expected a folder of label maps, found nothing at"),
     ("compare --a {tmp}/no --b {tmp}/mine.json", "expected scores, found nothing at {tmp}/no."),
     ("report {tmp}/no", "RUN: expected the directory of a run, found nothing at {tmp}/no/"),
     ("export {data}", "run_dir: expected the directory of a run, got {data}"),

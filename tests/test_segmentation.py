@@ -1,5 +1,6 @@
 """DICOM Segmentations as labels: written by highdicom, compared voxel by voxel with the array."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from dicom_series import write_series
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
+from pipeline.commands.evaluate import main
+from pipeline.data.cases import match
 from pipeline.data.dataset import load_cases
 from pipeline.data.nifti import check_headers, read_pair
 from pipeline.data.preflight import preflight
 from pipeline.drawing import read_case
+from pipeline.errors import InputError
 from transforms.dicom import DicomError
 from transforms.load import LoadVolumesd
 from transforms.segmentation import read_segment_names, read_segmentation
@@ -191,6 +195,11 @@ def test_dataset_of_segmentations_is_checked_and_loaded(tmp_path):
     assert found.faults == []
     assert found.cases.class_names == ["background", *NAMES]
     assert [entry.num_cases for entry in found.fingerprint.classes] == [4, 4, 4]
+    for n in range(4):
+        (tmp_path / f"c{n}.nii.gz").touch()
+    pairs, refused, _ = match(tmp_path, tmp_path / "labels")
+    assert [label.name for *_, label in pairs] == ["c0.dcm", "c1", "c2.dcm", "c3"]
+    assert refused == {}
     for n, case in enumerate(found.cases.cases):
         label = volumes(n)[1]
         label[:, :, :2] = 0
@@ -207,6 +216,13 @@ def test_segment_of_another_name_is_a_fault_of_its_case(tmp_path):
     rows = [f"images/c{n},labels/c{n}{'/seg' if n % 2 else '.dcm'}" for n in range(4)]
     (tmp_path / "cases.csv").write_text("\n".join(["image,label", *rows]))
     assert load_cases(tmp_path, num_folds=2).issues == cases.issues
+    for n in range(4):
+        nib.save(nib.Nifti1Image(volumes(n)[1], AFFINE), tmp_path / f"c{n}.nii.gz")
+    words = [tmp_path, tmp_path / "labels", "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["refused"] == {"c2": issue.message}
+    assert (summary["num_cases"], [*summary["classes"]]) == (3, [*NAMES])
 
 
 def test_label_that_is_broken_dicom_is_told_alone(tmp_path):
@@ -219,3 +235,8 @@ def test_label_that_is_broken_dicom_is_told_alone(tmp_path):
     assert [issue.case_id for issue in faults] == ["c0", "c1", "c2", "c3"]
     assert all("Convert the label to NIfTI or DICOM SEG" in issue.message for issue in faults)
     assert "expected one DICOM file in c1, got 2" in faults[1].message
+    shutil.rmtree(tmp_path / "labels")
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(InputError) as caught:
+        load_cases(tmp_path, num_folds=2)
+    assert [fault[:10] for fault in caught.value.faults] == [f"c{n}: expect" for n in range(4)]

@@ -73,12 +73,13 @@ def read_text(path: Path) -> TextHeader:
         is_oriented = bool(re.search(rb"(?i)[\r\n]space:[ \t]*(left|right|[lr][ap]s)", text))
     else:
         end = re.search(rb"ElementDataFile([^\r\n]*)(\r?\n|$)", text)
-        names = [end[1].lstrip(b" \t=:")] if end else []
-        names = [] if names == [b"LOCAL"] else names
-        is_packed = re.search(rb"CompressedData\s*[=:]\s*[Tt1]", text[: end and end.start()])
-        is_text = re.search(rb"BinaryData\s*[=:]\s*[Ff0]", text[: end and end.start()])
+        names = [end[1].strip(b" \t=:")] if end else []
+        names = [name for name in names if name.upper() != b"LOCAL"]  # in the file itself
+        facts = text[: end.start() if end else 0]
+        is_packed = re.search(rb"CompressedData\s*[=:]\s*[Tt1]", facts)
+        is_text = re.search(rb"BinaryData\s*[=:]\s*[Ff0]", facts)
         encoding = "compressed" if is_packed else "text" if is_text else "raw"
-        is_oriented = b"TransformMatrix" in text or b"Orientation" in text
+        is_oriented = b"TransformMatrix" in facts or b"Orientation" in facts
     data_file = b" and ".join(name.strip() for name in names).decode("utf-8", "replace")
     return TextHeader(data_file, end.end() if end else len(text), encoding, is_oriented)
 

@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 from pydicom.uid import UID, RTStructureSetStorage
 
-from transforms.dicom import END, PIXELS, SHIFT, DicomError, dicom_files, read_file
+from transforms.dicom import END, PIXELS, SHIFT, DicomError, is_dicom, read_file
 from transforms.formats import LPS_TO_RAS
 
 KINDS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # the latter: a label map
 CONVERT = "Convert the label to NIfTI or DICOM SEG"
 Place = tuple[np.ndarray, np.ndarray, np.ndarray]  # voxel of the first pixel; steps (3,) to others
+
+
+def find_dicom(path: str | Path) -> list[Path]:
+    """Return the file of a label, or the files in its folder, that begin as DICOM files do."""
+    path = Path(path)
+    paths = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+    return [one for one in paths if one.is_file() and is_dicom(one)]
 
 
 def read_segment_names(path: str | Path) -> dict[int, str]:
@@ -87,7 +94,7 @@ def _explain(path: str | Path) -> Iterator[None]:
 
 def _read(path: str | Path, *, pixels: bool) -> Any:
     """Read a DICOM Segmentation of a kind that is a label map: a pydicom dataset."""
-    name, files = Path(path).name, dicom_files(path) if Path(path).is_dir() else [Path(path)]
+    name, files = Path(path).name, find_dicom(path)
     if len(files) != 1:
         raise DicomError(f"expected one DICOM file in {name}, got {len(files)}. {CONVERT}.")
     one = read_file(files[0], END if pixels else PIXELS)

@@ -1,6 +1,6 @@
 """Score predictions against labels, per case and class.
 
-Files are matched by name, `<case>.nii.gz` or `.nii`; the predictions decide the cases. The output
+Files are matched by name, such as `<case>.nii.gz`; the predictions decide the cases. The output
 folder gets `metrics.csv` and `summary.json`. Classes and the value to ignore are those given, else
 those of --dataset_dir, else of a dataset.json in LABEL_DIR or its parent, else every value found is
 a class. Persons, over whom intervals are drawn, are told by --group_pattern, else by --dataset_dir.
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _main(given: argparse.Namespace) -> int:
     for name in ("pred_dir", "label_dir"):
-        require_path(name.upper(), getattr(given, name), "a folder of NIfTI files")
+        require_path(name.upper(), getattr(given, name), "a folder of label maps")
     if given.dataset_dir is not None:
         require_path("--dataset_dir", given.dataset_dir, "a dataset")
     with loading():

@@ -1,6 +1,6 @@
 """Predict with a run or a bundle: label maps on the grids of the images' files.
 
-INPUT is a NIfTI file, a DICOM series, or a folder of these; RUN is a run directory or a bundle,
+INPUT is a volume, a DICOM series, or a folder of these; RUN is a run directory or a bundle,
 also as a zip file. A case that cannot be predicted is named and left out, the others are predicted,
 and the exit status is 1; with --strict the first one ends the command.
 
@@ -40,7 +40,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = CommandParser("predict", __doc__, shown, table, COMMON, CONFIG.name)
     add = parser.add_argument
     add("run_dir", metavar="RUN", help="run directory, bundle, or zip file of a bundle")
-    add("images", metavar="INPUT", help="NIfTI file, DICOM series, or folder of these")
+    add(
+        "images",
+        metavar="INPUT",
+        help="volume (.nii.gz, .nrrd, .mha, ...), DICOM series, or folder of these",
+    )
     add("folder", metavar="OUTPUT_DIR", nargs="?", help="folder for the label maps")
     return run_parsed(parser, words, _predict)
 

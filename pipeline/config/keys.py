@@ -153,7 +153,7 @@ finalize | list | free | expressions that are evaluated last
 # keys of an inference config, beside those that it has in common with training
 PREDICTION_KEYS = _read_table("""
 device | str object | continuable | auto, cpu, cuda or cuda:N; MONAI's clients need an object
-input | path | free | file or folder to predict: NIfTI, or DICOM series
+input | path | free | file or folder to predict: volumes, or DICOM series
 weights | path | free | state dict of the network, as a path from bundle_root
 ensemble | list[path] | free | further run directories, whose probabilities are averaged
 mirror | bool | free | average over mirror images along flip_axes

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import DatasetIssue, InputError, make_issue, printable, refuse, require
 from transforms.dicom import Series, dicom_files, find_series, is_dicom
 from transforms.formats import FORMATS, find_ending, list_files
+from transforms.segmentation import find_dicom
 
 Case = dict[str, Any]
 Pair = tuple[str, Path, Path]  # case id, prediction, label
@@ -119,7 +120,7 @@ def _name_series(folder: Path, series: Sequence[Series]) -> dict[Path, str]:
 def list_labels(folder: Path) -> dict[Path, str]:
     """List labels of a folder: files, DICOM files, and folders with these; by path, with names."""
     found = (path for path in sorted(folder.glob("[!.]*")) if find_ending(path) or is_dicom(path))
-    return {path: case_name(path) for path in found if path.is_file() or dicom_files(path)}
+    return {path: case_name(path) for path in found if path.is_file() or find_dicom(path)}
 
 
 def group_volumes(
@@ -188,7 +189,7 @@ def _file_issues(
     """Files of a case that are missing, or lie outside the allowed folders."""
     for key, name in ((key, name) for key, names in files_of(case).items() for name in names):
         path = Path(os.path.abspath(root / name))
-        files = dicom_files(path)
+        files = dicom_files(path) if key == "image" else find_dicom(path)
         if not path.is_file() and not files:
             message = f"expected {key} file {name} of {where}, found none. Put it there or take "
             message += f"the case out of {Path(where).name}."

@@ -89,7 +89,8 @@ def load_cases(
             sides, unlisted = split_by_file(layout.cases, split_file, **how, left_out=left_out)
     except InputError as error:
         # cases with a fault are left out, which may be why there are too few to split
-        raise InputError(*(issue.line for issue in layout.issues), *error.faults) from None
+        faults = error.faults if layout.cases else ()  # which follow where no case is left
+        raise InputError(*(issue.line for issue in layout.issues), *faults) from None
     layout = replace(layout, issues=layout.issues + unlisted)
     return _make_cases(layout, sides, sorted(set(exclude)))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.cases import DatasetLayout, match
-from pipeline.data.layouts import read_dataset_json, read_layout
+from pipeline.data.cases import DatasetLayout, Pair, match
+from pipeline.data.layouts import name_segments, read_dataset_json, read_layout
 from pipeline.data.nifti import MAX_VALUE
 from pipeline.data.splits import persons_of
 from pipeline.distributed import own_cores
@@ -28,11 +29,11 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
     expected = f"1 to {MAX_VALUE}"
     require(highest <= MAX_VALUE, "--ignore_value", expected, highest, "Correct it.")
     pairs, refused, left = match(given.pred_dir, given.label_dir)
-    if left:
-        label, have, are = ("label", "has", "is") if len(left) == 1 else ("labels", "have", "are")
-        told = f"{len(left)} {label} of {given.label_dir} {have} no prediction and {are} not scored"
-        print(f"{told}: {some(left)}")
+    _tell_left(left, given.label_dir)
     known = _read_dataset(given)
+    named = _name_segments(known, pairs)
+    refused |= {issue.case_id: issue.message for issue in named.issues}
+    pairs = [pair for pair in pairs if pair[0] not in refused]
     groups = {case["case_id"]: case.get("group") for case in known.cases}
     cases = [{"case_id": case_id, "group": groups.get(case_id)} for case_id, *_ in pairs]
     persons = persons_of(cases, given.group_pattern)
@@ -42,12 +43,12 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
     require(not is_foreign, "--output_dir", expected, output_dir, "Choose another folder.")
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     how: dict[str, Any] = {"tolerance_mm": given.tolerance_mm}
-    how["class_names"] = known.class_names or [str(value) for value in range(MAX_VALUE + 1)]
+    how["class_names"] = named.class_names or [str(value) for value in range(MAX_VALUE + 1)]
     how_many = given.num_threads or own_cores()
     rows, faults = score_files(
         pairs, how_many, ignore_value=known.ignore_value, device=device, **how
     )
-    if known.class_names is None:
+    if named.class_names is None:
         found = {"0"} | {row["class"] for row in rows if row["status"] != "absent"}
         how["class_names"] = [name for name in how["class_names"] if name in found]
     kept = [
@@ -56,6 +57,18 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
         if row["class"] in how["class_names"]
     ]
     return write_scores(output_dir, kept, refused=refused | faults, **how)
+
+
+def _tell_left(left: Sequence[str], folder: Path) -> None:
+    if left:
+        label, have, are = ("label", "has", "is") if len(left) == 1 else ("labels", "have", "are")
+        told = f"{len(left)} {label} of {folder} {have} no prediction and {are} not scored"
+        print(f"{told}: {some(left)}")
+
+
+def _name_segments(known: DatasetLayout, pairs: Sequence[Pair]) -> DatasetLayout:
+    labels = [{"case_id": case_id, "label": str(label)} for case_id, _, label in pairs]
+    return name_segments(replace(known, cases=labels, issues=[]))
 
 
 def _read_dataset(given: argparse.Namespace) -> DatasetLayout:
