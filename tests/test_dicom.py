@@ -15,7 +15,14 @@ from pydicom.pixels import get_decoder
 from scipy.spatial.transform import Rotation
 
 from transforms import dicom
-from transforms.dicom import DicomError, is_dicom, read_geometry, read_series, read_slices
+from transforms.dicom import (
+    DicomError,
+    find_series,
+    is_dicom,
+    read_geometry,
+    read_series,
+    read_slices,
+)
 from transforms.load import LoadVolumesd
 
 # RAS directions of a row, of a column and from slice to slice
@@ -528,3 +535,13 @@ def test_load_volumes_loads_nifti_as_monai_does(tmp_path, stored, channels, dtyp
                 np.testing.assert_array_max_ulp(got.meta[key], value, most)
             else:
                 np.testing.assert_array_equal(got.meta[key], value)
+
+
+def test_series_in_several_folders_is_told(tmp_path, stored, caplog):
+    write_series(tmp_path / "a", stored, affine_of())
+    (tmp_path / "b").mkdir()
+    for path in sorted((tmp_path / "a").iterdir())[:2]:  # as an export of many files is divided
+        path.rename(tmp_path / "b" / path.name)
+    with caplog.at_level(logging.WARNING):
+        assert len(find_series(tmp_path)) == 2
+    assert "one DICOM series lies in several folders, a, b; each is one case" in caplog.text

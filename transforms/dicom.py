@@ -55,6 +55,7 @@ class Series(NamedTuple):
     files: list[Path]  # by name
     number: str  # Series Number
     num_slices: int
+    uid: str  # empty where each slice has one of its own
     kind: str  # empty; of files that are no images of a volume, such as SR, what they are
 
 
@@ -96,7 +97,12 @@ def find_series(folder: Path) -> list[Series]:
         if one.kind not in ("", UNKNOWN):
             place, got = one.files[0].parent, f"{len(one.files)} of {one.kind}"
             _warn(f"{place}: left out DICOM files that are no images of a volume, {got}")
-    return [one for one in found if not one.kind]
+    series = [one for one in found if not one.kind]
+    for uid, count in Counter(one.uid for one in series if one.uid).items():
+        if count > 1:
+            names = ", ".join(one.files[0].parent.name for one in series if one.uid == uid)
+            _warn(f"{folder}: one DICOM series lies in several folders, {names}; each is one case")
+    return series
 
 
 def series_files(path: str | Path) -> list[Path]:
@@ -172,8 +178,8 @@ def _examine(folder: Path) -> list[Series]:
         is_alone = counts[kind, uid] == num_frames == 1
         groups.setdefault((kind, "" if kind or is_alone else uid), []).append(path)
     return [
-        Series(paths, min(heads[p][2] for p in paths), sum(heads[p][3] for p in paths), kind)
-        for (kind, _), paths in groups.items()
+        Series(paths, min(heads[p][2] for p in paths), sum(heads[p][3] for p in paths), uid, kind)
+        for (kind, uid), paths in groups.items()
     ]
 
 
