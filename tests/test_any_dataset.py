@@ -58,7 +58,7 @@ def predict(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     workflow.initialize()
     workflow.run()
     workflow.finalize()
-    return sorted((run_dir / "predictions").iterdir())
+    return sorted((run_dir / "predictions").glob("*.nii.gz"))
 
 
 @pytest.mark.parametrize("make", any_datasets.MAKERS, ids=lambda make: make.__name__)

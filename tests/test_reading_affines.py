@@ -71,7 +71,7 @@ def test_the_others_are_predicted(command, train, tmp_path):
     words = ["--run_dir", tmp_path / "r", "--input", images, "--output_dir", tmp_path / "out"]
     status, told = command("run", "configs/inference.json", *words)
     assert status == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{names[-1]}.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == [f"{names[-1]}.nii.gz"]
     listed = told.partition("Not predicted: ")[2].splitlines()
     assert [line.split(":")[0].strip() for line in listed[1:]] == names[:-1], told
     assert all(": expected " in line for line in listed[1:])

@@ -379,3 +379,21 @@ def test_normalization_is_refused_when_channels_and_entries_differ():
 def test_normalization_is_refused_when_it_is_none(wrong):
     with pytest.raises(ValueError, match="normalization: expected one of zscore"):
         NormalizeChannelsd([wrong])
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_label_of_a_client_is_put_on_the_grid_of_its_image(validation):
+    affine = np.diag([1.0, 1.0, 1.5, 1])
+    voxels = np.random.default_rng(0).integers(0, 3, (7, 6, 5)).astype(np.float32)
+    label = nib.Nifti1Image(voxels, affine)
+    turned = label.as_reoriented(np.array([[1, -1], [2, 1], [0, 1]]))  # other axes, one place
+    meta = {"original_affine": affine, "spatial_shape": np.array(voxels.shape)}
+    case = {
+        "image": MetaTensor(torch.as_tensor(voxels), affine=torch.as_tensor(affine), meta=meta),
+        "label": MetaTensor(
+            torch.as_tensor(turned.get_fdata().copy()), affine=torch.as_tensor(turned.affine)
+        ),
+    }
+    process = preprocessing((1.0, 1.0, 1.5))
+    got = (ValidationPreprocessing(process) if validation else process)(case)["label"]
+    np.testing.assert_array_equal(got[0], voxels)

@@ -80,7 +80,7 @@ def test_cases_are_called_as_the_user_calls_them(
         "run", "configs/inference.json", "--run_dir", out, "--input", images, "--output_dir", made
     )
     assert status == 0, told
-    assert {path.name for path in made.iterdir()} == {path.name for path in images.iterdir()}
+    assert {path.name for path in made.glob("*.nii.gz")} == {path.name for path in images.iterdir()}
 
     # the run directory is a bundle under its name too
     monkeypatch.chdir(out)
