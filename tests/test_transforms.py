@@ -387,11 +387,12 @@ def test_label_of_a_client_is_put_on_the_grid_of_its_image(validation):
     voxels = np.random.default_rng(0).integers(0, 3, (7, 6, 5)).astype(np.float32)
     label = nib.Nifti1Image(voxels, affine)
     turned = label.as_reoriented(np.array([[1, -1], [2, 1], [0, 1]]))  # other axes, one place
-    meta = {"original_affine": affine, "spatial_shape": np.array(voxels.shape)}
+    bare = {"original_channel_dim": "no_channel"}
+    meta = {**bare, "original_affine": affine, "spatial_shape": np.array(voxels.shape)}
     case = {
         "image": MetaTensor(torch.as_tensor(voxels), affine=torch.as_tensor(affine), meta=meta),
         "label": MetaTensor(
-            torch.as_tensor(turned.get_fdata().copy()), affine=torch.as_tensor(turned.affine)
+            torch.as_tensor(turned.get_fdata().copy()), torch.as_tensor(turned.affine), bare
         ),
     }
     process = preprocessing((1.0, 1.0, 1.5))
