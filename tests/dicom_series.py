@@ -11,6 +11,18 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+STUDY = {name: generate_uid() for name in ("StudyInstanceUID", "FrameOfReferenceUID")}
+ABOUT = {"PatientID": "p1", "PatientName": "A^B", "PatientBirthDate": "", "PatientSex": "",
+         "StudyID": "1", "StudyDate": "", "StudyTime": "", "AccessionNumber": "",
+         "ReferringPhysicianName": "", "SeriesNumber": 3, "SliceThickness": 2}  # fmt: skip
+
+
+def describe(one: FileDataset, k: int) -> None:
+    """Give a slice what a scanner says of person, study and frame of reference."""
+    for name, value in {**STUDY, **ABOUT}.items():
+        setattr(one, name, value)
+
+
 Change = Callable[[FileDataset, int], None]
 
 

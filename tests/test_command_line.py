@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, make_dataset, tiny_words
-from dicom_series import write_series
+from dicom_series import describe, write_series
 from monai.bundle import ConfigParser
-from test_dicom_output import describe
 
 import ampseg
 from pipeline.config.command_line import CommandParser

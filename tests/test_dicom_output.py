@@ -11,9 +11,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk
-from dicom_series import write_series
-from pydicom.uid import generate_uid
+from dicom_series import STUDY, describe, write_series
 
 from pipeline.drawing import class_color
 from pipeline.errors import InputError
@@ -22,16 +20,6 @@ from pipeline.prediction.segmenter import PredictionError
 from transforms.dicom import read_series, read_slices
 
 NAMES = ["background", "left kidney", "tumour", "not there"]
-STUDY = {name: generate_uid() for name in ("StudyInstanceUID", "FrameOfReferenceUID")}
-ABOUT = {"PatientID": "p1", "PatientName": "A^B", "PatientBirthDate": "", "PatientSex": "",
-         "StudyID": "1", "StudyDate": "", "StudyTime": "", "AccessionNumber": "",
-         "ReferringPhysicianName": "", "SeriesNumber": 3, "SliceThickness": 2}  # fmt: skip
-
-
-def describe(one: pydicom.Dataset, k: int) -> None:
-    """Give a slice what a scanner says of person, study and frame of reference."""
-    for name, value in {**STUDY, **ABOUT}.items():
-        setattr(one, name, value)
 
 
 def make_affine() -> np.ndarray:
@@ -94,6 +82,8 @@ def test_segmentation_is_read_back_by_highdicom(made):
     reason="dcmqi is not installed",
 )
 def test_segmentation_is_read_back_by_dcmqi(made, tmp_path):
+    import SimpleITK as sitk
+
     series, labels, path = made
     words = ["--inputDICOM", path, "--outputDirectory", tmp_path, "--mergeSegments"]
     done = subprocess.run([DCMQI, *words], capture_output=True, text=True)

@@ -13,10 +13,9 @@ import pydicom
 import pytest
 import torch
 from conftest import REPOSITORY, run_tiny, write_case
-from dicom_series import write_series
+from dicom_series import describe, write_series
 from forked import monai_bundle
 from monai.data import MetaTensor
-from test_dicom_output import describe
 from test_transforms import GRIDS, make_affine
 
 from pipeline.errors import InputError
