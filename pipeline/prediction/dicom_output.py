@@ -5,6 +5,7 @@ Source: DICOM PS3.3 A.51, Segmentation IOD. highdicom writes it, from the extra 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def load_highdicom() -> Any:
             f"dicom_seg: expected the package highdicom, got: {error}. "
             'Install the extra: pip install "ampseg[dicom]".'
         ) from None
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it logs each module that it copies
     return highdicom
 
 
@@ -91,7 +93,8 @@ def _make_segmentation(
         instance_number=1,
         manufacturer=MAKER,
         manufacturer_model_name=MAKER,
-        software_versions=highdicom.__version__,
+        software_versions=f"highdicom {highdicom.__version__}",
+        content_creator_name=f"{MAKER}^",
         device_serial_number="1",
         series_description="Segmentation",
     )
