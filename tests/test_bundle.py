@@ -172,7 +172,7 @@ def test_monai_bundle_run_predicts(finished, data, before, tmp_path):
     words = ("--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
     assert monai_bundle(*words, cwd=finished).returncode == 0
     names = {path.name for path in (data / "imagesTr").iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == names
     # what was predicted of the validation cases to be scored is the same
     for path in (finished / "scores/validation_best").glob("*.nii.gz"):
         ours, theirs = (nib.load(p).get_fdata() for p in (path, tmp_path / "out" / path.name))
@@ -304,6 +304,7 @@ def test_metadata_requires_every_package_that_the_code_imports():
     needed = {providers.get(name, [name])[0] for name in foreign}
     metadata = json.loads((REPOSITORY / "configs/metadata.json").read_text())
     stated = {*metadata["required_packages_version"], "monai", "torch", "numpy"}
-    # matplotlib's own, what writes an export's other formats, and what comes with torch for CUDA
-    apart = {"pillow", "onnx", "onnxruntime", "onnxscript", "triton"}
+    # what comes with matplotlib, Jinja2, or torch for CUDA, and what only extras need
+    apart = {"pillow", "contourpy", "MarkupSafe", "triton"}
+    apart |= {"onnx", "onnxruntime", "onnxscript", "highdicom"}
     assert needed - apart == stated - {"fire"}  # of the command line
