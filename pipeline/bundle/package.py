@@ -163,15 +163,22 @@ def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
     optional = {"process_group": None} if "process_group" in source["train.json"] else {}
     path = run.directory / "plan.json"
     plan = _read_config(path) if path.is_file() else {}  # runs of older versions have none
-    overlay["evaluator#key_val_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
     train = _select(amp | optional, source["train.json"], "train.json")
     train |= {"dataset_dir": "dataset", "cache_dir": "../cache"}
     train["output_dir"] = f"../{package.rpartition('_')[0]}_again"
     inference = _select(inference, source["inference.json"], "inference.json")
     inference["dataset_dir"] = "dataset"
     # all values are known, so that the packed code needs no plan
-    inference = json.loads(re.sub(r'"\$@plan\.(\w+)"', r'"@\1"', json.dumps(inference)))
+    text = re.sub(r'"\$@plan\.(\w+)"', r'"@\1"', json.dumps([inference, amp["validate"]]))
+    inference, validate = json.loads(text)
     del inference["plan"]
+    validate["key_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
+    overlay |= {
+        "dataset#transform": validate["preprocessing"],
+        "evaluator#inferer": validate["inferer"],
+        "evaluator#postprocessing": validate["postprocessing"],
+        "evaluator#key_val_metric": validate["key_metric"],
+    }
     return {
         "train.json": train,
         "inference.json": inference,
