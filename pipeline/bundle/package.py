@@ -26,7 +26,7 @@ from pipeline.bundle.metadata import read_license
 from pipeline.config import allowed, old_names
 from pipeline.config.keys import CONFIGS, Config
 from pipeline.config.old_names import read_inference_config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, refuse, require
 from pipeline.prediction.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +80,9 @@ def export_run(
     run = _load_run(run_dir, allow)
     zipped = Path(f"{output}.zip")
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free or zipped.exists():
-        raise InputError(
-            f"--output_dir: expected an empty folder or none, and no zip of it, got "
-            f"{zipped if is_free else output}. Choose another, or remove it."
-        )
+    expected, got = "an empty folder or none, and no zip of it", zipped if is_free else output
+    remedy = "Choose another, or remove it."
+    require(is_free and not zipped.exists(), "--output_dir", expected, got, remedy)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         bundle = Path(temporary, output.name)
@@ -197,10 +195,8 @@ def _select(template: Config, source: Config, name: str) -> Config:
     """
     known = template.keys() & source.keys() - PRIVATE - {"device"}
     safe = {key for key in known if is_safe(source[key])}
-    if unsafe := sorted(known - safe - TRAIN_PARTS):
-        raise InputError(
-            *(f"{name}: {key}: expected no path, got one. Take it out." for key in unsafe)
-        )
+    unsafe = sorted(known - safe - TRAIN_PARTS)
+    refuse(f"{name}: {key}: expected no path, got one. Take it out." for key in unsafe)
     return template | {key: source[key] for key in safe}
 
 

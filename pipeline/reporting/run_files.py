@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.evaluation.scores import Row, read_scores
 from pipeline.evaluation.statistics import bootstrap_interval
@@ -109,11 +109,9 @@ class Run:
 def read_run(run_dir: str | Path) -> Run:
     """Read a run directory; raises `InputError` if it has no `configs/train.json`."""
     directory = Path(run_dir)
-    if not (directory / "configs" / "train.json").is_file():
-        raise InputError(
-            f"{run_dir}: expected a run directory, got one without configs/train.json. "
-            "Name the output_dir of a run."
-        )
+    is_run = (directory / "configs" / "train.json").is_file()
+    got, remedy = "one without configs/train.json", "Name the output_dir of a run."
+    require(is_run, run_dir, "a run directory", got, remedy)
     files = (directory / name for name in ("summary.json", "plan.json", "configs/train.json"))
     summary, plan, config = map(_read_json, files)
     curves = read_curves(directory / "tensorboard")
