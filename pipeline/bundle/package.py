@@ -64,7 +64,6 @@ def export_run(
     """Make a bundle of a run, and a zip of it beside it, both completely or not at all.
 
     Args:
-        run_dir: Run directory.
         output: Folder of the bundle; empty or missing.
         render_card: Returns the model card for a run directory and the name of a package.
         formats: Keys of `FORMATS`.

@@ -18,12 +18,7 @@ from pipeline.precision import resolve_device
 
 
 def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
-    """Score all cases and write the scores; returns the summary, as `write_scores` does.
-
-    Args:
-        given: The options of `ampseg evaluate`.
-        output_dir: Folder of the scores.
-    """
+    """Score all cases by the options of `ampseg evaluate`; returns what `write_scores` does."""
     highest = given.ignore_value or MAX_VALUE
     expected = f"1 to {MAX_VALUE}"
     require(highest <= MAX_VALUE, "--ignore_value", expected, highest, "Correct it.")
