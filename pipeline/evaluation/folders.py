@@ -36,20 +36,14 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
     expected = "a folder without the summary.json of a run"
     require(not is_foreign, "--output_dir", expected, output_dir, "Choose another folder.")
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
-    how: dict[str, Any] = {"tolerance_mm": given.tolerance_mm}
-    how["class_names"] = known.class_names or [str(value) for value in range(MAX_VALUE + 1)]
-    how_many = given.num_threads or own_cores()
-    rows, faults = score_files(
-        pairs, how_many, ignore_value=known.ignore_value, device=device, **how
-    )
+    names = known.class_names or [str(value) for value in range(MAX_VALUE + 1)]
+    how: dict[str, Any] = {"class_names": names, "tolerance_mm": given.tolerance_mm}
+    also: dict[str, Any] = {"ignore_value": known.ignore_value, "device": device}
+    rows, faults = score_files(pairs, given.num_threads or own_cores(), **how, **also)
     if known.class_names is None:
         found = {"0"} | {row["class"] for row in rows if row["status"] != "absent"}
-        how["class_names"] = [name for name in how["class_names"] if name in found]
-    kept = [
-        {**row, "person": persons[row["case_id"]]}
-        for row in rows
-        if row["class"] in how["class_names"]
-    ]
+        how["class_names"] = names = [name for name in names if name in found]
+    kept = [{**row, "person": persons[row["case_id"]]} for row in rows if row["class"] in names]
     return write_scores(output_dir, kept, refused=refused | faults, **how)
 
 
