@@ -29,7 +29,7 @@ from pipeline.bundle.metadata import modality_of
 from pipeline.config.parser import config_of_monai
 from pipeline.run import main
 
-SCHEMA = REPOSITORY / "pipeline/bundle/metadata_schema.json"
+SCHEMA = Path(__file__).with_name("metadata_schema.json")
 EVALUATE = ["configs/train.json", "configs/evaluate.json"]
 pytestmark = [
     # MONAI says of every config that it executes what it says

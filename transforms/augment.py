@@ -118,7 +118,6 @@ class Augment:
         Args:
             batch: `image` (B, C, *input_size); `label` (B, 1, *input_size), integers below 2**24;
                 `seed` (B,) int64 on the CPU, which is not read if `enabled` is false.
-            device: See above.
             non_blocking: As for `Tensor.to`.
             kwargs: For `Tensor.to` of the returned image, such as `memory_format`.
 

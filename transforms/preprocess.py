@@ -6,9 +6,10 @@ Orientation becomes RAS, so that axis 0 runs from the patient's left to the righ
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -135,29 +136,20 @@ class NormalizeChannelsd(MapTransform):
 
 
 def _transform(normalization: Normalization) -> Callable:
-    zscore = NormalizeIntensity(channel_wise=True)
+    zscore, given = NormalizeIntensity(channel_wise=True), cast(Any, normalization)
     clip = ClipIntensityPercentiles(lower=0.5, upper=99.5, channel_wise=True)
     if normalization in ("zscore", "percentile_zscore"):
         return zscore if normalization == "zscore" else Compose([clip, zscore])
-    if isinstance(normalization, Mapping) and (units := _units(normalization)):
-        low, high, mean, std = units
-        return ScaleIntensityRange(low, high, (low - mean) / std, (high - mean) / std, clip=True)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        numbers = torch.tensor([*given["clip"], given["mean"], given["std"]], dtype=torch.float64)
+        low, high, mean, std = numbers.tolist()
+        if len(given) == 3 and low < high and std > 0 and numbers.isfinite().all():
+            ends = (low - mean) / std, (high - mean) / std
+            return ScaleIntensityRange(low, high, *ends, clip=True)
     raise ValueError(
         "normalization: expected one of zscore, percentile_zscore, or clip (two rising numbers), "
         f"mean and std (above 0), got {normalization!r}."
     )
-
-
-def _units(given: Mapping[str, Any]) -> list[float] | None:
-    """Return `low`, `high`, `mean` and `std`, or None if they are not valid numbers."""
-    if {*given} != {"clip", "mean", "std"}:
-        return None
-    try:
-        numbers = torch.tensor([*given["clip"], given["mean"], given["std"]], dtype=torch.float64)
-        low, high, _, std = numbers.tolist()
-    except (TypeError, ValueError):
-        return None
-    return numbers.tolist() if low < high and std > 0 and numbers.isfinite().all() else None
 
 
 class Preprocessing(Compose):
@@ -280,9 +272,8 @@ class ValidationPreprocessing(Transform):
 
     def __init__(self, image: Callable[[dict], dict]) -> None:
         self.image = image
-        self.label = Compose(
-            [t("label") for t in (LoadVolumesd, EnsureChannelFirstd, WholeLabelsd)]
-        )
+        steps = LoadVolumesd, EnsureChannelFirstd, WholeLabelsd
+        self.label = Compose([step("label") for step in steps])
 
     def __call__(self, case: dict) -> dict:
         """Load one case."""

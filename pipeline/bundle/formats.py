@@ -42,7 +42,6 @@ class NetworkExporter:
 
     Args:
         network: With its weights, on the CPU.
-        in_channels: Number of image channels.
         roi_size: A size in voxels that the network takes.
         embedded: Configs by file name for TorchScript, `metadata.json` among them.
     """

@@ -26,7 +26,7 @@ from pipeline.bundle.metadata import read_license
 from pipeline.config import allowed, old_names
 from pipeline.config.keys import CONFIGS, Config
 from pipeline.config.old_names import read_inference_config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, refuse, require
 from pipeline.prediction.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,6 @@ def export_run(
     """Make a bundle of a run, and a zip of it beside it, both completely or not at all.
 
     Args:
-        run_dir: Run directory.
         output: Folder of the bundle; empty or missing.
         render_card: Returns the model card for a run directory and the name of a package.
         formats: Keys of `FORMATS`.
@@ -80,11 +79,9 @@ def export_run(
     run = _load_run(run_dir, allow)
     zipped = Path(f"{output}.zip")
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free or zipped.exists():
-        raise InputError(
-            f"--output_dir: expected an empty folder or none, and no zip of it, got "
-            f"{zipped if is_free else output}. Choose another, or remove it."
-        )
+    expected, got = "an empty folder or none, and no zip of it", zipped if is_free else output
+    remedy = "Choose another, or remove it."
+    require(is_free and not zipped.exists(), "--output_dir", expected, got, remedy)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         bundle = Path(temporary, output.name)
@@ -163,15 +160,22 @@ def select_configs(run: TrainedRun, package: str) -> dict[str, Config]:
     optional = {"process_group": None} if "process_group" in source["train.json"] else {}
     path = run.directory / "plan.json"
     plan = _read_config(path) if path.is_file() else {}  # runs of older versions have none
-    overlay["evaluator#key_val_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
     train = _select(amp | optional, source["train.json"], "train.json")
     train |= {"dataset_dir": "dataset", "cache_dir": "../cache"}
     train["output_dir"] = f"../{package.rpartition('_')[0]}_again"
     inference = _select(inference, source["inference.json"], "inference.json")
     inference["dataset_dir"] = "dataset"
     # all values are known, so that the packed code needs no plan
-    inference = json.loads(re.sub(r'"\$@plan\.(\w+)"', r'"@\1"', json.dumps(inference)))
+    text = re.sub(r'"\$@plan\.(\w+)"', r'"@\1"', json.dumps([inference, amp["validate"]]))
+    inference, validate = json.loads(text)
     del inference["plan"]
+    validate["key_metric"]["mean_dice"]["ignore_value"] = plan.get("ignore_value")
+    overlay |= {
+        "dataset#transform": validate["preprocessing"],
+        "evaluator#inferer": validate["inferer"],
+        "evaluator#postprocessing": validate["postprocessing"],
+        "evaluator#key_val_metric": validate["key_metric"],
+    }
     return {
         "train.json": train,
         "inference.json": inference,
@@ -190,10 +194,8 @@ def _select(template: Config, source: Config, name: str) -> Config:
     """
     known = template.keys() & source.keys() - PRIVATE - {"device"}
     safe = {key for key in known if is_safe(source[key])}
-    if unsafe := sorted(known - safe - TRAIN_PARTS):
-        raise InputError(
-            *(f"{name}: {key}: expected no path, got one. Take it out." for key in unsafe)
-        )
+    unsafe = sorted(known - safe - TRAIN_PARTS)
+    refuse(f"{name}: {key}: expected no path, got one. Take it out." for key in unsafe)
     return template | {key: source[key] for key in safe}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.dataset import Cases
-from pipeline.data.memory import RESERVE, TrainingStep, triples
+from pipeline.data.memory import FLOAT32, RESERVE, TrainingStep, triples
 from pipeline.data.statistics import ChannelFingerprint, DatasetFingerprint
 from pipeline.errors import refuse, require
 from transforms.augment import resolve_flip_axes
@@ -32,8 +32,8 @@ CROP_SHARE = 0.75  # occupied share of the volumes below which cropping pays
 MIN_BATCH_NORM = 4  # patches of a micro-batch, of all ranks, from which on batch norm is used
 STEPS_PER_EPOCH, DRAWS = 250, 80  # DRAWS: how often a training case is drawn, for each patch
 MIN_STEPS, MAX_STEPS = 2_000, 20_000
-# the learning rate and its warm-up are those of benchmarks/peer_hippocampus.py
-RECIPE = {"base_channels": 32, "learning_rate": 0.008, "warmup_steps": 100}
+WARMUP_STEPS, PEER = 100, "recipe of benchmarks/peer_hippocampus.py"
+RECIPE = {"base_channels": (32, "of every dataset but the phantom"), "learning_rate": (0.008, PEER)}
 # of the dataset that makes itself: it is to be trained on a CPU in minutes
 PHANTOM_RECIPE = {
     "base_channels": 8, "learning_rate": 0.005, "warmup_steps": 40, "steps_per_epoch": 60,
@@ -130,7 +130,7 @@ class Planner:
     def _choose(self, name: str) -> Choice:
         if self.is_phantom and name in PHANTOM_RECIPE:
             return PHANTOM_RECIPE[name], "of the phantom, which is trained in minutes"
-        return getattr(self, f"_choose_{name}")()
+        return RECIPE[name] if name in RECIPE else getattr(self, f"_choose_{name}")()
 
     def _choose_class_names(self) -> Choice:
         if self.dataset.class_names:
@@ -172,9 +172,6 @@ class Planner:
         channels: Sequence[Any] = self.fingerprint.channels or [None] * len(names)  # no voxels read
         chosen, reasons = zip(*map(_choose_channel, names, channels), strict=True)
         return [*chosen], "; ".join(sorted({*reasons}))
-
-    def _choose_base_channels(self) -> Choice:
-        return RECIPE["base_channels"], "of every dataset but the phantom"
 
     def _choose_strides(self) -> Choice:
         given = self.settings["roi_size"]
@@ -233,9 +230,6 @@ class Planner:
         reason = f"a micro-batch has {patches} patches; batch from {MIN_BATCH_NORM} on"
         return ("batch" if patches >= MIN_BATCH_NORM else "instance"), reason
 
-    def _choose_learning_rate(self) -> Choice:
-        return RECIPE["learning_rate"], "recipe of benchmarks/peer_hippocampus.py"
-
     def _choose_steps_per_epoch(self) -> Choice:
         steps, _ = self._num_steps()
         return min(STEPS_PER_EPOCH, steps), "steps between two looks at a run"
@@ -246,8 +240,7 @@ class Planner:
 
     def _choose_warmup_steps(self) -> Choice:
         tenth = self.chosen["max_epochs"] * self.chosen["steps_per_epoch"] // 10
-        reason = "recipe of benchmarks/peer_hippocampus.py, at most a tenth of the steps"
-        return min(RECIPE["warmup_steps"], tenth), reason
+        return min(WARMUP_STEPS, tenth), f"{PEER}, at most a tenth of the steps"
 
     def _num_steps(self) -> Choice:
         """Choose how many steps draw each training case `DRAWS` times for each of its patches."""
@@ -276,10 +269,8 @@ class Planner:
         self.total_voxels = float(resampled.prod(axis=1).sum())
 
     def _step_bytes(self, roi_size: Sequence[int], batch_size: int) -> float:
-        strides, num_classes = self.chosen["strides"], self.chosen["num_classes"]
-        network = strides, self.chosen["base_channels"], num_classes, self.chosen["in_channels"]
-        step = TrainingStep(roi_size, batch_size, *network, self.recompute_levels)
-        return (1 + RESERVE) * step.estimate_bytes()
+        plan = Plan(**self.chosen | {"roi_size": roi_size, "batch_size": batch_size})
+        return plan.estimate_bytes(FLOAT32, self.recompute_levels)
 
     def _require_fit(self) -> None:
         names, num_classes, in_channels = self.chosen.values()
@@ -329,11 +320,8 @@ def _choose_channel(name: str, channel: ChannelFingerprint | None) -> Choice:
     low, high = levels.get("0.5"), levels.get("99.5")
     if channel is None or low == high:
         return "percentile_zscore", "CT: by each volume, since no foreground with contrast was read"
-    constants = {"mean": channel.foreground_mean, "std": channel.foreground_std}
-    return {
-        "clip": [low, high],
-        **constants,
-    }, "CT: Hounsfield units, by the foreground of all cases"
+    units = {"clip": [low, high], "mean": channel.foreground_mean, "std": channel.foreground_std}
+    return units, "CT: Hounsfield units, by the foreground of all cases"
 
 
 def _gib(num_bytes: float) -> str:

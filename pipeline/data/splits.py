@@ -137,10 +137,7 @@ def persons_of(cases: Sequence[Case], group_pattern: GroupPattern) -> dict[str, 
 
 
 def _sort_by_hash(names: Collection[str], prefix: str) -> list[str]:
-    def rank(name: str) -> str:
-        return hashlib.sha256(f"{prefix}{name}".encode()).hexdigest()
-
-    return sorted(sorted(names), key=rank)
+    return sorted(names, key=lambda name: hashlib.sha256(f"{prefix}{name}".encode()).hexdigest())
 
 
 def _check_fold(fold: int | str, num_folds: int, source: str = "") -> int:
@@ -159,11 +156,9 @@ def _read_sides(path: Path, fold: int | str) -> list[list[str]]:
         sides = [stated.get("train"), stated.get("val", stated.get("validation"))]
         sides.append(stated.get("test", []))
         is_valid = all(isinstance(s, list) and all(isinstance(c, str) for c in s) for s in sides)
-        expected, where = (
-            "an object with train and val (lists of case ids)",
-            f"{path}, fold {number}",
-        )
-        require(is_valid, where, expected, str(entry)[:60], "Correct the file.")
+        expected = "an object with train and val (lists of case ids)"
+        got = str(entry)[:60]
+        require(is_valid, f"{path}, fold {number}", expected, got, "Correct the file.")
         folds.append(sides)
     if fold != "all":
         return folds[_check_fold(fold, len(folds), f" with {path}")]

@@ -194,14 +194,10 @@ def compare_files(
     group_pattern: GroupPattern = None,
     common_cases: bool = False,
 ) -> dict[str, Any]:
-    """Compare the files of two arms, as `read_arms` reads them; returns plain values for JSON.
+    """Compare the files of two arms by `compare_arms`; returns plain values for JSON.
 
-    Args:
-        files: Paths of `a` and of `b`, one per run.
-        metric: Name of a column.
-        margin, confidence: See `compare_arms`.
-        higher_is_better: By default told by the name of the metric.
-        group_pattern, common_cases: See `read_arms`.
+    The files are those of `read_arms`. Whether higher is better is told by the metric's name, if it
+    is not given.
     """
     scores = read_arms(files, metric, group_pattern=group_pattern, common_cases=common_cases)
     higher, absolute = find_direction(metric)

@@ -19,12 +19,7 @@ from pipeline.precision import resolve_device
 
 
 def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
-    """Score all cases and write the scores; returns the summary, as `write_scores` does.
-
-    Args:
-        given: The options of `ampseg evaluate`.
-        output_dir: Folder of the scores.
-    """
+    """Score all cases by the options of `ampseg evaluate`; returns what `write_scores` does."""
     highest = given.ignore_value or MAX_VALUE
     expected = f"1 to {MAX_VALUE}"
     require(highest <= MAX_VALUE, "--ignore_value", expected, highest, "Correct it.")
@@ -42,20 +37,14 @@ def evaluate_folders(given: argparse.Namespace, output_dir: Path) -> Row:
     expected = "a folder without the summary.json of a run"
     require(not is_foreign, "--output_dir", expected, output_dir, "Choose another folder.")
     output_dir.mkdir(parents=True, exist_ok=True)  # before the work
-    how: dict[str, Any] = {"tolerance_mm": given.tolerance_mm}
-    how["class_names"] = named.class_names or [str(value) for value in range(MAX_VALUE + 1)]
-    how_many = given.num_threads or own_cores()
-    rows, faults = score_files(
-        pairs, how_many, ignore_value=known.ignore_value, device=device, **how
-    )
+    names = named.class_names or [str(value) for value in range(MAX_VALUE + 1)]
+    how: dict[str, Any] = {"class_names": names, "tolerance_mm": given.tolerance_mm}
+    also: dict[str, Any] = {"ignore_value": known.ignore_value, "device": device}
+    rows, faults = score_files(pairs, given.num_threads or own_cores(), **how, **also)
     if named.class_names is None:
         found = {"0"} | {row["class"] for row in rows if row["status"] != "absent"}
-        how["class_names"] = [name for name in how["class_names"] if name in found]
-    kept = [
-        {**row, "person": persons[row["case_id"]]}
-        for row in rows
-        if row["class"] in how["class_names"]
-    ]
+        how["class_names"] = names = [name for name in names if name in found]
+    kept = [{**row, "person": persons[row["case_id"]]} for row in rows if row["class"] in names]
     return write_scores(output_dir, kept, refused=refused | faults, **how)
 
 

@@ -91,7 +91,6 @@ def _environment() -> Environment:
     environment.finalize = lambda text: text if isinstance(text, Markup) else printable(text)
     environment.filters |= {
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))) if seconds else NONE,
-        "mean": lambda values: mean_of_defined(np.array([*values])),
         "number": _format_number,
         "interval": _format_interval,
         "word": lambda value: WORDS.get(str(value), value),
@@ -105,13 +104,12 @@ def _environment() -> Environment:
 def make_class_table(scores: SplitScores, names: list[str]) -> tuple[list[str], list[list[str]]]:
     """Return head and rows, which are the named classes, of a table of mean scores."""
     columns: dict[str, list[str]] = {"Class": [_mark(scores, name) for name in names]}
+    classes = [scores.summary["classes"][name] for name in names]
     for measure, (label, form) in SHOWN_MEASURES.items():
-        values = scores.by_class(measure)
-        columns[label] = [_format_number(mean_of_defined(values[name]), form) for name in names]
+        columns[label] = [_format_number(of[measure]["mean"], form) for of in classes]
         if measure == "dice":
-            columns["95 % interval"] = [_format_interval(scores.interval(values[n])) for n in names]
-    statuses = [[case.get(n, {}).get("status") for case in scores.rows.values()] for n in names]
-    missed = [(of.count("missed"), of.count("spurious")) for of in statuses]
+            columns["95 % interval"] = [_format_interval(of["dice"]["interval"]) for of in classes]
+    missed = [(of["status"]["missed"], of["status"]["spurious"]) for of in classes]
     columns |= {"Missed, spurious": [f"{a}, {b}" for a, b in missed]} if np.any(missed) else {}
     return [*columns], [list(row) for row in zip(*columns.values(), strict=True)]
 

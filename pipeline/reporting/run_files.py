@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.evaluation.scores import Row, read_scores
-from pipeline.evaluation.statistics import bootstrap_interval
 
 # tags of earlier versions, as patterns; a run that was continued has old and new ones
 OLD_TAGS = {"^AMP/": "weight_update/", "^LR$": "weight_update/lr", "^val/dice_": "val/mean_dice_"}
@@ -50,11 +49,6 @@ class SplitScores:
             name: np.array([case.get(name, {}).get(measure, np.nan) for case in self.rows.values()])
             for name in self.class_names
         }
-
-    def interval(self, values: Iterable[float]) -> list[float] | None:
-        """Return the 95 % interval over persons of the mean of a value of every case."""
-        persons = [next(iter(case.values()))["person"] for case in self.rows.values()]
-        return bootstrap_interval(np.array([*values]), persons)
 
     def means(self, measure: str) -> dict[str, float]:
         """Return the mean over the classes with a defined value by case id, `nan` without any."""
@@ -109,11 +103,9 @@ class Run:
 def read_run(run_dir: str | Path) -> Run:
     """Read a run directory; raises `InputError` if it has no `configs/train.json`."""
     directory = Path(run_dir)
-    if not (directory / "configs" / "train.json").is_file():
-        raise InputError(
-            f"{run_dir}: expected a run directory, got one without configs/train.json. "
-            "Name the output_dir of a run."
-        )
+    is_run = (directory / "configs" / "train.json").is_file()
+    got, remedy = "one without configs/train.json", "Name the output_dir of a run."
+    require(is_run, run_dir, "a run directory", got, remedy)
     files = (directory / name for name in ("summary.json", "plan.json", "configs/train.json"))
     summary, plan, config = map(_read_json, files)
     curves = read_curves(directory / "tensorboard")
@@ -150,10 +142,10 @@ def _read_split(directory: Path, class_names: list[str]) -> SplitScores | None:
     with contextlib.suppress(ValueError, KeyError):  # missing or damaged
         for row in read_scores(directory / "metrics.csv"):
             rows.setdefault(row["case_id"], {})[row["class"]] = row
-    if not rows:
+    summary = _read_json(directory / "summary.json")
+    if not rows or not summary:
         return None
     names = class_names or list(next(iter(rows.values())))
-    summary = _read_json(directory / "summary.json")
     split, weights = directory.name.split("_")
     scores = SplitScores(directory, split, weights, rows, names, summary)
     means = scores.means("dice")
