@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from urllib.parse import unquote
 
 import nibabel as nib
 import numpy as np
@@ -125,13 +126,15 @@ def test_results_of_a_folder_are_those_of_all_its_predictions(tmp_path):
 
 def test_page_reads_slices_from_files_where_cases_are_many(tmp_path, monkeypatch):
     image = MetaTensor(torch.rand(1, 9, 8, 7), affine=torch.eye(4))
-    for case_id in ("a", "b"):
+    for case_id in ("a", "b #1%"):
         draw_pictures(tmp_path, case_id, image, np.zeros((9, 8, 7), np.uint8))
-    cases = [CaseResult(case_id, voxels={n: 0 for n in NAMES[1:]}) for case_id in ("a", "b")]
+    cases = [CaseResult(case_id, voxels={n: 0 for n in NAMES[1:]}) for case_id in ("a", "b #1%")]
     write_results(tmp_path, cases, NAMES, "model")
     assert (tmp_path / "index.html").read_text().count('src="data:image/webp;base64,') == 6
     monkeypatch.setattr("pipeline.prediction.results.MOST_EMBEDDED", 1)
     write_results(tmp_path, cases, NAMES, "model")
-    addresses = re.findall('<img src="([^"]+)"', (tmp_path / "index.html").read_text())
+    page = (tmp_path / "index.html").read_text()
+    assert {*re.findall('href="#([^"]+)"', page)} <= {*re.findall('id="([^"]+)"', page)}
+    addresses = re.findall('<img src="([^"]+)"', page)
     assert len(addresses) == 6
-    assert all((tmp_path / address).is_file() for address in addresses)
+    assert all((tmp_path / unquote(address)).is_file() for address in addresses)

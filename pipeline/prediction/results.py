@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nibabel as nib
 import numpy as np
@@ -159,7 +160,9 @@ def _render(
         if not all(path.is_file() for path in paths):
             return {}
         if num_predicted > MOST_EMBEDDED:
-            return dict(zip(PLANES, (f"{PICTURES}/{path.name}" for path in paths), strict=True))
+            return dict(
+                zip(PLANES, (f"{PICTURES}/{quote(path.name)}" for path in paths), strict=True)
+            )
         codes = (base64.b64encode(path.read_bytes()).decode() for path in paths)
         return dict(zip(PLANES, (f"data:image/webp;base64,{one}" for one in codes), strict=True))
 
@@ -171,4 +174,5 @@ def _render(
     colors = {name: f"rgb{class_color(value)}" for value, name in enumerate(class_names[1:], 1)}
     values: dict[str, Any] = {"cases": cases, "colors": colors, "model": model}
     values |= {"name": folder.name, "find_pictures": find_pictures}
+    values["anchors"] = {case.case_id: f"case-{number}" for number, case in enumerate(cases)}
     return environment.get_template("predictions.html").render(values)
