@@ -70,7 +70,7 @@ def draw_pictures(folder: Path, case_id: str, image: MetaTensor, labels: np.ndar
         nib.apply_orientation(one, turn) for one in (image.as_tensor()[0].cpu().numpy(), labels)
     )
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(turn[:, 0])]
-    case = CaseVolumes(grey, found, np.broadcast_to(np.uint8(0), grey.shape), spacing_mm)
+    case = CaseVolumes(grey, found, np.zeros(grey.shape, np.uint8), spacing_mm)
     (folder / PICTURES).mkdir(exist_ok=True)
     for path, name in zip(_pictures(folder, case_id), PLANES, strict=True):
         with replace_file(path) as temporary:
