@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InputError, as_bool
+from pipeline.errors import InputError, as_bool, require
 from pipeline.progress_bar import details
 
 T = TypeVar("T")
@@ -275,12 +275,10 @@ class DistributedSettings:
         if not is_launched() or not self._wants_cuda:
             return
         found = torch.cuda.device_count()
-        if (":" in self.device and size() > 1) or local_size() > found:
-            raise InputError(
-                f"--nproc_per_node: expected at most {found}, the CUDA devices here, and device "
-                f"auto, cuda or cpu, got {local_size()} and {self.device!r}. Start fewer ranks, or "
-                "use device cpu."
-            )
+        fits = local_size() <= found and not (":" in self.device and size() > 1)
+        expected = f"at most {found}, the CUDA devices here, and device auto, cuda or cpu"
+        got, remedy = f"{local_size()} and {self.device!r}", "Start fewer ranks, or use device cpu."
+        require(fits, "--nproc_per_node", expected, got, remedy)
         torch.cuda.set_device(self.device if ":" in self.device else f"cuda:{local_rank()}")
 
     def replica(self, network: nn.Module) -> SummedDDP | None:

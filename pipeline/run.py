@@ -9,7 +9,6 @@ a signal, to be continued by the same command.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -41,11 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("configs", metavar="CONFIG.json", nargs="*", help=f"none: {AMP}")
     step = "look again at step N, which was skipped, of the run that is there"
     parser.add_argument("--replay_step", type=int, metavar="N", help=step)
-    return command_line.run_parsed(parser, words, _run_given)
-
-
-def _run_given(given: argparse.Namespace) -> int:
-    return run_config(given.configs, given.overrides, given.allow, given.replay_step)
+    return command_line.run_parsed(
+        parser, words, lambda o: run_config(o.configs, o.overrides, o.allow, o.replay_step)
+    )
 
 
 def run_config(
@@ -82,9 +79,7 @@ def _sync_errors() -> contextlib.AbstractContextManager:
 
 def compose_run(files: Sequence[str], overrides: keys.Config) -> Composed:
     """Compose a config that trains or predicts; raise an `InputError` for keys and paths."""
-    composed = (
-        compose_located(files, {}) if _is_whole(files) else compose_located([AMP, *files], {})
-    )
+    composed = compose_located(files if _is_whole(files) else [AMP, *files], {})
     trains = is_training(composed.source)
     if not trains and "run_dir" in overrides:
         files, overrides = insert_run(files, overrides)

@@ -14,12 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.command_line import (
-    CommandParser,
-    loading,
-    require_path,
-    run_parsed,
-)
+from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
 from pipeline.config.old_names import read_inference_config
 from pipeline.errors import InputError
 

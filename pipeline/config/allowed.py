@@ -17,7 +17,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver
 
 from pipeline.config import old_names
 from pipeline.config.keys import MARKS, SPECIAL, Path, walk
-from pipeline.errors import InputError, nearest
+from pipeline.errors import nearest, refuse
 
 _ROOT = __name__.rpartition("pipeline")[0]  # empty but in an exported bundle
 LISTED = {  # classes and functions by package; those of MONAI may be named without it
@@ -116,8 +116,7 @@ def find(name: str) -> Any:
 
 def check_names(source: Any, allow: Collection[str] = ()) -> None:
     """Raise an `InputError` with a line for each place that names what configs may not name."""
-    if found := find_faults(source, allow):
-        raise InputError(*(f"{'#'.join(path)}: {fault}" for path, fault in found.items()))
+    refuse(f"{'#'.join(path)}: {text}" for path, text in find_faults(source, allow).items())
 
 
 def find_faults(source: Any, allow: Collection[str] = ()) -> dict[Path, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import refuse
 
 Config = dict[str, Any]
 Path = tuple[str, ...]  # keys from the root of a config; "#".join of it is the id
@@ -198,8 +198,7 @@ _SHOWN = {
 
 def check_values(source: Config, keys: Mapping[str, Key] = KEYS) -> None:
     """Raise an `InputError` with a line for each value that is not as a table says."""
-    if found := [f"{key}: {fault}" for key, fault in find_key_faults(source, keys)]:
-        raise InputError(*found)
+    refuse(f"{key}: {fault}" for key, fault in find_key_faults(source, keys))
 
 
 def find_key_faults(source: Config, keys: Mapping[str, Key] = KEYS) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 INFERENCE = Path("configs", "inference.json")  # of a run directory
 TOP_LEVEL = {
@@ -99,8 +99,6 @@ def require_todays_names(run_dir: Path) -> None:
     plan = run_dir / "plan.json"
     text = plan.read_text() if plan.is_file() else ""
     is_old = '"roi_size"' in text and '"max_epochs"' not in text
-    if is_old or translate(source) != source:
-        raise InputError(
-            f"{run_dir}: expected a run of this version, got one that 0.1.0 began. "
-            "Continue it with version 0.1.0, or choose another output_dir."
-        )
+    is_todays = not is_old and translate(source) == source
+    remedy = "Continue it with version 0.1.0, or choose another output_dir."
+    require(is_todays, run_dir, "a run of this version", "one that 0.1.0 began", remedy)

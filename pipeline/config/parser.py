@@ -13,7 +13,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ReferenceResolver
 
 from pipeline.config.keys import MARKS, Config
-from pipeline.errors import InputError
+from pipeline.errors import refuse
 
 
 class Resolver(ReferenceResolver):
@@ -68,14 +68,12 @@ def require_unaltered() -> None:
         return
     source = resolver.items[""].get_config()
     values = {key: str(source.get(key)) for key in ("output_dir", "cache_dir", "group_pattern")}
-    faults = [
+    refuse(
         f"{key}: expected no # under monai.bundle, which puts :: in its place, got {value!r}. "
         "Use python -m pipeline.run."
         for key, value in values.items()
         if "::" in value and not value.startswith(MARKS)
-    ]
-    if faults:
-        raise InputError(*faults)
+    )
 
 
 def _resolver_at_work() -> ReferenceResolver | None:

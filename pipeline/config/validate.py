@@ -22,7 +22,7 @@ import torch
 from pipeline.config import allowed, keys, old_names
 from pipeline.config.compose import Composed
 from pipeline.config.keys import MARKS, Path
-from pipeline.errors import InputError, nearest
+from pipeline.errors import nearest, refuse
 
 Hints = dict[str, Any]
 Names = abc.Collection[str]
@@ -58,8 +58,7 @@ def check_config(composed: Composed, allow: Names | None = (), *, training: bool
     checker.check_keys(training)
     checker.check_strings()
     checker.check_objects()
-    if checker.faults:
-        raise InputError(*(composed.tell(*fault) for fault in checker.faults.items()))
+    refuse(composed.tell(*fault) for fault in checker.faults.items())
 
 
 class _Checker:

@@ -33,7 +33,7 @@ from pipeline.data.dataset import Cases
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.preflight import Preflight
 from pipeline.distributed import DistributedSettings
-from pipeline.errors import InputError, TrainingStopped, as_bool, print_failure, some
+from pipeline.errors import InputError, TrainingStopped, as_bool, print_failure, require, some
 from pipeline.files import write_json
 from pipeline.lifecycle.run_directory import RunDirectory
 from pipeline.lifecycle.stored_configs import (
@@ -185,11 +185,9 @@ class Lifecycle:
         self.cases = self._load_cases()
         with distributed.sync_errors():  # before the first one begins
             self._require_same_on_all_ranks()
-            if len(self.cases.train) < distributed.size():
-                raise InputError(
-                    f"training cases: expected {distributed.size()} or more, one for each rank, "
-                    f"got {len(self.cases.train)}. Start fewer ranks."
-                )
+            ranks, found = distributed.size(), len(self.cases.train)
+            expected = f"{ranks} or more, one for each rank"
+            require(found >= ranks, "training cases", expected, found, "Start fewer ranks.")
         try:
             self.plan, self.checkpoint = distributed.run_on_main(self._begin)
             if not distributed.is_main():
@@ -247,11 +245,9 @@ class Lifecycle:
         mine = self.source | {"cache_dir": None, "data_roots": None}  # each host has its own places
         mine |= {"output_dir": str(self.run_dir), "dataset_dir": self.cases.fingerprint}
         changed = keys.changes(distributed.broadcast_object(mine), mine).values()
-        if differing := [*chain.from_iterable(changed)]:
-            raise InputError(
-                f"ranks: expected the config and dataset of rank 0, got other values of "
-                f"{', '.join(differing)}. Start all ranks with the same."
-            )
+        differing, expected = [*chain.from_iterable(changed)], "the config and dataset of rank 0"
+        got, remedy = f"other values of {', '.join(differing)}", "Start all ranks with the same."
+        require(not differing, "ranks", expected, got, remedy)
 
     def _begin(self) -> tuple[Plan, Path | None]:
         """Take the run directory, for all ranks; return the plan and the checkpoint."""
@@ -262,12 +258,10 @@ class Lifecycle:
         found.require_sound()
         # the plan of a run that has begun stays: another card must not change it
         plan = self._continued_plan() if continues else self._make_plan(found)
-        if plan.batch_size < distributed.size():
-            raise InputError(
-                f"batch_size: expected {distributed.size()} or more, a patch for each rank, "
-                f"got {plan.batch_size}. Start fewer ranks"
-                f"{'' if continues else ', or raise it'}."
-            )
+        ranks, size = distributed.size(), plan.batch_size
+        expected = f"{ranks} or more, a patch for each rank"
+        remedy = f"Start fewer ranks{'' if continues else ', or raise it'}."
+        require(size >= ranks, "batch_size", expected, size, remedy)
         if not continues:
             self._read_pretrained(plan)
         self._take_directory()
@@ -358,11 +352,9 @@ class Lifecycle:
     def _make_plan(self, found: Preflight) -> Plan:
         """Decide the plan; a batch size that is `auto` is also limited by a trial on the card."""
         given = [key for key in DECIDED if self.data_module.settings.get(key, AUTO) != AUTO]
-        if self.time_budget and given:
-            raise InputError(
-                f"time_budget: expected auto for {', '.join(given)}, which it decides, got values. "
-                "Leave them out, or time_budget."
-            )
+        expected = f"auto for {', '.join(given)}, which it decides"
+        remedy = "Leave them out, or time_budget."
+        require(not (self.time_budget and given), "time_budget", expected, "values", remedy)
         plan = self.data_module.plan(found)
         device = resolve_device(self.data_module.device)
         if self.source.get("batch_size") != AUTO or device.type != "cuda":

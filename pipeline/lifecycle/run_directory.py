@@ -115,11 +115,9 @@ class RunDirectory:
         present = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         occupied = any(n not in BEGINNING and not n.startswith("log_rank_") for n in present)
         occupied |= "configs" in present and any((self.path / "configs").iterdir())
-        if occupied and self.resume == "false":
-            raise InputError(
-                f"output_dir: expected an empty directory with resume=false, got {self.path}. "
-                "Choose another output_dir."
-            )
+        is_usable, expected = not occupied or self.resume != "false", "an empty directory"
+        remedy = "Choose another output_dir."
+        require(is_usable, "output_dir", f"{expected} with resume=false", self.path, remedy)
         if occupied and not self._has_record():
             raise InputError(
                 f"output_dir: expected an empty directory or one with the run.json of a run, got "

@@ -21,7 +21,7 @@ from pipeline.data.cases import Case
 from pipeline.data.dataset import Cases
 from pipeline.data.plan import AUTO, Plan
 from pipeline.data.statistics import DatasetFingerprint, training_range
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.files import make_directory, write_durably, write_json
 from pipeline.reporting.model_card import render_model_card
 
@@ -155,12 +155,9 @@ def changes_since(run_dir: Path, source: keys.Config, fingerprint: str | None) -
     changed = keys.changes(*decided)
     if known != fingerprint:
         changed[keys.IDENTITY].append("dataset_dir (other cases)")
-    if changed[keys.IDENTITY]:
-        raise InputError(
-            f"{run_dir}: expected the config of the run there, got other values of "
-            f"{', '.join(changed[keys.IDENTITY])}. "
-            "Choose another output_dir, or leave them as they were."
-        )
+    got = f"other values of {', '.join(changed[keys.IDENTITY])}"
+    remedy = "Choose another output_dir, or leave them as they were."
+    require(not changed[keys.IDENTITY], run_dir, "the config of the run there", got, remedy)
     return changed[keys.CONTINUABLE]
 
 
@@ -186,8 +183,5 @@ def require_same_classes(source: keys.Config, cases: Cases, plan: Plan) -> None:
             f"of their label values, got {', '.join(names)}. Relabel the data, or state "
             "class_names if they mean the same."
         )
-    if channels not in (None, plan.in_channels):
-        raise InputError(
-            f"{cases.name}: expected {plan.in_channels} image channels, got {channels}. "
-            "Choose other data."
-        )
+    fits, expected = channels in (None, plan.in_channels), f"{plan.in_channels} image channels"
+    require(fits, cases.name, expected, channels, "Choose other data.")

@@ -21,7 +21,7 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 
 from pipeline import distributed
-from pipeline.errors import STOPS, InputError, some
+from pipeline.errors import STOPS, InputError, require, some
 from pipeline.files import WriteError, load, make_directory, save
 from pipeline.training.evaluator import metric_at_end_of
 from pipeline.training.progress import EPOCH_END_PENDING, SCHEMA_VERSION
@@ -74,11 +74,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected a checkpoint, got: {reason}. Remove it.") from error
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: expected checkpoint schema version {SCHEMA_VERSION}, got {version}. "
-            "Continue the run with the version of this project that wrote it."
-        )
+    expected = f"checkpoint schema version {SCHEMA_VERSION}"
+    remedy = "Continue the run with the version of this project that wrote it."
+    require(version == SCHEMA_VERSION, path, expected, version, remedy)
     return content
 
 

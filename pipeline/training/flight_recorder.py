@@ -26,11 +26,11 @@ from pipeline import distributed
 from pipeline.errors import STOPS, InputError
 from pipeline.files import append_line, load, save
 from pipeline.precision import StepStats, buffers_kept
+from pipeline.training.prefetch import Batch
 from pipeline.training.trainer import MixedPrecisionTrainer, StepEvents
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
 Record = dict[str, Any]  # for JSON
 
 # What to try, by the stage of a step at which a tensor was not finite; in the order of time.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-MicroBatch = dict[str, Any]
+Batch = dict[str, Any]
 Prepared = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -21,17 +21,15 @@ class PrefetchingLoader:
     The loader is iterated anew for each epoch.
     """
 
-    def __init__(
-        self, loader: Iterable[MicroBatch], prepare: Callable, device: torch.device
-    ) -> None:
+    def __init__(self, loader: Iterable[Batch], prepare: Callable, device: torch.device) -> None:
         self.loader, self._prepare, self._device = loader, prepare, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._step_began: torch.cuda.Event | None = None  # of the batch given last
         self._source: Any = None
-        self._next: MicroBatch | Exception | None = None
+        self._next: Batch | Exception | None = None
         self._prepared: tuple[Prepared, list[tuple]] | None = None  # with the version of its batch
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         """One epoch; the loader's own iterator is closed with it, however it ends."""
         source = self._source = iter(self.loader)
         self._next = self._prepared = None
@@ -62,20 +60,20 @@ class PrefetchingLoader:
                 with contextlib.suppress(Exception):  # `take` prepares it again, and raises
                     self._prepared = self._prepare(self._next), _version(self._next)
 
-    def take(self, batch: MicroBatch) -> Prepared:
+    def take(self, batch: Batch) -> Prepared:
         """Image and label of a micro-batch, prepared now if it was not, or a handler changed it."""
         ready, self._prepared = self._prepared, None
         if ready is not None and ready[1] == _version(batch):
             return ready[0]
         return self._prepare(batch)
 
-    def _load(self) -> MicroBatch | Exception:
+    def _load(self) -> Batch | Exception:
         try:
             return next(self._source)
         except Exception as error:  # StopIteration too
             return error
 
-    def _wait_for_stream(self, batch: MicroBatch) -> None:
+    def _wait_for_stream(self, batch: Batch) -> None:
         """Let the device's current stream wait for what was prefetched, and own its memory."""
         if self._stream is None:
             return
@@ -87,6 +85,6 @@ class PrefetchingLoader:
         self._step_began = current.record_event()
 
 
-def _version(batch: MicroBatch) -> list[tuple]:
+def _version(batch: Batch) -> list[tuple]:
     """Differs for another batch, and for the same one after a change of one of its tensors."""
     return [(id(batch), key, id(v), getattr(v, "_version", 0)) for key, v in batch.items()]

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, refuse, require
 from pipeline.files import load
 from pipeline.training.checkpoint import non_finite
 
@@ -37,11 +37,9 @@ def read_pretrained(
     """
     (sha256, given), own = _read_weights(path), network.state_dict()
     head = [name for name in own if name.startswith(HEAD)] if reinit_head else []
-    if reinit_head and not head:
-        raise InputError(
-            "reinit_head: expected a network with layers head.* or deep_heads.*, "
-            f"got a {type(network).__name__} without. Use reinit_head=false."
-        )
+    expected, got = "a network with layers head.* or deep_heads.*", type(network).__name__
+    where, remedy = "reinit_head", "Use reinit_head=false."
+    require(head or not reinit_head, where, expected, f"a {got} without", remedy)
     kept = {k: v for k, v in given.items() if not (reinit_head and k.startswith(HEAD))}
     faults = []
     for name in sorted({*own, *kept} - {*head}):
@@ -54,8 +52,7 @@ def read_pretrained(
         if expected != found:
             where = f"init_weights: {name}: expected {expected}, got {found}"
             faults.append(f"{where} in {path.name}. {remedy}")
-    if faults:
-        raise InputError(*faults)
+    refuse(faults)
     return kept, {"sha256": sha256, "num_tensors": len(kept), "drawn_anew": head}
 
 

@@ -55,10 +55,6 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the values of a saved record; `ValueError` if it has another schema version."""
-        if state.get("schema_version") != SCHEMA_VERSION:
-            found = state.get("schema_version")
-            expected = f"expected schema version {SCHEMA_VERSION}, got {found}"
-            raise ValueError(f"progress: {expected}. Continue with the version that wrote it.")
+        """Take the values of a saved record, of a checkpoint of this schema version."""
         for key, value in state.items():
             setattr(self, key, value)

@@ -38,13 +38,12 @@ from pipeline.training import protocols
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.early_end import EarlyEnding
 from pipeline.training.graph import GRAPH_MODES, StepGraph, compare_replay, has_hooks
-from pipeline.training.prefetch import PrefetchingLoader, Prepared
+from pipeline.training.prefetch import Batch, PrefetchingLoader, Prepared
 from pipeline.training.progress import EPOCH_END_PENDING, FINALIZING, STEPPING, Progress
 
 log = logging.getLogger(__name__)
 
 NOT_WRITTEN = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EIO)
-Batch = dict[str, Any]
 
 
 class StepEvents(EventEnum):
