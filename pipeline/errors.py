@@ -178,6 +178,22 @@ def require(condition: object, where: object, expected: str, got: object, remedy
         raise InputError(f"{where}: expected {expected}, got {got}. {remedy}")
 
 
+def require_path(where: str, path: str | Path, what: str) -> None:
+    """Raise an `InputError` if there is nothing at a path."""
+    refuse(filter(None, [find_path_fault(where, path, what)]))
+
+
+def find_path_fault(where: str, path: str | Path, what: str) -> str | None:
+    """Say that there is nothing at a path, with the nearest name beside it; else `None`."""
+    path, near = Path(path), ""
+    if path.exists():
+        return None
+    with contextlib.suppress(OSError):
+        near = nearest(path.name, [one.name for one in path.absolute().parent.iterdir()])
+    remedy = near if near.startswith("Did") else "Check the path."
+    return f"{where}: expected {what}, found nothing at {path}. {remedy}"
+
+
 def refuse(faults: Iterable[str]) -> None:
     """Raise an InputError of these lines if there are any."""
     if lines := tuple(faults):

@@ -17,10 +17,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.config import command_line, keys, old_names
-from pipeline.config.command_line import CommandParser, find_path_fault, require_path
+from pipeline.config.command_line import CommandParser
 from pipeline.config.compose import Composed, compose_located, find_config
 from pipeline.config.old_names import INFERENCE, read_inference_config
-from pipeline.errors import InputError, refuse
+from pipeline.errors import InputError, find_path_fault, refuse, require_path
 
 AMP = "configs/amp.json"
 PATHS = ("run_dir", "ensemble", "input", "dataset_dir", "output_dir")  # of the command line

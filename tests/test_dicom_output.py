@@ -100,6 +100,30 @@ def test_segmentation_is_read_back_by_dcmqi(made, tmp_path):
     np.testing.assert_array_equal(back, labels)
 
 
+def test_segmentation_of_an_anonymous_series_is_read_by_others(made, tmp_path):
+    _, labels, _ = made
+    stored = np.zeros(labels.shape, np.int16)
+
+    def strip(one, k):
+        describe(one, k)
+        for name in ("PatientID", "PatientName", "PatientBirthDate", "StudyDate", "StudyID"):
+            delattr(one, name)
+        one.SliceThickness = None
+
+    series = write_series(tmp_path / "stripped", stored, make_affine(), change=strip)
+    names = ["background", "a\\b \u65e5", "tumour"]
+    save_segmentation(labels, series, tmp_path / "new.dcm", names)
+    segmentation = highdicom.seg.segread(tmp_path / "new.dcm")
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    assert shared.PixelMeasuresSequence[0].SliceThickness == pytest.approx(2.5)
+    assert [one.SegmentLabel for one in segmentation.SegmentSequence] == ["a_b \u65e5", "tumour"]
+    uids = [one.SOPInstanceUID for one in read_slices(series)]
+    got = segmentation.get_pixels_by_source_instance(
+        uids, combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    np.testing.assert_array_equal(got.transpose(2, 1, 0), labels)
+
+
 def test_segmentation_of_an_empty_prediction_has_all_segments(made, tmp_path):
     series, labels, _ = made
     save_segmentation(labels * 0, series, tmp_path / "empty.dcm", NAMES)

@@ -286,6 +286,11 @@ def test_series_is_predicted_as_a_dicom_segmentation_too(predict, tmp_path):
         counts[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber] += frame.sum()
     got = labels(tmp_path / "out/one.nii.gz")
     assert counts[1:].tolist() == [(got == 1).sum(), (got == 2).sum()]
+    bare = write_series(tmp_path / "bare/two", voxels, np.eye(4))  # names no study
+    assert predict(bare, dicom_seg=True) == 0
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert content["cases"]["two"]["warnings"][-1].startswith("dicom_seg: expected a series that")
+    assert (tmp_path / "out/two.nii.gz").exists() > (tmp_path / "out/two.dcm").exists()
     shutil.copy(next(series.iterdir()), tmp_path / "out/one.dcm")
     assert predict(tmp_path / "images", dicom_seg=True) == 2  # a slice is not overwritten
 
@@ -356,9 +361,23 @@ def test_labels_are_never_overwritten_but_predictions_are(predict, dataset, tmp_
     assert predict(dataset / "imagesTr", output_dir=str(tmp_path / "mine")) == 0
 
 
+def test_result_of_one_case_is_not_another_cases(predict, tmp_path, capsys):
+    for case_id in ("q", "q_probabilities"):
+        write_case(tmp_path, case_id, seed=0)
+    assert predict(tmp_path / "imagesTr", probabilities=True) == 2
+    assert "got several q_probabilities.nii.gz. Rename an image." in capsys.readouterr().err
+    assert predict(tmp_path / "imagesTr") == 0
+
+
+def test_predictions_of_other_classes_are_not_mixed(predict, dataset, tmp_path):
+    image = dataset / "imagesTr/tiny_001.nii.gz"
+    assert predict(image) == 0
+    assert predict(image, class_names=["background", "a", "b"]) == 2
+
+
 def test_files_of_others_beside_the_results_are_never_overwritten(predict, dataset, tmp_path):
     image = dataset / "imagesTr/tiny_001.nii.gz"
-    for name in ("index.html", "labels.json", "predictions.json"):
+    for name in ("index.html", "labels.json", "predictions.json", "pictures"):
         out = tmp_path / name.replace(".", "_")
         out.mkdir()
         (out / name).write_text('{"mine": 1}')
@@ -420,8 +439,8 @@ def test_predictor_refuses(runs, tmp_path):
     (tmp_path / "r/models/model.pt").unlink()
     with pytest.raises(InputError, match=r"expected the weights of this network, got: .* No such"):
         Predictor(tmp_path / "r")
-    with pytest.raises(InputError, match="run_dir: expected the directory of a run, got nowhere"):
-        Predictor("nowhere")
+    with pytest.raises(InputError, match=r"the directory of a run, found nothing at .*mean 'a'"):
+        Predictor(f"{runs / 'a'}a")
     for values, words in (
         (
             {"devcie": "cpu"},

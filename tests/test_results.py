@@ -93,14 +93,14 @@ def test_pictures_show_the_patients_right_on_the_left(tmp_path, axes):
 
 def test_results_of_a_folder_are_those_of_all_its_predictions(tmp_path):
     def write(*cases):
-        write_results(tmp_path, cases, NAMES, "model")
+        write_results(tmp_path, cases, NAMES)
         with open(tmp_path / "volumes.csv") as file:
             rows = [tuple(row.values()) for row in csv.DictReader(file)]
         return rows, json.loads((tmp_path / "predictions.json").read_text())
 
     voxels = dict(zip(NAMES[1:], (3, 0), strict=True))
-    first = CaseResult("a", "a.nii.gz", None, ["expected 1 mm, got 9 mm."], 0.5, voxels)
-    bad = CaseResult("c", "c.nii.gz", "expected a readable file, got none.")
+    first = CaseResult("a", "../a.nii.gz", "one", None, ["expected 1 mm, got 9 mm."], 0.5, voxels)
+    bad = CaseResult("c", "c.nii.gz", "one", "expected a readable file, got none.")
     (tmp_path / "a.nii.gz").touch()
     of_first = [("a", NAMES[1], "1.5", "3"), ("a", NAMES[2], "0.0", "0")]
     rows, content = write(first, bad)
@@ -112,15 +112,18 @@ def test_results_of_a_folder_are_those_of_all_its_predictions(tmp_path):
     page = (tmp_path / "index.html").read_text()
     for text in (*first.warnings, bad.fault, "a &amp; &lt;b&gt; ]]&gt;", "1.50 ml"):
         assert text in page, text
-    second = CaseResult("b\x1b[31m\u202e", "b.nii.gz", None, [], 0.25, {**voxels, NAMES[2]: 4})
+    second = CaseResult(
+        "b\x1b[31m\u202e", "b.nii.gz", "two", None, [], 0.25, {**voxels, NAMES[2]: 4}
+    )
     rows, content = write(second)
     assert [row[0] for row in rows[:2]] == ["a", "a"]
     assert (len(rows), rows[3][2:]) == (4, ("1.0", "4"))
     assert "c" not in content["cases"]
+    assert [of["model"] for of in content["cases"].values()] == ["one", "two"]
     assert not re.search("[\x1b\u202e]", (tmp_path / "index.html").read_text())
     (tmp_path / "a.nii.gz").unlink()
     assert len(write(second)[0]) == 2
-    (tmp_path / "predictions.json").write_text('{"model": 1, "class_names": 2, "cases": [1]}')
+    (tmp_path / "predictions.json").write_text('{"class_names": 2, "cases": [1]}')
     assert len(write(second)[0]) == 2
 
 
@@ -129,10 +132,10 @@ def test_page_reads_slices_from_files_where_cases_are_many(tmp_path, monkeypatch
     for case_id in ("a", "b #1%"):
         draw_pictures(tmp_path, case_id, image, np.zeros((9, 8, 7), np.uint8))
     cases = [CaseResult(case_id, voxels={n: 0 for n in NAMES[1:]}) for case_id in ("a", "b #1%")]
-    write_results(tmp_path, cases, NAMES, "model")
+    write_results(tmp_path, cases, NAMES)
     assert (tmp_path / "index.html").read_text().count('src="data:image/webp;base64,') == 6
     monkeypatch.setattr("pipeline.prediction.results.MOST_EMBEDDED", 1)
-    write_results(tmp_path, cases, NAMES, "model")
+    write_results(tmp_path, cases, NAMES)
     page = (tmp_path / "index.html").read_text()
     assert {*re.findall('href="#([^"]+)"', page)} <= {*re.findall('id="([^"]+)"', page)}
     addresses = re.findall('<img src="([^"]+)"', page)

@@ -145,6 +145,7 @@ def _require_whole(path: Path, num_bytes: int) -> None:
 def _make_reader(path: Path) -> Any:
     import SimpleITK
 
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # ITK writes to stderr by itself
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(READERS[FORMATS[find_ending(path)]])
@@ -155,5 +156,7 @@ def _run(call: Any) -> Any:
     try:
         return call()
     except RuntimeError as error:  # several lines, the cause in the last
-        lines = str(error).strip().splitlines() or [""]
+        said = re.sub(r"\s*Reason: Success\s*$", "", str(error))
+        said = re.sub(r"ITK ERROR: \w+\(0x\w+\): ", "", said)
+        lines = said.strip().splitlines() or [""]
         raise ValueError(lines[-1].removeprefix("[nrrd] ").strip()) from error

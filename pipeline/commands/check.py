@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import run
-from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
+from pipeline.config.command_line import CommandParser, loading, run_parsed
 from pipeline.config.keys import KEYS, Config
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, require, require_path
 
 COMMON = ("fold", "group_pattern", "exclude", "split_file", "preflight", "cache_dir", "device")
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from pipeline.config.command_line import (
     CommandParser,
-    find_path_fault,
     loading,
     number_in,
     run_parsed,
 )
-from pipeline.errors import InputError, as_bool, refuse
+from pipeline.errors import InputError, as_bool, find_path_fault, refuse
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.config.command_line import CommandParser, loading, number_in, require_path, run_parsed
+from pipeline.config.command_line import CommandParser, loading, number_in, run_parsed
 from pipeline.config.keys import read_word
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, printable, require_path
 
 
 def main(words: Sequence[str] | None = None) -> int:

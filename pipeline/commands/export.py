@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
+from pipeline.config.command_line import CommandParser, loading, run_parsed
 from pipeline.config.old_names import read_inference_config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require_path
 
 FORMATS = ("torchscript", "onnx", "torch_export")
 

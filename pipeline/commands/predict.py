@@ -20,9 +20,9 @@ from pathlib import Path
 
 from pipeline import run
 from pipeline.config import keys
-from pipeline.config.command_line import CommandParser, require_path, run_parsed
+from pipeline.config.command_line import CommandParser, run_parsed
 from pipeline.config.old_names import INFERENCE
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, require, require_path
 
 CONFIG = keys.CONFIGS / "inference.json"  # whatever the working directory has
 COMMON = (

@@ -14,8 +14,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.command_line import CommandParser, loading, require_path, run_parsed
-from pipeline.errors import require
+from pipeline.config.command_line import CommandParser, loading, run_parsed
+from pipeline.errors import require, require_path
 
 
 def main(words: Sequence[str] | None = None) -> int:

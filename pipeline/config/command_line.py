@@ -192,22 +192,6 @@ def number_in(
     return parse
 
 
-def require_path(where: str, path: str | Path, what: str) -> None:
-    """Raise an `InputError` if there is nothing at a path."""
-    refuse(filter(None, [find_path_fault(where, path, what)]))
-
-
-def find_path_fault(where: str, path: str | Path, what: str) -> str | None:
-    """Say that there is nothing at a path, with the nearest name beside it; else `None`."""
-    path, near = Path(path), ""
-    if path.exists():
-        return None
-    with contextlib.suppress(OSError):
-        near = nearest(path.name, [one.name for one in path.absolute().parent.iterdir()])
-    remedy = near if near.startswith("Did") else "Check the path."
-    return f"{where}: expected {what}, found nothing at {path}. {remedy}"
-
-
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
     """Inside, torch and MONAI are imported, which takes seconds; the terminal says so first."""

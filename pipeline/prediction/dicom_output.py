@@ -6,6 +6,8 @@ Source: DICOM PS3.3 A.51, Segmentation IOD. highdicom writes it, from the extra 
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,15 @@ from pipeline.drawing import class_color
 from pipeline.errors import InputError, printable
 from pipeline.files import replace_file
 from pipeline.prediction.segmenter import PredictionError
-from transforms.dicom import read_slices
+from transforms.dicom import read_geometry, read_slices
 
 MAKER = "ampseg"
+# attributes of person and study that a segmentation repeats, and that may be empty
+REPEATED = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
+    "StudyTime", "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+HIGHEST_NUMBER = 2**31 - 1  # of the value representation IS
 LONGEST_NAME = 64  # characters of the value representation LO
 
 
@@ -64,14 +72,25 @@ def save_segmentation(
     """
     highdicom = load_highdicom()
     slices = read_slices(source)
+    _, affine = read_geometry(source)
+    for one in slices:
+        for name in REPEATED:
+            if name not in one:
+                setattr(one, name, "")
+        if not one.get("SliceThickness"):
+            one.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.8g}"
     try:
-        segmentation = _make_segmentation(highdicom, slices, labels, class_names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names and texts that the series has already
+            segmentation = _make_segmentation(highdicom, slices, labels, class_names)
     except Exception as error:  # highdicom raises many kinds for what a series lacks
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = re.sub(r"'FileDataset' object has no attribute '(\w+)'", r"one without \1", reason)
         raise PredictionError(
             f"dicom_seg: expected a series that a DICOM Segmentation can refer to, got: {reason}. "
-            "Predict it without dicom_seg."
+            "Its label map is written as NIfTI alone."
         ) from error
+    segmentation.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, for names of classes
     with replace_file(path) as temporary:
         segmentation.save_as(temporary)
 
@@ -88,7 +107,7 @@ def _make_segmentation(
             for value, name in enumerate(class_names[1:], 1)
         ],
         series_instance_uid=highdicom.UID(),
-        series_number=1 + int(slices[0].get("SeriesNumber") or 0),
+        series_number=min(int(slices[0].get("SeriesNumber") or 0) + 1, HIGHEST_NUMBER),
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
         manufacturer=MAKER,
@@ -106,7 +125,7 @@ def _describe_segment(highdicom: Any, value: int, name: str) -> Any:
     )
     return highdicom.seg.SegmentDescription(
         segment_number=value,
-        segment_label=printable(name)[:LONGEST_NAME],
+        segment_label=printable(name, keep="").replace("\\", "_")[:LONGEST_NAME],
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=codes.SCT.AnatomicalStructure,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,

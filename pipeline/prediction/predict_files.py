@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from pipeline.config.keys import Config
 from pipeline.config.parser import require_unaltered
 from pipeline.data.cases import Case, paths_of
 from pipeline.data.nifti import check_headers
-from pipeline.errors import InputError, as_bool, innermost, some
+from pipeline.errors import InputError, as_bool, innermost, require, some
 from pipeline.files import make_directory
 from pipeline.prediction.dicom_output import is_segmentation, load_highdicom, save_segmentation
 from pipeline.prediction.nifti_output import is_prediction, save_like
@@ -132,7 +134,10 @@ class Prediction:
         is_main = distributed.is_main()
         with logging_redirect_tqdm(tqdm_class=ProgressBar) if is_main else contextlib.nullcontext():
             for case in ProgressBar(cases, desc="Predicting", enabled=is_main):
-                result = CaseResult(case["case_id"], Path(paths_of(case)[0]).name)
+                image = os.path.abspath(paths_of(case)[0])
+                with contextlib.suppress(ValueError):  # Windows has several drives
+                    image = os.path.relpath(image, self.output_dir)
+                result = CaseResult(case["case_id"], image, self.model)
                 try:
                     self._predict(case, result)
                 except FAULTS as error:
@@ -149,7 +154,7 @@ class Prediction:
         faults = [f"  {result.case_id}: {result.fault}" for result in done if result.fault]
         num_done = len(done) - len(faults)
         if done:
-            write_results(self.output_dir, done, self.class_names, self.model)
+            write_results(self.output_dir, done, self.class_names)
             log.info("Look at them: %s", self.output_dir / "index.html")
         log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
         if faults:
@@ -172,10 +177,16 @@ class Prediction:
         foreign = [
             path.name for path in targets if path.exists() and not owns[path.suffix == ".dcm"](path)
         ]
-        if foreign := foreign + find_foreign_files(self.output_dir):
+        is_used = (True, self.probabilities, self.dicom_seg)
+        counts = Counter(p for case in self.cases for p in compress(self._targets(case), is_used))
+        twice = [path.name for path, count in counts.items() if count > 1]
+        expected, remedy = "a name of its own for each result", "Rename an image."
+        require(not twice, "input", expected, f"several {some(twice)}", remedy)
+        if foreign := foreign + find_foreign_files(self.output_dir, self.class_names):
             raise InputError(
-                f"output_dir: expected a folder without other files of the results' names, got "
-                f"{some(foreign)} in {self.output_dir}. Choose another."
+                f"output_dir: expected a folder without other files of the results' names, or with "
+                f"predictions of the same classes, got {some(foreign)} in {self.output_dir}. "
+                "Choose another."
             )
         try:
             make_directory(self.output_dir)
@@ -199,16 +210,22 @@ class Prediction:
             log.warning("%s: %s", result.case_id, line)
         regular = self.preprocessing.regularize(loaded)["image"]
         found = self.segmenter(regular, with_probabilities=self.probabilities)
-        self._write(case, image, found)
+        self._write(case, image, found, result)
         labels = torch.from_numpy(found.labels)
         result.voxels = count_voxels(labels, self.class_names)
         result.voxel_ml = float(abs(np.linalg.det(np.asarray(image.affine)[:3, :3]))) / 1000
 
-    def _write(self, case: Case, image: MetaTensor, found: Segmentation) -> None:
+    def _write(
+        self, case: Case, image: MetaTensor, found: Segmentation, result: CaseResult
+    ) -> None:
         source = paths_of(case)[0]
         of_labels, of_probabilities, of_segmentation = self._targets(case)
         if self.dicom_seg and is_dicom(source):
-            save_segmentation(found.labels, source, of_segmentation, self.class_names)
+            try:
+                save_segmentation(found.labels, source, of_segmentation, self.class_names)
+            except PredictionError as error:
+                result.warnings.append(str(error))
+                log.warning("%s: %s", result.case_id, error)
         save_like(found.labels, source, of_labels, self.class_names)
         if found.probabilities is not None:
             save_like(np.moveaxis(found.probabilities, 0, -1), source, of_probabilities)

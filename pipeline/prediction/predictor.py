@@ -16,7 +16,7 @@ from pipeline.config import allowed, keys
 from pipeline.config.old_names import INFERENCE, read_inference_config
 from pipeline.config.parser import Parser
 from pipeline.data.cases import list_images
-from pipeline.errors import InputError, innermost, nearest, refuse, require
+from pipeline.errors import InputError, innermost, nearest, refuse, require, require_path
 from pipeline.files import load
 from pipeline.precision import Precision
 from pipeline.prediction.predict_files import load_image
@@ -65,6 +65,7 @@ class Predictor:
     def __init__(
         self, run_dir: str | Path, *others: str | Path, allow: Collection[str] = (), **values: Any
     ) -> None:
+        require_path("run_dir", run_dir, "the directory of a run")
         source = read_inference_config(run_dir)
         refuse(
             f"Predictor: expected keys of {INFERENCE}, got {key}. {nearest(key, source)}"

@@ -38,7 +38,8 @@ class CaseResult:
     """The result for one case, or why there is none."""
 
     case_id: str
-    image: str = ""  # name of its first file
+    image: str = ""  # path of its first file from the folder of predictions
+    model: str = ""  # name of what predicted it
     fault: str | None = None  # why it was not predicted
     warnings: list[str] = field(default_factory=list)
     voxel_ml: float = 0.0
@@ -81,16 +82,13 @@ def _pictures(folder: Path, case_id: str) -> list[Path]:
     return [folder / PICTURES / f"{case_id}_{name}.webp" for name in PLANES]
 
 
-def write_results(
-    folder: Path, results: Iterable[CaseResult], class_names: Sequence[str], model: str
-) -> None:
+def write_results(folder: Path, results: Iterable[CaseResult], class_names: Sequence[str]) -> None:
     """Write the files beside the predictions of a folder.
 
     Args:
         folder: Of the predictions, with the pictures that `draw_pictures` made.
         results: Of the cases that were predicted now, or could not be.
         class_names: Background first.
-        model: Name of what predicted.
 
     Raises:
         WriteError: If the system refuses; a file is then as it was.
@@ -98,7 +96,7 @@ def write_results(
     found = _read_earlier(folder, class_names) | {one.case_id: one for one in results}
     cases = [found[case_id] for case_id in sorted(found)]
     listed = {case.case_id: {**asdict(case), "volumes_ml": case.volumes_ml} for case in cases}
-    content = {"model": model, "class_names": [*class_names], "cases": listed}
+    content = {"class_names": [*class_names], "cases": listed}
     write_json(folder / FILES[0], content)
     rows = [
         {"case": case.case_id, "class": name, "ml": round(ml, 4), "voxels": case.voxels[name]}
@@ -108,20 +106,23 @@ def write_results(
     write_csv(folder / "volumes.csv", ("case", "class", "ml", "voxels"), rows)
     write_json(folder / "labels.json", {str(n): name for n, name in enumerate(class_names)})
     write_durably(folder / "labels.ctbl", make_color_table(class_names).encode())
-    write_durably(folder / "index.html", _render(folder, cases, class_names, model).encode())
+    write_durably(folder / "index.html", _render(folder, cases, class_names).encode())
 
 
-def find_foreign_files(folder: Path) -> list[str]:
-    """Return the files of a folder that `write_results` would overwrite, but did not write."""
-    found = [name for name in FILES if (folder / name).exists()]
-    return [] if _read_content(folder) else found
+def find_foreign_files(folder: Path, class_names: Sequence[str]) -> list[str]:
+    """Return the files of a folder that are not to be replaced by `write_results`.
+
+    Others made them, or they tell of predictions of other classes.
+    """
+    is_ours = _read_content(folder).get("class_names") == [*class_names]
+    return [] if is_ours else [n for n in (*FILES, PICTURES) if (folder / n).exists()]
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
     """Read `predictions.json` as it was written; empty if it is not there or is another file."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         content = json.loads((folder / FILES[0]).read_text())
-        if content.keys() == {"model", "class_names", "cases"}:
+        if content.keys() == {"class_names", "cases"}:
             return dict(content)
     return {}
 
@@ -149,9 +150,7 @@ def make_color_table(class_names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _render(
-    folder: Path, cases: Sequence[CaseResult], class_names: Sequence[str], model: str
-) -> str:
+def _render(folder: Path, cases: Sequence[CaseResult], class_names: Sequence[str]) -> str:
     num_predicted = sum(case.fault is None for case in cases)
 
     def find_pictures(case: CaseResult) -> Mapping[str, str]:
@@ -172,7 +171,8 @@ def _render(
         finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
     colors = {name: f"rgb{class_color(value)}" for value, name in enumerate(class_names[1:], 1)}
-    values: dict[str, Any] = {"cases": cases, "colors": colors, "model": model}
+    values: dict[str, Any] = {"cases": cases, "colors": colors}
+    values["models"] = list(dict.fromkeys(case.model for case in cases if case.fault is None))
     values |= {"name": folder.name, "find_pictures": find_pictures}
     values["anchors"] = {case.case_id: f"case-{number}" for number, case in enumerate(cases)}
     return environment.get_template("predictions.html").render(values)
