@@ -11,7 +11,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from dicom_series import STUDY, describe, write_series
+from dicom_series import STUDY, describe, write_enhanced, write_series
 
 from pipeline.drawing import class_color
 from pipeline.errors import InputError
@@ -122,6 +122,24 @@ def test_segmentation_of_an_anonymous_series_is_read_by_others(made, tmp_path):
         uids, combine_segments=True, assert_missing_frames_are_empty=True
     )
     np.testing.assert_array_equal(got.transpose(2, 1, 0), labels)
+
+
+def test_segmentation_of_an_enhanced_file_lies_where_its_frames_lie(tmp_path):
+    labels = np.random.default_rng(1).integers(0, 3, (13, 11, 9)).astype(np.uint8)
+    path = write_enhanced(tmp_path / "e.dcm", np.zeros(labels.shape, np.int16), make_affine())
+    source = pydicom.dcmread(path)
+    describe(source, 0)
+    source.save_as(path)
+    _, affine = read_series(path)
+    save_segmentation(labels, path, tmp_path / "seg.dcm", NAMES)
+    segmentation, back = pydicom.dcmread(tmp_path / "seg.dcm"), np.zeros_like(labels)
+    groups = segmentation.PerFrameFunctionalGroupsSequence
+    for frame, group in zip(segmentation.pixel_array, groups, strict=True):
+        lps = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
+        place = np.linalg.solve(affine, [*(lps * [-1, -1, 1]), 1])
+        value = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        back[..., round(place[2])] += (frame.T * value).astype(np.uint8)
+    np.testing.assert_array_equal(back, labels)
 
 
 def test_segmentation_of_an_empty_prediction_has_all_segments(made, tmp_path):

@@ -211,3 +211,15 @@ def test_data_file_counts_for_content_and_may_not_lie_elsewhere(tmp_path):
                for case, key in zip(before.cases, keys, strict=True)]  # fmt: skip
     assert changed == [False, True, False]
     assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("before", [b"Comment = ElementDataFile = ok.raw\n", b"\n" * (2**20 + 1)])
+def test_header_names_no_data_file_elsewhere_by_another_line(tmp_path, before):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "secret.raw").write_bytes(bytes(240))
+    (tmp_path / "a/ok.raw").write_bytes(bytes(240))
+    text = b"ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\n"
+    path = tmp_path / "a/a.mhd"
+    path.write_bytes(before + text + b"ElementDataFile = ../secret.raw\n")
+    with pytest.raises(VolumeError, match="that is no file beside it"):
+        read_header(str(path))

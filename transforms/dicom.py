@@ -150,18 +150,26 @@ def read_slices(path: str | Path) -> list[pydicom.Dataset]:
     return [*{one.name: one.source for one in slices}.values()]
 
 
+def read_frame_order(path: str | Path) -> list[int]:
+    """Return the number of each slice's frame in its file, in the order of the slices."""
+    return [one.frame for one in _ordered_slices(path, pixels=False)[0]]
+
+
 def _require(condition: object, expected: str, got: object = "", remedy: str = CONVERT) -> None:
     if not condition:
         raise DicomError(f"expected {expected}, got {got}. {remedy}")
 
 
-def _look(path: Path) -> list[Series]:
-    """Return what is in a folder and below, links to a folder above left out; or a file's own."""
+def _look(path: Path, seen: set[Path] | None = None) -> list[Series]:
+    """Return what is in a folder and below, each folder once however links go; or a file's own."""
     if not path.is_dir():
         return [one for one in _examine(path.parent) if path in one.files]
-    above = (path.resolve(), *path.resolve().parents)
-    below = (p for p in _visible(path) if p.is_dir() and p.resolve() not in above)
-    return [*_examine(path), *(one for folder in below for one in _look(folder))]
+    seen = set() if seen is None else seen
+    if path.resolve() in seen:
+        return []
+    seen.add(path.resolve())
+    below = [p for p in _visible(path) if p.is_dir()]
+    return [*_examine(path), *(one for folder in below for one in _look(folder, seen))]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -63,7 +63,7 @@ def read_text(path: Path) -> TextHeader:
     """Read what SimpleITK does not tell about the header of an NRRD or MetaImage file."""
     with open(path, "rb") as file:
         text = file.read(MAX_HEADER_BYTES)
-    if FORMATS[find_ending(path)] == "NRRD":
+    if is_nrrd := FORMATS[find_ending(path)] == "NRRD":
         end = re.search(rb"\r?\n\r?\n", text)
         # after the header too, where its end is a matter of opinion
         names = re.findall(rb"(?i)[\r\n][ \t]*data ?file:([^\r\n]*)", text)
@@ -72,7 +72,7 @@ def read_text(path: Path) -> TextHeader:
         encoding = encodings.get(found[1].lower() if found else b"", "text")
         is_oriented = bool(re.search(rb"(?i)[\r\n]space:[ \t]*(left|right|[lr][ap]s)", text))
     else:
-        end = re.search(rb"ElementDataFile([^\r\n]*)(\r?\n|$)", text)
+        end = re.search(rb"(?:^|[\r\n])[ \t]*ElementDataFile([^\r\n]*)(\r?\n|$)", text)
         names = [end[1].strip(b" \t=:")] if end else []
         names = [name for name in names if name.upper() != b"LOCAL"]  # in the file itself
         facts = text[: end.start() if end else 0]
@@ -80,6 +80,8 @@ def read_text(path: Path) -> TextHeader:
         is_text = re.search(rb"BinaryData\s*[=:]\s*[Ff0]", facts)
         encoding = "compressed" if is_packed else "text" if is_text else "raw"
         is_oriented = b"TransformMatrix" in facts or b"Orientation" in facts
+    if end is None and (len(text) == MAX_HEADER_BYTES or not is_nrrd):
+        names = [b"that is not named in the header"]
     data_file = b" and ".join(name.strip() for name in names).decode("utf-8", "replace")
     return TextHeader(data_file, end.end() if end else len(text), encoding, is_oriented)
 

@@ -28,7 +28,16 @@ from pipeline.data.cases import (
     resolve_paths,
     split_channel,
 )
-from pipeline.errors import DatasetIssue, InputError, make_issue, nearest, refuse, require, some
+from pipeline.errors import (
+    DatasetIssue,
+    InputError,
+    make_issue,
+    nearest,
+    printable,
+    refuse,
+    require,
+    some,
+)
 from transforms.dicom import DicomError, is_dicom
 from transforms.segmentation import read_segment_names
 
@@ -117,7 +126,8 @@ def _simplify(name: str) -> str:
 
 def _read_segment_names(label: str) -> dict[int, str]:
     try:
-        return read_segment_names(label) if is_dicom(label) else {}
+        names = read_segment_names(label) if is_dicom(label) else {}
+        return {number: printable(name, keep="") for number, name in names.items()}
     except DicomError:
         return {}  # the preflight says why
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from pydicom.sr.codedict import codes
 
 from pipeline.drawing import class_color
 from pipeline.errors import InputError, printable
 from pipeline.files import replace_file
 from pipeline.prediction.segmenter import PredictionError
-from transforms.dicom import read_geometry, read_slices
+from transforms.dicom import PIXELS, read_file, read_frame_order, read_geometry, read_slices
 
 MAKER = "ampseg"
 # attributes of person and study that a segmentation repeats, and that may be empty
@@ -48,7 +47,7 @@ def load_highdicom() -> Any:
 def is_segmentation(path: Path) -> bool:
     """Return whether a file was written by `save_segmentation`, which may then overwrite it."""
     try:
-        return bool(pydicom.dcmread(path, stop_before_pixels=True).Manufacturer == MAKER)
+        return bool(read_file(path, PIXELS).Manufacturer == MAKER)
     except Exception:  # pydicom raises many kinds for what is no DICOM file
         return False
 
@@ -72,6 +71,9 @@ def save_segmentation(
     """
     highdicom = load_highdicom()
     slices = read_slices(source)
+    frames = np.ascontiguousarray(labels.transpose(2, 1, 0))  # (slices, rows, columns)
+    if len(slices) == 1:  # of an enhanced file, which has its frames in an order of its own
+        frames = frames[np.argsort(read_frame_order(source))]
     _, affine = read_geometry(source)
     for one in slices:
         for name in REPEATED:
@@ -82,7 +84,7 @@ def save_segmentation(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names and texts that the series has already
-            segmentation = _make_segmentation(highdicom, slices, labels, class_names)
+            segmentation = _make_segmentation(highdicom, slices, frames, class_names)
     except Exception as error:  # highdicom raises many kinds for what a series lacks
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         reason = re.sub(r"'FileDataset' object has no attribute '(\w+)'", r"one without \1", reason)
@@ -96,11 +98,11 @@ def save_segmentation(
 
 
 def _make_segmentation(
-    highdicom: Any, slices: Sequence[Any], labels: np.ndarray, class_names: Sequence[str]
+    highdicom: Any, slices: Sequence[Any], frames: np.ndarray, class_names: Sequence[str]
 ) -> Any:
     return highdicom.seg.Segmentation(
         source_images=slices,
-        pixel_array=np.ascontiguousarray(labels.transpose(2, 1, 0)),  # (frames, rows, columns)
+        pixel_array=frames,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
             _describe_segment(highdicom, value, name)

@@ -115,12 +115,18 @@ def find_foreign_files(folder: Path, class_names: Sequence[str]) -> list[str]:
     Others made them, or they tell of predictions of other classes.
     """
     is_ours = _read_content(folder).get("class_names") == [*class_names]
-    return [] if is_ours else [n for n in (*FILES, PICTURES) if (folder / n).exists()]
+    pictures = folder / PICTURES
+    found = [name for name in FILES if (folder / name).exists()]
+    if pictures.exists() and not (
+        pictures.is_dir() and all(path.suffix == ".webp" for path in pictures.iterdir())
+    ):
+        found.append(PICTURES)
+    return [] if is_ours else found
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
     """Read `predictions.json` as it was written; empty if it is not there or is another file."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         content = json.loads((folder / FILES[0]).read_text())
         if content.keys() == {"class_names", "cases"}:
             return dict(content)
@@ -130,11 +136,15 @@ def _read_content(folder: Path) -> dict[str, Any]:
 def _read_earlier(folder: Path, class_names: Sequence[str]) -> dict[str, CaseResult]:
     """Read results of the same classes whose predictions are still there; none if damaged."""
     content, earlier = _read_content(folder), {}
-    with contextlib.suppress(TypeError, KeyError, AttributeError):
+    with contextlib.suppress(TypeError, KeyError, AttributeError, ValueError, OSError):
         for case_id, values in content["cases"].items():
             del values["volumes_ml"]
             case = CaseResult(**values)
             is_there = (folder / f"{case_id}.nii.gz").is_file() and case.fault is None
+            texts = [case.image, case.model, *case.warnings]
+            numbers = [case.voxel_ml, *case.voxels.values()]
+            is_whole = case.case_id == case_id and all(isinstance(one, str) for one in texts)
+            is_there &= is_whole and all(isinstance(one, int | float) for one in numbers)
             if is_there and [*case.voxels] == [*class_names[1:]]:
                 earlier[case_id] = case
         return earlier
