@@ -153,13 +153,13 @@ class Prediction:
             return
         faults = [f"  {result.case_id}: {result.fault}" for result in done if result.fault]
         num_done = len(done) - len(faults)
-        if done:
-            write_results(self.output_dir, done, self.class_names)
-            log.info("Look at them: %s", self.output_dir / "index.html")
         log.info("%d of %d cases predicted, in %s", num_done, num_cases, self.output_dir)
         if faults:
             told = f"Not predicted: {len(faults)} of {num_cases}"
             print(told, *faults, sep="\n", file=sys.stderr)
+        if done:
+            write_results(self.output_dir, done, self.class_names)
+            log.info("Look at them: %s", self.output_dir / "index.html")
 
     def _prepare_output(self) -> None:
         """Make the output directory; refuse one in which other files would be overwritten."""
@@ -229,7 +229,11 @@ class Prediction:
         save_like(found.labels, source, of_labels, self.class_names)
         if found.probabilities is not None:
             save_like(np.moveaxis(found.probabilities, 0, -1), source, of_probabilities)
-        draw_pictures(self.output_dir, case["case_id"], image, found.labels)
+        try:
+            draw_pictures(self.output_dir, case["case_id"], image, found.labels)
+        except FAULTS as error:  # the label map is there
+            result.warnings.append(f"pictures: expected to draw them, got: {describe_fault(error)}")
+            log.warning("%s: %s", result.case_id, result.warnings[-1])
 
 
 def load_image(
