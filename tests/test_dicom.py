@@ -280,10 +280,10 @@ def test_read_slices_gives_datasets_in_the_order_of_the_volume(tmp_path, stored)
     def change(one, k):
         one.AcquisitionNumber = k
 
-    found = read_slices(write_series(tmp_path / "a", stored, affine_of(), change=change))
+    found, _, _ = read_slices(write_series(tmp_path / "a", stored, affine_of(), change=change))
     assert [one.AcquisitionNumber for one in found] == list(range(7))
     assert all("PixelData" not in one and one.file_meta.TransferSyntaxUID for one in found)
-    (one,) = read_slices(write_enhanced(tmp_path / "b", stored, affine_of()))
+    (one,), _, _ = read_slices(write_enhanced(tmp_path / "b", stored, affine_of()))
     assert one.NumberOfFrames == 7
 
 

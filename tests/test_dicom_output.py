@@ -67,7 +67,7 @@ def test_segmentation_says_of_every_frame_where_it_lies(made):
 def test_segmentation_is_read_back_by_highdicom(made):
     series, labels, path = made
     segmentation = highdicom.seg.segread(path)
-    uids = [one.SOPInstanceUID for one in read_slices(series)]
+    uids = [one.SOPInstanceUID for one in read_slices(series)[0]]
     got = segmentation.get_pixels_by_source_instance(
         uids, combine_segments=True, assert_missing_frames_are_empty=True
     )
@@ -117,7 +117,7 @@ def test_segmentation_of_an_anonymous_series_is_read_by_others(made, tmp_path):
     shared = segmentation.SharedFunctionalGroupsSequence[0]
     assert shared.PixelMeasuresSequence[0].SliceThickness == pytest.approx(2.5)
     assert [one.SegmentLabel for one in segmentation.SegmentSequence] == ["a_b \u65e5", "tumour"]
-    uids = [one.SOPInstanceUID for one in read_slices(series)]
+    uids = [one.SOPInstanceUID for one in read_slices(series)[0]]
     got = segmentation.get_pixels_by_source_instance(
         uids, combine_segments=True, assert_missing_frames_are_empty=True
     )

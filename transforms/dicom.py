@@ -23,6 +23,8 @@ import pydicom
 from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.pixels import pixel_array
 
+from transforms.formats import LPS_TO_RAS
+
 CONVERT = "Convert the series to NIfTI with dcm2niix."
 INSTALL = 'Install the extra: pip install "ampseg[dicom]".'
 # of a voxel: a slice may be so far from its place, since positions are rounded in files; where one
@@ -144,15 +146,15 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
     return (columns, rows, len(slices)), affine
 
 
-def read_slices(path: str | Path) -> list[pydicom.Dataset]:
-    """Return the datasets of the files in the order of their slices, without their pixels."""
-    slices, _ = _ordered_slices(path, pixels=False)
-    return [*{one.name: one.source for one in slices}.values()]
+def read_slices(path: str | Path) -> tuple[list[pydicom.Dataset], list[int], np.ndarray]:
+    """Read a series without its pixels, for what refers to it.
 
-
-def read_frame_order(path: str | Path) -> list[int]:
-    """Return the number of each slice's frame in its file, in the order of the slices."""
-    return [one.frame for one in _ordered_slices(path, pixels=False)[0]]
+    Returns the datasets of the files in the order of their slices, the number of each slice's frame
+    in its file, and the affine of `read_series`.
+    """
+    slices, affine = _ordered_slices(path, pixels=False)
+    datasets = [*{one.name: one.source for one in slices}.values()]
+    return datasets, [one.frame for one in slices], affine
 
 
 def _require(condition: object, expected: str, got: object = "", remedy: str = CONVERT) -> None:
@@ -234,7 +236,7 @@ def _ordered_slices(path: str | Path, *, pixels: bool) -> tuple[list[_Slice], np
     lps = np.eye(4)
     lps[:3, 0], lps[:3, 1] = x * dx, y * dy
     lps[:3, 2], lps[:3, 3] = _step(places[order], np.cross(x, y), min(dx, dy)), places[order[0]]
-    return [slices[n] for n in order], np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    return [slices[n] for n in order], LPS_TO_RAS @ lps
 
 
 def _read_file(path: Path, pixels: bool) -> list[_Slice]:

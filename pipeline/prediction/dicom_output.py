@@ -19,7 +19,7 @@ from pipeline.drawing import class_color
 from pipeline.errors import InputError, printable
 from pipeline.files import replace_file
 from pipeline.prediction.segmenter import PredictionError
-from transforms.dicom import PIXELS, read_file, read_frame_order, read_geometry, read_slices
+from transforms.dicom import PIXELS, read_file, read_slices
 
 MAKER = "ampseg"
 # attributes of person and study that a segmentation repeats, and that may be empty
@@ -70,11 +70,10 @@ def save_segmentation(
         PredictionError: If the series lacks what a segmentation has to say of it.
     """
     highdicom = load_highdicom()
-    slices = read_slices(source)
+    slices, order, affine = read_slices(source)
     frames = np.ascontiguousarray(labels.transpose(2, 1, 0))  # (slices, rows, columns)
     if len(slices) == 1:  # of an enhanced file, which has its frames in an order of its own
-        frames = frames[np.argsort(read_frame_order(source))]
-    _, affine = read_geometry(source)
+        frames = frames[np.argsort(order)]
     for one in slices:
         for name in REPEATED:
             if name not in one:
