@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from monai.data import MetaTensor
 
 from pipeline.drawing import PLANES, CaseVolumes, class_color, draw_plane
@@ -175,14 +176,17 @@ def _render(folder: Path, cases: Sequence[CaseResult], class_names: Sequence[str
         codes = (base64.b64encode(path.read_bytes()).decode() for path in paths)
         return dict(zip(PLANES, (f"data:image/webp;base64,{one}" for one in codes), strict=True))
 
-    environment = Environment(
-        loader=PackageLoader("pipeline.prediction"),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )  # fmt: skip
     colors = {name: f"rgb{class_color(value)}" for value, name in enumerate(class_names[1:], 1)}
-    values: dict[str, Any] = {"cases": cases, "colors": colors}
-    values["models"] = list(dict.fromkeys(case.model for case in cases if case.fault is None))
-    values |= {"name": folder.name, "find_pictures": find_pictures}
-    values["anchors"] = {case.case_id: f"case-{number}" for number, case in enumerate(cases)}
-    return environment.get_template("predictions.html").render(values)
+    models = list(dict.fromkeys(case.model for case in cases if case.fault is None))
+    anchors = {case.case_id: f"case-{number}" for number, case in enumerate(cases)}
+    values = {"cases": cases, "colors": colors, "models": models, "anchors": anchors}
+    template = make_environment("pipeline.prediction").get_template("predictions.html")
+    return template.render(values, name=folder.name, find_pictures=find_pictures)
+
+
+def make_environment(package: str) -> Environment:
+    """Return the environment of a package's HTML templates; what they print is `printable`."""
+    loader = PackageLoader(package)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.finalize = lambda text: text if isinstance(text, Markup) else printable(text)
+    return environment

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment
 from markupsafe import Markup
 
 from pipeline import drawing
 from pipeline.errors import printable
 from pipeline.evaluation.metrics import mean_of_defined
 from pipeline.files import write_durably
+from pipeline.prediction.results import make_environment
 from pipeline.reporting import figures
 from pipeline.reporting.run_files import Run, SplitScores, read_run
 
@@ -86,9 +87,7 @@ def choose_cases(ranked: list[str]) -> dict[str, str]:
 
 
 def _environment() -> Environment:
-    loader = PackageLoader("pipeline.reporting")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.finalize = lambda text: text if isinstance(text, Markup) else printable(text)
+    environment = make_environment("pipeline.reporting")
     environment.filters |= {
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))) if seconds else NONE,
         "number": _format_number,
